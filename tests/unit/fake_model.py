@@ -1,0 +1,61 @@
+"""A paged model without weights whose next token depends on every token it reads through its pages."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_ssd.compat.paged import ForwardBatch
+
+POISON = -7
+
+
+class FakePagedModel:
+    """KV pages hold token ids; logits are a hash of the whole prefix read back through the page table.
+
+    A wrong page, a missing copy or KV left from a dead branch changes the hash, so a draft that equals
+    `reference_logits`' choice proves that the pages held exactly the right prefix.
+    """
+
+    vocab_size = 13
+    page_size = 4
+
+    def __init__(self, num_pages: int, max_model_len: int = 200) -> None:
+        self.num_pages = num_pages
+        self.max_model_len = max_model_len
+        self.kv = np.full((num_pages, self.page_size), POISON, np.int64)
+        self.num_forwards = 0
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        self.num_forwards += 1
+        assert len(set(batch.slots.tolist())) == len(batch.slots), "two tokens were written to one slot"
+        self.kv[batch.slots // self.page_size, batch.slots % self.page_size] = batch.token_ids
+        rows = []
+        for i, seq_len in enumerate(batch.seq_lens.tolist()):
+            start, stop = batch.query_start_loc[i : i + 2].tolist()
+            prefix = self.kv[batch.page_tables[i]].reshape(-1)[:seq_len].tolist()
+            assert batch.positions[start:stop].tolist() == list(range(seq_len - (stop - start), seq_len))
+            assert prefix[seq_len - (stop - start) :] == batch.token_ids[start:stop].tolist()
+            rows += [reference_logits(prefix[: seq_len - (stop - start) + j + 1]) for j in range(stop - start)]
+        return torch.stack(rows)[torch.from_numpy(batch.logit_indices)]
+
+    def copy_pages(self, sources: list[int], destinations: list[int]) -> None:
+        self.kv[destinations] = self.kv[sources]
+
+
+def reference_logits(prefix: list[int]) -> torch.Tensor:
+    """Logits `[vocab]` after `prefix`, distinct for all tokens."""
+    assert POISON not in prefix, "read KV that nobody wrote"
+    state = 17
+    for token in prefix:
+        state = (state * 31 + token + 1) % 1000003
+    order = np.random.default_rng(state).permutation(FakePagedModel.vocab_size)
+    return torch.from_numpy(order.astype(np.float32))
+
+
+def reference_drafts(prefix: list[int], num_drafts: int) -> list[int]:
+    """The greedy continuation of `prefix`."""
+    drafts: list[int] = []
+    for _ in range(num_drafts):
+        drafts.append(int(reference_logits(prefix + drafts).argmax()))
+    return drafts

@@ -1,0 +1,201 @@
+"""A configuration is valid or refused in words, and travels unchanged."""
+
+import json
+import math
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ssd.config import MAX_CPUS, RUNTIME_FIELDS, SSDConfig, parse_cpus, parse_size
+
+NAME = st.text("abc/-.", min_size=1, max_size=10)
+COMMON = {
+    "model": NAME,
+    "on_miss": st.sampled_from(["skip", "wait", "ngram", "auto"]),
+    "wait_ms": st.floats(0, 10_000, exclude_min=True),
+    "ngram_min": st.integers(1, 4),
+    "ngram_max": st.integers(4, 32),
+    "adaptive": st.booleans(),
+    "drafter_device": st.sampled_from([None, "cpu", "cuda", "cuda:7"]),
+    "drafter_cpus": st.sampled_from([None, "1", "2-5,7", "0, 3"]),
+    "dtype": st.sampled_from(["auto", "bfloat16", "float32"]),
+    "quantization": st.none() | NAME,
+    "revision": st.none() | NAME,
+    "trust_remote_code": st.booleans(),
+    "enforce_eager": st.booleans(),
+    "max_model_len": st.none() | st.integers(1, 2**31 - 1),
+    "kv_cache_memory": st.none() | st.integers(2**20, 2**50),
+    "gpu_memory_utilization": st.none() | st.floats(0, 1, exclude_min=True),
+    "top_m": st.integers(1, 4096),
+    "seed": st.integers(0, 2**32 - 1),
+    "startup_timeout_s": st.floats(0, 86_400, exclude_min=True),
+    "metrics_port": st.none() | st.integers(1, 65_535),
+}
+
+
+@st.composite
+def user_dicts(draw):
+    """A valid `speculative_config` with any subset of its keys."""
+    values = {"method": "ssd", **draw(st.fixed_dictionaries({}, optional=COMMON)), "model": draw(NAME)}
+    num_drafts = draw(st.integers(1, 16))
+    fan_out = st.integers(1, 64) | st.lists(
+        st.integers(0, 64), min_size=num_drafts + 1, max_size=num_drafts + 1
+    ).filter(any)
+    sizes = draw(
+        st.just({})
+        | st.builds(lambda value: {"fan_out": value}, fan_out)
+        | st.builds(lambda value: {"branch_budget": value}, st.integers(1, 1024))
+    )
+    return values | sizes | {"num_speculative_tokens": num_drafts}
+
+
+@given(user_dicts())
+def test_valid_configurations_travel_unchanged(values):
+    config = SSDConfig.from_user(values)
+    for name, value in values.items():
+        if name != "method":
+            assert getattr(config, name) == (tuple(value) if isinstance(value, list) else value)
+    travelled = json.loads(json.dumps(config.to_json()))
+    assert travelled == config.to_json()
+    assert not travelled.keys() & set(RUNTIME_FIELDS)
+    received = SSDConfig.from_json(travelled).with_runtime(config.runtime_json())
+    assert received == config
+    assert hash(received) == hash(config)
+
+
+@given(user_dicts())
+def test_dashes_are_underscores(values):
+    assert SSDConfig.from_user({k.replace("_", "-"): v for k, v in values.items()}) == SSDConfig.from_user(values)
+
+
+def test_every_field_is_covered_by_the_round_trip():
+    assert {item.name for item in fields(SSDConfig)} == {
+        *COMMON, "num_speculative_tokens", "fan_out", "branch_budget",
+    }  # fmt: skip
+
+
+def test_runtime_fields_are_separate():
+    config = SSDConfig(model="m", wait_ms=3.5, startup_timeout_s=9, metrics_port=9100)
+    assert json.loads(config.runtime_json()) == {"wait_ms": 3.5, "startup_timeout_s": 9, "metrics_port": 9100}
+    assert SSDConfig.from_json(config.to_json()) == SSDConfig(model="m")
+
+
+def test_defaults():
+    config = SSDConfig.from_user({"model": "m"})
+    assert config == SSDConfig("m")
+    assert (config.num_speculative_tokens, config.on_miss, config.wait_ms, config.top_m) == (5, "auto", 50, 64)
+    with pytest.raises(FrozenInstanceError):
+        config.top_m = 3
+
+
+@pytest.mark.parametrize(
+    ("values", "max_branches"),
+    [
+        ({}, 24),
+        ({"num_speculative_tokens": 1}, 8),
+        ({"branch_budget": 7}, 7),
+        ({"fan_out": 3}, 18),
+        ({"fan_out": [3, 2, 0], "num_speculative_tokens": 2}, 5),
+    ],
+)
+def test_max_branches(values, max_branches):
+    assert SSDConfig.from_user({"model": "m", **values}).max_branches == max_branches
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"fanout": 3}, "unknown key 'fanout' in speculative_config; did you mean 'fan_out'?"),
+        ({"num-spec-tokens": 3}, "unknown key 'num_spec_tokens' .*did you mean 'num_speculative_tokens'?"),
+        ({"zzz": 3}, "unknown key 'zzz' .*valid keys are model, num_speculative_tokens, fan_out"),
+        ({"top-m": 3, "top_m": 3}, "top_m is given twice, once as 'top_m'"),
+        ({"method": "eagle"}, "method must be 'ssd', got 'eagle'"),
+        ({"fan_out": 2, "branch_budget": 9}, "give fan_out or branch_budget, not both"),
+        ({"fan_out": [1, 2]}, r"num_speculative_tokens \+ 1 = 6 entries, got \[1, 2\]"),
+        ({"fan_out": [0] * 6}, "not all zero, got"),
+        ({"ngram_min": 5}, "ngram_min must be at most ngram_max = 4, got 5"),
+        ({"on_miss": "ask"}, "on_miss must be one of skip, wait, ngram, auto, got 'ask'"),
+        ({"num_speculative_tokens": 17}, "num_speculative_tokens must be an integer from 1 to 16, got 17"),
+        ({"kv_cache_memory": "2 gigs"}, "kv_cache_memory: '2 gigs' is no number with one of the units B, KB, KiB"),
+        ({"drafter_cpus": "4-2"}, "drafter_cpus must be a list of CPU numbers and ranges such as 2-5,7, got '4-2'"),
+    ],
+)
+def test_errors_name_the_key_the_range_and_the_value(values, message):
+    with pytest.raises(ValueError, match=f"^ssd: .*{message}"):
+        SSDConfig.from_user({"model": "m", **values})
+
+
+def test_the_model_is_required():
+    with pytest.raises(ValueError, match="model must be the name or path of a draft model, got None"):
+        SSDConfig.from_user({"method": "ssd"})
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("model", ["", " ", None, 3]),
+        ("num_speculative_tokens", [0, 17, True, 5.0, "5", None]),
+        ("fan_out", [0, 65, True, 2.0, "3", [], [1, 2, 3, 4, 5, -1], [1, 2, 3, 4, 5, 65], [1, 2, 3, 4, 5, "6"], {}]),
+        ("branch_budget", [0, 1025, "24", False]),
+        ("on_miss", ["", "SKIP", None, ["skip"]]),
+        ("wait_ms", [0, -1, 10_001, math.nan, math.inf, True, "50", None]),
+        ("ngram_min", [0, 33, None]),
+        ("ngram_max", [0, 33, 1]),
+        ("adaptive", [1, "true", None]),
+        ("drafter_device", ["", "gpu", "cuda:", "cuda:x", "CPU", "cuda:1\n", 0]),
+        ("drafter_cpus", ["", ",", "1-", "a", "3-1", "1,,2", "-1", "4096", "0-99999999999", 1]),
+        ("dtype", ["fp8", None]),
+        ("quantization", ["", 8]),
+        ("revision", ["", 1]),
+        ("trust_remote_code", [1, None]),
+        ("enforce_eager", ["yes", None]),
+        ("max_model_len", [0, -1, 2**31, "4k"]),
+        ("kv_cache_memory", [0, -1, 1.5e9, True, "", "512", "MiB", "-1GiB", "1e3GB", "512mib", "1000KB", 2**50 + 1]),
+        ("gpu_memory_utilization", [0, 1.01, -0.5, math.nan, True, "0.9"]),
+        ("top_m", [0, 4097, None]),
+        ("seed", [-1, 2**32, None]),
+        ("startup_timeout_s", [0, 86_401, math.nan, None]),
+        ("metrics_port", [0, 65_536, "9100"]),
+    ],
+)
+def test_values_out_of_range_are_refused(name, wrong):
+    for value in wrong:
+        with pytest.raises(ValueError, match=rf"^ssd: {name if name != 'ngram_max' else 'ngram_m'}"):
+            SSDConfig.from_user({"model": "m", name: value})
+
+
+def test_received_values_are_checked_too():
+    with pytest.raises(ValueError, match="wait_ms"):
+        SSDConfig("m").with_runtime('{"wait_ms": -1}')
+    with pytest.raises(ValueError, match="unknown key"):
+        SSDConfig.from_json({"model": "m", "method": "ssd"})
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"),
+    [("1", (1,)), ("2-5,7", (2, 3, 4, 5, 7)), ("7, 2 ,3-3", (2, 3, 7)), ("1-3,2-4", (1, 2, 3, 4)), ("4095", (4095,))],
+)
+def test_cpu_lists(text, cpus):
+    assert parse_cpus(text) == cpus
+
+
+@given(st.text("0123456789-, ax", max_size=12))
+def test_any_cpu_text_is_parsed_or_refused(text):
+    try:
+        cpus = parse_cpus(text)
+    except ValueError:
+        return
+    assert cpus == tuple(sorted(set(cpus)))
+    assert 0 <= cpus[0] <= cpus[-1] < MAX_CPUS
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512MiB", 512 << 20), ("2TiB", 2 << 40), ("1.5GB", 1_500_000_000), (" 3 KB ", 3000), ("7B", 7)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+    if size >= 2**20:
+        assert SSDConfig.from_user({"model": "m", "kv_cache_memory": text}).kv_cache_memory == size

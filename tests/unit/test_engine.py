@@ -1,0 +1,292 @@
+"""The drafter's engine against a model that notices every wrong page."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_ssd.drafter.engine import DraftEngine
+from vllm_ssd.policy import FanOut
+from vllm_ssd.protocol import JIT_TOKEN, Push
+
+spec = importlib.util.spec_from_file_location("fake_model", Path(__file__).with_name("fake_model.py"))
+fake_model = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fake_model)
+FakePagedModel, reference_drafts, reference_logits = (
+    fake_model.FakePagedModel,
+    fake_model.reference_drafts,
+    fake_model.reference_logits,
+)
+
+K = 3
+
+
+def make_engine(num_pages: int = 400, max_num_seqs: int = 4, fan_out=2, **options) -> DraftEngine:
+    return DraftEngine(
+        FakePagedModel(num_pages, **options),
+        FanOut(K, fan_out),
+        num_speculative_tokens=K,
+        max_num_seqs=max_num_seqs,
+        max_branches=2 * (K + 1),
+        max_fan_out=2,
+        top_m=5,
+        seed=1,
+    )
+
+
+def check_conservation(engine: DraftEngine) -> None:
+    """Every page is free or held; holders are exactly the trunks and branches that name the page."""
+    holders = np.zeros(engine.pool.num_pages, np.int32)
+    for sequence in engine.sequences.values():
+        pages = engine.tables[sequence.slot, : sequence.num_pages]
+        assert len(set(pages.tolist())) == len(pages)
+        np.add.at(holders, pages, 1)
+        branch_pages = engine.branches.owned_pages(sequence.rows)
+        np.add.at(holders, branch_pages, 1)
+        assert not set(branch_pages.tolist()) & set(pages.tolist())
+        for row in sequence.rows.tolist():
+            held = engine.branches.pages[row, : engine.branches.num_pages[row]]
+            assert (engine.pool.holders(held) == 1).all(), "a branch writes to a shared page"
+    assert np.array_equal(holders, engine.pool.holders(np.arange(engine.pool.num_pages)))
+    assert engine.pool.num_free == (holders == 0).sum()
+    alive = sum(len(s.rows) for s in engine.sequences.values())
+    assert engine.branches.alive.sum() == alive
+
+
+class Target:
+    """The target's view in plain dicts: what was pushed for each request's current round."""
+
+    def __init__(self, engine: DraftEngine) -> None:
+        self.engine = engine
+        self.tokens: dict[str, list[int]] = {}
+        self.drafts: dict[str, list[int]] = {}
+        self.blocks: dict[str, dict[tuple[int, int], list[int]]] = {}
+        self.epoch: dict[str, int] = {}
+        self.hits = self.evicted = 0
+
+    def open(self, request_id: str, tokens: list[int], temperature: float = 0.0) -> None:
+        self.epoch[request_id] = self.epoch.get(request_id, 0) + 1
+        self.tokens[request_id], self.drafts[request_id], self.blocks[request_id] = list(tokens), [], {}
+        self.engine.open(request_id, self.epoch[request_id], np.array(tokens, np.int32), temperature, K)
+        check_conservation(self.engine)
+
+    def step(self) -> None:
+        push = self.engine.speculate()
+        check_conservation(self.engine)
+        self.absorb(push)
+
+    def absorb(self, push: Push | None) -> None:
+        for block in push.blocks if push else []:
+            tokens = self.tokens[block.request_id]
+            assert (block.epoch, block.length) == (self.epoch[block.request_id], len(tokens))
+            for branch in block.branches:
+                known = self.blocks[block.request_id].setdefault((branch.accept_length, branch.bonus_token_id), [])
+                assert branch.offset == len(known), "a push left a gap or repeated tokens"
+                known += branch.draft_token_ids
+                prefix = list(tokens)
+                if branch.bonus_token_id != JIT_TOKEN:
+                    drafts = self.drafts[block.request_id]
+                    assert drafts[branch.accept_length : branch.accept_length + 1] != [branch.bonus_token_id]
+                    prefix += drafts[: branch.accept_length] + [branch.bonus_token_id]
+                assert known == reference_drafts(prefix, len(known)), "a draft read the wrong prefix"
+        for evicted in push.evicted if push else []:
+            self.evicted += 1
+            if self.epoch.get(evicted.request_id) == evicted.epoch:
+                self.tokens.pop(evicted.request_id, None)
+
+    def advance(self, request_id: str, emitted: list[int], drafts: list[int], jit: int = 0) -> None:
+        self.tokens[request_id] += emitted
+        self.drafts[request_id], self.blocks[request_id] = drafts, {}
+        tokens = self.tokens[request_id]
+        self.engine.advance(
+            request_id, self.epoch[request_id], len(tokens), emitted, drafts, num_drafts=K, jit=jit
+        )
+        check_conservation(self.engine)
+
+    def close(self, request_id: str) -> None:
+        self.engine.close(request_id)
+        self.tokens.pop(request_id, None)
+        check_conservation(self.engine)
+
+
+def grow(target: Target) -> None:
+    while target.engine.has_work:
+        target.step()
+
+
+def test_hit_recomputes_nothing():
+    target = Target(make_engine())
+    target.open("a", [1, 2, 3, 4, 5])
+    grow(target)
+    (key, speculation), *_ = target.blocks["a"].items()
+    target.advance("a", [key[1]], list(speculation))
+    grow(target)
+    outcome = next(key for key in target.blocks["a"] if key[0] == 2)
+    following = target.blocks["a"][outcome]
+    assert len(following) == K
+    forwards = target.engine._model.num_forwards
+    target.advance("a", speculation[:2] + [outcome[1]], list(following))
+    assert not target.engine._unfinished, "a hit must leave nothing of the spine to compute"
+    grow(target)
+    assert target.engine._model.num_forwards - forwards == K + 1
+    assert {k for k, _ in target.blocks["a"]} == set(range(K + 1))
+
+
+def test_a_miss_frees_every_branch():
+    target = Target(make_engine())
+    target.open("a", [1, 2, 3])
+    grow(target)
+    used = {bonus for _, bonus in target.blocks["a"]}
+    missed = next(t for t in range(FakePagedModel.vocab_size) if t not in used)
+    target.advance("a", [missed], [])
+    assert not len(target.engine.sequences["a"].rows)
+    grow(target)
+    assert {k for k, _ in target.blocks["a"]} == {0}
+
+
+def test_trimmed_round_keeps_the_rest_of_the_speculation():
+    target = Target(make_engine())
+    target.open("a", [1, 2, 3])
+    grow(target)
+    (_, bonus), speculation = next(iter(target.blocks["a"].items()))
+    target.advance("a", [bonus], list(speculation))
+    grow(target)
+    forwards = target.engine._model.num_forwards
+    target.advance("a", speculation[:2], speculation[2:])
+    assert not target.engine._unfinished
+    grow(target)
+    assert target.engine._model.num_forwards > forwards
+    assert {k for k, _ in target.blocks["a"]} == {0, 1}
+
+
+def test_just_in_time_speculation_becomes_the_spine():
+    target = Target(make_engine())
+    target.open("a", [1, 2, 3, 4])
+    grow(target)
+    missed = next(t for t in range(13) if (0, t) not in target.blocks["a"])
+    target.advance("a", [missed], [], jit=K)
+    grow(target)
+    drafts = target.blocks["a"].pop((0, JIT_TOKEN))
+    assert drafts == reference_drafts([1, 2, 3, 4, missed], K) and not target.blocks["a"]
+    target.advance("a", [], drafts)
+    assert not target.engine._unfinished
+    grow(target)
+    assert {k for k, _ in target.blocks["a"]} == set(range(K + 1))
+
+
+def test_shared_prompts_share_pages():
+    engine = make_engine(num_pages=40)
+    target = Target(engine)
+    prompt = [3] * 17
+    target.open("a", prompt)
+    grow(target)
+    free = engine.pool.num_free
+    target.open("b", prompt)
+    assert engine.sequences["b"].computed == 16
+    assert free == engine.pool.num_free
+    grow(target)
+    assert set(target.blocks["a"]) == set(target.blocks["b"])
+
+
+def test_unknown_and_inconsistent_outcomes_are_evictions():
+    engine = make_engine()
+    engine.advance("x", 1, 5, [1], [], num_drafts=K)
+    assert [e.request_id for e in engine.speculate().evicted] == ["x"]
+    target = Target(engine)
+    target.open("a", [1, 2])
+    engine.advance("a", 1, 9, [1], [], num_drafts=K)
+    assert [e.request_id for e in engine.speculate().evicted] == ["a"]
+    assert not engine.sequences and engine.pool.num_free == engine.pool.num_pages
+
+
+def test_too_long_requests_are_refused_and_long_ones_let_go():
+    target = Target(make_engine(max_model_len=16))
+    target.open("a", list(range(12)) + [1])
+    assert target.engine.speculate().evicted[0].request_id == "a"
+    target.open("b", [1] * 8)
+    grow(target)
+    target.advance("b", [1, 2, 3], [4])
+    assert target.engine.speculate().evicted[0].request_id == "b"
+
+
+def test_sampled_branches_carry_the_distribution_they_were_drawn_from():
+    engine = make_engine()
+    engine.open("a", 1, np.array([1, 2, 3], np.int32), 0.8, K)
+    seen = 0
+    while engine.has_work:
+        push = engine.speculate()
+        for block in push.blocks if push else []:
+            for branch in block.branches:
+                n = len(branch.draft_token_ids)
+                ids = np.frombuffer(branch.q_token_ids, "<i4").reshape(n, -1)
+                probs = np.frombuffer(branch.q_probs, "<f4").reshape(n, -1)
+                assert probs.shape == (n, 5) and np.allclose(probs.sum(1), 1, atol=1e-6)
+                row = engine.branches.find(engine.sequences["a"].rows, branch.accept_length, branch.bonus_token_id)
+                for i, token in enumerate(branch.draft_token_ids):
+                    assert token in ids[i]
+                    prefix = [1, 2, 3, *engine.branches.tokens[row, : branch.offset + i + 1].tolist()]
+                    logits = reference_logits(prefix).numpy() / 0.8
+                    order = np.argsort(-logits)[:5]
+                    expected = np.exp(logits[order] - logits[order].max())
+                    assert ids[i].tolist() == order.tolist()
+                    assert np.allclose(probs[i], expected / expected.sum(), atol=1e-5)
+                    seen += 1
+    assert seen == 2 * K
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_random_operations_conserve_pages_and_read_the_right_prefix(data):
+    """Joins, leaves, hits, misses, trims, skipped rounds, foreign drafts, late outcomes, a small pool."""
+    num_pages = data.draw(st.sampled_from([24, 60, 300]))
+    target = Target(make_engine(num_pages=num_pages, max_num_seqs=3, fan_out=data.draw(st.sampled_from([1, 2]))))
+    token = st.integers(0, FakePagedModel.vocab_size - 1)
+    for _ in range(data.draw(st.integers(5, 40))):
+        live = sorted(target.tokens)
+        action = data.draw(st.sampled_from(["open", "close", "step", "step", "hit", "miss", "trim", "odd", "jit"]))
+        if action == "open" and len(live) < 3:
+            shared = target.tokens[live[0]] if live and data.draw(st.booleans()) else []
+            target.open(data.draw(st.sampled_from("abc")), shared[:30] + data.draw(st.lists(token, min_size=1, max_size=9)))
+            continue
+        if action == "step":
+            target.step()
+            continue
+        if not live:
+            continue
+        request_id = data.draw(st.sampled_from(live))
+        drafts, block = target.drafts[request_id], target.blocks[request_id]
+        if action == "close":
+            target.close(request_id)
+        elif action == "hit" and any(key[1] != JIT_TOKEN for key in block):
+            key = data.draw(st.sampled_from(sorted(k for k in block if k[1] != JIT_TOKEN)))
+            depth = data.draw(st.integers(0, len(block[key])))
+            target.advance(request_id, drafts[: key[0]] + [key[1]], block[key][:depth])
+        elif action == "trim" and drafts:
+            n = data.draw(st.integers(1, len(drafts)))
+            target.advance(request_id, drafts[:n], drafts[n:])
+        elif action == "jit":
+            if (0, JIT_TOKEN) in block:
+                taken = block[(0, JIT_TOKEN)]
+                target.advance(request_id, [], taken[: data.draw(st.integers(0, len(taken)))])
+            else:
+                target.advance(request_id, [data.draw(token)], [], jit=data.draw(st.integers(1, K)))
+        elif action == "odd":
+            emitted = data.draw(st.lists(token, min_size=1, max_size=6))
+            target.advance(request_id, emitted, data.draw(st.lists(token, max_size=K)))
+        else:
+            k = data.draw(st.integers(0, len(drafts)))
+            target.advance(request_id, drafts[:k] + [data.draw(token)], [])
+    for request_id in list(target.tokens):
+        target.close(request_id)
+    for request_id in list(target.engine.sequences):
+        target.engine.close(request_id)
+    assert target.engine.pool.num_free == num_pages
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])

@@ -1,0 +1,110 @@
+"""A draft model booted by vLLM itself, with its scheduler left out.
+
+vLLM's start-up (`EngineCore` on the uniprocess executor) loads, quantises, sizes and lays out;
+this module then runs single forwards on pages and slots that the caller chooses.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from vllm_ssd.compat.paged import ForwardBatch
+
+PAGE_SIZE = 32
+"""Slots a page: the smallest that vLLM's CPU attention takes, so that little is copied on a fork."""
+
+
+class UnsupportedDraftModel(ValueError):
+    """The draft model needs more than one group of KV pages, or is no decoder."""
+
+
+class DraftModel:
+    """The loaded draft model, its KV pages, and one way to run it."""
+
+    def __init__(self, **engine_args) -> None:
+        args = EngineArgs(
+            block_size=PAGE_SIZE, enable_prefix_caching=False, disable_log_stats=True, **engine_args
+        )
+        self.vllm_config = args.create_engine_config()
+        self._core = EngineCore(self.vllm_config, UniProcExecutor, log_stats=False)
+        runner = self._core.model_executor.driver_worker.worker.model_runner
+        groups = runner.kv_cache_config.kv_cache_groups
+        if len(groups) != 1 or len(runner.attn_groups[0]) != 1 or not runner.kv_caches:
+            raise UnsupportedDraftModel(
+                f"the draft model {self.vllm_config.model_config.model} has {len(groups)} groups of KV "
+                "pages; only decoders whose layers all share one page layout can draft"
+            )
+        attention_group = runner.attn_groups[0][0]
+        self._model = runner.model
+        self._kv_caches = list(runner.kv_caches)
+        self._layer_names = attention_group.layer_names
+        self._metadata_builder = attention_group.get_metadata_builder()
+        self.device = runner.device
+        self.page_size = groups[0].kv_cache_spec.block_size
+        self.num_pages = runner.kv_cache_config.num_blocks
+        self.vocab_size = self.vllm_config.model_config.get_vocab_size()
+        self.max_model_len = self.vllm_config.model_config.max_model_len
+        self.max_num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Logits `[n, vocab]` at `batch.logit_indices`; KV of every token lands in its slot."""
+        to_device = self._to_device
+        num_tokens = len(batch.token_ids)
+        query_lens = np.diff(batch.query_start_loc)
+        positions = to_device(batch.positions)
+        slots = to_device(batch.slots)
+        query_start_loc_cpu = torch.from_numpy(batch.query_start_loc)
+        metadata = self._metadata_builder.build(
+            0,
+            CommonAttentionMetadata(
+                query_start_loc=to_device(batch.query_start_loc),
+                query_start_loc_cpu=query_start_loc_cpu,
+                seq_lens=to_device(batch.seq_lens),
+                num_reqs=len(batch.seq_lens),
+                num_actual_tokens=num_tokens,
+                max_query_len=int(query_lens.max()),
+                max_seq_len=int(batch.seq_lens.max()),
+                block_table_tensor=to_device(batch.page_tables),
+                slot_mapping=slots,
+                positions=positions,
+                seq_lens_cpu_upper_bound=torch.from_numpy(batch.seq_lens),
+            ),
+        )
+        names = self._layer_names
+        with set_forward_context(
+            dict.fromkeys(names, metadata),
+            self.vllm_config,
+            num_tokens=num_tokens,
+            slot_mapping=dict.fromkeys(names, slots),
+        ):
+            hidden_states = self._model(to_device(batch.token_ids), positions)
+        if len(batch.logit_indices) != num_tokens:
+            hidden_states = hidden_states[to_device(batch.logit_indices)]
+        return self._model.compute_logits(hidden_states)
+
+    def copy_pages(self, sources: list[int], destinations: list[int]) -> None:
+        """Copy whole pages, every layer; `sources` and `destinations` are page ids of equal number."""
+        source = self._to_device(np.asarray(sources, np.int64))
+        destination = self._to_device(np.asarray(destinations, np.int64))
+        for cache in self._kv_caches:
+            page_axis = 0 if cache.shape[0] == self.num_pages else 1
+            cache.index_copy_(page_axis, destination, cache.index_select(page_axis, source))
+
+    def tokenizer_vocab(self) -> dict[str, int]:
+        """The draft model's tokenizer as a map from token to id."""
+        from vllm.tokenizers import get_tokenizer
+
+        config = self.vllm_config.model_config
+        return get_tokenizer(
+            config.tokenizer, trust_remote_code=config.trust_remote_code, revision=config.revision
+        ).get_vocab()
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -1,0 +1,42 @@
+"""What the drafter's engine and a draft model agree on; no vLLM needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """One ragged forward over `B` sequences and `T` tokens; every array lives on the host.
+
+    token_ids [T] int64, positions [T] int64, slots [T] int64 (page * page_size + offset),
+    query_start_loc [B + 1] int32, seq_lens [B] int32 (KV length after this forward),
+    page_tables [B, P] int32, logit_indices [n] int64 into the T tokens.
+    """
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    query_start_loc: np.ndarray
+    seq_lens: np.ndarray
+    page_tables: np.ndarray
+    logit_indices: np.ndarray
+
+
+class PagedModel(Protocol):
+    """A causal language model whose KV pages are the caller's to assign."""
+
+    vocab_size: int
+    max_model_len: int
+    page_size: int
+    num_pages: int
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Logits `[n, vocab]` at `batch.logit_indices`; KV of every token lands in its slot."""
+
+    def copy_pages(self, sources: list[int], destinations: list[int]) -> None:
+        """Copy whole pages; all sources are read before any destination is written."""

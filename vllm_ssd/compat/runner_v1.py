@@ -1,0 +1,138 @@
+"""The seam with vLLM's V1 model runner.
+
+vLLM gives a `custom_class` proposer lists of sampled tokens, but no request ids, and never its proposal's
+distribution. Three methods of the runner are wrapped so that a proposer of ours sees requests come and go,
+knows whose rows it is asked about, and supplies the q of exactly the drafts that are verified.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.platforms import current_platform
+from vllm.v1.sample import rejection_sampler
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_ssd.compat.version import UnsupportedVLLM
+
+Proposal = tuple[np.ndarray, np.ndarray]
+
+
+class V1Proposer(Protocol):
+    """What the wrapped runner calls on a proposer of ours, beside vLLM's own `propose`."""
+
+    def on_schedule(
+        self, started: Sequence[tuple[str, Sequence[int] | None, float]], finished: Sequence[str]
+    ) -> None:
+        """Requests `(id, prompt token ids, temperature)` that join, ids that leave, before the forward."""
+
+    def on_rows(self, request_ids: Sequence[str]) -> None:
+        """The requests of the rows that the next `propose` is about."""
+
+    def proposals(
+        self, request_ids: Sequence[str], draft_token_ids: list[list[int]]
+    ) -> list[list[Proposal | None]] | None:
+        """The distribution each draft under verification was drawn from; None: all are one-hot."""
+
+
+def install(proposer_class: type) -> None:
+    """Wrap the V1 runner for proposers of `proposer_class`; other runners and methods behave as before."""
+    _wrap("execute_model", proposer_class, _execute_model)
+    _wrap("propose_draft_token_ids", proposer_class, _propose_draft_token_ids)
+    _wrap("_get_spec_decode_draft_probs", proposer_class, _get_spec_decode_draft_probs)
+    if current_platform.is_cpu() and not _expand_is_correct():
+        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+def _wrap(name: str, proposer_class: type, wrapper: Any) -> None:
+    original = getattr(GPUModelRunner, name, None)
+    if original is None:
+        raise UnsupportedVLLM(f"vLLM's V1 model runner has no method {name}; vllm-ssd must be adapted to this vLLM")
+    if getattr(original, "_vllm_ssd", False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+        proposer = getattr(self, "drafter", None)
+        if not isinstance(proposer, proposer_class):
+            return original(self, *args, **kwargs)
+        return wrapper(functools.partial(original, self), self, proposer, *args, **kwargs)
+
+    wrapped._vllm_ssd = True
+    setattr(GPUModelRunner, name, wrapped)
+
+
+def _execute_model(original, runner, proposer: V1Proposer, scheduler_output, *args, **kwargs):
+    started = [
+        (new.req_id, new.prompt_token_ids, new.sampling_params.temperature)
+        for new in scheduler_output.scheduled_new_reqs
+        if new.sampling_params is not None
+    ]
+    if started or scheduler_output.finished_req_ids:
+        proposer.on_schedule(started, list(scheduler_output.finished_req_ids))
+    return original(scheduler_output, *args, **kwargs)
+
+
+def _propose_draft_token_ids(original, runner, proposer: V1Proposer, *args, **kwargs):
+    proposer.on_rows(runner.input_batch.req_ids)
+    return original(*args, **kwargs)
+
+
+def _get_spec_decode_draft_probs(original, runner, proposer: V1Proposer, spec_decode_metadata):
+    """Dense q `[num draft tokens, vocab]` float32 for exactly the drafts under verification.
+
+    Drafts without a known distribution get a one-hot row, which is lossless whatever drew them; rows of greedy
+    requests are not read. With tensor parallelism rank 0 knows the distributions and tells the others.
+    """
+    batch = runner.input_batch
+    if batch.sampling_metadata.all_greedy:
+        return None
+    token_ids = spec_decode_metadata.draft_token_ids
+    flat, drafts = token_ids.tolist(), []
+    for n in spec_decode_metadata.num_draft_tokens:
+        drafts.append(flat[:n])
+        del flat[:n]
+    group = get_tp_group()
+    rows = proposer.proposals(batch.req_ids, drafts) if group.rank_in_group == 0 else None
+    if group.world_size > 1:
+        rows = group.broadcast_object(rows, src=0)
+    if rows is None:
+        return None
+    q = torch.zeros(len(token_ids), batch.vocab_size, dtype=torch.float32)
+    for i, (draft, proposal) in enumerate(zip((t for row in drafts for t in row), (p for row in rows for p in row))):
+        if proposal is None:
+            q[i, draft] = 1.0
+        else:
+            ids, probs = proposal
+            q[i, torch.from_numpy(ids).long()] = torch.from_numpy(probs)
+    return q.to(token_ids.device, non_blocking=True)
+
+
+def expand_batch_to_tokens(
+    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> torch.Tensor:
+    """Repeat `x` [batch] for each token of its row -> [num_tokens]; `replace_from` becomes `replace_to`.
+
+    Stands in for vLLM's function of this name on the CPU, where 0.30 to 0.32 return uninitialised memory
+    unless `x` is int64: a copy is filled and dropped.
+    """
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    values = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+    return values.repeat_interleave(counts.long(), output_size=num_tokens)
+
+
+def _expand_is_correct() -> bool:
+    """Whether vLLM's own `expand_batch_to_tokens` works here; asked once, at start-up."""
+    for dtype in (torch.float32, torch.int32):
+        x = torch.tensor([3, 0, 5], dtype=dtype)
+        cumulative = torch.tensor([2, 3, 6], dtype=torch.int32)
+        expected = torch.tensor([3, 3, 7, 5, 5, 5], dtype=dtype)
+        for _ in range(2):
+            if not torch.equal(rejection_sampler.expand_batch_to_tokens(x, cumulative, 6, 0, 7), expected):
+                return False
+    return True

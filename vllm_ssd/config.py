@@ -1,0 +1,223 @@
+"""Everything a user may say about SSD, checked before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+RUNTIME_ENV = "VLLM_SSD_RUNTIME"
+"""Environment variable that carries `runtime_json()` to the workers."""
+
+RUNTIME_FIELDS = ("wait_ms", "startup_timeout_s", "metrics_port")
+"""Fields kept out of `to_json()`: its result enters vLLM's compile-cache key, and these change nothing compiled."""
+
+MAX_CPUS = 4096
+SIZE_UNITS = {"B": 1} | {
+    f"{letter}{infix}B": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for infix, base in (("", 1000), ("i", 1024))
+}
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """The CPU numbers that a list such as "2-5,7" names, ascending; raises ValueError when it is no such list."""
+    cpus: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not first <= last < MAX_CPUS:
+            raise ValueError(f"{part!r} names no CPUs from 0 to {MAX_CPUS - 1}")
+        cpus.update(range(first, last + 1))
+    return tuple(sorted(cpus))
+
+
+def parse_size(text: str) -> int:
+    """The bytes of a size such as "512MiB" (binary units) or "1.5GB" (decimal); raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]+)\s*", text, re.ASCII)
+    if match is None or match[2] not in SIZE_UNITS:
+        raise ValueError(f"{text!r} is no number with one of the units {', '.join(SIZE_UNITS)}")
+    return round(float(match[1]) * SIZE_UNITS[match[2]])
+
+
+def _field(what: str, allows: Callable[[Any], bool], default: Any = MISSING) -> Any:
+    """A field whose values are `what`, as `allows` decides; None is a value where it is the default."""
+    accepts = (lambda value: value is None or allows(value)) if default is None else allows
+    return field(default=default, metadata={"what": what, "accepts": accepts})
+
+
+def _integer(low: int, high: int, default: int | None) -> Any:
+    return _field(f"an integer from {low} to {high}", lambda value: _is_int(value, low, high), default)
+
+
+def _number(high: float, default: float | None) -> Any:
+    def allows(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= high
+
+    return _field(f"a number over 0 and up to {high:g}", allows, default)
+
+
+def _choice(values: tuple[str, ...], default: str) -> Any:
+    return _field(f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values, default)
+
+
+def _name(what: str, default: Any = None) -> Any:
+    return _field(what, lambda value: isinstance(value, str) and value.strip() != "", default)
+
+
+def _flag(default: bool) -> Any:
+    return _field("true or false", lambda value: isinstance(value, bool), default)
+
+
+def _is_int(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_fan_out(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_int(count, 0, 64) for count in value) and any(value)
+    return _is_int(value, 1, 64)
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"cpu|cuda(:\d{1,3})?", value, re.ASCII) is not None
+
+
+def _is_cpu_list(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and parse_cpus(value) != ()
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class SSDConfig:
+    """The user's choices; every instance is valid.
+
+    num_speculative_tokens: K, the most drafts a round may carry
+    fan_out: bonus tokens predicted per accept length 0..K, one number for all or one each
+    branch_budget: branches a request, divided by measured hit rates; with neither given, 4 * (K + 1)
+    on_miss: decode plainly, wait for just-in-time drafts up to `wait_ms`, draft by n-gram match, or decide by gain
+    adaptive: let the drafts a round carries follow the load, down to none where speculation does not pay
+    drafter_device: None leaves the choice to the platform
+    kv_cache_memory: bytes for the drafter's KV pages
+    top_m: support of the proposal distribution when sampling
+    metrics_port: None serves no metrics
+    """
+
+    model: str = _name("the name or path of a draft model", MISSING)
+    num_speculative_tokens: int = _integer(1, 16, 5)
+    fan_out: int | tuple[int, ...] | None = _field(
+        "an integer from 1 to 64, or a list of such with zeros allowed but not all zero", _is_fan_out, None
+    )
+    branch_budget: int | None = _integer(1, 1024, None)
+    on_miss: Literal["skip", "wait", "ngram", "auto"] = _choice(("skip", "wait", "ngram", "auto"), "auto")
+    wait_ms: float = _number(10_000, 50.0)
+    ngram_min: int = _integer(1, 32, 2)
+    ngram_max: int = _integer(1, 32, 4)
+    adaptive: bool = _flag(True)
+    drafter_device: str | None = _field("cpu, cuda or cuda:N", _is_device, None)
+    drafter_cpus: str | None = _field("a list of CPU numbers and ranges such as 2-5,7", _is_cpu_list, None)
+    dtype: str = _choice(("auto", "half", "float16", "bfloat16", "float", "float32"), "auto")
+    quantization: str | None = _name("the name of a quantization method")
+    revision: str | None = _name("a branch, tag or commit of the draft model")
+    trust_remote_code: bool = _flag(False)
+    enforce_eager: bool = _flag(True)
+    max_model_len: int | None = _integer(1, 2**31 - 1, None)
+    kv_cache_memory: int | None = _field(
+        'a size from 1MiB to 1024TiB, in bytes or such as "512MiB" or "1.5GB"',
+        lambda value: _is_int(value, 2**20, 2**50),
+        None,
+    )
+    gpu_memory_utilization: float | None = _number(1, None)
+    top_m: int = _integer(1, 4096, 64)
+    seed: int = _integer(0, 2**32 - 1, 0)
+    startup_timeout_s: float = _number(86_400, 300.0)
+    metrics_port: int | None = _integer(1, 65_535, None)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not item.metadata["accepts"](value):
+                raise ValueError(f"ssd: {item.name} must be {item.metadata['what']}, got {_shown(value)}")
+        num_accept_lengths = self.num_speculative_tokens + 1
+        if isinstance(self.fan_out, tuple) and len(self.fan_out) != num_accept_lengths:
+            raise ValueError(
+                f"ssd: fan_out must be a list of num_speculative_tokens + 1 = {num_accept_lengths} entries, "
+                f"got {_shown(self.fan_out)}"
+            )
+        if self.fan_out is not None and self.branch_budget is not None:
+            raise ValueError("ssd: give fan_out or branch_budget, not both: the budget is what fan_out divides")
+        if self.ngram_min > self.ngram_max:
+            raise ValueError(f"ssd: ngram_min must be at most ngram_max = {self.ngram_max}, got {self.ngram_min}")
+
+    @classmethod
+    def from_user(cls, speculative_config: Mapping[str, Any]) -> SSDConfig:
+        """The configuration that the user's `speculative_config` describes.
+
+        Keys may have dashes for underscores. Raises ValueError for an unknown key, naming the nearest valid one, and
+        for a value out of range, naming the range.
+        """
+        values: dict[str, Any] = {}
+        for key, value in speculative_config.items():
+            name = key.replace("-", "_")
+            if name in values:
+                raise ValueError(f"ssd: {name} is given twice, once as {key!r}")
+            values[name] = value
+        method = values.pop("method", "ssd")
+        if method != "ssd":
+            raise ValueError(f"ssd: method must be 'ssd', got {_shown(method)}")
+        return cls._from_values(values)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> SSDConfig:
+        """The configuration that `to_json` described; runtime fields have their defaults until `with_runtime`."""
+        return cls._from_values(values)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields but the runtime ones, as JSON types."""
+        values = {name: value for name, value in asdict(self).items() if name not in RUNTIME_FIELDS}
+        return values | {"fan_out": list(self.fan_out) if isinstance(self.fan_out, tuple) else self.fan_out}
+
+    def runtime_json(self) -> str:
+        """The runtime fields as a JSON text."""
+        return json.dumps({name: getattr(self, name) for name in RUNTIME_FIELDS})
+
+    def with_runtime(self, text: str) -> SSDConfig:
+        """This configuration with the runtime fields of `runtime_json`'s text."""
+        return replace(self, **json.loads(text))
+
+    @property
+    def max_branches(self) -> int:
+        """The most branches a request can have."""
+        num_accept_lengths = self.num_speculative_tokens + 1
+        if isinstance(self.fan_out, tuple):
+            return sum(self.fan_out)
+        if self.fan_out is not None:
+            return self.fan_out * num_accept_lengths
+        return self.branch_budget or 4 * num_accept_lengths
+
+    @classmethod
+    def _from_values(cls, values: Mapping[str, Any]) -> SSDConfig:
+        names = [item.name for item in fields(cls)]
+        for name in values:
+            if name not in names:
+                nearest = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys are {', '.join(names)}"
+                raise ValueError(f"ssd: unknown key {name!r} in speculative_config; {hint}")
+        values = {"model": None} | dict(values)
+        if isinstance(values.get("fan_out"), list):
+            values["fan_out"] = tuple(values["fan_out"])
+        if isinstance(values.get("kv_cache_memory"), str):
+            try:
+                values["kv_cache_memory"] = parse_size(values["kv_cache_memory"])
+            except ValueError as error:
+                raise ValueError(f"ssd: kv_cache_memory: {error}") from error
+        return cls(**values)
+
+
+def _shown(value: Any) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)

@@ -1,0 +1,530 @@
+"""The token trees of all requests, and the batched forwards that grow them.
+
+Each request has a *spine*: its committed tokens (the trunk) followed by the drafts now under verification.
+At every point of the spine where an outcome can fall, *branches* start, one for each likely bonus token.
+An outcome names tokens; following them along the spine and into a branch finds all the KV that is already
+there: a branch that was hit becomes the spine by relinking its pages, everything else is released.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from vllm_ssd.compat.paged import ForwardBatch, PagedModel
+from vllm_ssd.drafter.branches import Branches
+from vllm_ssd.drafter.pool import OutOfPages, PagePool
+from vllm_ssd.policy import FanOut
+from vllm_ssd.protocol import JIT_TOKEN, Block, Branch, DrafterStats, Evicted, Push, pack_ids
+
+PREFILL_TOKENS_PER_STEP = 256
+"""Prompt tokens forwarded beside one step of the branches, so that a long prompt delays nobody for long."""
+
+NO_ROWS = np.empty(0, np.int64)
+JUST_IN_TIME = -1
+"""Accept length under which the just-in-time branch is kept: it starts at the last committed token."""
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One request: its spine, the pages that hold it, and the branches that start from it."""
+
+    request_id: str
+    epoch: int
+    slot: int
+    temperature: float
+    tokens: list[int]
+    length: int  # committed tokens; tokens[length:] are the drafts under verification
+    computed: int = 0  # leading tokens whose KV is in the pages
+    num_pages: int = 0
+    candidates: dict[int, np.ndarray] = field(default_factory=dict)  # after tokens[i], for i >= length - 1
+    rows: np.ndarray = field(default_factory=lambda: NO_ROWS)
+    num_forks: int = 0  # fork points whose branches were started
+    fan_out: SequenceOf[int] = ()
+    num_drafts: int = 0
+    jit: int = 0
+    after_hit: bool = False
+    opened_at: float = 0.0
+
+
+@dataclass(slots=True)
+class _Draw:
+    """Tokens drawn after each logits row: ids [n, C] likeliest first, drawn [n], q ids and probs [n, M]."""
+
+    candidates: np.ndarray
+    drawn: np.ndarray
+    q_token_ids: np.ndarray | None
+    q_probs: np.ndarray | None
+
+
+class DraftEngine:
+    """Grow the speculation of every open request, one batched forward at a time.
+
+    `open`, `advance` and `close` only move tokens and pages; `speculate` runs one forward and returns what
+    the target should hear of it.
+    """
+
+    def __init__(
+        self,
+        model: PagedModel,
+        fan_out: FanOut,
+        *,
+        num_speculative_tokens: int,
+        max_num_seqs: int,
+        max_branches: int,
+        max_fan_out: int,
+        top_m: int,
+        seed: int,
+    ) -> None:
+        self._model = model
+        self._fan_out = fan_out
+        self._page_size = model.page_size
+        self._num_candidates = min(max_fan_out + 1, model.vocab_size)  # one may be the drafted token
+        self._top_m = min(top_m, model.vocab_size)
+        self.pool = PagePool(model.num_pages)
+        self.branches = Branches(
+            max_num_seqs * (max_branches + 1), num_speculative_tokens, model.page_size, self._num_candidates, self._top_m
+        )
+        self.tables = np.zeros((max_num_seqs, model.max_model_len // model.page_size + 3), np.int32)
+        self.sequences: dict[str, Sequence] = {}  # least recently advanced first
+        self._by_slot: list[Sequence | None] = [None] * max_num_seqs
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._unfinished: dict[str, Sequence] = {}  # spine not wholly computed
+        self._copies: dict[int, int] = {}  # destination page -> source page, before the next forward
+        self._evicted: list[Evicted] = []
+        self._generator = torch.Generator().manual_seed(seed)
+        self.num_steps = 0
+        self.num_evictions = 0
+        self.build_s = 0.0
+
+    # ---- the verbs -------------------------------------------------------------------------------------
+
+    def open(self, request_id: str, epoch: int, token_ids: np.ndarray, temperature: float, num_drafts: int) -> None:
+        """Start a request from all its committed tokens, `token_ids` `[L]` int32; replaces an earlier epoch."""
+        self.close(request_id)
+        if len(token_ids) + num_drafts + 1 >= self._model.max_model_len or not len(token_ids):
+            self._evicted.append(Evicted(request_id, epoch))
+            return
+        if not self._free_slots:
+            self._evict(next(iter(self.sequences.values())))
+        sequence = Sequence(
+            request_id, epoch, self._free_slots.pop(), temperature, token_ids.tolist(), len(token_ids)
+        )
+        self._by_slot[sequence.slot] = sequence
+        self._share_prefix(sequence)
+        self.sequences[request_id] = sequence
+        self._begin_round(sequence, num_drafts, jit=0)
+
+    def advance(
+        self, request_id: str, epoch: int, length: int, emitted: list[int], draft_token_ids: list[int],
+        *, num_drafts: int, jit: int = 0,
+    ) -> None:
+        """Commit `emitted`, take `draft_token_ids` as the drafts now under verification, start the next tree.
+
+        `length` is the committed length after `emitted`. A request that is unknown, of another epoch or out of
+        step is reported as evicted: the target then opens it anew.
+        """
+        sequence = self.sequences.get(request_id)
+        if sequence is None or sequence.epoch != epoch or sequence.length + len(emitted) != length:
+            if sequence is None or sequence.epoch <= epoch:
+                self.close(request_id)
+                self._evicted.append(Evicted(request_id, epoch))
+            return
+        path = emitted + draft_token_ids
+        if length + len(draft_token_ids) + num_drafts + 1 >= self._model.max_model_len:
+            self._evict(sequence)
+            return
+        self._observe(sequence, emitted)
+        self._follow(sequence, path)
+        sequence.length = length
+        sequence.candidates = {i: c for i, c in sequence.candidates.items() if i >= length - 1}
+        for position in range(length - 1, sequence.computed):
+            if position not in sequence.candidates:
+                sequence.computed = position
+                break
+        self.sequences[request_id] = self.sequences.pop(request_id)
+        self._begin_round(sequence, num_drafts, jit)
+
+    def close(self, request_id: str) -> None:
+        """Forget a request and free its pages; unknown requests are fine."""
+        sequence = self.sequences.pop(request_id, None)
+        if sequence is None:
+            return
+        self._unfinished.pop(request_id, None)
+        self.branches.remove(self.pool, sequence.rows)
+        self.pool.release(self.tables[sequence.slot, : sequence.num_pages])
+        self._by_slot[sequence.slot] = None
+        self._free_slots.append(sequence.slot)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `speculate` would run a forward or has something to report."""
+        branches = self.branches
+        return bool(
+            self._unfinished
+            or self._evicted
+            or (branches.alive & (branches.computed <= branches.num_drafts)).any()
+        )
+
+    def speculate(self) -> Push | None:
+        """One forward: uncomputed spines, and the next token of every branch that wants one.
+
+        Only when nothing else is wanted are finished branches run once more, over their last draft: then all
+        fork points of the next round are known before its outcome is.
+        """
+        branches = self.branches
+        spines = self._schedule_spines()
+        rows = np.flatnonzero(branches.alive & (branches.computed < branches.num_drafts))
+        if not len(rows) and not spines:
+            rows = np.flatnonzero(branches.alive & (branches.computed == branches.num_drafts))
+        if not len(rows) and not spines:
+            return self._report([])
+        self._flush_copies()
+        batch, spine_logits = self._batch(spines, rows)
+        draw = self._draw(self._model.forward(batch), spine_logits, rows)
+        self.num_steps += 1
+        grown = self._extend_branches(rows, draw, len(spine_logits))
+        started = self._extend_spines(spines, spine_logits, draw)
+        return self._report(self._blocks(np.concatenate([grown, started])))
+
+    # ---- outcomes --------------------------------------------------------------------------------------
+
+    def _follow(self, sequence: Sequence, path: list[int]) -> None:
+        """Make `path` the spine after the trunk, keeping the KV of every token already computed on it."""
+        branches, length = self.branches, sequence.length
+        k = _common_prefix(path, sequence.tokens[length:])
+        row = -1
+        if k < len(path):
+            row = branches.find(sequence.rows, k, path[k])
+        first = length + k
+        offset = 0
+        if row < 0 and k == 0 and path:
+            row = branches.find(sequence.rows, JUST_IN_TIME, sequence.tokens[length - 1])
+            if row >= 0 and (branches.computed[row] < 1 or branches.tokens[row, 1] != path[0]):
+                row = -1
+            first, offset = length - 1, 1
+        sequence.computed = min(sequence.computed, length + k)
+        sequence.after_hit = row >= 0 or (bool(path) and k == len(path))
+        if row >= 0:
+            known = branches.tokens[row, offset : min(branches.computed[row], branches.num_drafts[row]) + 1]
+            matched = offset + _common_prefix(path[k:], known.tolist())
+            matched = min(matched, int(branches.computed[row]))
+            first_page = first // self._page_size
+            table = self.tables[sequence.slot]
+            self.pool.release(table[first_page : sequence.num_pages])
+            pages = branches.take_pages(row)
+            sequence.num_pages = first_page + len(pages)
+            table[first_page : sequence.num_pages] = pages
+            sequence.computed = first + matched
+            for i in range(offset, matched):
+                sequence.candidates[first + i] = branches.candidates[row, i].copy()
+        sequence.tokens[length:] = path
+        kept = sequence.computed
+        sequence.candidates = {i: c for i, c in sequence.candidates.items() if i < kept}
+        branches.remove(self.pool, sequence.rows)
+        sequence.rows = NO_ROWS
+
+    def _observe(self, sequence: Sequence, emitted: list[int]) -> None:
+        """Tell the fan-out policy where the outcome fell, when it was that of one round."""
+        drafts = sequence.tokens[sequence.length :]
+        k = _common_prefix(emitted, drafts)
+        candidates = sequence.candidates.get(sequence.length - 1 + k)
+        if k != len(emitted) - 1 or candidates is None:
+            return
+        others = [t for t in candidates.tolist() if k == len(drafts) or t != drafts[k]]
+        rank = others.index(emitted[k]) if emitted[k] in others else None
+        self._fan_out.observe(len(drafts), k, rank, sequence.after_hit, len(others))
+
+    def _begin_round(self, sequence: Sequence, num_drafts: int, jit: int) -> None:
+        sequence.num_forks = 0
+        sequence.num_drafts = num_drafts
+        sequence.jit = jit
+        sequence.opened_at = time.perf_counter()
+        num_named = len(sequence.tokens) - sequence.length
+        sequence.fan_out = self._fan_out.counts(num_named, sequence.after_hit)
+        if sequence.computed < len(sequence.tokens):
+            self._unfinished[sequence.request_id] = sequence
+        else:
+            self._unfinished.pop(sequence.request_id, None)
+        self._fork(sequence)
+
+    def _fork(self, sequence: Sequence) -> None:
+        """Start the branches of every fork point whose candidates are known."""
+        if not sequence.num_drafts or sequence.jit:
+            return
+        length, drafts = sequence.length, sequence.tokens[sequence.length :]
+        while sequence.num_forks <= len(drafts):
+            k = sequence.num_forks
+            candidates = sequence.candidates.get(length - 1 + k)
+            if candidates is None:
+                return
+            sequence.num_forks += 1
+            if k < len(drafts):
+                candidates = candidates[candidates != drafts[k]]
+            first_tokens = candidates[: min(sequence.fan_out[k], self.branches.num_free)]
+            if len(first_tokens):
+                self._add_branches(sequence, k, length + k, sequence.num_drafts, first_tokens, length + k)
+
+    def _add_branches(
+        self, sequence: Sequence, accept_length: int, base: int, num_drafts: int, first_tokens: np.ndarray, filled: int
+    ) -> np.ndarray:
+        """Branches from `base`, with the slots below `filled` of its page copied from the spine."""
+        while True:
+            try:
+                rows = self.branches.add(
+                    self.pool, sequence.slot, accept_length, base, num_drafts, first_tokens
+                )
+                break
+            except OutOfPages:
+                victim = next(iter(self.sequences.values()))
+                if victim is sequence:
+                    return NO_ROWS
+                self._evict(victim)
+        if filled > base - base % self._page_size:
+            source = int(self.tables[sequence.slot, base // self._page_size])
+            source = self._copies.get(source, source)
+            for destination in self.branches.pages[rows, 0].tolist():
+                self._copies[destination] = source
+        sequence.rows = np.concatenate([sequence.rows, rows])
+        return rows
+
+    # ---- pages -----------------------------------------------------------------------------------------
+
+    def _share_prefix(self, sequence: Sequence) -> None:
+        """Read full pages of a prompt that another request has already computed (`n > 1`, shared prefixes)."""
+        best, best_pages = None, 0
+        for other in self.sequences.values():
+            usable = min(other.computed, other.length, sequence.length - 1)
+            if usable // self._page_size > best_pages:
+                pages = _common_prefix(sequence.tokens[:usable], other.tokens[:usable]) // self._page_size
+                if pages > best_pages:
+                    best, best_pages = other, pages
+        if best is not None:
+            shared = self.tables[best.slot, :best_pages]
+            self.pool.share(shared)
+            self.tables[sequence.slot, :best_pages] = shared
+            sequence.num_pages = best_pages
+            sequence.computed = best_pages * self._page_size
+
+    def _grow_table(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give the spine pages for `num_tokens`, evicting the least recently advanced requests if needed."""
+        missing = -(-num_tokens // self._page_size) - sequence.num_pages
+        if missing <= 0:
+            return True
+        while missing > self.pool.num_free:
+            victim = next(iter(self.sequences.values()))
+            self._evict(victim)
+            if victim is sequence:
+                return False
+        self.tables[sequence.slot, sequence.num_pages : sequence.num_pages + missing] = self.pool.allocate(missing)
+        sequence.num_pages += missing
+        return True
+
+    def _evict(self, sequence: Sequence) -> None:
+        self.close(sequence.request_id)
+        self._evicted.append(Evicted(sequence.request_id, sequence.epoch))
+        self.num_evictions += 1
+
+    def _flush_copies(self) -> None:
+        """Copy the partly filled tail pages of new branches; all sources are read before any is written."""
+        if self._copies:
+            self._model.copy_pages(list(self._copies.values()), list(self._copies))
+            self._copies.clear()
+
+    # ---- one forward -----------------------------------------------------------------------------------
+
+    def _schedule_spines(self) -> list[tuple[Sequence, int]]:
+        """Uncomputed spines and how many of their tokens ride in this step."""
+        budget, spines = PREFILL_TOKENS_PER_STEP, []
+        for sequence in list(self._unfinished.values()):
+            num_tokens = min(len(sequence.tokens) - sequence.computed, budget)
+            if not num_tokens:
+                break
+            if sequence.request_id not in self.sequences or not self._grow_table(
+                sequence, sequence.computed + num_tokens
+            ):
+                continue
+            budget -= num_tokens
+            spines.append((sequence, num_tokens))
+        return [(s, n) for s, n in spines if self.sequences.get(s.request_id) is s]
+
+    def _batch(self, spines: list[tuple[Sequence, int]], rows: np.ndarray) -> tuple[ForwardBatch, list[tuple[Sequence, int]]]:
+        """The forward of `spines` and `rows`, and the (sequence, token index) of each spine logit."""
+        branches, page_size = self.branches, self._page_size
+        token_ids: list[int] = []
+        positions: list[np.ndarray] = []
+        query_lens: list[int] = []
+        logit_indices: list[int] = []
+        spine_logits: list[tuple[Sequence, int]] = []
+        for sequence, n in spines:
+            start = sequence.computed
+            for position in range(max(start, sequence.length - 1), start + n):
+                logit_indices.append(len(token_ids) + position - start)
+                spine_logits.append((sequence, position))
+            token_ids.extend(sequence.tokens[start : start + n])
+            positions.append(np.arange(start, start + n))
+            query_lens.append(n)
+        owners = np.array([s.slot for s, _ in spines], np.int64)
+        spine_positions = np.concatenate(positions) if positions else NO_ROWS
+        spine_owners = np.repeat(owners, np.array(query_lens, np.int64))
+        spine_slots = self.tables[spine_owners, spine_positions // page_size].astype(np.int64)
+        spine_slots = spine_slots * page_size + spine_positions % page_size
+
+        base, step = branches.base[rows], branches.computed[rows]
+        row_positions = base + step
+        first_page = base // page_size
+        own_pages = branches.pages[rows]
+        row_page = own_pages[np.arange(len(rows)), row_positions // page_size - first_page].astype(np.int64)
+        all_positions = np.concatenate([spine_positions, row_positions])
+        width = int(all_positions.max()) // page_size + own_pages.shape[1]
+        page_tables = np.ascontiguousarray(self.tables[np.concatenate([owners, branches.owner[rows]]), :width])
+        columns = first_page[:, None] + np.arange(own_pages.shape[1])
+        np.put_along_axis(page_tables[len(spines) :], columns, own_pages, axis=1)
+        seq_lens = [s.computed + n for s, n in spines]
+        num_spine_tokens = len(token_ids)
+        return (
+            ForwardBatch(
+                token_ids=np.concatenate([np.array(token_ids, np.int64), branches.tokens[rows, step]]),
+                positions=all_positions,
+                slots=np.concatenate([spine_slots, row_page * page_size + row_positions % page_size]),
+                query_start_loc=np.concatenate(
+                    [[0], np.cumsum(query_lens), num_spine_tokens + 1 + np.arange(len(rows))]
+                ).astype(np.int32),
+                seq_lens=np.concatenate([seq_lens, row_positions + 1]).astype(np.int32),
+                page_tables=page_tables,
+                logit_indices=np.concatenate([logit_indices, num_spine_tokens + np.arange(len(rows))]).astype(np.int64),
+            ),
+            spine_logits,
+        )
+
+    def _draw(self, logits: torch.Tensor, spine_logits: list[tuple[Sequence, int]], rows: np.ndarray) -> _Draw:
+        """Likeliest tokens and one drawn token after each logits row.
+
+        Greedy rows take the likeliest. Others draw from the softmax at the request's temperature over the
+        `top_m` likeliest tokens: that cut, renormalised distribution is the proposal q, exactly.
+        """
+        owners = [s.temperature for s, _ in spine_logits]
+        owners += [self._by_slot[slot].temperature for slot in self.branches.owner[rows].tolist()]
+        temperatures = np.array(owners, np.float32)
+        num_candidates, top_m = self._num_candidates, self._top_m
+        if not temperatures.any():
+            ids = torch.topk(logits, num_candidates, dim=-1).indices.cpu().numpy()
+            return _Draw(ids.astype(np.int32), ids[:, 0], None, None)
+        values, ids = torch.topk(logits.float(), max(num_candidates, top_m), dim=-1)
+        divisor = torch.from_numpy(np.where(temperatures > 0, temperatures, 1.0).astype(np.float32))
+        q_probs = torch.softmax(values[:, :top_m].cpu() / divisor[:, None], dim=-1)
+        choice = torch.multinomial(q_probs, 1, generator=self._generator)[:, 0].numpy()
+        ids = ids.cpu().numpy()
+        choice = np.where(temperatures > 0, choice, 0)
+        return _Draw(
+            ids[:, :num_candidates].astype(np.int32),
+            ids[np.arange(len(ids)), choice],
+            ids[:, :top_m].astype(np.int32),
+            q_probs.numpy(),
+        )
+
+    def _extend_branches(self, rows: np.ndarray, draw: _Draw, first: int) -> np.ndarray:
+        """Store what was drawn for `rows`; returns those whose depth is worth a push."""
+        branches = self.branches
+        step = branches.computed[rows]
+        branches.candidates[rows, step] = draw.candidates[first:]
+        branches.computed[rows] = step + 1
+        growing = step < branches.num_drafts[rows]
+        if not growing.any():
+            return NO_ROWS
+        branches.tokens[rows, np.minimum(step + 1, branches.num_drafts[rows])] = draw.drawn[first:]
+        if draw.q_probs is not None:
+            branches.q_token_ids[rows, step] = draw.q_token_ids[first:]
+            branches.q_probs[rows, step] = draw.q_probs[first:]
+        return self._worth_a_push(rows)
+
+    def _extend_spines(self, spines: list[tuple[Sequence, int]], spine_logits: list[tuple[Sequence, int]], draw: _Draw) -> np.ndarray:
+        """Count what was computed of `spines` and fork where that allows it; returns just-in-time rows."""
+        for i, (sequence, position) in enumerate(spine_logits):
+            sequence.candidates[position] = draw.candidates[i]
+        for sequence, n in spines:
+            sequence.computed += n
+            if sequence.computed == len(sequence.tokens):
+                del self._unfinished[sequence.request_id]
+            self._fork(sequence)
+        started = [
+            self._start_jit(sequence, draw, i)
+            for i, (sequence, position) in enumerate(spine_logits)
+            if sequence.jit and position == sequence.length - 1
+        ]
+        return np.concatenate([NO_ROWS, *started])
+
+    def _start_jit(self, sequence: Sequence, draw: _Draw, i: int) -> np.ndarray:
+        """One branch for the very round that waits, from the token just drawn after the trunk."""
+        base = sequence.length - 1
+        rows = self._add_branches(
+            sequence, JUST_IN_TIME, base, sequence.jit, np.array([sequence.tokens[base]]), sequence.length
+        )
+        if len(rows):
+            branches = self.branches
+            branches.computed[rows] = 1
+            branches.candidates[rows, 0] = draw.candidates[i]
+            branches.tokens[rows, 1] = draw.drawn[i]
+            if draw.q_probs is not None:
+                branches.q_token_ids[rows, 0] = draw.q_token_ids[i]
+                branches.q_probs[rows, 0] = draw.q_probs[i]
+        return rows
+
+    # ---- news ------------------------------------------------------------------------------------------
+
+    def _worth_a_push(self, rows: np.ndarray) -> np.ndarray:
+        depth = self.branches.computed[rows]
+        powers = (depth & (depth - 1)) == 0
+        return rows[powers | (depth == self.branches.num_drafts[rows])]
+
+    def _blocks(self, rows: np.ndarray) -> list[Block]:
+        """What `rows` have grown since they were last pushed, by request."""
+        branches = self.branches
+        by_owner: dict[int, list[Branch]] = {}
+        depths = branches.computed[rows].tolist()
+        for row, depth, owner, k, tokens in zip(
+            rows.tolist(),
+            depths,
+            branches.owner[rows].tolist(),
+            branches.accept_length[rows].tolist(),
+            branches.tokens[rows].tolist(),
+        ):
+            offset = 0 if depth == 1 else 1 << ((depth - 1).bit_length() - 1)
+            if k == JUST_IN_TIME:
+                k, bonus = 0, JIT_TOKEN
+            else:
+                bonus = tokens[0]
+            q_token_ids = q_probs = b""
+            if self._by_slot[owner].temperature > 0:
+                q_token_ids = pack_ids(branches.q_token_ids[row, offset:depth])
+                q_probs = branches.q_probs[row, offset:depth].tobytes()
+            by_owner.setdefault(owner, []).append(
+                Branch(k, bonus, offset, tokens[offset + 1 : depth + 1], q_token_ids, q_probs)
+            )
+        blocks = []
+        for owner, news in by_owner.items():
+            sequence = self._by_slot[owner]
+            blocks.append(Block(sequence.request_id, sequence.epoch, sequence.length, news))
+        return blocks
+
+    def _report(self, blocks: list[Block]) -> Push | None:
+        evicted, self._evicted = self._evicted, []
+        return Push(blocks, evicted, None) if blocks or evicted else None
+
+    def stats(self) -> DrafterStats:
+        """Counters and page use for the target's metrics."""
+        return DrafterStats(
+            self.pool.num_free, self.pool.num_pages, self.build_s * 1e3, self.num_steps, self.num_evictions
+        )
+
+
+def _common_prefix(a: SequenceOf[int], b: SequenceOf[int]) -> int:
+    """Number of leading elements that `a` and `b` share."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])

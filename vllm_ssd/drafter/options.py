@@ -1,0 +1,29 @@
+"""What a drafter process is told at start."""
+
+from __future__ import annotations
+
+import msgspec
+
+MAX_LEARNED_FAN_OUT = 16
+"""Bonus tokens ranked at each fork point when the fan-out is learned; the budget may favour one point this far."""
+
+
+class DrafterOptions(msgspec.Struct, frozen=True):
+    """JSON on the drafter's command line. engine_args: of vLLM; cpus: cores to run on, empty for all."""
+
+    engine_args: dict
+    num_speculative_tokens: int
+    fan_out: int | list[int] | None
+    branch_budget: int | None
+    max_num_seqs: int
+    max_branches: int
+    top_m: int
+    cpus: list[int]
+    parent_pid: int
+
+    @property
+    def max_fan_out(self) -> int:
+        """Most branches that may start at one fork point."""
+        if self.fan_out is None:
+            return min(self.max_branches, MAX_LEARNED_FAN_OUT)
+        return self.fan_out if isinstance(self.fan_out, int) else max(self.fan_out)

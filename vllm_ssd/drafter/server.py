@@ -1,0 +1,126 @@
+"""The drafter's process: boot the model, shake hands, then serve one target until it goes away."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+
+import msgspec
+
+from vllm_ssd.drafter.engine import DraftEngine
+from vllm_ssd.drafter.options import DrafterOptions
+from vllm_ssd.policy import FanOut
+from vllm_ssd.protocol import (
+    PROTOCOL_VERSION,
+    Close,
+    Hello,
+    Open,
+    Outcome,
+    Push,
+    Refused,
+    Step,
+    Welcome,
+    fingerprint,
+    unpack_ids,
+)
+from vllm_ssd.transport import Transport, TransportClosed
+
+STATS_INTERVAL_S = 1.0
+"""A drafter that was spoken to says something at least this often: silence means it hangs."""
+
+
+def serve(transport: Transport, engine: DraftEngine) -> None:
+    """Apply what the target says and push what the engine grows, until the transport closes."""
+    heard, reported_at = False, time.monotonic()
+    num_drafts = 0
+    while True:
+        steps = transport.poll(0.0 if engine.has_work else (STATS_INTERVAL_S if heard else None))
+        for step in steps:
+            heard = True
+            num_drafts = step.num_speculative_tokens
+            for event in step.events:
+                apply(engine, event, num_drafts)
+        push = engine.speculate() if engine.has_work else None
+        now = time.monotonic()
+        if heard and now - reported_at >= STATS_INTERVAL_S:
+            push = push or Push([], [], None)
+            push = msgspec.structs.replace(push, stats=engine.stats())
+            heard, reported_at = False, now
+        if push is not None:
+            transport.send(push)
+
+
+def apply(engine: DraftEngine, event: Open | Outcome | Close, num_drafts: int) -> None:
+    """One event of a target step."""
+    match event:
+        case Outcome():
+            engine.advance(
+                event.request_id,
+                event.epoch,
+                event.length,
+                event.emitted,
+                event.draft_token_ids,
+                num_drafts=num_drafts,
+                jit=event.jit,
+            )
+        case Open():
+            token_ids = unpack_ids(event.token_ids)
+            engine.open(event.request_id, event.epoch, token_ids, event.temperature, num_drafts)
+        case Close():
+            engine.close(event.request_id)
+
+
+def run(fd: int, options: DrafterOptions) -> int:
+    """Boot and serve on the connected socket `fd`; returns the process's exit status."""
+    from vllm_ssd.transport.process import ProcessTransport
+
+    transport = ProcessTransport.from_fd(fd, "drafter")
+    try:
+        from vllm_ssd.compat.draft_model import DraftModel
+
+        model = DraftModel(**options.engine_args)
+        tokenizer = fingerprint(model.tokenizer_vocab())
+    except Exception as error:  # whatever vLLM's start-up raises is the reason the target reports
+        transport.send(Refused(f"{type(error).__name__}: {error}"))
+        transport.poll(0.0)
+        raise
+    fan_out = FanOut(options.num_speculative_tokens, options.fan_out, options.branch_budget)
+    engine = DraftEngine(
+        model,
+        fan_out,
+        num_speculative_tokens=options.num_speculative_tokens,
+        max_num_seqs=options.max_num_seqs,
+        max_branches=options.max_branches,
+        max_fan_out=options.max_fan_out,
+        top_m=options.top_m,
+        seed=int.from_bytes(os.urandom(8), "little") >> 1,  # never the stream that verification draws from
+    )
+    welcome = Welcome(
+        PROTOCOL_VERSION, model.vocab_size, tokenizer, model.max_model_len, model.num_pages, model.page_size
+    )
+    try:
+        if not _shake_hands(transport, welcome):
+            return 1
+        gc.collect()
+        gc.freeze()
+        serve(transport, engine)
+    except TransportClosed:
+        return 0
+    return 0
+
+
+def _shake_hands(transport: Transport, welcome: Welcome) -> bool:
+    (hello,) = transport.poll(None)[:1]
+    reason = None
+    if not isinstance(hello, Hello) or hello.version != PROTOCOL_VERSION:
+        reason = f"protocol version {getattr(hello, 'version', None)} of the target, {PROTOCOL_VERSION} of the drafter"
+    elif hello.vocab_size != welcome.vocab_size:
+        reason = (
+            f"the target's vocabulary has {hello.vocab_size} tokens, the draft model's {welcome.vocab_size}; "
+            "a draft model must share the target's tokenizer"
+        )
+    elif hello.tokenizer and hello.tokenizer != welcome.tokenizer:
+        reason = "the draft model's tokenizer differs from the target's although the vocabulary sizes agree"
+    transport.send(Refused(reason) if reason else welcome)
+    return reason is None

@@ -1,0 +1,201 @@
+"""Start the drafter's process, watch it, and start it again when it dies."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import msgspec
+
+from vllm_ssd.drafter.options import DrafterOptions
+from vllm_ssd.protocol import Hello, Push, Refused, Step, Welcome
+from vllm_ssd.transport import Transport, TransportClosed
+from vllm_ssd.transport.process import ProcessTransport, socket_pair
+
+HANG_S = 10.0
+"""A drafter that was told something and has said nothing for so long is taken for hung and killed."""
+BACKOFF_S = (1.0, 60.0)
+"""First and longest pause before a drafter is started again; doubled with each failure."""
+
+
+class DrafterFailed(RuntimeError):
+    """The drafter never came up; the message is the one sentence the user needs."""
+
+
+class DrafterProcess:
+    """A link to one drafter process, which a thread of its own starts and restarts.
+
+    `send` and `poll` never raise and never wait for a drafter that is gone: without one, steps are dropped and
+    nothing is heard. `generation` grows when a new drafter has shaken hands.
+    """
+
+    def __init__(
+        self,
+        options: DrafterOptions,
+        hello: Hello,
+        *,
+        environment: dict[str, str | None],
+        startup_timeout_s: float,
+        logger: logging.Logger,
+    ) -> None:
+        self.generation = 0
+        self.connected = False
+        self.max_model_len = 0
+        self._options = options
+        self._hello = hello
+        self._environment = environment
+        self._startup_timeout_s = startup_timeout_s
+        self._logger = logger
+        self._process: subprocess.Popen | None = None
+        self._transport: Transport | None = None
+        self._spoke_at = self._heard_at = 0.0
+        self._failure: DrafterFailed | None = None
+        self._wanted = threading.Event()  # set while a (new) drafter should be started
+        self._settled = threading.Event()  # set once the first start has succeeded or failed
+        self._closed = threading.Event()
+        self._wanted.set()
+        # The child asks the kernel to die with the *thread* that started it, so one thread starts them all.
+        self._thread = threading.Thread(target=_supervise, args=(weakref.ref(self),), name="ssd-drafter", daemon=True)
+        self._thread.start()
+        atexit.register(_close_weakly, weakref.ref(self))
+
+    def wait_until_ready(self) -> None:
+        """Block until the first drafter has shaken hands; raises `DrafterFailed` when it does not."""
+        self._settled.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def send(self, step: Step) -> None:
+        """Tell the drafter of one target step; dropped while there is no drafter."""
+        if self.connected:
+            now = time.monotonic()
+            if self._spoke_at <= self._heard_at:
+                self._spoke_at = now
+            elif now - max(self._spoke_at, self._heard_at) > HANG_S:
+                self._lost(f"said nothing for {HANG_S:.0f} s")
+                return
+            try:
+                self._transport.send(step)
+            except TransportClosed as error:
+                self._lost(str(error))
+
+    def poll(self, timeout_s: float = 0.0) -> list[Push]:
+        """What the drafter has pushed since the last call, waiting at most `timeout_s` when there is nothing."""
+        if not self.connected:
+            return []
+        try:
+            pushes = self._transport.poll(timeout_s)
+        except TransportClosed as error:
+            self._lost(str(error))
+            return []
+        if pushes:
+            self._heard_at = time.monotonic()
+        return pushes
+
+    def close(self) -> None:
+        """End the drafter; idempotent, and called at exit."""
+        self._closed.set()
+        self._wanted.set()
+        self.connected = False
+        if self._transport is not None:
+            self._transport.close()
+        self._kill()
+
+    def _lost(self, reason: str) -> None:
+        self.connected = False
+        self._logger.warning("SSD drafter lost (%s); decoding goes on without drafts until it is back", reason)
+        self._transport.close()
+        self._wanted.set()
+
+    def _kill(self) -> None:
+        process = self._process
+        if process is not None:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def _start(self) -> None:
+        """Start one drafter and shake hands; raises `DrafterFailed`."""
+        self._kill()
+        transport, child_socket = socket_pair()
+        if self._options.cpus:  # of this thread alone, and of the child from its first instruction
+            os.sched_setaffinity(0, self._options.cpus)
+        with child_socket:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vllm_ssd.drafter", str(child_socket.fileno()), msgspec.json.encode(self._options).decode()],
+                pass_fds=[child_socket.fileno()],
+                env={k: v for k, v in {**os.environ, **self._environment}.items() if v is not None},
+                stdin=subprocess.DEVNULL,
+            )
+        try:
+            transport.send(self._hello)
+            answers = transport.poll(self._startup_timeout_s)
+        except TransportClosed:
+            status = self._process.wait()
+            raise DrafterFailed(f"the SSD drafter ended with status {status} before it was ready; see its output above") from None
+        if not answers:
+            self._kill()
+            raise DrafterFailed(
+                f"the SSD drafter was not ready within startup_timeout_s={self._startup_timeout_s:g}; "
+                "raise it if the draft model loads slowly"
+            )
+        if isinstance(answers[0], Refused):
+            transport.close()
+            raise DrafterFailed(f"the SSD drafter cannot serve: {answers[0].reason}")
+        welcome: Welcome = answers[0]
+        self._transport = transport
+        self.max_model_len = welcome.max_model_len
+        self._spoke_at = self._heard_at = time.monotonic()
+        self.generation += 1
+        self.connected = True
+        self._logger.info(
+            "SSD drafter %d ready: pid %d, %d KV pages of %d tokens, at most %d tokens a request",
+            self.generation, self._process.pid, welcome.num_pages, welcome.page_size, welcome.max_model_len,
+        )
+
+
+def _supervise(reference: weakref.ref[DrafterProcess]) -> None:
+    """Start drafters for as long as the link lives; the first failure to start is final."""
+    pause_s, started_at = BACKOFF_S[0], 0.0
+    while (link := reference()) is not None:
+        wanted, closed = link._wanted, link._closed
+        del link
+        if not wanted.wait(timeout=1.0):
+            continue
+        link = reference()
+        if link is None or closed.is_set():
+            return
+        wanted.clear()
+        first = link.generation == 0
+        if not first:
+            pause_s = BACKOFF_S[0] if time.monotonic() - started_at > BACKOFF_S[1] else min(2 * pause_s, BACKOFF_S[1])
+            link._kill()
+            if closed.wait(pause_s):
+                return
+        try:
+            link._start()
+            started_at = time.monotonic()
+        except Exception as error:  # a thread that dies would leave the target without a drafter, unexplained
+            failure = error if isinstance(error, DrafterFailed) else DrafterFailed(f"the SSD drafter: {error}")
+            if first:
+                link._failure = failure
+            else:
+                link._logger.warning("%s; trying again", failure)
+                wanted.set()
+        if closed.is_set():
+            link.close()
+        link._settled.set()
+        if link._failure is not None:
+            return
+
+
+def _close_weakly(reference: weakref.ref[DrafterProcess]) -> None:
+    link = reference()
+    if link is not None:
+        link.close()

@@ -1,0 +1,70 @@
+"""Where vLLM meets this package: the entry point, the user's configuration, and the proposer vLLM constructs."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+logger = logging.getLogger("vllm.vllm_ssd")
+
+PROPOSER = "vllm_ssd.proposer.SSDProposer"
+
+
+def register() -> None:
+    """Teach vLLM the speculative method "ssd"; idempotent, called by vLLM in every process, never raises."""
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+
+        original = EngineArgs.create_speculative_config
+        if getattr(original, "_vllm_ssd", False):
+            return
+
+        @functools.wraps(original)
+        def create_speculative_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+            if asks_for_ssd(self):
+                translate(self)
+            return original(self, *args, **kwargs)
+
+        create_speculative_config._vllm_ssd = True
+        EngineArgs.create_speculative_config = create_speculative_config
+    except Exception:  # vLLM calls plugins unguarded: whoever did not ask for ssd must not notice us
+        logger.exception("vllm-ssd could not register; speculative method 'ssd' is not available")
+
+
+def asks_for_ssd(engine_args: Any) -> bool:
+    """Whether the user chose speculative method "ssd", in any of the spellings vLLM takes."""
+    config = engine_args.speculative_config or {}
+    return engine_args.__dict__.get("spec_method") == "ssd" or config.get("method") == "ssd"
+
+
+def translate(engine_args: Any) -> None:
+    """Check the user's ssd configuration and put it into the form that vLLM carries to its workers.
+
+    vLLM is left with `custom_class` and our proposer; our own keys travel in `additional_config["ssd"]`, which
+    enters vLLM's compile-cache key, and the volatile ones in an environment variable, which does not.
+    """
+    import vllm
+
+    from vllm_ssd.compat.version import check_vllm_version
+    from vllm_ssd.config import RUNTIME_ENV, SSDConfig
+
+    check_vllm_version(vllm.__version__)
+    user = dict(engine_args.speculative_config or {})
+    for field, key in (("spec_method", "method"), ("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
+        value = getattr(engine_args, field, None)
+        if value is not None:
+            if key in user:
+                raise ValueError(f"ssd: {key} is given twice, in speculative_config and as {field}")
+            user[key] = value
+            setattr(engine_args, field, None)
+    config = SSDConfig.from_user(user)
+    engine_args.additional_config = {**(engine_args.additional_config or {}), "ssd": config.to_json()}
+    os.environ[RUNTIME_ENV] = config.runtime_json()
+    engine_args.speculative_config = {
+        "method": "custom_class",
+        "model": PROPOSER,
+        "num_speculative_tokens": config.num_speculative_tokens,
+    }

@@ -1,0 +1,166 @@
+"""How many bonus tokens to predict for every accept length."""
+
+import heapq
+from collections.abc import Callable, Sequence
+from math import log
+
+PLAUSIBLE = 0.01
+REFRESH_OBSERVATIONS = 32
+HALVE_OBSERVATIONS = 1024
+
+# Cold start, worth PRIOR_WEIGHT observations: acceptance of one draft after a hit and after a miss, then, for
+# rejections (k < m) and full acceptance (k = m), the chance that t* is the first candidate, and the exponent r.
+PRIOR_WEIGHT = 8.0
+PRIOR_ACCEPTANCE = {True: 0.75, False: 0.4}
+PRIOR_FIRST = (0.5, 0.7)
+PRIOR_EXPONENT = 1.0
+
+
+def geometric_fan_out(num_drafts: int, budget: float, acceptance: float, r: float) -> list[float]:
+    """Best real-valued fan-out when drafts are accepted independently and F candidates miss with probability F^-r.
+
+    -> num_drafts + 1 numbers that sum to budget. Saguaro, Theorem 12: F_k is proportional to P(k)^(1 / (1 + r)).
+    """
+    accept_probs = [acceptance**k * (1 - acceptance) for k in range(num_drafts)] + [acceptance**num_drafts]
+    weights = [prob ** (1 / (1 + r)) for prob in accept_probs]
+    scale = budget / sum(weights)
+    return [scale * weight for weight in weights]
+
+
+def allocate(budget: int, accept_probs: Sequence[float], miss: Callable[[int, int], float]) -> list[int]:
+    """Split a budget of branches over accept lengths so that the chance of a hit is greatest.
+
+    accept_probs [m + 1]; miss(k, f) is the chance that f candidates at accept length k do not hold the bonus token.
+    -> m + 1 counts that sum to budget, optimal where miss is convex in f among those that give every accept length of
+    probability 0.01 or more a branch; a budget too small for that goes by gain alone.
+    """
+    plausible = [prob >= PLAUSIBLE for prob in accept_probs]
+    counts = [int(seed) for seed in plausible] if sum(plausible) <= budget else [0] * len(accept_probs)
+
+    def gain(k: int) -> tuple[float, float, int]:
+        return (-accept_probs[k] * (miss(k, counts[k]) - miss(k, counts[k] + 1)), -accept_probs[k], k)
+
+    queue = [gain(k) for k in range(len(counts))]
+    heapq.heapify(queue)
+    for _ in range(budget - sum(counts)):
+        k = queue[0][2]
+        counts[k] += 1
+        heapq.heapreplace(queue, gain(k))
+    return counts
+
+
+class FanOut:
+    """Fan-out per accept length, learned from outcomes unless it was configured.
+
+    fan_out: one count for all accept lengths, or num_speculative_tokens + 1 of them, the last for full acceptance;
+    branch_budget: branches a request, shared out by what was seen (default 4 per accept length).
+    Acceptance is learned by draft position, separately after a hit and after a miss; the rank of the bonus token among
+    its candidates as a Pareto law, miss(F) = A * F^-r, separately for rejections and full acceptance.
+    """
+
+    def __init__(
+        self,
+        num_speculative_tokens: int,
+        fan_out: int | Sequence[int] | None = None,
+        branch_budget: int | None = None,
+    ):
+        num_lengths = num_speculative_tokens + 1
+        self._fixed = None
+        if fan_out is not None:
+            self._fixed = [fan_out] * num_lengths if isinstance(fan_out, int) else list(fan_out)
+        self._budget = sum(self._fixed) if self._fixed else branch_budget or 4 * num_lengths
+        # [after hit][m][k]: rounds of m drafts of which k were accepted.
+        self._rounds = {hit: [[0.0] * (m + 1) for m in range(num_lengths)] for hit in (True, False)}
+        # [k == m]: ranked bonus tokens, those ranked first, those ranked later, and the summed logarithms of the ranks.
+        self._ranked, self._first, self._later, self._log_ranks = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
+        self._num_observed = 0
+        self._cache: dict[tuple[int, bool, int], list[int]] = {}
+
+    def observe(
+        self, num_drafts: int, accept_length: int, rank: int | None, after_hit: bool, num_candidates: int | None = None
+    ) -> None:
+        """Learn from one outcome.
+
+        rank: place of the bonus token among the candidates of its fork point, from 0; None when it was not among them.
+        num_candidates: how many there were (default: as many as counts() now gives); 0 says nothing about ranks.
+        """
+        self._rounds[after_hit][num_drafts][accept_length] += 1
+        if num_candidates is None:
+            num_candidates = self.counts(num_drafts, after_hit)[accept_length]
+        if num_candidates:
+            full = accept_length == num_drafts
+            self._ranked[full] += 1
+            if rank is None:
+                self._log_ranks[full] += log(num_candidates)
+            elif rank == 0:
+                self._first[full] += 1
+            else:
+                self._later[full] += 1
+                self._log_ranks[full] += log(rank + 1)
+        self._num_observed += 1
+        if self._num_observed % REFRESH_OBSERVATIONS == 0:
+            self._cache.clear()
+            if self._num_observed % HALVE_OBSERVATIONS == 0:
+                self._halve()
+
+    def counts(self, num_drafts: int, after_hit: bool, budget: int | None = None) -> list[int]:
+        """Branches per accept length of a round with num_drafts drafts: num_drafts + 1 counts, budget at most in all."""
+        budget = self._budget if budget is None else min(budget, self._budget)
+        key = (num_drafts, after_hit, budget)
+        counts = self._cache.get(key)
+        if counts is None:
+            if self._fixed is not None:
+                counts = scale_down(self._fixed[:num_drafts] + self._fixed[-1:], budget)
+            else:
+                counts = allocate(budget, self.accept_probs(num_drafts, after_hit), self._miss_law(num_drafts))
+            self._cache[key] = counts
+        return counts
+
+    def accept_probs(self, num_drafts: int, after_hit: bool) -> list[float]:
+        """Estimated P(k) of a round with num_drafts drafts: num_drafts + 1 numbers that sum to 1."""
+        longest = len(self._rounds[after_hit]) - 1
+        tried, accepted = [0.0] * longest, [0.0] * longest
+        for m, rounds in enumerate(self._rounds[after_hit]):
+            at_least = sum(rounds)
+            for j in range(m):
+                tried[j] += at_least
+                at_least -= rounds[j]
+                accepted[j] += at_least
+        pooled = (sum(accepted) + PRIOR_WEIGHT * PRIOR_ACCEPTANCE[after_hit]) / (sum(tried) + PRIOR_WEIGHT)
+        probs, survival = [], 1.0
+        for j in range(num_drafts):
+            longer = survival * (accepted[j] + PRIOR_WEIGHT * pooled) / (tried[j] + PRIOR_WEIGHT)
+            probs.append(survival - longer)
+            survival = longer
+        return [*probs, survival]
+
+    def _miss_law(self, num_drafts: int) -> Callable[[int, int], float]:
+        laws = []
+        for full in (False, True):
+            first = (self._first[full] + PRIOR_WEIGHT * PRIOR_FIRST[full]) / (self._ranked[full] + PRIOR_WEIGHT)
+            r = (self._later[full] + PRIOR_WEIGHT * PRIOR_EXPONENT) / (self._log_ranks[full] + PRIOR_WEIGHT)
+            laws.append((1 - first, -r))
+
+        def miss(k: int, count: int) -> float:
+            scale, exponent = laws[k == num_drafts]
+            return scale * count**exponent if count else 1.0
+
+        return miss
+
+    def _halve(self) -> None:
+        tables = [*self._rounds[True], *self._rounds[False], self._ranked, self._first, self._later, self._log_ranks]
+        for table in tables:
+            table[:] = [value / 2 for value in table]
+
+
+def scale_down(counts: list[int], budget: int) -> list[int]:
+    """Shrink counts in proportion so that they sum to budget at most, by largest remainder."""
+    total = sum(counts)
+    if total <= budget:
+        return counts
+    shares = [count * budget / total for count in counts]
+    scaled = [int(share) for share in shares]
+    by_remainder = sorted(range(len(counts)), key=lambda k: scaled[k] - shares[k])
+    for k in by_remainder[: budget - sum(scaled)]:
+        scaled[k] += 1
+    return scaled

@@ -1,0 +1,201 @@
+"""The messages between a target and its drafter.
+
+Every message is a msgpack array; those that can meet in one place start with a number that names their type. The clock
+is a request's committed length: the number of tokens, prompt included, that no later event can take back. An epoch
+counts how often a request was opened, so that news of a lost incarnation is recognised and dropped. Fields may be added
+at the end of a message: decoders ignore what they do not know, so a `Hello` of another version can be refused in words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import msgspec
+import numpy as np
+
+PROTOCOL_VERSION = 1
+
+JIT_TOKEN = -1
+"""Bonus token id of the branch that continues the committed tokens themselves, at accept length 0."""
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+BonusTokenId = Annotated[int, msgspec.Meta(ge=JIT_TOKEN, lt=2**31)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class ProtocolError(ValueError):
+    """Bytes that are no message of this protocol."""
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """No message can be part of a reference cycle, so none is worth the garbage collector's time."""
+
+
+class Hello(_Message, tag=0):
+    """Target → drafter, first: what both sides must agree on. An empty `tokenizer` is not compared."""
+
+    version: int
+    vocab_size: Count
+    num_speculative_tokens: Count
+    tokenizer: str
+
+
+class Welcome(_Message, tag=0):
+    """Drafter → target, answering `Hello`: the drafter is ready; its capacity in tokens is pages times page size."""
+
+    version: int
+    vocab_size: Count
+    tokenizer: str
+    max_model_len: Count
+    num_pages: Count
+    page_size: Count
+
+
+class Refused(_Message, tag=1):
+    """Drafter → target, instead of `Welcome`: why there will be no drafter, in one sentence for the user."""
+
+    reason: str
+
+
+class Open(_Message, tag=0):
+    """A request starts, or starts again after an eviction; its committed length is the number of tokens.
+
+    token_ids: all committed tokens, int32 little-endian (see `pack_ids`)
+    temperature: 0 for greedy requests, whose branches carry no q
+    """
+
+    request_id: str
+    epoch: Count
+    token_ids: bytes
+    temperature: float
+
+
+class Outcome(_Message, tag=1):
+    """A request's round is decided and its next one begins.
+
+    length: committed length after `emitted`
+    emitted: tokens committed since the previous event of this request
+    draft_token_ids: the drafts now being verified, whatever proposed them
+    jit: number of drafts wanted just in time for this very round; `draft_token_ids` is then empty, and a second
+        `Outcome` with nothing emitted names the drafts that were taken
+    """
+
+    request_id: str
+    epoch: Count
+    length: Count
+    emitted: list[TokenId]
+    draft_token_ids: list[TokenId]
+    jit: Count = 0
+
+
+class Close(_Message, tag=2):
+    """A request has ended."""
+
+    request_id: str
+
+
+class Step(_Message, tag=1):
+    """Target → drafter, once a target step: its events, and the number of drafts wanted for each coming round."""
+
+    events: list[Open | Outcome | Close]
+    num_speculative_tokens: Count
+
+
+class Branch(_Message):
+    """The tokens that follow one predicted outcome, from depth `offset` on: what was sent before never changes.
+
+    accept_length, bonus_token_id: the outcome; accept length 0 with `JIT_TOKEN` continues the committed tokens
+    draft_token_ids: n tokens
+    q_token_ids: [n, M] int32 little-endian, the support of each token's proposal distribution; empty when greedy
+    q_probs: [n, M] float32 little-endian, its probabilities; empty when greedy
+    """
+
+    accept_length: Count
+    bonus_token_id: BonusTokenId
+    offset: Count
+    draft_token_ids: list[TokenId]
+    q_token_ids: bytes = b""
+    q_probs: bytes = b""
+
+
+class Block(_Message):
+    """New or longer branches of one request for the round that began at committed length `length`."""
+
+    request_id: str
+    epoch: Count
+    length: Count
+    branches: list[Branch]
+
+
+class Evicted(_Message):
+    """The drafter has lost a request and forgets it until it is opened again with a later epoch."""
+
+    request_id: str
+    epoch: Count
+
+
+class DrafterStats(_Message):
+    """The drafter's gauges and running totals; `build_ms` is the recent time of growing one round's branches."""
+
+    pages_free: Count
+    pages_total: Count
+    build_ms: float
+    steps: Count
+    evictions: Count
+
+
+class Push(_Message, tag=2):
+    """Drafter → target, after each drafter step that has news."""
+
+    blocks: list[Block]
+    evicted: list[Evicted]
+    stats: DrafterStats | None
+
+
+ToDrafter = Hello | Step
+ToTarget = Welcome | Refused | Push
+
+_encoder = msgspec.msgpack.Encoder()
+_to_drafter = msgspec.msgpack.Decoder(ToDrafter)
+_to_target = msgspec.msgpack.Decoder(ToTarget)
+
+
+def encode(message: ToDrafter | ToTarget) -> bytes:
+    """The bytes of one message."""
+    return _encoder.encode(message)
+
+
+def decode_to_drafter(data: bytes | bytearray | memoryview) -> ToDrafter:
+    """The message that the target sent; raises ProtocolError for anything else."""
+    return _decode(_to_drafter, data)
+
+
+def decode_to_target(data: bytes | bytearray | memoryview) -> ToTarget:
+    """The message that the drafter sent; raises ProtocolError for anything else."""
+    return _decode(_to_target, data)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder, data: bytes | bytearray | memoryview) -> ToDrafter | ToTarget:
+    try:
+        return decoder.decode(data)
+    except (ValueError, RecursionError) as error:  # msgspec's own errors and bad UTF-8 are ValueErrors
+        raise ProtocolError(f"not a message: {error}") from error
+
+
+def pack_ids(token_ids: Sequence[int] | np.ndarray) -> bytes:
+    """Token ids of any shape as int32 little-endian, in C order."""
+    return np.asarray(token_ids, dtype="<i4").tobytes()
+
+
+def unpack_ids(data: bytes) -> np.ndarray:
+    """The flat, read-only int32 array that `pack_ids` packed; raises ProtocolError when bytes are left over."""
+    if len(data) % 4:
+        raise ProtocolError(f"{len(data)} bytes are not a whole number of int32 token ids")
+    return np.frombuffer(data, dtype="<i4")
+
+
+def fingerprint(tokenizer_vocab: Mapping[str, int]) -> str:
+    """16 hex digits that two tokenizers share when they give the same ids to the same tokens."""
+    return hashlib.sha256(ascii(sorted(tokenizer_vocab.items())).encode()).hexdigest()[:16]

@@ -1,0 +1,364 @@
+"""The target's side of SSD: take the speculation that waits for an outcome, tell the drafter the outcome.
+
+vLLM's rejection sampler stays the only judge of tokens. Nothing here waits for the drafter but a missed row,
+and that only up to a bound.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from vllm_ssd.config import SSDConfig
+from vllm_ssd.metrics import Metrics
+from vllm_ssd.policy import Adaptation, jit_drafts, ngram_drafts
+from vllm_ssd.protocol import JIT_TOKEN, Block, Close, Open, Outcome, Push, Step, pack_ids, unpack_ids
+
+REOPEN_ROUNDS = 32
+"""Rounds an evicted request waits before it is opened again; doubled with each eviction."""
+
+Proposal = tuple[np.ndarray, np.ndarray]
+"""The distribution a draft was drawn from: token ids `[M]` int32 and probabilities `[M]` float32."""
+
+
+class Link(Protocol):
+    """A connection to a drafter that may die and come back; none of its calls blocks or raises."""
+
+    generation: int
+    """Grows whenever a new drafter process has come up; 0 while there never was one."""
+    connected: bool
+    max_model_len: int
+
+    def send(self, step: Step) -> None: ...
+
+    def poll(self, timeout_s: float = 0.0) -> list[Push]: ...
+
+
+@dataclass(slots=True)
+class Speculation:
+    """Draft tokens and, where they were sampled, the proposal of each (None: declared one-hot)."""
+
+    token_ids: list[int] = field(default_factory=list)
+    proposals: list[Proposal | None] = field(default_factory=list)
+
+    def since(self, start: int, stop: int | None = None) -> Speculation:
+        """The drafts from `start` to `stop`."""
+        return Speculation(self.token_ids[start:stop], self.proposals[start:stop])
+
+
+@dataclass(slots=True)
+class Session:
+    """What the target knows of one request on the drafter."""
+
+    request_id: str
+    temperature: float
+    length: int  # committed tokens that the drafter was told of
+    epoch: int = 0
+    generation: int = -1  # of the drafter that holds this request; -1: none does
+    drafts: Speculation = field(default_factory=Speculation)  # named to the drafter at `length`
+    block: dict[tuple[int, int], Speculation] = field(default_factory=dict)  # outcome -> what follows it
+    handed: int = 0  # drafts that vLLM was given for the round now being verified
+    evictions: int = 0
+    reopen_round: int = 0
+
+    def extend_block(self, block: Block) -> bool:
+        """Append a pushed block; False when it answers another committed length or epoch."""
+        if block.epoch != self.epoch or block.length != self.length:
+            return False
+        for branch in block.branches:
+            key = (branch.accept_length, branch.bonus_token_id)
+            speculation = self.block.setdefault(key, Speculation())
+            if branch.offset != len(speculation.token_ids):
+                continue
+            speculation.token_ids += branch.draft_token_ids
+            n = len(branch.draft_token_ids)
+            if branch.q_token_ids:
+                ids = unpack_ids(branch.q_token_ids).reshape(n, -1)
+                probs = np.frombuffer(branch.q_probs, np.float32).reshape(n, -1)
+                speculation.proposals += zip(ids, probs)
+            else:
+                speculation.proposals += [None] * n
+        return True
+
+    def follow(self, emitted: list[int]) -> Speculation:
+        """What was speculated after `emitted`, the tokens since `length`; empty when nothing was.
+
+        Usually `emitted` is an accepted prefix of the drafts and a bonus token. It may also end inside the
+        drafts (the scheduler verified fewer: the rest of them stands) or cover several rounds.
+        """
+        drafts = self.drafts.token_ids
+        k = common_prefix(emitted, drafts)
+        if k == len(emitted):
+            return self.drafts.since(k)
+        branch = self.block.get((k, emitted[k]))
+        rest = emitted[k + 1 :]
+        if branch is None or branch.token_ids[: len(rest)] != rest:
+            return Speculation()
+        return branch.since(len(rest))
+
+
+class Verifier:
+    """Turn outcomes into drafts for one vLLM worker."""
+
+    def __init__(self, config: SSDConfig, link: Link, metrics: Metrics) -> None:
+        self._config = config
+        self._link = link
+        self._metrics = metrics
+        self._sessions: dict[str, Session] = {}
+        self._closing: list[Close] = []
+        self._adaptation = Adaptation(config.num_speculative_tokens)
+        self._round = 0
+        self._last_round: tuple[float, list[str], int] | None = None
+        self._survival = [0.0] * config.num_speculative_tokens
+        self._tokens_per_s = 0.0
+        self._jit_first_s = self._jit_step_s = 0.0
+        self._answers = True
+
+    # ---- what vLLM tells -------------------------------------------------------------------------------
+
+    def start_requests(self, requests: Iterable[tuple[str, Sequence[int], float]]) -> None:
+        """Open `(request_id, prompt token ids, temperature)` on the drafter, while the target prefills."""
+        events = []
+        for request_id, token_ids, temperature in requests:
+            session = Session(request_id, temperature if temperature >= 1e-5 else 0.0, len(token_ids))
+            stale = self._sessions.get(request_id)
+            session.epoch = stale.epoch + 1 if stale else 0
+            self._sessions[request_id] = session
+            if self._adaptation.choose(len(self._sessions)):
+                events += self._open(session, np.asarray(token_ids, np.int32))
+        if events:
+            self._send(events)
+
+    def finish_requests(self, request_ids: Iterable[str]) -> None:
+        """Forget requests; the drafter hears of it with the next step."""
+        for request_id in request_ids:
+            session = self._sessions.pop(request_id, None)
+            if session is not None and session.generation == self._link.generation:
+                self._closing.append(Close(request_id))
+        if self._closing and not self._sessions:
+            self._send([])
+
+    def propose(
+        self, request_ids: Sequence[str], sampled_token_ids: list[list[int]], num_tokens: np.ndarray, token_ids: np.ndarray
+    ) -> list[list[int]]:
+        """Drafts for the next round of every row, `[]` where there are none.
+
+        request_ids [B]; sampled_token_ids [B] lists, empty for rows still in prefill; num_tokens [B] int32
+        committed lengths; token_ids [B, max_model_len] int32.
+        """
+        started = time.perf_counter()
+        self._round += 1
+        self._absorb(self._link.poll())
+        batch_size = sum(1 for sampled in sampled_token_ids if sampled)
+        self._observe_round(started, request_ids, sampled_token_ids)
+        wanted = self._adaptation.choose(batch_size) if self._config.adaptive else self._config.num_speculative_tokens
+        proposed: list[list[int]] = [[] for _ in sampled_token_ids]
+        events: list[Open | Outcome | Close] = []
+        missed: list[tuple[int, Session]] = []
+        for i, sampled in enumerate(sampled_token_ids):
+            session = self._sessions.get(request_ids[i])
+            if not sampled or session is None:
+                continue
+            session.handed = 0
+            if not wanted:
+                continue
+            length = int(num_tokens[i])
+            if session.generation != self._link.generation or length < session.length:
+                events += self._reopen(session, token_ids[i, :length])
+                if self._config.on_miss == "ngram":
+                    missed.append((i, session))
+                continue
+            emitted = token_ids[i, session.length : length].tolist()
+            speculation = session.follow(emitted)
+            self._metrics.outcome(hit=bool(speculation.token_ids), block=bool(session.block))
+            self._hand_over(session, speculation.since(0, wanted), i, proposed)
+            session.block = {}
+            session.length = length
+            if not proposed[i]:
+                missed.append((i, session))
+            events.append(Outcome(session.request_id, session.epoch, length, emitted, proposed[i]))
+        waited = self._answer_misses(missed, events, proposed, token_ids, num_tokens, wanted, batch_size)
+        self._last_round = (started, list(request_ids), wanted)
+        if not waited:
+            self._metrics.handed_over(time.perf_counter() - started)
+        self._metrics.log()
+        return proposed
+
+    def proposals(self, request_ids: Sequence[str], draft_token_ids: list[list[int]]) -> list[list[Proposal | None]] | None:
+        """The distribution of each draft now under verification, or None when no row has any.
+
+        draft_token_ids [B] lists as vLLM verifies them: a prefix of what was handed over, or filler.
+        """
+        found: list[list[Proposal | None]] = []
+        known = False
+        for request_id, drafts in zip(request_ids, draft_token_ids):
+            session = self._sessions.get(request_id)
+            row: list[Proposal | None] = [None] * len(drafts)
+            if drafts and session is not None and session.drafts.token_ids[: len(drafts)] == drafts:
+                row = session.drafts.proposals[: len(drafts)]
+                known = known or any(p is not None for p in row)
+            found.append(row)
+        return found if known else None
+
+    # ---- talking to the drafter ------------------------------------------------------------------------
+
+    def _send(self, events: list[Open | Outcome | Close], wanted: int | None = None) -> None:
+        closing, self._closing = self._closing, []
+        k = self._config.num_speculative_tokens if wanted is None else wanted
+        self._link.send(Step([*closing, *events], k))
+
+    def _open(self, session: Session, token_ids: np.ndarray) -> list[Open]:
+        """Open `session` anew from all its committed tokens, unless the drafter cannot hold them."""
+        session.epoch += 1
+        session.length = len(token_ids)
+        session.drafts, session.block = Speculation(), {}
+        room = self._link.max_model_len - 2 * self._config.num_speculative_tokens - 2
+        if not self._link.connected or len(token_ids) > room:
+            session.generation = -1
+            return []
+        session.generation = self._link.generation
+        return [Open(session.request_id, session.epoch, pack_ids(token_ids), session.temperature)]
+
+    def _reopen(self, session: Session, token_ids: np.ndarray) -> list[Open]:
+        if self._round < session.reopen_round:
+            return []
+        return self._open(session, token_ids)
+
+    def _absorb(self, pushes: list[Push]) -> None:
+        for push in pushes:
+            self._answers = True
+            for block in push.blocks:
+                session = self._sessions.get(block.request_id)
+                if session is None or not session.extend_block(block):
+                    self._metrics.stale_block()
+            for evicted in push.evicted:
+                session = self._sessions.get(evicted.request_id)
+                if session is not None and session.epoch == evicted.epoch:
+                    session.generation = -1
+                    session.reopen_round = self._round + (REOPEN_ROUNDS << min(session.evictions, 6))
+                    session.evictions += 1
+            if push.stats is not None:
+                self._metrics.drafter(push.stats, self._link.generation)
+
+    # ---- misses ----------------------------------------------------------------------------------------
+
+    def _answer_misses(
+        self,
+        missed: list[tuple[int, Session]],
+        events: list[Open | Outcome | Close],
+        proposed: list[list[int]],
+        token_ids: np.ndarray,
+        num_tokens: np.ndarray,
+        wanted: int,
+        batch_size: int,
+    ) -> bool:
+        """Send `events` with what the fallback makes of the rows that missed; fills `proposed`.
+
+        Returns whether just-in-time drafts were waited for.
+        """
+        config, jit = self._config, 0
+        if missed and config.on_miss == "ngram":
+            for i, session in missed:
+                drafts = ngram_drafts(token_ids[i, : num_tokens[i]], wanted, config.ngram_min, config.ngram_max)
+                self._hand_over(session, Speculation(drafts, [None] * len(drafts)), i, proposed)
+        waiting = [(i, s) for i, s in missed if s.generation == self._link.generation]
+        if waiting and config.on_miss in ("wait", "auto") and self._link.connected and self._answers:
+            jit = self._num_jit_drafts(len(waiting), batch_size, wanted)
+        if missed:
+            named = {session.request_id: session.drafts.token_ids for _, session in missed}
+            for n, event in enumerate(events):
+                if isinstance(event, Outcome) and event.request_id in named:
+                    drafts = named[event.request_id]
+                    events[n] = msgspec.structs.replace(event, draft_token_ids=drafts, jit=jit)
+        if events or self._closing:
+            self._send(events, wanted)
+        if jit:
+            self._wait_for_drafts(waiting, proposed, jit, wanted)
+        return bool(jit)
+
+    def _hand_over(self, session: Session, speculation: Speculation, i: int, proposed: list[list[int]]) -> None:
+        session.drafts = speculation
+        session.handed = len(speculation.token_ids)
+        proposed[i] = speculation.token_ids
+
+    def _num_jit_drafts(self, num_missed: int, batch_size: int, wanted: int) -> int:
+        """Just-in-time drafts worth waiting for: all with "wait", what the measured rates say with "auto"."""
+        if self._config.on_miss == "wait" or not self._jit_step_s:
+            return wanted
+        return jit_drafts(
+            num_missed,
+            batch_size,
+            wanted,
+            self._survival,
+            self._tokens_per_s,
+            self._jit_first_s,
+            self._jit_step_s,
+            self._config.wait_ms / 1e3,
+        )
+
+    def _wait_for_drafts(
+        self, waiting: list[tuple[int, Session]], proposed: list[list[int]], jit: int, wanted: int
+    ) -> None:
+        """Wait, boundedly, for the just-in-time speculations of the missed rows, and name what is taken."""
+        started = now = time.perf_counter()
+        deadline = started + self._config.wait_ms / 1e3
+        key, first_s = (0, JIT_TOKEN), None
+        while self._link.connected:
+            ready = min(
+                len(s.block[key].token_ids) if key in s.block else 0 if s.generation >= 0 else jit for _, s in waiting
+            )
+            now = time.perf_counter()
+            if first_s is None and ready:
+                first_s = now - started
+            if ready >= jit or now >= deadline:
+                break
+            self._answers = False  # until it is heard again, a drafter that stays silent here is not waited for
+            self._absorb(self._link.poll(deadline - now))
+        if first_s is not None and now < deadline:
+            step_s = (now - started - first_s) / max(jit - 1, 1)
+            weight = 0.1 if self._jit_step_s else 1.0
+            self._jit_first_s += weight * (first_s - self._jit_first_s)
+            self._jit_step_s += weight * (step_s - self._jit_step_s)
+        self._metrics.waited(now - started)
+        events = []
+        for i, session in waiting:
+            if session.generation < 0:
+                continue
+            self._hand_over(session, session.block.pop(key, Speculation()).since(0, jit), i, proposed)
+            session.block = {}
+            events.append(Outcome(session.request_id, session.epoch, session.length, [], proposed[i]))
+        self._send(events, wanted)
+
+    # ---- measuring -------------------------------------------------------------------------------------
+
+    def _observe_round(self, now: float, request_ids: Sequence[str], sampled_token_ids: list[list[int]]) -> None:
+        """Learn from a round of pure decoding that followed directly on another of the same requests."""
+        last, self._last_round = self._last_round, None
+        if last is None or last[1] != list(request_ids) or not all(sampled_token_ids):
+            return
+        started, _, wanted = last
+        sessions = [self._sessions.get(r) for r in request_ids]
+        offered = [s.handed if s else 0 for s in sessions]
+        accepted = [len(sampled) - 1 for sampled in sampled_token_ids]
+        seconds = now - started
+        self._adaptation.observe(len(request_ids), wanted, offered, accepted, seconds)
+        self._metrics.accepted(offered, accepted)
+        rate = (sum(accepted) + len(accepted)) / seconds
+        self._tokens_per_s += 0.05 * (rate - self._tokens_per_s)
+        for m, k in zip(offered, accepted):
+            for j in range(m):
+                self._survival[j] += 0.02 * ((k > j) - self._survival[j])
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading elements that `a` and `b` share."""
+    n = min(len(a), len(b))
+    for i in range(n):
+        if a[i] != b[i]:
+            return i
+    return n
