@@ -17,7 +17,7 @@ import numpy as np
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.metrics import Metrics
 from vllm_ssd.policy import Adaptation, jit_drafts, ngram_drafts
-from vllm_ssd.protocol import JIT_TOKEN, Block, Close, Open, Outcome, Push, Step, pack_ids, unpack_ids
+from vllm_ssd.protocol import JIT_TOKEN, Block, Branch, Close, Open, Outcome, Push, Step, pack_ids, unpack_ids
 
 REOPEN_ROUNDS = 32
 """Rounds an evicted request waits before it is opened again; doubled with each eviction."""
@@ -61,29 +61,29 @@ class Session:
     epoch: int = 0
     generation: int = -1  # of the drafter that holds this request; -1: none does
     drafts: Speculation = field(default_factory=Speculation)  # named to the drafter at `length`
-    block: dict[tuple[int, int], Speculation] = field(default_factory=dict)  # outcome -> what follows it
+    blocks: list[Block] = field(default_factory=list)  # pushed for the outcome at `length`, in order
     handed: int = 0  # drafts that vLLM was given for the round now being verified
     evictions: int = 0
     reopen_round: int = 0
 
-    def extend_block(self, block: Block) -> bool:
-        """Append a pushed block; False when it answers another committed length or epoch."""
+    def take(self, block: Block) -> bool:
+        """Keep a pushed block; False when it answers another committed length or epoch."""
         if block.epoch != self.epoch or block.length != self.length:
             return False
-        for branch in block.branches:
-            key = (branch.accept_length, branch.bonus_token_id)
-            speculation = self.block.setdefault(key, Speculation())
-            if branch.offset != len(speculation.token_ids):
-                continue
-            speculation.token_ids += branch.draft_token_ids
-            n = len(branch.draft_token_ids)
-            if branch.q_token_ids:
-                ids = unpack_ids(branch.q_token_ids).reshape(n, -1)
-                probs = np.frombuffer(branch.q_probs, np.float32).reshape(n, -1)
-                speculation.proposals += zip(ids, probs)
-            else:
-                speculation.proposals += [None] * n
+        self.blocks.append(block)
         return True
+
+    def lookup(self, accept_length: int, bonus_token_id: int) -> Speculation:
+        """What was pushed for one outcome so far; empty when it was not predicted."""
+        found = Speculation()
+        for block in self.blocks:
+            for branch in block.branches:
+                if branch.bonus_token_id == bonus_token_id and branch.accept_length == accept_length:
+                    if branch.offset == len(found.token_ids):
+                        found.token_ids += branch.draft_token_ids
+                        found.proposals += unpack_proposals(branch)
+                    break
+        return found
 
     def follow(self, emitted: list[int]) -> Speculation:
         """What was speculated after `emitted`, the tokens since `length`; empty when nothing was.
@@ -95,11 +95,9 @@ class Session:
         k = common_prefix(emitted, drafts)
         if k == len(emitted):
             return self.drafts.since(k)
-        branch = self.block.get((k, emitted[k]))
+        branch = self.lookup(k, emitted[k])
         rest = emitted[k + 1 :]
-        if branch is None or branch.token_ids[: len(rest)] != rest:
-            return Speculation()
-        return branch.since(len(rest))
+        return branch.since(len(rest)) if branch.token_ids[: len(rest)] == rest else Speculation()
 
 
 class Verifier:
@@ -175,9 +173,9 @@ class Verifier:
                 continue
             emitted = token_ids[i, session.length : length].tolist()
             speculation = session.follow(emitted)
-            self._metrics.outcome(hit=bool(speculation.token_ids), block=bool(session.block))
+            self._metrics.outcome(hit=bool(speculation.token_ids), block=bool(session.blocks))
             self._hand_over(session, speculation.since(0, wanted), i, proposed)
-            session.block = {}
+            session.blocks = []
             session.length = length
             if not proposed[i]:
                 missed.append((i, session))
@@ -216,7 +214,7 @@ class Verifier:
         """Open `session` anew from all its committed tokens, unless the drafter cannot hold them."""
         session.epoch += 1
         session.length = len(token_ids)
-        session.drafts, session.block = Speculation(), {}
+        session.drafts, session.blocks = Speculation(), []
         room = self._link.max_model_len - 2 * self._config.num_speculative_tokens - 2
         if not self._link.connected or len(token_ids) > room:
             session.generation = -1
@@ -234,7 +232,7 @@ class Verifier:
             self._answers = True
             for block in push.blocks:
                 session = self._sessions.get(block.request_id)
-                if session is None or not session.extend_block(block):
+                if session is None or not session.take(block):
                     self._metrics.stale_block()
             for evicted in push.evicted:
                 session = self._sessions.get(evicted.request_id)
@@ -307,10 +305,10 @@ class Verifier:
         """Wait, boundedly, for the just-in-time speculations of the missed rows, and name what is taken."""
         started = now = time.perf_counter()
         deadline = started + self._config.wait_ms / 1e3
-        key, first_s = (0, JIT_TOKEN), None
+        first_s = None
         while self._link.connected:
             ready = min(
-                len(s.block[key].token_ids) if key in s.block else 0 if s.generation >= 0 else jit for _, s in waiting
+                len(s.lookup(0, JIT_TOKEN).token_ids) if s.generation >= 0 else jit for _, s in waiting
             )
             now = time.perf_counter()
             if first_s is None and ready:
@@ -329,8 +327,8 @@ class Verifier:
         for i, session in waiting:
             if session.generation < 0:
                 continue
-            self._hand_over(session, session.block.pop(key, Speculation()).since(0, jit), i, proposed)
-            session.block = {}
+            self._hand_over(session, session.lookup(0, JIT_TOKEN).since(0, jit), i, proposed)
+            session.blocks = []
             events.append(Outcome(session.request_id, session.epoch, session.length, [], proposed[i]))
         self._send(events, wanted)
 
@@ -353,6 +351,15 @@ class Verifier:
         for m, k in zip(offered, accepted):
             for j in range(m):
                 self._survival[j] += 0.02 * ((k > j) - self._survival[j])
+
+
+def unpack_proposals(branch: Branch) -> list[Proposal | None]:
+    """The proposal of each draft token of `branch`; None for greedy ones."""
+    n = len(branch.draft_token_ids)
+    if not branch.q_token_ids:
+        return [None] * n
+    ids = unpack_ids(branch.q_token_ids).reshape(n, -1)
+    return list(zip(ids, np.frombuffer(branch.q_probs, "<f4").reshape(ids.shape)))
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -103,14 +103,20 @@ def _get_spec_decode_draft_probs(original, runner, proposer: V1Proposer, spec_de
         rows = group.broadcast_object(rows, src=0)
     if rows is None:
         return None
-    q = torch.zeros(len(token_ids), batch.vocab_size, dtype=torch.float32)
-    for i, (draft, proposal) in enumerate(zip((t for row in drafts for t in row), (p for row in rows for p in row))):
-        if proposal is None:
-            q[i, draft] = 1.0
-        else:
-            ids, probs = proposal
-            q[i, torch.from_numpy(ids).long()] = torch.from_numpy(probs)
-    return q.to(token_ids.device, non_blocking=True)
+    return dense_proposals(
+        [draft for row in drafts for draft in row], [p for row in rows for p in row], batch.vocab_size
+    ).to(token_ids.device, non_blocking=True)
+
+
+def dense_proposals(drafts: list[int], proposals: list[Proposal | None], vocab_size: int) -> torch.Tensor:
+    """q `[n, vocab_size]` float32 on the host; one-hot at the draft where its proposal is None."""
+    one = np.ones(1, np.float32)
+    ids = [np.array([draft], np.int32) if p is None else p[0] for draft, p in zip(drafts, proposals)]
+    probs = [one if p is None else p[1] for p in proposals]
+    q = torch.zeros(len(drafts), vocab_size)
+    rows = np.repeat(np.arange(len(drafts)), [len(i) for i in ids])
+    q.numpy()[rows, np.concatenate(ids)] = np.concatenate(probs)
+    return q
 
 
 def expand_batch_to_tokens(
@@ -127,12 +133,13 @@ def expand_batch_to_tokens(
 
 
 def _expand_is_correct() -> bool:
-    """Whether vLLM's own `expand_batch_to_tokens` works here; asked once, at start-up."""
-    for dtype in (torch.float32, torch.int32):
-        x = torch.tensor([3, 0, 5], dtype=dtype)
-        cumulative = torch.tensor([2, 3, 6], dtype=torch.int32)
-        expected = torch.tensor([3, 3, 7, 5, 5, 5], dtype=dtype)
-        for _ in range(2):
-            if not torch.equal(rejection_sampler.expand_batch_to_tokens(x, cumulative, 6, 0, 7), expected):
-                return False
+    """Whether vLLM's own `expand_batch_to_tokens` works here; asked once, at start-up.
+
+    Each try expects values that no memory left over from an earlier one can hold.
+    """
+    for shift, dtype in enumerate((torch.float32, torch.int32)):
+        x = torch.tensor([30 + shift, 0, 50 + shift], dtype=dtype)
+        found = rejection_sampler.expand_batch_to_tokens(x, torch.tensor([2, 3, 6], dtype=torch.int32), 6, 0, 70 + shift)
+        if found.tolist() != [30 + shift] * 2 + [70 + shift] + [50 + shift] * 3:
+            return False
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,27 +11,29 @@ MEMORY_ROUNDS = 256
 EVALUATE_ROUNDS = 8
 HYSTERESIS = 1.02
 """Predicted gain in tokens per second that a switch takes."""
-PRIOR_ROWS = 16.0
-"""Row-rounds that the model of acceptance by draft position weighs against an arm's own rows."""
 KNOWN_ROUNDS = 2.0
-"""Decayed rounds for an arm to be switched to without a probe."""
+"""Decayed rounds an arm needs to be switched to without a probe."""
+PRIOR_ROWS = 16.0
+"""Row-rounds that acceptance by draft position weighs against what an arm's own rows accepted."""
+STRAGGLER = 2.0
+"""Ratio of a round's duration to the expected one from which it only counts when the round before was as slow."""
+CHANGE, CHANGE_ROUNDS, FORGET = 1.3, 32, 16.0
+"""Durations or tokens this far off for so many rounds are a changed environment: older rounds lose that much weight."""
 PROBE_ROUNDS, PROBE_ROUNDS_OFF, MAX_PROBE_ROUNDS = 4, 8, 64
-MIN_PROBE_GAP, MAX_PROBE_GAP = 32, 256
+"""Rounds of a probe during speculation, during plain decoding (the drafter has to catch up), and while it does well."""
+MIN_PROBE_GAP, MAX_PROBE_GAP = 16, 256
 PROBE_LOSS = 0.01
-"""Share of all rounds' time that probes may lose."""
+"""Share of all time that probes may lose."""
 OPTIMISM = 0.3
-WINDOW_ROUNDS = 32
-CHANGE = 1.25
-"""Ratio of a window's mean duration to the remembered one that says that the environment has changed."""
-FORGET = 16.0
-"""Factor by which all earlier rounds then lose weight."""
+"""Relative rate credited to an arm that was never measured when a probe is chosen."""
 
 
 class Adaptation:
     """Number of drafts with the most tokens per second, learned per batch size.
 
-    Batch sizes share a bucket up to the next power of two. Each bucket predicts, for 0 to num_speculative_tokens
-    drafts, a row's tokens and a round's seconds, and now and then tries another number for a few rounds.
+    Batch sizes share a bucket up to the next power of two. A bucket's arms are 0 to num_speculative_tokens drafts: it
+    predicts a row's tokens and a round's seconds for each, uses the best, and probes another for a few rounds when the
+    time that earlier probes lost is at most 1 % of all.
     """
 
     def __init__(self, num_speculative_tokens: int) -> None:
@@ -94,66 +97,63 @@ class Bucket:
     def __init__(self, max_drafts: int, start: int) -> None:
         self.settled = self.choice = start
         self._arms = [Arm() for _ in range(max_drafts + 1)]
-        # Row-rounds that could and that did accept draft j + 1, having accepted j.
+        # Row-rounds that could, and that did, accept draft j + 1 after draft j.
         self._tried = [0.0] * max_drafts
         self._passed = [0.0] * max_drafts
-        # Newer rounds weigh more, so that older ones decay without being touched.
+        # The weight of the newest round: it grows, so that older rounds decay without being touched.
         self._weight = 1.0
-        # The last three durations by drafts per row (plain decoding under -1): their median drops stragglers.
-        self._recent: dict[int, list[float]] = {}
-        self._window = Arm()
+        # (tokens in the target's forward, seconds) of every measured arm, in order.
+        self._points: list[tuple[float, float]] = []
+        self._slow = False
+        self._num_rounds = 0
+        self._ignored = 2  # rounds not to learn from, the first ones of a new arm
+        self._window, self._window_expected_s = Arm(), 0.0
         self._probe: Arm | None = None
-        self._probe_start = self._ignored = 0
-        self._rate_to_beat = 0.0
-        self._num_rounds = self._num_probes = 0
+        self._probe_start = self._num_probes = 0
         self._probe_gap = self._next_probe = self._debt_end = MIN_PROBE_GAP
+        self._rate_to_beat = 0.0
 
     def observe(self, batch_size: int, wanted: int, drafts: int, accepted: Sequence[int], seconds: float) -> None:
+        """Learn from a round, then go on with the probe, start one or evaluate when it is time."""
         self._num_rounds += 1
+        expected_s = interpolate(self._points, batch_size + drafts) if self._points else seconds
+        was_slow, self._slow = self._slow, seconds > STRAGGLER * expected_s
         if self._ignored and wanted == self.choice:
             self._ignored -= 1
-        else:
-            self._learn(batch_size, wanted, drafts, accepted, seconds)
+        elif was_slow or not self._slow:
+            self._learn(batch_size, wanted, drafts, accepted, seconds, expected_s)
         if self._probe:
             self._follow_probe(self._probe)
         elif self._num_rounds >= self._next_probe:
-            self._start_probe(self._least_known())
-        elif self._num_rounds % EVALUATE_ROUNDS == 0 and self._num_probes:
+            self._start_probe(self._unsure_arm())
+        elif self._num_rounds % EVALUATE_ROUNDS == 0:
             self._evaluate()
 
-    def _learn(self, batch_size: int, wanted: int, drafts: int, accepted: Sequence[int], seconds: float) -> None:
-        recent = self._recent.setdefault(round(drafts / batch_size) if wanted else -1, [])
-        recent.append(seconds)
-        if len(recent) > 3:
-            del recent[0]
-        seconds = sorted(recent)[(len(recent) - 1) // 2]
+    def _learn(
+        self, batch_size: int, wanted: int, drafts: int, accepted: Sequence[int], seconds: float, expected_s: float
+    ) -> None:
         sums = batch_size, drafts, sum(accepted), seconds
-        self._weight *= 1 + 1 / MEMORY_ROUNDS
         if wanted == self.choice:
-            (self._probe or self._window).add(1.0, *sums)
-            if self._window.rounds == WINDOW_ROUNDS:
-                self._compare_window()
-        self._arms[wanted].add(self._weight, *sums)
+            if self._probe:
+                self._probe.add(1.0, *sums)
+            else:
+                self._window.add(1.0, *sums)
+                self._window_expected_s += expected_s
+                if self._window.rounds == CHANGE_ROUNDS:
+                    self._compare_window()
+        weight = self._weight = self._weight * (1 + 1 / MEMORY_ROUNDS)
+        self._arms[wanted].add(weight, *sums)
         if wanted:
             num_rows = [0] * (wanted + 1)
-            for length in accepted:
-                num_rows[length] += 1
-            at_least = self._weight * batch_size
+            for accept_length in accepted:
+                num_rows[accept_length] += 1
+            at_least = weight * batch_size
             for j in range(wanted):
                 self._tried[j] += at_least
-                at_least -= self._weight * num_rows[j]
+                at_least -= weight * num_rows[j]
                 self._passed[j] += at_least
-        if self._weight > 1e9:
+        if weight > 1e9:
             self._rescale()
-
-    def _compare_window(self) -> None:
-        window, arm = self._window, self._arms[self.settled]
-        ratio = window.seconds / window.rounds * arm.rounds / arm.seconds if arm.rounds else 1.0
-        if not 1 / CHANGE < ratio < CHANGE:
-            self._weight *= FORGET
-            self._next_probe = self._debt_end = self._num_rounds
-            self._probe_gap = MIN_PROBE_GAP
-        self._window = Arm()
 
     def _rescale(self) -> None:
         factor, self._weight = 1 / self._weight, 1.0
@@ -162,101 +162,104 @@ class Bucket:
         for arm in self._arms:
             arm.scale(factor)
 
+    def _compare_window(self) -> None:
+        """Forget most and probe soon when the last rounds do not look like those before."""
+        window, arm = self._window, self._arms[self.settled]
+        slowdown = window.seconds / self._window_expected_s
+        gain = (1 + window.accepted / window.rows) / (1 + arm.accepted / arm.rows) if arm.rows else 1.0
+        if not (1 / CHANGE < slowdown < CHANGE and 1 / CHANGE < gain < CHANGE):
+            self._weight *= FORGET
+            self._next_probe = self._debt_end = self._num_rounds
+            self._probe_gap = MIN_PROBE_GAP
+        self._window, self._window_expected_s = Arm(), 0.0
+
     def _evaluate(self) -> None:
-        """Settle on the best arm that is known; probe one that promises more, once earlier losses are paid off."""
-        tokens, seconds = self._predict()
-        rates = [t / s for t, s in zip(tokens, seconds)]
-        known = [k for k, arm in enumerate(self._arms) if arm.rounds >= KNOWN_ROUNDS * self._weight]
-        best = max(known, key=rates.__getitem__, default=self.settled)
-        if rates[best] > HYSTERESIS * rates[self.settled]:
-            self._settle(best)
+        """Settle on the best known arm; probe one that promises more when earlier probes are paid off."""
+        rates = self._rates()
+        if not self._num_probes:
+            return
+        self._settle(rates)
         best = max(range(len(rates)), key=rates.__getitem__)
         if rates[best] > HYSTERESIS * rates[self.settled] and self._num_rounds >= self._debt_end:
             self._start_probe(best)
 
-    def _settle(self, k: int) -> None:
-        self.settled = self.choice = k
-        self._window = Arm()
-        self._recent.clear()
+    def _settle(self, rates: list[float]) -> None:
+        known = [k for k, arm in enumerate(self._arms) if arm.rounds >= KNOWN_ROUNDS * self._weight]
+        best = max(known, key=rates.__getitem__, default=self.settled)
+        if rates[best] > HYSTERESIS * rates[self.settled]:
+            self.settled = best
+            self._window, self._window_expected_s = Arm(), 0.0
+        self.choice = self.settled
 
-    def _least_known(self) -> int:
-        """Alternately the least known of none, half and all drafts, and the arm that might be best."""
-        last = len(self._arms) - 1
-        others = {0, last // 2, last} - {self.settled}
+    def _unsure_arm(self) -> int:
+        """Alternately the least known arm of a coarse grid (0, 1, 2, 4, … all drafts) and the likeliest to be best."""
+        most = len(self._arms) - 1
         if self._num_probes % 2 == 0:
-            return min(others, key=lambda k: self._arms[k].rounds)
-        tokens, seconds = self._predict()
-        rounds = [arm.rounds / self._weight for arm in self._arms]
-        return max(
-            (k for k in range(last + 1) if k != self.settled),
-            key=lambda k: tokens[k] / seconds[k] * (1 + OPTIMISM / (1 + rounds[k]) ** 0.5),
-        )
+            grid = {0, *(1 << i for i in range(most.bit_length())), most} - {self.settled}
+            return min(grid, key=lambda k: self._arms[k].rounds)
+        rates = self._rates()
+        hopes = [OPTIMISM / (1 + arm.rounds / self._weight) ** 0.5 for arm in self._arms]
+        return max(set(range(most + 1)) - {self.settled}, key=lambda k: rates[k] * (1 + hopes[k]))
 
     def _start_probe(self, k: int) -> None:
-        tokens, seconds = self._predict()
-        self._rate_to_beat = tokens[self.settled] / seconds[self.settled] * self._batch_size()
+        self._rate_to_beat = self._rates()[self.settled]
         self._probe, self._probe_start = Arm(), self._num_rounds
         self._num_probes += 1
-        # A round that still carries what was drafted for another arm tells nothing; the drafter has to catch up too.
         self._ignored = 1 if self.settled else 2
         self.choice = k
-        self._recent.clear()
 
     def _follow_probe(self, probe: Arm) -> None:
-        """End a probe that has had its rounds or cannot win; one that does better than expected goes on."""
+        """End a probe that has had its rounds or cannot win; one that is ahead goes on for a while."""
+        self._update_points()
         length = self._num_rounds - self._probe_start
-        hopeless = probe.rounds > 1 and probe.rows * (1 + self.choice) < self._rate_to_beat * probe.seconds
-        if not hopeless:
-            if length % (PROBE_ROUNDS if self.settled else PROBE_ROUNDS_OFF):
+        if probe.rounds < 2 or probe.rows * (1 + self.choice) >= self._rate_to_beat * probe.seconds:
+            is_ahead = probe.rows + probe.accepted > self._rate_to_beat * probe.seconds
+            if length % (PROBE_ROUNDS if self.settled else PROBE_ROUNDS_OFF) or is_ahead and length < MAX_PROBE_ROUNDS:
                 return
-            if probe.rows + probe.accepted > self._rate_to_beat * probe.seconds and length < MAX_PROBE_ROUNDS:
-                return
-        probed, before = self.choice, self.settled
-        self._probe = None
-        self._settle(before)
-        self._evaluate()
-        if self._probe:
-            return
+        probed, before, self._probe = self.choice, self.settled, None
         tokens, seconds = self._predict()
-        lost = length * (seconds[probed] / seconds[self.settled] - tokens[probed] / tokens[self.settled])
-        self._debt_end = self._num_rounds + int(lost / PROBE_LOSS)
-        self._probe_gap = min(2 * self._probe_gap, MAX_PROBE_GAP) if self.settled == before else MIN_PROBE_GAP
+        self._settle([t / s for t, s in zip(tokens, seconds)])
+        best = self.settled
+        lost_rounds = length * (seconds[probed] / seconds[best] - tokens[probed] / tokens[best])
+        self._debt_end = max(self._debt_end, self._num_rounds) + int(lost_rounds / PROBE_LOSS)
+        self._probe_gap = min(2 * self._probe_gap, MAX_PROBE_GAP) if best == before else MIN_PROBE_GAP
         self._next_probe = max(self._num_rounds + self._probe_gap, self._debt_end)
 
-    def _batch_size(self) -> float:
-        return sum(arm.rows for arm in self._arms) / sum(arm.rounds for arm in self._arms)
+    def _rates(self) -> list[float]:
+        tokens, seconds = self._predict()
+        return [t / s for t, s in zip(tokens, seconds)]
 
     def _predict(self) -> tuple[list[float], list[float]]:
-        """Tokens of a row and seconds of a round, by number of drafts."""
-        arms = self._arms
-        batch_size = self._batch_size()
+        """Tokens and seconds of a round of the batch, by number of drafts."""
+        self._update_points()
+        arms, prior = self._arms, PRIOR_ROWS * self._weight
+        batch_size = sum(arm.rows for arm in arms) / sum(arm.rounds for arm in arms)
         wanted = sum(k * arm.rows for k, arm in enumerate(arms))
-        fill = sum(arm.drafts for arm in arms) / wanted if wanted else 1.0
-        points = sorted(
-            ((arm.rows + arm.drafts) / arm.rounds, arm.seconds / arm.rounds) for arm in arms if arm.rounds
-        )
+        drafts_per_wanted = sum(arm.drafts for arm in arms) / wanted if wanted else 1.0
         tokens, seconds, expected, survival = [], [], 1.0, 1.0
         for k, arm in enumerate(arms):
             if k:
                 survival *= (self._passed[k - 1] + self._weight) / (self._tried[k - 1] + 2 * self._weight)
                 expected += survival
-            prior = PRIOR_ROWS * self._weight
-            tokens.append((arm.rows + arm.accepted + prior * expected) / (arm.rows + prior))
-            load = arm.drafts / arm.rows if arm.rows else k * fill
-            seconds.append(interpolate(points, batch_size * (1 + load)))
+            tokens.append(batch_size * (arm.rows + arm.accepted + prior * expected) / (arm.rows + prior))
+            drafts = arm.drafts / arm.rows if arm.rows else k * drafts_per_wanted
+            seconds.append(interpolate(self._points, batch_size * (1 + drafts)))
         return tokens, seconds
+
+    def _update_points(self) -> None:
+        measured = [arm for arm in self._arms if arm.rounds]
+        self._points = sorted(((arm.rows + arm.drafts) / arm.rounds, arm.seconds / arm.rounds) for arm in measured)
 
 
 def interpolate(points: list[tuple[float, float]], x: float) -> float:
-    """Piecewise linear through points sorted by x; beyond them the outermost slope where it rises, else flat."""
+    """Piecewise linear through points sorted by x; beyond them it follows the outermost slope where that rises."""
     if len(points) == 1:
         return points[0][1]
-    index = 1
-    while index < len(points) - 1 and points[index][0] < x:
-        index += 1
-    (x0, y0), (x1, y1) = points[index - 1], points[index]
+    i = bisect_left(points, (x,), 1, len(points) - 1)
+    (x0, y0), (x1, y1) = points[i - 1], points[i]
     slope = (y1 - y0) / (x1 - x0) if x1 > x0 else 0.0
-    if x0 <= x <= x1:
-        return y0 + slope * (x - x0)
-    slope = max(slope, 0.0)
-    return y1 + slope * (x - x1) if x > x1 else max(y0 - slope * (x0 - x), y0 / 2)
+    if x > x1:
+        return y1 + max(slope, 0.0) * (x - x1)
+    if x < x0:
+        return max(y0 - max(slope, 0.0) * (x0 - x), y0 / 2)
+    return y0 + slope * (x - x0)

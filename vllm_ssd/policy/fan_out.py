@@ -5,14 +5,17 @@ from collections.abc import Callable, Sequence
 from math import log
 
 PLAUSIBLE = 0.01
+"""Probability from which an accept length always gets a branch."""
 REFRESH_OBSERVATIONS = 32
-HALVE_OBSERVATIONS = 1024
-
-# Cold start, worth PRIOR_WEIGHT observations: acceptance of one draft after a hit and after a miss, then, for
-# rejections (k < m) and full acceptance (k = m), the chance that t* is the first candidate, and the exponent r.
-PRIOR_WEIGHT = 8.0
-PRIOR_ACCEPTANCE = {True: 0.75, False: 0.4}
+"""Fewest observations between two allocations; an eighth of the evidence when that is more."""
+MEMORY_OBSERVATIONS = 1024
+"""Evidence at which all of it is halved."""
+PRIOR_OBSERVATIONS = 8.0
+"""What the cold start counts as."""
+PRIOR_ACCEPTANCE = {True: 0.8, False: 0.4}
+"""Chance that one draft is accepted, after a hit and after a miss."""
 PRIOR_FIRST = (0.5, 0.7)
+"""Chance that the bonus token is the first candidate, after a rejection and after full acceptance."""
 PRIOR_EXPONENT = 1.0
 
 
@@ -63,7 +66,7 @@ class FanOut:
         num_speculative_tokens: int,
         fan_out: int | Sequence[int] | None = None,
         branch_budget: int | None = None,
-    ):
+    ) -> None:
         num_lengths = num_speculative_tokens + 1
         self._fixed = None
         if fan_out is not None:
@@ -73,7 +76,8 @@ class FanOut:
         self._rounds = {hit: [[0.0] * (m + 1) for m in range(num_lengths)] for hit in (True, False)}
         # [k == m]: ranked bonus tokens, those ranked first, those ranked later, and the summed logarithms of the ranks.
         self._ranked, self._first, self._later, self._log_ranks = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
-        self._num_observed = 0
+        self._evidence = 0
+        self._until_refresh = REFRESH_OBSERVATIONS
         self._cache: dict[tuple[int, bool, int], list[int]] = {}
 
     def observe(
@@ -97,14 +101,16 @@ class FanOut:
             else:
                 self._later[full] += 1
                 self._log_ranks[full] += log(rank + 1)
-        self._num_observed += 1
-        if self._num_observed % REFRESH_OBSERVATIONS == 0:
-            self._cache.clear()
-            if self._num_observed % HALVE_OBSERVATIONS == 0:
+        self._evidence += 1
+        self._until_refresh -= 1
+        if not self._until_refresh:
+            if self._evidence >= MEMORY_OBSERVATIONS:
                 self._halve()
+            self._until_refresh = max(REFRESH_OBSERVATIONS, self._evidence // 8)
+            self._cache.clear()
 
     def counts(self, num_drafts: int, after_hit: bool, budget: int | None = None) -> list[int]:
-        """Branches per accept length of a round with num_drafts drafts: num_drafts + 1 counts, budget at most in all."""
+        """Branches by accept length for a round with num_drafts drafts: num_drafts + 1 counts, at most budget in all."""
         budget = self._budget if budget is None else min(budget, self._budget)
         key = (num_drafts, after_hit, budget)
         counts = self._cache.get(key)
@@ -118,6 +124,7 @@ class FanOut:
 
     def accept_probs(self, num_drafts: int, after_hit: bool) -> list[float]:
         """Estimated P(k) of a round with num_drafts drafts: num_drafts + 1 numbers that sum to 1."""
+        n = PRIOR_OBSERVATIONS
         longest = len(self._rounds[after_hit]) - 1
         tried, accepted = [0.0] * longest, [0.0] * longest
         for m, rounds in enumerate(self._rounds[after_hit]):
@@ -126,19 +133,19 @@ class FanOut:
                 tried[j] += at_least
                 at_least -= rounds[j]
                 accepted[j] += at_least
-        pooled = (sum(accepted) + PRIOR_WEIGHT * PRIOR_ACCEPTANCE[after_hit]) / (sum(tried) + PRIOR_WEIGHT)
+        pooled = (sum(accepted) + n * PRIOR_ACCEPTANCE[after_hit]) / (sum(tried) + n)
         probs, survival = [], 1.0
         for j in range(num_drafts):
-            longer = survival * (accepted[j] + PRIOR_WEIGHT * pooled) / (tried[j] + PRIOR_WEIGHT)
+            longer = survival * (accepted[j] + n * pooled) / (tried[j] + n)
             probs.append(survival - longer)
             survival = longer
         return [*probs, survival]
 
     def _miss_law(self, num_drafts: int) -> Callable[[int, int], float]:
-        laws = []
+        n, laws = PRIOR_OBSERVATIONS, []
         for full in (False, True):
-            first = (self._first[full] + PRIOR_WEIGHT * PRIOR_FIRST[full]) / (self._ranked[full] + PRIOR_WEIGHT)
-            r = (self._later[full] + PRIOR_WEIGHT * PRIOR_EXPONENT) / (self._log_ranks[full] + PRIOR_WEIGHT)
+            first = (self._first[full] + n * PRIOR_FIRST[full]) / (self._ranked[full] + n)
+            r = (self._later[full] + n * PRIOR_EXPONENT) / (self._log_ranks[full] + n)
             laws.append((1 - first, -r))
 
         def miss(k: int, count: int) -> float:
@@ -148,6 +155,7 @@ class FanOut:
         return miss
 
     def _halve(self) -> None:
+        self._evidence //= 2
         tables = [*self._rounds[True], *self._rounds[False], self._ranked, self._first, self._later, self._log_ranks]
         for table in tables:
             table[:] = [value / 2 for value in table]

@@ -1,0 +1,179 @@
+"""One in-process vLLM engine, driven over a socket by `conftest.Engine`: `engine_host.py FD`.
+
+An engine in a process of its own shares no distributed state with any other, and its drafter, or the whole of it,
+can be killed. Each message is a pickled (method of EngineHost, keyword arguments), each answer (True, result) or
+(False, exception as text).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any
+
+
+class EngineHost:
+    """The engine, and what tests may do to it."""
+
+    def __init__(self) -> None:
+        self._engine = self._proposer = None
+        self._known_q = 0
+
+    def start(self, *, patches: dict[str, Any] | None = None, **engine_args: Any) -> None:
+        """Start the engine with module attributes such as "vllm_ssd.launch.HANG_S" replaced by `patches`."""
+        from vllm import LLM
+
+        for path, value in (patches or {}).items():
+            module, _, name = path.rpartition(".")
+            setattr(importlib.import_module(module), name, value)
+        llm = LLM(**engine_args)
+        self._engine = llm.llm_engine
+        if "speculative_config" in engine_args:
+            core = self._engine.engine_core.engine_core
+            self._proposer = core.model_executor.driver_worker.worker.model_runner.drafter
+            self._see_proposals(distort=None)
+
+    def generate(
+        self, requests: list[dict[str, Any]], signals: dict[int, int] | None = None, min_seconds: float = 0.0
+    ) -> SimpleNamespace:
+        """Run `requests` (see `conftest.request`) to their ends; `signals[step]` is sent to the drafter before a step.
+
+        -> outputs, one per request; counts, what the metrics of vLLM and of SSD grew by; seconds, one per step. Each
+        step is stretched to `min_seconds`.
+        """
+        before, started = self.counts(), time.perf_counter()
+        waiting = sorted(enumerate(requests), key=lambda item: item[1]["join_step"])
+        outputs: list[SimpleNamespace] = [SimpleNamespace() for _ in requests]
+        step, seconds = 0, []
+        while waiting or self._engine.has_unfinished_requests():
+            while waiting and waiting[0][1]["join_step"] <= step:
+                self._join(*waiting.pop(0))
+            if signals and step in signals:
+                os.kill(self.drafter().pid, signals[step])
+            began = time.perf_counter()
+            for output in self._engine.step():
+                index = int(output.request_id)
+                outputs[index] = plain_output(output)
+                abort_after = requests[index]["abort_after"]
+                if abort_after and len(outputs[index].samples[0].token_ids) >= abort_after:
+                    self._engine.abort_request([output.request_id])
+            seconds.append(time.perf_counter() - began)
+            time.sleep(max(0.0, min_seconds - seconds[-1]))
+            step += 1
+        counts = {name: value - before[name] for name, value in self.counts().items()}
+        return SimpleNamespace(outputs=outputs, counts=counts, seconds=seconds, total_s=time.perf_counter() - started)
+
+    def counts(self) -> dict[str, int]:
+        """Counters of SSD's metrics, drafts verified with a known q, and vLLM's preemptions."""
+        from vllm.v1.metrics.reader import Counter
+
+        counts = {metric.name: int(metric.value) for metric in self._engine.get_metrics() if isinstance(metric, Counter)}
+        if self._proposer is not None:
+            counts |= self._proposer._metrics.counts | {"known_q": self._known_q}
+        return counts
+
+    def drafter(self) -> SimpleNamespace:
+        """Process id, how often it was started, whether it is connected."""
+        link = self._proposer._drafter
+        return SimpleNamespace(pid=link._process.pid, generation=link.generation, connected=link.connected)
+
+    def wait_for_drafter(self, generation: int, timeout_s: float) -> bool:
+        """Whether a drafter of `generation` or later shook hands within the time."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            link = self._proposer._drafter
+            if link.generation >= generation and link.connected:
+                return True
+            time.sleep(0.1)
+        return False
+
+    def distort_q(self, exponent: float | None) -> None:
+        """From now on claim q ** exponent, renormalised, to be what the drafts were drawn from; None: the truth."""
+        self._see_proposals(exponent)
+
+    def _see_proposals(self, distort: float | None) -> None:
+        verifier = self._proposer._verifier
+
+        def proposals(request_ids, draft_token_ids):
+            rows = type(verifier).proposals(verifier, request_ids, draft_token_ids)
+            if rows is None:
+                return None
+            self._known_q += sum(proposal is not None for row in rows for proposal in row)
+            return [[p if p is None or distort is None else distorted(p, distort) for p in row] for row in rows]
+
+        verifier.proposals = proposals
+
+    def _join(self, index: int, request: dict[str, Any]) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+        params = dict(request["params"])
+        if regex := params.pop("regex", None):
+            params["structured_outputs"] = StructuredOutputsParams(regex=regex)
+        if schema := params.pop("json_schema", None):
+            params["structured_outputs"] = StructuredOutputsParams(json=schema)
+        kind = RequestOutputKind.CUMULATIVE if request["abort_after"] else RequestOutputKind.FINAL_ONLY
+        self._engine.add_request(
+            str(index),
+            {"prompt_token_ids": request["prompt"]},
+            SamplingParams(**params, output_kind=kind),
+            **lora(request["lora"]),
+        )
+
+
+def lora(path: str | None) -> dict[str, Any]:
+    """Keyword arguments of `add_request` for the adapter in folder `path`."""
+    if path is None:
+        return {}
+    from vllm.lora.request import LoRARequest
+
+    return {"lora_request": LoRARequest("adapter", 1, path)}
+
+
+def plain_output(output: Any) -> SimpleNamespace:
+    """A request's output without vLLM's classes: samples of token_ids, text, finish_reason and logprobs."""
+    samples = [
+        SimpleNamespace(
+            token_ids=list(sample.token_ids),
+            text=sample.text,
+            finish_reason=sample.finish_reason,
+            stop_reason=sample.stop_reason,
+            logprobs=[{token: entry.logprob for token, entry in step.items()} for step in sample.logprobs or ()],
+        )
+        for sample in sorted(output.outputs, key=lambda sample: sample.index)
+    ]
+    return SimpleNamespace(samples=samples, num_cached_tokens=output.num_cached_tokens)
+
+
+def distorted(proposal: Any, exponent: float) -> Any:
+    """`(token ids, probabilities)` with each probability raised to `exponent` and renormalised."""
+    token_ids, probs = proposal
+    powers = probs**exponent
+    return token_ids, powers / powers.sum()
+
+
+def main(fd: int) -> None:
+    """Answer messages until the socket closes."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[:-1] or cores)  # the last one is the drafter's
+    connection, host = Connection(fd), EngineHost()
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((True, getattr(host, method)(**arguments)))
+        except Exception:  # the test decides what a failure means
+            connection.send((False, traceback.format_exc()))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: pytest closes the socket
+    main(int(sys.argv[1]))
