@@ -16,7 +16,7 @@ import msgspec
 from vllm_ssd.drafter.options import DrafterOptions
 from vllm_ssd.protocol import Hello, Push, Refused, Step, Welcome
 from vllm_ssd.transport import Transport, TransportClosed
-from vllm_ssd.transport.process import ProcessTransport, socket_pair
+from vllm_ssd.transport.process import socket_pair
 
 HANG_S = 10.0
 """A drafter that was told something and has said nothing for so long is taken for hung and killed."""
@@ -128,7 +128,13 @@ class DrafterProcess:
             os.sched_setaffinity(0, self._options.cpus)
         with child_socket:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_ssd.drafter", str(child_socket.fileno()), msgspec.json.encode(self._options).decode()],
+                [
+                    sys.executable,
+                    "-m",
+                    "vllm_ssd.drafter",
+                    str(child_socket.fileno()),
+                    msgspec.json.encode(self._options).decode(),
+                ],
                 pass_fds=[child_socket.fileno()],
                 env={k: v for k, v in {**os.environ, **self._environment}.items() if v is not None},
                 stdin=subprocess.DEVNULL,
@@ -138,7 +144,9 @@ class DrafterProcess:
             answers = transport.poll(self._startup_timeout_s)
         except TransportClosed:
             status = self._process.wait()
-            raise DrafterFailed(f"the SSD drafter ended with status {status} before it was ready; see its output above") from None
+            raise DrafterFailed(
+                f"the SSD drafter ended with status {status} before it was ready; see its output above"
+            ) from None
         if not answers:
             self._kill()
             raise DrafterFailed(
@@ -156,7 +164,11 @@ class DrafterProcess:
         self.connected = True
         self._logger.info(
             "SSD drafter %d ready: pid %d, %d KV pages of %d tokens, at most %d tokens a request",
-            self.generation, self._process.pid, welcome.num_pages, welcome.page_size, welcome.max_model_len,
+            self.generation,
+            self._process.pid,
+            welcome.num_pages,
+            welcome.page_size,
+            welcome.max_model_len,
         )
 
 

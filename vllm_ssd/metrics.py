@@ -113,12 +113,20 @@ class Metrics:
         for name, text in SECONDS.items():
             yield CounterMetricFamily(f"vllm_ssd:{name}", text, value=self.seconds[name])
         yield CounterMetricFamily("vllm_ssd:handovers", "Rounds handed over without a wait.", value=self.handovers)
-        accepted = CounterMetricFamily("vllm_ssd:accepted_tokens_at", "Drafts accepted, by position.", labels=["position"])
+        accepted = CounterMetricFamily(
+            "vllm_ssd:accepted_tokens_at", "Drafts accepted, by position.", labels=["position"]
+        )
         for position, value in enumerate(self.accepted_at):
             accepted.add_metric([str(position)], value)
         yield accepted
         if (stats := self.drafter_stats) is not None:
-            yield GaugeMetricFamily("vllm_ssd:drafter_pages_in_use", "KV pages in use on the drafter.", value=stats.pages_total - stats.pages_free)
+            yield GaugeMetricFamily(
+                "vllm_ssd:drafter_pages_in_use",
+                "KV pages in use on the drafter.",
+                value=stats.pages_total - stats.pages_free,
+            )
             yield GaugeMetricFamily("vllm_ssd:drafter_pages", "KV pages of the drafter.", value=stats.pages_total)
-            yield GaugeMetricFamily("vllm_ssd:build_seconds", "Time the drafter took for its last whole tree.", value=stats.build_ms / 1e3)
+            yield GaugeMetricFamily(
+                "vllm_ssd:build_seconds", "Time the drafter took for its last whole tree.", value=stats.build_ms / 1e3
+            )
             yield CounterMetricFamily("vllm_ssd:drafter_steps", "Forwards of the draft model.", value=stats.steps)

@@ -16,7 +16,9 @@ CPU_KV_CACHE_BYTES = 512 << 20
 """KV memory of a drafter on the CPU when the user names none."""
 
 
-def place_drafter(config: SSDConfig, vllm_config: VllmConfig, *, is_cpu: bool) -> tuple[DrafterOptions, dict[str, str | None]]:
+def place_drafter(
+    config: SSDConfig, vllm_config: VllmConfig, *, is_cpu: bool
+) -> tuple[DrafterOptions, dict[str, str | None]]:
     """The drafter's start options, and what its environment changes.
 
     An environment value of None removes the variable.

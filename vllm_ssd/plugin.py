@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Sequence
 from typing import Any
 
 logger = logging.getLogger("vllm.vllm_ssd")

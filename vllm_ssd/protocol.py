@@ -196,6 +196,14 @@ def unpack_ids(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype="<i4")
 
 
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading tokens that two lists share: how far emitted tokens follow a speculation."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+
 def fingerprint(tokenizer_vocab: Mapping[str, int]) -> str:
     """16 hex digits that two tokenizers share when they give the same ids to the same tokens."""
     return hashlib.sha256(ascii(sorted(tokenizer_vocab.items())).encode()).hexdigest()[:16]

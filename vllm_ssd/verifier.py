@@ -17,7 +17,19 @@ import numpy as np
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.metrics import Metrics
 from vllm_ssd.policy import Adaptation, jit_drafts, ngram_drafts
-from vllm_ssd.protocol import JIT_TOKEN, Block, Branch, Close, Open, Outcome, Push, Step, pack_ids, unpack_ids
+from vllm_ssd.protocol import (
+    JIT_TOKEN,
+    Block,
+    Branch,
+    Close,
+    Open,
+    Outcome,
+    Push,
+    Step,
+    common_prefix,
+    pack_ids,
+    unpack_ids,
+)
 
 REOPEN_ROUNDS = 32
 """Rounds an evicted request waits before it is opened again; doubled with each eviction."""
@@ -142,7 +154,11 @@ class Verifier:
             self._send([])
 
     def propose(
-        self, request_ids: Sequence[str], sampled_token_ids: list[list[int]], num_tokens: np.ndarray, token_ids: np.ndarray
+        self,
+        request_ids: Sequence[str],
+        sampled_token_ids: list[list[int]],
+        num_tokens: np.ndarray,
+        token_ids: np.ndarray,
     ) -> list[list[int]]:
         """Drafts for the next round of every row, `[]` where there are none.
 
@@ -187,7 +203,9 @@ class Verifier:
         self._metrics.log()
         return proposed
 
-    def proposals(self, request_ids: Sequence[str], draft_token_ids: list[list[int]]) -> list[list[Proposal | None]] | None:
+    def proposals(
+        self, request_ids: Sequence[str], draft_token_ids: list[list[int]]
+    ) -> list[list[Proposal | None]] | None:
         """The distribution of each draft now under verification, or None when no row has any.
 
         draft_token_ids [B] lists as vLLM verifies them: a prefix of what was handed over, or filler.
@@ -307,9 +325,7 @@ class Verifier:
         deadline = started + self._config.wait_ms / 1e3
         first_s = None
         while self._link.connected:
-            ready = min(
-                len(s.lookup(0, JIT_TOKEN).token_ids) if s.generation >= 0 else jit for _, s in waiting
-            )
+            ready = min(len(s.lookup(0, JIT_TOKEN).token_ids) if s.generation >= 0 else jit for _, s in waiting)
             now = time.perf_counter()
             if first_s is None and ready:
                 first_s = now - started
@@ -360,12 +376,3 @@ def unpack_proposals(branch: Branch) -> list[Proposal | None]:
         return [None] * n
     ids = unpack_ids(branch.q_token_ids).reshape(n, -1)
     return list(zip(ids, np.frombuffer(branch.q_probs, "<f4").reshape(ids.shape)))
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of leading elements that `a` and `b` share."""
-    n = min(len(a), len(b))
-    for i in range(n):
-        if a[i] != b[i]:
-            return i
-    return n

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
+from fake_model import FakePagedModel, reference_drafts, reference_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.policy import FanOut
 from vllm_ssd.protocol import JIT_TOKEN, Push
-
-spec = importlib.util.spec_from_file_location("fake_model", Path(__file__).with_name("fake_model.py"))
-fake_model = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fake_model)
-FakePagedModel, reference_drafts, reference_logits = (
-    fake_model.FakePagedModel,
-    fake_model.reference_drafts,
-    fake_model.reference_logits,
-)
 
 K = 3
 
@@ -103,9 +92,7 @@ class Target:
         self.tokens[request_id] += emitted
         self.drafts[request_id], self.blocks[request_id] = drafts, {}
         tokens = self.tokens[request_id]
-        self.engine.advance(
-            request_id, self.epoch[request_id], len(tokens), emitted, drafts, num_drafts=K, jit=jit
-        )
+        self.engine.advance(request_id, self.epoch[request_id], len(tokens), emitted, drafts, num_drafts=K, jit=jit)
         check_conservation(self.engine)
 
     def close(self, request_id: str) -> None:
@@ -251,7 +238,9 @@ def test_random_operations_conserve_pages_and_read_the_right_prefix(data):
         action = data.draw(st.sampled_from(["open", "close", "step", "step", "hit", "miss", "trim", "odd", "jit"]))
         if action == "open" and len(live) < 3:
             shared = target.tokens[live[0]] if live and data.draw(st.booleans()) else []
-            target.open(data.draw(st.sampled_from("abc")), shared[:30] + data.draw(st.lists(token, min_size=1, max_size=9)))
+            target.open(
+                data.draw(st.sampled_from("abc")), shared[:30] + data.draw(st.lists(token, min_size=1, max_size=9))
+            )
             continue
         if action == "step":
             target.step()

@@ -28,9 +28,7 @@ class DraftModel:
     """The loaded draft model, its KV pages, and one way to run it."""
 
     def __init__(self, **engine_args) -> None:
-        args = EngineArgs(
-            block_size=PAGE_SIZE, enable_prefix_caching=False, disable_log_stats=True, **engine_args
-        )
+        args = EngineArgs(block_size=PAGE_SIZE, enable_prefix_caching=False, disable_log_stats=True, **engine_args)
         self.vllm_config = args.create_engine_config()
         self._core = EngineCore(self.vllm_config, UniProcExecutor, log_stats=False)
         runner = self._core.model_executor.driver_worker.worker.model_runner

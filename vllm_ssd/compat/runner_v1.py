@@ -26,9 +26,7 @@ Proposal = tuple[np.ndarray, np.ndarray]
 class V1Proposer(Protocol):
     """What the wrapped runner calls on a proposer of ours, beside vLLM's own `propose`."""
 
-    def on_schedule(
-        self, started: Sequence[tuple[str, Sequence[int] | None, float]], finished: Sequence[str]
-    ) -> None:
+    def on_schedule(self, started: Sequence[tuple[str, Sequence[int] | None, float]], finished: Sequence[str]) -> None:
         """Requests `(id, prompt token ids, temperature)` that join, ids that leave, before the forward."""
 
     def on_rows(self, request_ids: Sequence[str]) -> None:
@@ -139,7 +137,9 @@ def _expand_is_correct() -> bool:
     """
     for shift, dtype in enumerate((torch.float32, torch.int32)):
         x = torch.tensor([30 + shift, 0, 50 + shift], dtype=dtype)
-        found = rejection_sampler.expand_batch_to_tokens(x, torch.tensor([2, 3, 6], dtype=torch.int32), 6, 0, 70 + shift)
+        found = rejection_sampler.expand_batch_to_tokens(
+            x, torch.tensor([2, 3, 6], dtype=torch.int32), 6, 0, 70 + shift
+        )
         if found.tolist() != [30 + shift] * 2 + [70 + shift] + [50 + shift] * 3:
             return False
     return True

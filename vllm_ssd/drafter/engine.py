@@ -9,56 +9,22 @@ there: a branch that was hit becomes the spine by relinking its pages, everythin
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
-from vllm_ssd.compat.paged import ForwardBatch, PagedModel
+from vllm_ssd.compat.paged import PagedModel
 from vllm_ssd.drafter.branches import Branches
+from vllm_ssd.drafter.forward import Draw, Sampler, build_batch
 from vllm_ssd.drafter.pool import OutOfPages, PagePool
-from vllm_ssd.policy import FanOut
-from vllm_ssd.protocol import JIT_TOKEN, Block, Branch, DrafterStats, Evicted, Push, pack_ids
+from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
+from vllm_ssd.policy import BranchBudget, FanOut
+from vllm_ssd.protocol import JIT_TOKEN, Block, Branch, DrafterStats, Evicted, Push, common_prefix, pack_ids
 
 PREFILL_TOKENS_PER_STEP = 256
 """Prompt tokens forwarded beside one step of the branches, so that a long prompt delays nobody for long."""
 
-NO_ROWS = np.empty(0, np.int64)
 JUST_IN_TIME = -1
 """Accept length under which the just-in-time branch is kept: it starts at the last committed token."""
-
-
-@dataclass(slots=True)
-class Sequence:
-    """One request: its spine, the pages that hold it, and the branches that start from it."""
-
-    request_id: str
-    epoch: int
-    slot: int
-    temperature: float
-    tokens: list[int]
-    length: int  # committed tokens; tokens[length:] are the drafts under verification
-    computed: int = 0  # leading tokens whose KV is in the pages
-    num_pages: int = 0
-    candidates: dict[int, np.ndarray] = field(default_factory=dict)  # after tokens[i], for i >= length - 1
-    rows: np.ndarray = field(default_factory=lambda: NO_ROWS)
-    num_forks: int = 0  # fork points whose branches were started
-    fan_out: SequenceOf[int] = ()
-    num_drafts: int = 0
-    jit: int = 0
-    after_hit: bool = False
-    opened_at: float = 0.0
-
-
-@dataclass(slots=True)
-class _Draw:
-    """Tokens drawn after each logits row: ids [n, C] likeliest first, drawn [n], q ids and probs [n, M]."""
-
-    candidates: np.ndarray
-    drawn: np.ndarray
-    q_token_ids: np.ndarray | None
-    q_probs: np.ndarray | None
 
 
 class DraftEngine:
@@ -82,12 +48,14 @@ class DraftEngine:
     ) -> None:
         self._model = model
         self._fan_out = fan_out
+        self._budget = BranchBudget(max_num_seqs * max_branches)
         self._page_size = model.page_size
-        self._num_candidates = min(max_fan_out + 1, model.vocab_size)  # one may be the drafted token
-        self._top_m = min(top_m, model.vocab_size)
+        num_candidates = min(max_fan_out + 1, model.vocab_size)  # one may be the drafted token
+        top_m = min(top_m, model.vocab_size)
+        self._sampler = Sampler(num_candidates, top_m, seed)
         self.pool = PagePool(model.num_pages)
         self.branches = Branches(
-            max_num_seqs * (max_branches + 1), num_speculative_tokens, model.page_size, self._num_candidates, self._top_m
+            max_num_seqs * (max_branches + 1), num_speculative_tokens, model.page_size, num_candidates, top_m
         )
         self.tables = np.zeros((max_num_seqs, model.max_model_len // model.page_size + 3), np.int32)
         self.sequences: dict[str, Sequence] = {}  # least recently advanced first
@@ -96,10 +64,11 @@ class DraftEngine:
         self._unfinished: dict[str, Sequence] = {}  # spine not wholly computed
         self._copies: dict[int, int] = {}  # destination page -> source page, before the next forward
         self._evicted: list[Evicted] = []
-        self._generator = torch.Generator().manual_seed(seed)
+        self._temperatures = np.zeros(max_num_seqs, np.float32)
         self.num_steps = 0
         self.num_evictions = 0
-        self.build_s = 0.0
+        self.build_s = 0.0  # from an outcome to the whole tree after it, last seen
+        self._growing_since = 0.0
 
     # ---- the verbs -------------------------------------------------------------------------------------
 
@@ -111,17 +80,23 @@ class DraftEngine:
             return
         if not self._free_slots:
             self._evict(next(iter(self.sequences.values())))
-        sequence = Sequence(
-            request_id, epoch, self._free_slots.pop(), temperature, token_ids.tolist(), len(token_ids)
-        )
+        sequence = Sequence(request_id, epoch, self._free_slots.pop(), temperature, token_ids.tolist(), len(token_ids))
         self._by_slot[sequence.slot] = sequence
+        self._temperatures[sequence.slot] = temperature
         self._share_prefix(sequence)
         self.sequences[request_id] = sequence
         self._begin_round(sequence, num_drafts, jit=0)
 
     def advance(
-        self, request_id: str, epoch: int, length: int, emitted: list[int], draft_token_ids: list[int],
-        *, num_drafts: int, jit: int = 0,
+        self,
+        request_id: str,
+        epoch: int,
+        length: int,
+        emitted: list[int],
+        draft_token_ids: list[int],
+        *,
+        num_drafts: int,
+        jit: int = 0,
     ) -> None:
         """Commit `emitted`, take `draft_token_ids` as the drafts now under verification, start the next tree.
 
@@ -138,6 +113,12 @@ class DraftEngine:
         if length + len(draft_token_ids) + num_drafts + 1 >= self._model.max_model_len:
             self._evict(sequence)
             return
+        if emitted:
+            now = time.perf_counter()
+            self._growing_since = self._growing_since or now
+            if sequence.decided_at:
+                self._budget.observe_window(now - sequence.decided_at)
+            sequence.decided_at = now
         self._observe(sequence, emitted)
         self._follow(sequence, path)
         sequence.length = length
@@ -165,9 +146,7 @@ class DraftEngine:
         """Whether `speculate` would run a forward or has something to report."""
         branches = self.branches
         return bool(
-            self._unfinished
-            or self._evicted
-            or (branches.alive & (branches.computed <= branches.num_drafts)).any()
+            self._unfinished or self._evicted or (branches.alive & (branches.computed <= branches.num_drafts)).any()
         )
 
     def speculate(self) -> Push | None:
@@ -180,13 +159,21 @@ class DraftEngine:
         spines = self._schedule_spines()
         rows = np.flatnonzero(branches.alive & (branches.computed < branches.num_drafts))
         if not len(rows) and not spines:
+            if self._growing_since:
+                self.build_s = time.perf_counter() - self._growing_since
+                self._growing_since = 0.0
             rows = np.flatnonzero(branches.alive & (branches.computed == branches.num_drafts))
         if not len(rows) and not spines:
             return self._report([])
         self._flush_copies()
-        batch, spine_logits = self._batch(spines, rows)
-        draw = self._draw(self._model.forward(batch), spine_logits, rows)
+        batch, spine_logits = build_batch(self.tables, branches, spines, rows)
+        temperatures = np.array([s.temperature for s, _ in spine_logits], np.float32)
+        temperatures = np.concatenate([temperatures, self._temperatures[branches.owner[rows]]])
+        started = time.perf_counter()
+        draw = self._sampler.draw(self._model.forward(batch), temperatures)
         self.num_steps += 1
+        if not spines:
+            self._budget.observe_step(len(rows), time.perf_counter() - started)
         grown = self._extend_branches(rows, draw, len(spine_logits))
         started = self._extend_spines(spines, spine_logits, draw)
         return self._report(self._blocks(np.concatenate([grown, started])))
@@ -196,7 +183,7 @@ class DraftEngine:
     def _follow(self, sequence: Sequence, path: list[int]) -> None:
         """Make `path` the spine after the trunk, keeping the KV of every token already computed on it."""
         branches, length = self.branches, sequence.length
-        k = _common_prefix(path, sequence.tokens[length:])
+        k = common_prefix(path, sequence.tokens[length:])
         row = -1
         if k < len(path):
             row = branches.find(sequence.rows, k, path[k])
@@ -211,7 +198,7 @@ class DraftEngine:
         sequence.after_hit = row >= 0 or (bool(path) and k == len(path))
         if row >= 0:
             known = branches.tokens[row, offset : min(branches.computed[row], branches.num_drafts[row]) + 1]
-            matched = offset + _common_prefix(path[k:], known.tolist())
+            matched = offset + common_prefix(path[k:], known.tolist())
             matched = min(matched, int(branches.computed[row]))
             first_page = first // self._page_size
             table = self.tables[sequence.slot]
@@ -231,7 +218,7 @@ class DraftEngine:
     def _observe(self, sequence: Sequence, emitted: list[int]) -> None:
         """Tell the fan-out policy where the outcome fell, when it was that of one round."""
         drafts = sequence.tokens[sequence.length :]
-        k = _common_prefix(emitted, drafts)
+        k = common_prefix(emitted, drafts)
         candidates = sequence.candidates.get(sequence.length - 1 + k)
         if k != len(emitted) - 1 or candidates is None:
             return
@@ -243,9 +230,9 @@ class DraftEngine:
         sequence.num_forks = 0
         sequence.num_drafts = num_drafts
         sequence.jit = jit
-        sequence.opened_at = time.perf_counter()
         num_named = len(sequence.tokens) - sequence.length
-        sequence.fan_out = self._fan_out.counts(num_named, sequence.after_hit)
+        budget = self._budget.branches(max(num_drafts, 1)) // len(self.sequences)
+        sequence.fan_out = self._fan_out.counts(num_named, sequence.after_hit, max(budget, 2))
         if sequence.computed < len(sequence.tokens):
             self._unfinished[sequence.request_id] = sequence
         else:
@@ -275,9 +262,7 @@ class DraftEngine:
         """Branches from `base`, with the slots below `filled` of its page copied from the spine."""
         while True:
             try:
-                rows = self.branches.add(
-                    self.pool, sequence.slot, accept_length, base, num_drafts, first_tokens
-                )
+                rows = self.branches.add(self.pool, sequence.slot, accept_length, base, num_drafts, first_tokens)
                 break
             except OutOfPages:
                 victim = next(iter(self.sequences.values()))
@@ -300,7 +285,7 @@ class DraftEngine:
         for other in self.sequences.values():
             usable = min(other.computed, other.length, sequence.length - 1)
             if usable // self._page_size > best_pages:
-                pages = _common_prefix(sequence.tokens[:usable], other.tokens[:usable]) // self._page_size
+                pages = common_prefix(sequence.tokens[:usable], other.tokens[:usable]) // self._page_size
                 if pages > best_pages:
                     best, best_pages = other, pages
         if best is not None:
@@ -352,82 +337,7 @@ class DraftEngine:
             spines.append((sequence, num_tokens))
         return [(s, n) for s, n in spines if self.sequences.get(s.request_id) is s]
 
-    def _batch(self, spines: list[tuple[Sequence, int]], rows: np.ndarray) -> tuple[ForwardBatch, list[tuple[Sequence, int]]]:
-        """The forward of `spines` and `rows`, and the (sequence, token index) of each spine logit."""
-        branches, page_size = self.branches, self._page_size
-        token_ids: list[int] = []
-        positions: list[np.ndarray] = []
-        query_lens: list[int] = []
-        logit_indices: list[int] = []
-        spine_logits: list[tuple[Sequence, int]] = []
-        for sequence, n in spines:
-            start = sequence.computed
-            for position in range(max(start, sequence.length - 1), start + n):
-                logit_indices.append(len(token_ids) + position - start)
-                spine_logits.append((sequence, position))
-            token_ids.extend(sequence.tokens[start : start + n])
-            positions.append(np.arange(start, start + n))
-            query_lens.append(n)
-        owners = np.array([s.slot for s, _ in spines], np.int64)
-        spine_positions = np.concatenate(positions) if positions else NO_ROWS
-        spine_owners = np.repeat(owners, np.array(query_lens, np.int64))
-        spine_slots = self.tables[spine_owners, spine_positions // page_size].astype(np.int64)
-        spine_slots = spine_slots * page_size + spine_positions % page_size
-
-        base, step = branches.base[rows], branches.computed[rows]
-        row_positions = base + step
-        first_page = base // page_size
-        own_pages = branches.pages[rows]
-        row_page = own_pages[np.arange(len(rows)), row_positions // page_size - first_page].astype(np.int64)
-        all_positions = np.concatenate([spine_positions, row_positions])
-        width = int(all_positions.max()) // page_size + own_pages.shape[1]
-        page_tables = np.ascontiguousarray(self.tables[np.concatenate([owners, branches.owner[rows]]), :width])
-        columns = first_page[:, None] + np.arange(own_pages.shape[1])
-        np.put_along_axis(page_tables[len(spines) :], columns, own_pages, axis=1)
-        seq_lens = [s.computed + n for s, n in spines]
-        num_spine_tokens = len(token_ids)
-        return (
-            ForwardBatch(
-                token_ids=np.concatenate([np.array(token_ids, np.int64), branches.tokens[rows, step]]),
-                positions=all_positions,
-                slots=np.concatenate([spine_slots, row_page * page_size + row_positions % page_size]),
-                query_start_loc=np.concatenate(
-                    [[0], np.cumsum(query_lens), num_spine_tokens + 1 + np.arange(len(rows))]
-                ).astype(np.int32),
-                seq_lens=np.concatenate([seq_lens, row_positions + 1]).astype(np.int32),
-                page_tables=page_tables,
-                logit_indices=np.concatenate([logit_indices, num_spine_tokens + np.arange(len(rows))]).astype(np.int64),
-            ),
-            spine_logits,
-        )
-
-    def _draw(self, logits: torch.Tensor, spine_logits: list[tuple[Sequence, int]], rows: np.ndarray) -> _Draw:
-        """Likeliest tokens and one drawn token after each logits row.
-
-        Greedy rows take the likeliest. Others draw from the softmax at the request's temperature over the
-        `top_m` likeliest tokens: that cut, renormalised distribution is the proposal q, exactly.
-        """
-        owners = [s.temperature for s, _ in spine_logits]
-        owners += [self._by_slot[slot].temperature for slot in self.branches.owner[rows].tolist()]
-        temperatures = np.array(owners, np.float32)
-        num_candidates, top_m = self._num_candidates, self._top_m
-        if not temperatures.any():
-            ids = torch.topk(logits, num_candidates, dim=-1).indices.cpu().numpy()
-            return _Draw(ids.astype(np.int32), ids[:, 0], None, None)
-        values, ids = torch.topk(logits.float(), max(num_candidates, top_m), dim=-1)
-        divisor = torch.from_numpy(np.where(temperatures > 0, temperatures, 1.0).astype(np.float32))
-        q_probs = torch.softmax(values[:, :top_m].cpu() / divisor[:, None], dim=-1)
-        choice = torch.multinomial(q_probs, 1, generator=self._generator)[:, 0].numpy()
-        ids = ids.cpu().numpy()
-        choice = np.where(temperatures > 0, choice, 0)
-        return _Draw(
-            ids[:, :num_candidates].astype(np.int32),
-            ids[np.arange(len(ids)), choice],
-            ids[:, :top_m].astype(np.int32),
-            q_probs.numpy(),
-        )
-
-    def _extend_branches(self, rows: np.ndarray, draw: _Draw, first: int) -> np.ndarray:
+    def _extend_branches(self, rows: np.ndarray, draw: Draw, first: int) -> np.ndarray:
         """Store what was drawn for `rows`; returns those whose depth is worth a push."""
         branches = self.branches
         step = branches.computed[rows]
@@ -442,7 +352,9 @@ class DraftEngine:
             branches.q_probs[rows, step] = draw.q_probs[first:]
         return self._worth_a_push(rows)
 
-    def _extend_spines(self, spines: list[tuple[Sequence, int]], spine_logits: list[tuple[Sequence, int]], draw: _Draw) -> np.ndarray:
+    def _extend_spines(
+        self, spines: list[tuple[Sequence, int]], spine_logits: list[tuple[Sequence, int]], draw: Draw
+    ) -> np.ndarray:
         """Count what was computed of `spines` and fork where that allows it; returns just-in-time rows."""
         for i, (sequence, position) in enumerate(spine_logits):
             sequence.candidates[position] = draw.candidates[i]
@@ -458,7 +370,7 @@ class DraftEngine:
         ]
         return np.concatenate([NO_ROWS, *started])
 
-    def _start_jit(self, sequence: Sequence, draw: _Draw, i: int) -> np.ndarray:
+    def _start_jit(self, sequence: Sequence, draw: Draw, i: int) -> np.ndarray:
         """One branch for the very round that waits, from the token just drawn after the trunk."""
         base = sequence.length - 1
         rows = self._add_branches(
@@ -520,11 +432,3 @@ class DraftEngine:
         return DrafterStats(
             self.pool.num_free, self.pool.num_pages, self.build_s * 1e3, self.num_steps, self.num_evictions
         )
-
-
-def _common_prefix(a: SequenceOf[int], b: SequenceOf[int]) -> int:
-    """Number of leading elements that `a` and `b` share."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i in range(n) if a[i] != b[i])

@@ -19,7 +19,6 @@ from vllm_ssd.protocol import (
     Outcome,
     Push,
     Refused,
-    Step,
     Welcome,
     fingerprint,
     unpack_ids,

@@ -1,7 +1,8 @@
 """What to speculate: fan-out over outcomes, drafts per round, and what to do on a miss."""
 
 from vllm_ssd.policy.adaptation import Adaptation
+from vllm_ssd.policy.budget import BranchBudget
 from vllm_ssd.policy.fallback import jit_drafts, ngram_drafts
 from vllm_ssd.policy.fan_out import FanOut, allocate, geometric_fan_out
 
-__all__ = ["Adaptation", "FanOut", "allocate", "geometric_fan_out", "jit_drafts", "ngram_drafts"]
+__all__ = ["Adaptation", "BranchBudget", "FanOut", "allocate", "geometric_fan_out", "jit_drafts", "ngram_drafts"]

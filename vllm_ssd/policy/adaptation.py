@@ -13,10 +13,12 @@ HYSTERESIS = 1.02
 """Predicted gain in tokens per second that a switch takes."""
 KNOWN_ROUNDS = 2.0
 """Decayed rounds an arm needs to be switched to without a probe."""
+FORGOTTEN_ROUNDS = 1e-6
+"""Decayed rounds at which an arm counts as never measured."""
 PRIOR_ROWS = 16.0
 """Row-rounds that acceptance by draft position weighs against what an arm's own rows accepted."""
 STRAGGLER = 2.0
-"""Ratio of a round's duration to the expected one from which it only counts when the round before was as slow."""
+"""A round that took this many times what was expected is dropped, or counts as that when the one before did too."""
 CHANGE, CHANGE_ROUNDS, FORGET = 1.3, 32, 16.0
 """Durations or tokens this far off for so many rounds are a changed environment: older rounds lose that much weight."""
 PROBE_ROUNDS, PROBE_ROUNDS_OFF, MAX_PROBE_ROUNDS = 4, 8, 64
@@ -80,12 +82,8 @@ class Arm:
         self.accepted += weight * accepted
         self.seconds += weight * seconds
 
-    def scale(self, factor: float) -> None:
-        self.rounds *= factor
-        self.rows *= factor
-        self.drafts *= factor
-        self.accepted *= factor
-        self.seconds *= factor
+    def scaled(self, factor: float) -> Arm:
+        return Arm(*(factor * getattr(self, name) for name in self.__slots__))
 
 
 class Bucket:
@@ -114,14 +112,15 @@ class Bucket:
         self._rate_to_beat = 0.0
 
     def observe(self, batch_size: int, wanted: int, drafts: int, accepted: Sequence[int], seconds: float) -> None:
-        """Learn from a round, then go on with the probe, start one or evaluate when it is time."""
+        """Learn from a round, then follow the probe, start one, or evaluate when it is time."""
         self._num_rounds += 1
         expected_s = interpolate(self._points, batch_size + drafts) if self._points else seconds
-        was_slow, self._slow = self._slow, seconds > STRAGGLER * expected_s
+        limit_s = STRAGGLER * expected_s
+        was_slow, self._slow = self._slow, seconds > limit_s
         if self._ignored and wanted == self.choice:
             self._ignored -= 1
         elif was_slow or not self._slow:
-            self._learn(batch_size, wanted, drafts, accepted, seconds, expected_s)
+            self._learn(batch_size, wanted, drafts, accepted, min(seconds, limit_s), expected_s)
         if self._probe:
             self._follow_probe(self._probe)
         elif self._num_rounds >= self._next_probe:
@@ -159,8 +158,7 @@ class Bucket:
         factor, self._weight = 1 / self._weight, 1.0
         self._tried = [value * factor for value in self._tried]
         self._passed = [value * factor for value in self._passed]
-        for arm in self._arms:
-            arm.scale(factor)
+        self._arms = [arm.scaled(factor) if arm.rounds * factor > FORGOTTEN_ROUNDS else Arm() for arm in self._arms]
 
     def _compare_window(self) -> None:
         """Forget most and probe soon when the last rounds do not look like those before."""
@@ -192,7 +190,7 @@ class Bucket:
         self.choice = self.settled
 
     def _unsure_arm(self) -> int:
-        """Alternately the least known arm of a coarse grid (0, 1, 2, 4, … all drafts) and the likeliest to be best."""
+        """Alternately the least known arm of a grid (0, 1, 2, 4, … and all drafts) and the likeliest to be best."""
         most = len(self._arms) - 1
         if self._num_probes % 2 == 0:
             grid = {0, *(1 << i for i in range(most.bit_length())), most} - {self.settled}
@@ -212,10 +210,12 @@ class Bucket:
         """End a probe that has had its rounds or cannot win; one that is ahead goes on for a while."""
         self._update_points()
         length = self._num_rounds - self._probe_start
-        if probe.rounds < 2 or probe.rows * (1 + self.choice) >= self._rate_to_beat * probe.seconds:
-            is_ahead = probe.rows + probe.accepted > self._rate_to_beat * probe.seconds
-            if length % (PROBE_ROUNDS if self.settled else PROBE_ROUNDS_OFF) or is_ahead and length < MAX_PROBE_ROUNDS:
-                return
+        tokens_to_beat = self._rate_to_beat * probe.seconds
+        is_hopeless = probe.rounds >= 2 and probe.rows * (1 + self.choice) < tokens_to_beat
+        is_ahead = probe.rows + probe.accepted > tokens_to_beat and length < MAX_PROBE_ROUNDS
+        is_over = length % (PROBE_ROUNDS if self.settled else PROBE_ROUNDS_OFF) == 0
+        if not is_hopeless and (is_ahead or not is_over):
+            return
         probed, before, self._probe = self.choice, self.settled, None
         tokens, seconds = self._predict()
         self._settle([t / s for t, s in zip(tokens, seconds)])

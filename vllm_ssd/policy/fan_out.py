@@ -110,7 +110,10 @@ class FanOut:
             self._cache.clear()
 
     def counts(self, num_drafts: int, after_hit: bool, budget: int | None = None) -> list[int]:
-        """Branches by accept length for a round with num_drafts drafts: num_drafts + 1 counts, at most budget in all."""
+        """Branches by accept length for a round of num_drafts drafts.
+
+        -> num_drafts + 1 counts that sum to budget at most, and to the configured number at most.
+        """
         budget = self._budget if budget is None else min(budget, self._budget)
         key = (num_drafts, after_hit, budget)
         counts = self._cache.get(key)
