@@ -19,7 +19,7 @@ from vllm_ssd.transport import Transport, TransportClosed
 from vllm_ssd.transport.process import socket_pair
 
 HANG_S = 10.0
-"""A drafter that was told something and has said nothing for so long is taken for hung and killed."""
+"""A drafter that was told something and has said nothing for so long, while it was listened to, is taken for hung."""
 BACKOFF_S = (1.0, 60.0)
 """First and longest pause before a drafter is started again; doubled with each failure."""
 
@@ -54,7 +54,7 @@ class DrafterProcess:
         self._logger = logger
         self._process: subprocess.Popen | None = None
         self._transport: Transport | None = None
-        self._spoke_at = self._heard_at = 0.0
+        self._unanswered_since = 0.0  # 0: whatever the drafter was told, it has said something since
         self._failure: DrafterFailed | None = None
         self._wanted = threading.Event()  # set while a (new) drafter should be started
         self._settled = threading.Event()  # set once the first start has succeeded or failed
@@ -74,12 +74,7 @@ class DrafterProcess:
     def send(self, step: Step) -> None:
         """Tell the drafter of one target step; dropped while there is no drafter."""
         if self.connected:
-            now = time.monotonic()
-            if self._spoke_at <= self._heard_at:
-                self._spoke_at = now
-            elif now - max(self._spoke_at, self._heard_at) > HANG_S:
-                self._lost(f"said nothing for {HANG_S:.0f} s")
-                return
+            self._unanswered_since = self._unanswered_since or time.monotonic()
             try:
                 self._transport.send(step)
             except TransportClosed as error:
@@ -95,7 +90,9 @@ class DrafterProcess:
             self._lost(str(error))
             return []
         if pushes:
-            self._heard_at = time.monotonic()
+            self._unanswered_since = 0.0
+        elif self._unanswered_since and time.monotonic() - self._unanswered_since > HANG_S:
+            self._lost(f"said nothing for {HANG_S:.0f} s")
         return pushes
 
     def close(self) -> None:
@@ -159,7 +156,7 @@ class DrafterProcess:
         welcome: Welcome = answers[0]
         self._transport = transport
         self.max_model_len = welcome.max_model_len
-        self._spoke_at = self._heard_at = time.monotonic()
+        self._unanswered_since = 0.0
         self.generation += 1
         self.connected = True
         self._logger.info(

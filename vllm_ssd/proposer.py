@@ -31,6 +31,7 @@ class SSDProposer:
         runner_v1.install(SSDProposer)
         self._verifier: Verifier | None = None
         self._request_ids: Sequence[str] = ()
+        self._num_verified: Sequence[int] = ()
         if get_tp_group().rank_in_group != 0:
             return
         config = SSDConfig.from_json(vllm_config.additional_config["ssd"])
@@ -59,9 +60,9 @@ class SSDProposer:
             self._verifier.finish_requests(finished)
             self._verifier.start_requests(request for request in started if request[1])
 
-    def on_rows(self, request_ids: Sequence[str]) -> None:
-        """The requests whose rows the next `propose` gets."""
-        self._request_ids = request_ids
+    def on_rows(self, request_ids: Sequence[str], num_verified: Sequence[int]) -> None:
+        """The requests whose rows the next `propose` gets, and how many drafts of each were verified."""
+        self._request_ids, self._num_verified = request_ids, num_verified
 
     def propose(
         self,
@@ -73,7 +74,9 @@ class SSDProposer:
         """Drafts for each row; see `Verifier.propose`."""
         if self._verifier is None:
             return [[] for _ in sampled_token_ids]
-        return self._verifier.propose(self._request_ids, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+        return self._verifier.propose(
+            self._request_ids, self._num_verified, sampled_token_ids, num_tokens_no_spec, token_ids_cpu
+        )
 
     def proposals(
         self, request_ids: Sequence[str], draft_token_ids: list[list[int]]

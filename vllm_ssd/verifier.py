@@ -74,7 +74,6 @@ class Session:
     generation: int = -1  # of the drafter that holds this request; -1: none does
     drafts: Speculation = field(default_factory=Speculation)  # named to the drafter at `length`
     blocks: list[Block] = field(default_factory=list)  # pushed for the outcome at `length`, in order
-    handed: int = 0  # drafts that vLLM was given for the round now being verified
     evictions: int = 0
     reopen_round: int = 0
 
@@ -156,20 +155,22 @@ class Verifier:
     def propose(
         self,
         request_ids: Sequence[str],
+        num_verified: Sequence[int],
         sampled_token_ids: list[list[int]],
         num_tokens: np.ndarray,
         token_ids: np.ndarray,
     ) -> list[list[int]]:
         """Drafts for the next round of every row, `[]` where there are none.
 
-        request_ids [B]; sampled_token_ids [B] lists, empty for rows still in prefill; num_tokens [B] int32
+        request_ids [B]; num_verified [B] drafts that each row's round verified; sampled_token_ids [B] lists of what
+        it emitted, empty for rows still in prefill; num_tokens [B] int32
         committed lengths; token_ids [B, max_model_len] int32.
         """
         started = time.perf_counter()
         self._round += 1
         self._absorb(self._link.poll())
         batch_size = sum(1 for sampled in sampled_token_ids if sampled)
-        self._observe_round(started, request_ids, sampled_token_ids)
+        self._observe_round(started, request_ids, num_verified, sampled_token_ids)
         wanted = self._adaptation.choose(batch_size) if self._config.adaptive else self._config.num_speculative_tokens
         proposed: list[list[int]] = [[] for _ in sampled_token_ids]
         events: list[Open | Outcome | Close] = []
@@ -178,7 +179,6 @@ class Verifier:
             session = self._sessions.get(request_ids[i])
             if not sampled or session is None:
                 continue
-            session.handed = 0
             if not wanted:
                 continue
             length = int(num_tokens[i])
@@ -196,7 +196,7 @@ class Verifier:
             if not proposed[i]:
                 missed.append((i, session))
             events.append(Outcome(session.request_id, session.epoch, length, emitted, proposed[i]))
-        waited = self._answer_misses(missed, events, proposed, token_ids, num_tokens, wanted, batch_size)
+        waited = self._answer_misses(missed, events, proposed, token_ids, num_tokens, wanted)
         self._last_round = (started, list(request_ids), wanted)
         if not waited:
             self._metrics.handed_over(time.perf_counter() - started)
@@ -271,7 +271,6 @@ class Verifier:
         token_ids: np.ndarray,
         num_tokens: np.ndarray,
         wanted: int,
-        batch_size: int,
     ) -> bool:
         """Send `events` with what the fallback makes of the rows that missed; fills `proposed`.
 
@@ -284,7 +283,7 @@ class Verifier:
                 self._hand_over(session, Speculation(drafts, [None] * len(drafts)), i, proposed)
         waiting = [(i, s) for i, s in missed if s.generation == self._link.generation]
         if waiting and config.on_miss in ("wait", "auto") and self._link.connected and self._answers:
-            jit = self._num_jit_drafts(len(waiting), batch_size, wanted)
+            jit = self._num_jit_drafts(len(waiting), wanted)
         if missed:
             named = {session.request_id: session.drafts.token_ids for _, session in missed}
             for n, event in enumerate(events):
@@ -299,16 +298,14 @@ class Verifier:
 
     def _hand_over(self, session: Session, speculation: Speculation, i: int, proposed: list[list[int]]) -> None:
         session.drafts = speculation
-        session.handed = len(speculation.token_ids)
         proposed[i] = speculation.token_ids
 
-    def _num_jit_drafts(self, num_missed: int, batch_size: int, wanted: int) -> int:
+    def _num_jit_drafts(self, num_missed: int, wanted: int) -> int:
         """Just-in-time drafts worth waiting for: all with "wait", what the measured rates say with "auto"."""
         if self._config.on_miss == "wait" or not self._jit_step_s:
             return wanted
         return jit_drafts(
             num_missed,
-            batch_size,
             wanted,
             self._survival,
             self._tokens_per_s,
@@ -334,9 +331,9 @@ class Verifier:
             self._answers = False  # until it is heard again, a drafter that stays silent here is not waited for
             self._absorb(self._link.poll(deadline - now))
         if first_s is not None and now < deadline:
-            step_s = (now - started - first_s) / max(jit - 1, 1)
+            step_s = (now - started - first_s) / (jit - 1) if jit > 1 else first_s / 2
             weight = 0.1 if self._jit_step_s else 1.0
-            self._jit_first_s += weight * (first_s - self._jit_first_s)
+            self._jit_first_s += weight * (first_s - step_s - self._jit_first_s)
             self._jit_step_s += weight * (step_s - self._jit_step_s)
         self._metrics.waited(now - started)
         events = []
@@ -350,21 +347,25 @@ class Verifier:
 
     # ---- measuring -------------------------------------------------------------------------------------
 
-    def _observe_round(self, now: float, request_ids: Sequence[str], sampled_token_ids: list[list[int]]) -> None:
-        """Learn from a round of pure decoding that followed directly on another of the same requests."""
+    def _observe_round(
+        self,
+        now: float,
+        request_ids: Sequence[str],
+        num_verified: Sequence[int],
+        sampled_token_ids: list[list[int]],
+    ) -> None:
+        """Count what was accepted, and learn from rounds of pure decoding that followed directly on another."""
         last, self._last_round = self._last_round, None
+        accepted = [max(len(sampled) - 1, 0) for sampled in sampled_token_ids]
+        self._metrics.accepted(num_verified, accepted)
         if last is None or last[1] != list(request_ids) or not all(sampled_token_ids):
             return
         started, _, wanted = last
-        sessions = [self._sessions.get(r) for r in request_ids]
-        offered = [s.handed if s else 0 for s in sessions]
-        accepted = [len(sampled) - 1 for sampled in sampled_token_ids]
         seconds = now - started
-        self._adaptation.observe(len(request_ids), wanted, offered, accepted, seconds)
-        self._metrics.accepted(offered, accepted)
+        self._adaptation.observe(len(request_ids), wanted, num_verified, accepted, seconds)
         rate = (sum(accepted) + len(accepted)) / seconds
         self._tokens_per_s += 0.05 * (rate - self._tokens_per_s)
-        for m, k in zip(offered, accepted):
+        for m, k in zip(num_verified, accepted):
             for j in range(m):
                 self._survival[j] += 0.02 * ((k > j) - self._survival[j])
 

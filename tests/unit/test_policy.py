@@ -268,10 +268,8 @@ def test_ngram_drafts_copy_what_followed_the_latest_longest_match(tokens, num_dr
 @st.composite
 def waits(draw):
     survival = sorted(draw(st.lists(probabilities, min_size=1, max_size=8)), reverse=True)
-    batch_size = draw(st.integers(1, 64))
     return dict(
-        num_missed=draw(st.integers(1, batch_size)),
-        batch_size=batch_size,
+        num_missed=draw(st.integers(1, 64)),
         max_drafts=draw(st.integers(0, 8)),
         accept_survival=survival,
         tokens_per_second=draw(st.floats(0, 1e4)),

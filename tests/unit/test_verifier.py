@@ -93,11 +93,12 @@ class FakeTarget:
         self.verifier.finish_requests([request_id])
 
     def round(self, trim: bool = False, skip: bool = False) -> None:
-        sampled = []
+        sampled, num_verified = [], []
         for request_id, tokens in self.tokens.items():
             drafts = self.drafts[request_id]
             if trim:
                 drafts = drafts[: self.random.randrange(len(drafts) + 1)]
+            num_verified.append(len(drafts))
             new = []
             for draft in [*drafts, None]:
                 new.append(self.next_token(tokens + new))
@@ -113,7 +114,7 @@ class FakeTarget:
         for row, tokens in zip(token_ids, self.tokens.values()):
             row[: len(tokens)] = tokens
         num_tokens = np.array([len(t) for t in self.tokens.values()], np.int32)
-        proposed = self.verifier.propose(list(self.tokens), sampled, num_tokens, token_ids)
+        proposed = self.verifier.propose(list(self.tokens), num_verified, sampled, num_tokens, token_ids)
         self.drafts = dict(zip(self.tokens, proposed))
 
     def check(self, prompts: dict[str, list[int]]) -> None:

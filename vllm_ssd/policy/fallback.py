@@ -30,7 +30,6 @@ def ngram_drafts(token_ids: np.ndarray, num_drafts: int, min_n: int, max_n: int)
 
 def jit_drafts(
     num_missed: int,
-    batch_size: int,
     max_drafts: int,
     accept_survival: Sequence[float],
     tokens_per_second: float,
