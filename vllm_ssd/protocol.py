@@ -9,6 +9,7 @@ at the end of a message: decoders ignore what they do not know, so a `Hello` of 
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -21,7 +22,6 @@ JIT_TOKEN = -1
 """Bonus token id of the branch that continues the committed tokens themselves, at accept length 0."""
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
-BonusTokenId = Annotated[int, msgspec.Meta(ge=JIT_TOKEN, lt=2**31)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -103,30 +103,56 @@ class Step(_Message, tag=1):
     num_speculative_tokens: Count
 
 
-class Branch(_Message):
-    """The tokens that follow one predicted outcome, from depth `offset` on: what was sent before never changes.
-
-    accept_length, bonus_token_id: the outcome; accept length 0 with `JIT_TOKEN` continues the committed tokens
-    draft_token_ids: n tokens
-    q_token_ids: [n, M] int32 little-endian, the support of each token's proposal distribution; empty when greedy
-    q_probs: [n, M] float32 little-endian, its probabilities; empty when greedy
-    """
-
-    accept_length: Count
-    bonus_token_id: BonusTokenId
-    offset: Count
-    draft_token_ids: list[TokenId]
-    q_token_ids: bytes = b""
-    q_probs: bytes = b""
-
-
 class Block(_Message):
-    """New or longer branches of one request for the round that began at committed length `length`."""
+    """New or longer branches of one request for the round that began at committed length `length`.
+
+    Append-only: what was sent for an outcome never changes, a later block adds the tokens from depth `offset` on.
+
+    outcomes: [n, 2] int32 little-endian, accept length and bonus token of each branch; accept length 0 with
+        `JIT_TOKEN` continues the committed tokens themselves
+    draft_token_ids: [n, d] int32 little-endian, the tokens after each outcome
+    q_token_ids: [n, d, M] int32 little-endian, the support of each token's proposal; empty when greedy
+    q_probs: [n, d, M] float32 little-endian, its probabilities; empty when greedy
+    """
 
     request_id: str
     epoch: Count
     length: Count
-    branches: list[Branch]
+    offset: Count
+    outcomes: bytes
+    draft_token_ids: bytes
+    q_token_ids: bytes = b""
+    q_probs: bytes = b""
+
+    @property
+    def num_branches(self) -> int:
+        """n."""
+        return len(self.outcomes) // 8
+
+    def find(self, accept_length: int, bonus_token_id: int) -> int:
+        """The branch that predicts this outcome, or -1."""
+        needle = _outcome.pack(accept_length, bonus_token_id)
+        at = self.outcomes.find(needle)
+        while at % 8 > 0:  # a match across two outcomes; -1 % 8 is 7, so the end is told apart below
+            if at < 0:
+                return -1
+            at = self.outcomes.find(needle, at + 1)
+        return at // 8
+
+    def drafts(self, branch: int) -> list[int]:
+        """The d tokens of one branch."""
+        size = len(self.draft_token_ids) // self.num_branches
+        return np.frombuffer(self.draft_token_ids, "<i4", size // 4, branch * size).tolist()
+
+    def proposals(self, branch: int) -> list[tuple[np.ndarray, np.ndarray]] | None:
+        """Per token of one branch its proposal, ids [M] int32 and probabilities [M] float32; None when greedy."""
+        if not self.q_token_ids:
+            return None
+        num_tokens = len(self.draft_token_ids) // 4
+        depth = num_tokens // self.num_branches
+        ids = np.frombuffer(self.q_token_ids, "<i4").reshape(num_tokens, -1)[branch * depth : (branch + 1) * depth]
+        probs = np.frombuffer(self.q_probs, "<f4").reshape(num_tokens, -1)[branch * depth : (branch + 1) * depth]
+        return list(zip(ids, probs))
 
 
 class Evicted(_Message):
@@ -157,6 +183,7 @@ class Push(_Message, tag=2):
 ToDrafter = Hello | Step
 ToTarget = Welcome | Refused | Push
 
+_outcome = struct.Struct("<ii")
 _encoder = msgspec.msgpack.Encoder()
 _to_drafter = msgspec.msgpack.Decoder(ToDrafter)
 _to_target = msgspec.msgpack.Decoder(ToTarget)

@@ -20,7 +20,6 @@ from vllm_ssd.policy import Adaptation, jit_drafts, ngram_drafts
 from vllm_ssd.protocol import (
     JIT_TOKEN,
     Block,
-    Branch,
     Close,
     Open,
     Outcome,
@@ -28,7 +27,6 @@ from vllm_ssd.protocol import (
     Step,
     common_prefix,
     pack_ids,
-    unpack_ids,
 )
 
 REOPEN_ROUNDS = 32
@@ -88,12 +86,11 @@ class Session:
         """What was pushed for one outcome so far; empty when it was not predicted."""
         found = Speculation()
         for block in self.blocks:
-            for branch in block.branches:
-                if branch.bonus_token_id == bonus_token_id and branch.accept_length == accept_length:
-                    if branch.offset == len(found.token_ids):
-                        found.token_ids += branch.draft_token_ids
-                        found.proposals += unpack_proposals(branch)
-                    break
+            branch = block.find(accept_length, bonus_token_id)
+            if branch >= 0 and block.offset == len(found.token_ids):
+                drafts = block.drafts(branch)
+                found.token_ids += drafts
+                found.proposals += block.proposals(branch) or [None] * len(drafts)
         return found
 
     def follow(self, emitted: list[int]) -> Speculation:
@@ -368,12 +365,3 @@ class Verifier:
         for m, k in zip(num_verified, accepted):
             for j in range(m):
                 self._survival[j] += 0.02 * ((k > j) - self._survival[j])
-
-
-def unpack_proposals(branch: Branch) -> list[Proposal | None]:
-    """The proposal of each draft token of `branch`; None for greedy ones."""
-    n = len(branch.draft_token_ids)
-    if not branch.q_token_ids:
-        return [None] * n
-    ids = unpack_ids(branch.q_token_ids).reshape(n, -1)
-    return list(zip(ids, np.frombuffer(branch.q_probs, "<f4").reshape(ids.shape)))

@@ -73,15 +73,15 @@ class Target:
         for block in push.blocks if push else []:
             tokens = self.tokens[block.request_id]
             assert (block.epoch, block.length) == (self.epoch[block.request_id], len(tokens))
-            for branch in block.branches:
-                known = self.blocks[block.request_id].setdefault((branch.accept_length, branch.bonus_token_id), [])
-                assert branch.offset == len(known), "a push left a gap or repeated tokens"
-                known += branch.draft_token_ids
+            for i, (accept_length, bonus) in enumerate(np.frombuffer(block.outcomes, "<i4").reshape(-1, 2).tolist()):
+                known = self.blocks[block.request_id].setdefault((accept_length, bonus), [])
+                assert block.offset == len(known), "a push left a gap or repeated tokens"
+                known += block.drafts(i)
                 prefix = list(tokens)
-                if branch.bonus_token_id != JIT_TOKEN:
+                if bonus != JIT_TOKEN:
                     drafts = self.drafts[block.request_id]
-                    assert drafts[branch.accept_length : branch.accept_length + 1] != [branch.bonus_token_id]
-                    prefix += drafts[: branch.accept_length] + [branch.bonus_token_id]
+                    assert drafts[accept_length : accept_length + 1] != [bonus]
+                    prefix += drafts[:accept_length] + [bonus]
                 assert known == reference_drafts(prefix, len(known)), "a draft read the wrong prefix"
         for evicted in push.evicted if push else []:
             self.evicted += 1
@@ -208,20 +208,17 @@ def test_sampled_branches_carry_the_distribution_they_were_drawn_from():
     while engine.has_work:
         push = engine.speculate()
         for block in push.blocks if push else []:
-            for branch in block.branches:
-                n = len(branch.draft_token_ids)
-                ids = np.frombuffer(branch.q_token_ids, "<i4").reshape(n, -1)
-                probs = np.frombuffer(branch.q_probs, "<f4").reshape(n, -1)
-                assert probs.shape == (n, 5) and np.allclose(probs.sum(1), 1, atol=1e-6)
-                row = engine.branches.find(engine.sequences["a"].rows, branch.accept_length, branch.bonus_token_id)
-                for i, token in enumerate(branch.draft_token_ids):
-                    assert token in ids[i]
-                    prefix = [1, 2, 3, *engine.branches.tokens[row, : branch.offset + i + 1].tolist()]
+            for i, (accept_length, bonus) in enumerate(np.frombuffer(block.outcomes, "<i4").reshape(-1, 2).tolist()):
+                row = engine.branches.find(engine.sequences["a"].rows, accept_length, bonus)
+                for depth, (token, (ids, probs)) in enumerate(zip(block.drafts(i), block.proposals(i), strict=True)):
+                    assert probs.shape == (5,) and np.isclose(probs.sum(), 1, atol=1e-6)
+                    assert token in ids
+                    prefix = [1, 2, 3, *engine.branches.tokens[row, : block.offset + depth + 1].tolist()]
                     logits = reference_logits(prefix).numpy() / 0.8
                     order = np.argsort(-logits)[:5]
                     expected = np.exp(logits[order] - logits[order].max())
-                    assert ids[i].tolist() == order.tolist()
-                    assert np.allclose(probs[i], expected / expected.sum(), atol=1e-5)
+                    assert ids.tolist() == order.tolist()
+                    assert np.allclose(probs, expected / expected.sum(), atol=1e-5)
                     seen += 1
     assert seen == 2 * K
 

@@ -7,10 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.protocol import (
-    JIT_TOKEN,
     PROTOCOL_VERSION,
     Block,
-    Branch,
     Close,
     DrafterStats,
     Evicted,
@@ -42,8 +40,7 @@ EVENT = (
     | st.builds(Outcome, TEXT, COUNT, COUNT, TOKEN_IDS, TOKEN_IDS, COUNT)
     | st.builds(Close, TEXT)
 )
-BRANCH = st.builds(Branch, COUNT, TOKEN_ID | st.just(JIT_TOKEN), COUNT, TOKEN_IDS, DATA, DATA)
-BLOCK = st.builds(Block, TEXT, COUNT, COUNT, st.lists(BRANCH, max_size=4))
+BLOCK = st.builds(Block, TEXT, COUNT, COUNT, COUNT, DATA, DATA, DATA, DATA)
 STATS = st.builds(DrafterStats, COUNT, COUNT, FLOAT, COUNT, COUNT)
 TO_DRAFTER = st.builds(Hello, COUNT, COUNT, COUNT, TEXT) | st.builds(Step, st.lists(EVENT, max_size=5), COUNT)
 TO_TARGET = (
@@ -56,7 +53,9 @@ TO_TARGET = (
 BOTH_WAYS = [pytest.param(decode_to_drafter, id="to drafter"), pytest.param(decode_to_target, id="to target")]
 
 STEP = Step([Open("a", 1, pack_ids([1, 2]), 0.7), Outcome("b", 0, 9, [4], [5, 6]), Close("c")], 5)
-PUSH = Push([Block("a", 1, 9, [Branch(2, 77, 0, [1, 2])])], [Evicted("b", 0)], DrafterStats(1, 2, 0.5, 3, 4))
+PUSH = Push(
+    [Block("a", 1, 9, 0, pack_ids([2, 77]), pack_ids([1, 2]))], [Evicted("b", 0)], DrafterStats(1, 2, 0.5, 3, 4)
+)
 
 
 @given(TO_DRAFTER)
@@ -73,8 +72,9 @@ def test_types_survive_and_optional_fields_default():
     step = decode_to_drafter(encode(STEP))
     assert [type(event) for event in step.events] == [Open, Outcome, Close]
     assert step.events[1].jit == 0
-    (branch,) = decode_to_target(encode(PUSH)).blocks[0].branches
-    assert (branch.q_token_ids, branch.q_probs) == (b"", b"")
+    (block,) = decode_to_target(encode(PUSH)).blocks
+    assert (block.num_branches, block.find(2, 77), block.drafts(0)) == (1, 0, [1, 2])
+    assert block.q_token_ids == block.q_probs == b"" and block.proposals(0) is None
 
 
 @pytest.mark.parametrize("decode", BOTH_WAYS)
@@ -160,3 +160,28 @@ def test_fingerprint_depends_on_the_vocabulary_and_nothing_else():
     assert fingerprint(dict(reversed(vocab.items()))) == expected
     for other in ({**vocab, "a": 1, "b": 0}, {**vocab, "c": 4}, {"a": 0}, {**vocab, "\udc81": 3}):
         assert fingerprint(other) != expected
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 3)), unique=True, max_size=20), st.integers(1, 3))
+def test_a_block_finds_the_branch_of_an_outcome(outcomes, depth):
+    drafts = np.arange(len(outcomes) * depth).reshape(len(outcomes), depth)
+    block = Block("a", 0, 1, 0, pack_ids(outcomes), pack_ids(drafts))
+    for accept_length in range(4):
+        for bonus in range(-1, 4):
+            branch = block.find(accept_length, bonus)
+            if (accept_length, bonus) in outcomes:
+                assert branch == outcomes.index((accept_length, bonus))
+                assert block.drafts(branch) == drafts[branch].tolist() and block.proposals(branch) is None
+            else:
+                assert branch == -1
+
+
+def test_a_block_carries_the_proposal_of_every_draft():
+    ids = np.arange(2 * 3 * 4, dtype="<i4").reshape(2, 3, 4)
+    probs = ids.astype("<f4") / 10
+    block = Block(
+        "a", 0, 1, 0, pack_ids([[0, 5], [1, 6]]), pack_ids([[1, 2, 3], [4, 5, 6]]), pack_ids(ids), probs.tobytes()
+    )
+    for branch in range(2):
+        for i, (q_ids, q_probs) in enumerate(block.proposals(branch)):
+            assert np.array_equal(q_ids, ids[branch, i]) and np.array_equal(q_probs, probs[branch, i])

@@ -22,8 +22,15 @@ def source(request, tmp_path):
     """Write a random tiny Llama and a tokenizer file beside it."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=request.param,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=request.param,
         initializer_range=0.3,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "source")

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from vllm_ssd.protocol import Block, Branch, Close, Hello, Open, Push, Refused, Step, encode
+from vllm_ssd.protocol import Block, Close, Hello, Open, Push, Refused, Step, encode
 from vllm_ssd.transport import TransportClosed
 from vllm_ssd.transport.inproc import pair
 from vllm_ssd.transport.process import INBOX_BYTES, MAX_MESSAGE_BYTES, socket_pair
@@ -224,7 +224,7 @@ def test_fileno_tells_when_to_poll(ends):
 
 def test_messages_cut_anywhere_are_put_together(raw):
     transport, sock = raw
-    messages = [Push([], [], None), Refused("é" * 50), Push([Block("a", 0, 9, [Branch(0, 1, 0, [2])])], [], None)]
+    messages = [Push([], [], None), Refused("é" * 50), Push([Block("a", 0, 9, 0, b"\0" * 8, b"\0" * 4)], [], None)]
     data = b"".join(map(frame, messages))
     received = []
     for i in range(len(data)):

@@ -14,7 +14,7 @@ from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.server import apply
 from vllm_ssd.metrics import Metrics
 from vllm_ssd.policy import FanOut
-from vllm_ssd.protocol import Block, Branch, Evicted, Push, Step
+from vllm_ssd.protocol import Block, Evicted, Push, Step, pack_ids
 from vllm_ssd.transport.inproc import pair
 from vllm_ssd.verifier import Verifier
 
@@ -231,9 +231,9 @@ def test_stale_and_foreign_blocks_are_dropped():
     verifier, metrics = make(link)
     target = FakeTarget(verifier)
     target.start("a", [1, 2, 3])
-    branch = [Branch(0, 1, 0, [2])]
+    branch = (0, pack_ids([0, 1]), pack_ids([2]))
     stale = Push(
-        [Block("a", 7, 3, branch), Block("a", 1, 4, branch), Block("z", 1, 3, branch)], [Evicted("z", 1)], None
+        [Block("a", 7, 3, *branch), Block("a", 1, 4, *branch), Block("z", 1, 3, *branch)], [Evicted("z", 1)], None
     )
     link._drafter.send(stale)
     target.round()

@@ -15,8 +15,9 @@ class Branches:
     earlier positions are read through the pages of its request's trunk.
 
     tokens [capacity, K + 1] int64: first token, then drafts; the first `computed` have KV, and one more is
-    drawn while `computed <= num_drafts`. candidates [capacity, K + 1, C] int32: likeliest tokens after each
-    computed one. q_token_ids, q_probs [capacity, K, M]: the proposal each draft was drawn from.
+    drawn while `computed <= num_drafts`; the first `sent` drafts were pushed. candidates [capacity, K + 1, C]
+    int32: likeliest tokens after each computed one. q_token_ids, q_probs [capacity, K, M]: the proposal each
+    draft was drawn from.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Branches:
         self.base = np.zeros(capacity, np.int64)
         self.computed = np.zeros(capacity, np.int64)
         self.num_drafts = np.zeros(capacity, np.int64)
+        self.sent = np.zeros(capacity, np.int64)
         self.alive = np.zeros(capacity, bool)
         self.tokens = np.zeros((capacity, k + 1), np.int64)
         self.candidates = np.zeros((capacity, k + 1, num_candidates), np.int32)
@@ -55,6 +57,7 @@ class Branches:
         self.accept_length[rows] = accept_length
         self.base[rows] = base
         self.computed[rows] = 0
+        self.sent[rows] = 0
         self.num_drafts[rows] = num_drafts
         self.alive[rows] = True
         self.tokens[rows, 0] = first_tokens

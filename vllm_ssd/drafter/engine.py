@@ -18,7 +18,7 @@ from vllm_ssd.drafter.forward import Draw, Sampler, build_batch
 from vllm_ssd.drafter.pool import OutOfPages, PagePool
 from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
 from vllm_ssd.policy import BranchBudget, FanOut
-from vllm_ssd.protocol import JIT_TOKEN, Block, Branch, DrafterStats, Evicted, Push, common_prefix, pack_ids
+from vllm_ssd.protocol import JIT_TOKEN, Block, DrafterStats, Evicted, Push, common_prefix, pack_ids
 
 PREFILL_TOKENS_PER_STEP = 256
 """Prompt tokens forwarded beside one step of the branches, so that a long prompt delays nobody for long."""
@@ -174,9 +174,9 @@ class DraftEngine:
         self.num_steps += 1
         if not spines:
             self._budget.observe_step(len(rows), time.perf_counter() - started)
-        grown = self._extend_branches(rows, draw, len(spine_logits))
-        started = self._extend_spines(spines, spine_logits, draw)
-        return self._report(self._blocks(np.concatenate([grown, started])))
+        self._extend_branches(rows, draw, len(spine_logits))
+        self._extend_spines(spines, spine_logits, draw)
+        return self._report(self._blocks(self._worth_a_push()))
 
     # ---- outcomes --------------------------------------------------------------------------------------
 
@@ -337,25 +337,23 @@ class DraftEngine:
             spines.append((sequence, num_tokens))
         return [(s, n) for s, n in spines if self.sequences.get(s.request_id) is s]
 
-    def _extend_branches(self, rows: np.ndarray, draw: Draw, first: int) -> np.ndarray:
-        """Store what was drawn for `rows`; returns those whose depth is worth a push."""
+    def _extend_branches(self, rows: np.ndarray, draw: Draw, first: int) -> None:
+        """Store what was drawn after `rows`, whose logits start at `first`."""
         branches = self.branches
         step = branches.computed[rows]
         branches.candidates[rows, step] = draw.candidates[first:]
         branches.computed[rows] = step + 1
-        growing = step < branches.num_drafts[rows]
-        if not growing.any():
-            return NO_ROWS
-        branches.tokens[rows, np.minimum(step + 1, branches.num_drafts[rows])] = draw.drawn[first:]
+        if not len(rows) or step[0] == branches.num_drafts[rows[0]]:
+            return  # finished branches run alone, for their last candidates
+        branches.tokens[rows, step + 1] = draw.drawn[first:]
         if draw.q_probs is not None:
             branches.q_token_ids[rows, step] = draw.q_token_ids[first:]
             branches.q_probs[rows, step] = draw.q_probs[first:]
-        return self._worth_a_push(rows)
 
     def _extend_spines(
         self, spines: list[tuple[Sequence, int]], spine_logits: list[tuple[Sequence, int]], draw: Draw
-    ) -> np.ndarray:
-        """Count what was computed of `spines` and fork where that allows it; returns just-in-time rows."""
+    ) -> None:
+        """Count what was computed of `spines`, and start the branches that this allows."""
         for i, (sequence, position) in enumerate(spine_logits):
             sequence.candidates[position] = draw.candidates[i]
         for sequence, n in spines:
@@ -363,14 +361,11 @@ class DraftEngine:
             if sequence.computed == len(sequence.tokens):
                 del self._unfinished[sequence.request_id]
             self._fork(sequence)
-        started = [
-            self._start_jit(sequence, draw, i)
-            for i, (sequence, position) in enumerate(spine_logits)
-            if sequence.jit and position == sequence.length - 1
-        ]
-        return np.concatenate([NO_ROWS, *started])
+        for i, (sequence, position) in enumerate(spine_logits):
+            if sequence.jit and position == sequence.length - 1:
+                self._start_jit(sequence, draw, i)
 
-    def _start_jit(self, sequence: Sequence, draw: Draw, i: int) -> np.ndarray:
+    def _start_jit(self, sequence: Sequence, draw: Draw, i: int) -> None:
         """One branch for the very round that waits, from the token just drawn after the trunk."""
         base = sequence.length - 1
         rows = self._add_branches(
@@ -384,44 +379,62 @@ class DraftEngine:
             if draw.q_probs is not None:
                 branches.q_token_ids[rows, 0] = draw.q_token_ids[i]
                 branches.q_probs[rows, 0] = draw.q_probs[i]
-        return rows
 
     # ---- news ------------------------------------------------------------------------------------------
 
-    def _worth_a_push(self, rows: np.ndarray) -> np.ndarray:
-        depth = self.branches.computed[rows]
-        powers = (depth & (depth - 1)) == 0
-        return rows[powers | (depth == self.branches.num_drafts[rows])]
+    def _worth_a_push(self) -> np.ndarray:
+        """Branches whose new drafts the target should have now.
+
+        A tree that will be whole before its outcome is expected travels in one message. Of one that may be late,
+        branches are pushed as they reach depth 1, 2, 4, … and K.
+        """
+        branches = self.branches
+        depth = np.minimum(branches.computed, branches.num_drafts)
+        rows = np.flatnonzero(branches.alive & (depth > branches.sent))
+        if not len(rows):
+            return rows
+        owners, depth = branches.owner[rows], depth[rows]
+        missing = branches.num_drafts[rows] - depth
+        milestone = ((depth & (depth - 1)) == 0) | (missing == 0)
+        now, push = time.perf_counter(), np.zeros(len(rows), bool)
+        for slot in set(owners.tolist()):
+            sequence, of_slot = self._by_slot[slot], owners == slot
+            waiting = branches.num_drafts[sequence.rows] - branches.computed[sequence.rows]
+            steps = max(int(waiting.max()), 0) + (sequence.request_id in self._unfinished)
+            if not steps:
+                push |= of_slot
+            elif sequence.jit or not self._budget.in_time(now - sequence.decided_at, steps):
+                push |= of_slot & milestone
+        return rows[push]
 
     def _blocks(self, rows: np.ndarray) -> list[Block]:
-        """What `rows` have grown since they were last pushed, by request."""
+        """What `rows` have grown since they were last pushed; one block for rows that grew alike."""
         branches = self.branches
-        by_owner: dict[int, list[Branch]] = {}
-        depths = branches.computed[rows].tolist()
-        for row, depth, owner, k, tokens in zip(
-            rows.tolist(),
-            depths,
-            branches.owner[rows].tolist(),
-            branches.accept_length[rows].tolist(),
-            branches.tokens[rows].tolist(),
-        ):
-            offset = 0 if depth == 1 else 1 << ((depth - 1).bit_length() - 1)
-            if k == JUST_IN_TIME:
-                k, bonus = 0, JIT_TOKEN
-            else:
-                bonus = tokens[0]
-            q_token_ids = q_probs = b""
-            if self._by_slot[owner].temperature > 0:
-                q_token_ids = pack_ids(branches.q_token_ids[row, offset:depth])
-                q_probs = branches.q_probs[row, offset:depth].tobytes()
-            by_owner.setdefault(owner, []).append(
-                Branch(k, bonus, offset, tokens[offset + 1 : depth + 1], q_token_ids, q_probs)
-            )
-        blocks = []
-        for owner, news in by_owner.items():
-            sequence = self._by_slot[owner]
-            blocks.append(Block(sequence.request_id, sequence.epoch, sequence.length, news))
-        return blocks
+        depths = np.minimum(branches.computed[rows], branches.num_drafts[rows])
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for row, slot, offset, depth in zip(rows, branches.owner[rows], branches.sent[rows], depths):
+            groups.setdefault((int(slot), int(offset), int(depth)), []).append(int(row))
+        branches.sent[rows] = depths
+        return [self._block(self._by_slot[slot], alike, *span) for (slot, *span), alike in groups.items()]
+
+    def _block(self, sequence: Sequence, rows: list[int], offset: int, depth: int) -> Block:
+        branches = self.branches
+        outcomes = np.stack([branches.accept_length[rows], branches.tokens[rows, 0]], axis=1)
+        outcomes[outcomes[:, 0] == JUST_IN_TIME] = (0, JIT_TOKEN)
+        q_token_ids = q_probs = b""
+        if sequence.temperature > 0:
+            q_token_ids = pack_ids(branches.q_token_ids[rows, offset:depth])
+            q_probs = branches.q_probs[rows, offset:depth].astype("<f4").tobytes()
+        return Block(
+            sequence.request_id,
+            sequence.epoch,
+            sequence.length,
+            offset,
+            pack_ids(outcomes),
+            pack_ids(branches.tokens[rows, offset + 1 : depth + 1]),
+            q_token_ids,
+            q_probs,
+        )
 
     def _report(self, blocks: list[Block]) -> Push | None:
         evicted, self._evicted = self._evicted, []

@@ -17,7 +17,7 @@ class BranchBudget:
     def __init__(self, max_branches: int) -> None:
         self._max_branches = max_branches
         self._weight = self._n = self._t = self._nn = self._nt = 0.0
-        self._window_s = 0.0
+        self._window_s = self._deviation_s = 0.0
 
     def observe_step(self, num_branches: int, seconds: float) -> None:
         """One forward over `num_branches` branches and nothing else."""
@@ -32,7 +32,16 @@ class BranchBudget:
     def observe_window(self, seconds: float) -> None:
         """Time between two outcomes of a request."""
         seconds = min(seconds, 4 * self._window_s) if self._window_s else seconds
-        self._window_s += (0.05 if self._window_s else 1.0) * (seconds - self._window_s)
+        weight = 0.05 if self._window_s else 1.0
+        self._deviation_s += 0.05 * (abs(seconds - self._window_s) - self._deviation_s) if self._window_s else 0.0
+        self._window_s += weight * (seconds - self._window_s)
+
+    def in_time(self, elapsed_s: float, num_steps: int) -> bool:
+        """Whether `num_steps` more steps will surely be done when the next outcome comes."""
+        if not self._weight or not self._window_s:
+            return False
+        surely_s = self._window_s - 2 * self._deviation_s
+        return elapsed_s + num_steps * self._t / self._weight < 0.9 * surely_s
 
     def branches(self, num_drafts: int) -> int:
         """Branches that a step may hold when `num_drafts` are wanted; the configured maximum until measured."""
