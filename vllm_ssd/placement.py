@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from typing import TYPE_CHECKING
 
 from vllm_ssd.config import SSDConfig, parse_cpus
@@ -47,6 +48,8 @@ def place_drafter(
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     }
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # torch.distributed listens even in a world of one
     cpus: list[int] = []
     if is_cpu:
         cpus = list(parse_cpus(config.drafter_cpus)) if config.drafter_cpus else default_cpus()

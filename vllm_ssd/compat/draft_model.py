@@ -6,6 +6,10 @@ this module then runs single forwards on pages and slots that the caller chooses
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from vllm.engine.arg_utils import EngineArgs
@@ -30,7 +34,8 @@ class DraftModel:
     def __init__(self, **engine_args) -> None:
         args = EngineArgs(block_size=PAGE_SIZE, enable_prefix_caching=False, disable_log_stats=True, **engine_args)
         self.vllm_config = args.create_engine_config()
-        self._core = EngineCore(self.vllm_config, UniProcExecutor, log_stats=False)
+        with _own_temporary_folder():
+            self._core = EngineCore(self.vllm_config, UniProcExecutor, log_stats=False)
         runner = self._core.model_executor.driver_worker.worker.model_runner
         groups = runner.kv_cache_config.kv_cache_groups
         if len(groups) != 1 or len(runner.attn_groups[0]) != 1 or not runner.kv_caches:
@@ -106,3 +111,15 @@ class DraftModel:
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+@contextmanager
+def _own_temporary_folder() -> Iterator[None]:
+    """Keep the rendezvous file of torch.distributed out of the shared folder: a killed drafter could not remove it."""
+    outside = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="vllm-ssd-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = outside
