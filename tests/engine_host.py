@@ -1,4 +1,4 @@
-"""One in-process vLLM engine, driven over a socket by `conftest.Engine`: `engine_host.py FD`.
+"""One in-process vLLM engine, driven over a socket by `engines.Engine`: `engine_host.py FD`.
 
 An engine in a process of its own shares no distributed state with any other, and its drafter, or the whole of it,
 can be killed. Each message is a pickled (method of EngineHost, keyword arguments), each answer (True, result) or
@@ -23,7 +23,7 @@ class EngineHost:
 
     def __init__(self) -> None:
         self._engine = self._proposer = None
-        self._known_q = 0
+        self._seen = {"known_q": 0, "ngram_drafts": 0}
 
     def start(self, *, patches: dict[str, Any] | None = None, **engine_args: Any) -> None:
         """Start the engine with module attributes such as "vllm_ssd.launch.HANG_S" replaced by `patches`."""
@@ -38,11 +38,12 @@ class EngineHost:
             core = self._engine.engine_core.engine_core
             self._proposer = core.model_executor.driver_worker.worker.model_runner.drafter
             self._see_proposals(distort=None)
+            self._see_ngram_drafts()
 
     def generate(
         self, requests: list[dict[str, Any]], signals: dict[int, int] | None = None, min_seconds: float = 0.0
     ) -> SimpleNamespace:
-        """Run `requests` (see `conftest.request`) to their ends; `signals[step]` is sent to the drafter before a step.
+        """Run `requests` (see `engines.request`) to their ends; `signals[step]` is sent to the drafter before a step.
 
         -> outputs, one per request; counts, what the metrics of vLLM and of SSD grew by; seconds, one per step. Each
         step is stretched to `min_seconds`.
@@ -70,18 +71,23 @@ class EngineHost:
         return SimpleNamespace(outputs=outputs, counts=counts, seconds=seconds, total_s=time.perf_counter() - started)
 
     def counts(self) -> dict[str, int]:
-        """Counters of SSD's metrics, drafts verified with a known q, and vLLM's preemptions."""
+        """Counters of vLLM and of SSD's metrics, drafts verified with a known q, and drafts found by n-gram."""
         from vllm.v1.metrics.reader import Counter
 
         counts = {metric.name: int(metric.value) for metric in self._engine.get_metrics() if isinstance(metric, Counter)}
         if self._proposer is not None:
-            counts |= self._proposer._metrics.counts | {"known_q": self._known_q}
+            counts |= self._proposer._metrics.counts | self._seen
         return counts
 
     def drafter(self) -> SimpleNamespace:
-        """Process id, how often it was started, whether it is connected."""
-        link = self._proposer._drafter
-        return SimpleNamespace(pid=link._process.pid, generation=link.generation, connected=link.connected)
+        """Process id, how often it was started, whether it is connected, KV pages in use when it last reported."""
+        link, stats = self._proposer._drafter, self._proposer._metrics.drafter_stats
+        return SimpleNamespace(
+            pid=link._process.pid,
+            generation=link.generation,
+            connected=link.connected,
+            pages_in_use=stats.pages_total - stats.pages_free if stats else 0,
+        )
 
     def wait_for_drafter(self, generation: int, timeout_s: float) -> bool:
         """Whether a drafter of `generation` or later shook hands within the time."""
@@ -104,10 +110,22 @@ class EngineHost:
             rows = type(verifier).proposals(verifier, request_ids, draft_token_ids)
             if rows is None:
                 return None
-            self._known_q += sum(proposal is not None for row in rows for proposal in row)
+            self._seen["known_q"] += sum(proposal is not None for row in rows for proposal in row)
             return [[p if p is None or distort is None else distorted(p, distort) for p in row] for row in rows]
 
         verifier.proposals = proposals
+
+    def _see_ngram_drafts(self) -> None:
+        from vllm_ssd import verifier
+
+        original = verifier.ngram_drafts
+
+        def ngram_drafts(*args):
+            drafts = original(*args)
+            self._seen["ngram_drafts"] += len(drafts)
+            return drafts
+
+        verifier.ngram_drafts = ngram_drafts
 
     def _join(self, index: int, request: dict[str, Any]) -> None:
         from vllm import SamplingParams

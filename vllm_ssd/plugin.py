@@ -10,6 +10,7 @@ from typing import Any
 logger = logging.getLogger("vllm.vllm_ssd")
 
 PROPOSER = "vllm_ssd.proposer.SSDProposer"
+PIPELINE_EXTENSION = "vllm_ssd.compat.pipeline.WorkerExtension"
 
 
 def register() -> None:
@@ -60,8 +61,14 @@ def translate(engine_args: Any) -> None:
             user[key] = value
             setattr(engine_args, field, None)
     config = SSDConfig.from_user(user)
+    if config.model.startswith(("/", "./", "../", "~")) and not os.path.isdir(os.path.expanduser(config.model)):
+        raise ValueError(f"ssd: model {config.model!r} is neither a folder nor the name of a model on the Hub")
     engine_args.additional_config = {**(engine_args.additional_config or {}), "ssd": config.to_json()}
     os.environ[RUNTIME_ENV] = config.runtime_json()
+    if engine_args.pipeline_parallel_size > 1:
+        if engine_args.worker_extension_cls:
+            raise ValueError("ssd: pipeline parallelism needs worker_extension_cls, which is set already")
+        engine_args.worker_extension_cls = PIPELINE_EXTENSION
     engine_args.speculative_config = {
         "method": "custom_class",
         "model": PROPOSER,

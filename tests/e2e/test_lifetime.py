@@ -1,0 +1,127 @@
+"""Starts that must fail say why in one sentence, and nothing outlives the engine that started it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from engines import PAIR, Engine, EngineFailed, request
+from tiny_models import random_llama, save
+
+GONE_S = 15.0
+"""Longest time that a process may outlive its parent."""
+
+
+@pytest.fixture
+def engine(start_engine: Callable[..., Engine], tmp_path: Path) -> Iterator[Engine]:
+    """An engine whose temporary files go to `tmp_path`."""
+    engine = start_engine(speculative={}, environment={"TMPDIR": str(tmp_path)})
+    yield engine
+    engine.close()
+
+
+def drafters_of(engine: Engine) -> list[psutil.Process]:
+    return [p for p in psutil.Process(engine.process.pid).children() if "vllm_ssd.drafter" in p.cmdline()]
+
+
+def wait_for_drafter(engine: Engine) -> list[psutil.Process]:
+    """The drafter that a start has just begun to boot."""
+    deadline = time.monotonic() + 60
+    while not (drafters := drafters_of(engine)):
+        assert time.monotonic() < deadline and engine.process.poll() is None, engine.log.read_text()[-4000:]
+        time.sleep(0.01)
+    return drafters
+
+
+def wait_until_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=GONE_S)
+    assert not alive, f"still there: {alive}"
+
+
+def test_nothing_is_left_behind(engine: Engine, corpus: list[int], tmp_path: Path) -> None:
+    assert engine.generate([request(corpus[:20], max_tokens=20)]).counts["vllm:generation_tokens"] == 20
+    drafter = psutil.Process(engine.call("drafter").pid)
+    listening = [c.laddr.ip for c in drafter.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert set(listening) <= {"127.0.0.1", "::1"}
+    engine.close()
+    wait_until_gone([drafter])
+    assert not list(tmp_path.iterdir())
+
+
+def test_drafter_dies_with_a_killed_server(engine: Engine, corpus: list[int]) -> None:
+    engine.generate([request(corpus[:20], max_tokens=20)])
+    drafter = psutil.Process(engine.call("drafter").pid)
+    assert drafter.is_running()
+    engine.process.kill()
+    wait_until_gone([drafter])
+
+
+def test_drafter_dies_with_a_server_killed_at_start(engine: Engine) -> None:
+    drafters = wait_for_drafter(engine)
+    engine.process.kill()
+    wait_until_gone(drafters)
+
+
+@pytest.fixture(scope="module")
+def failing(start_engine: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A process in which one start after the other fails; the first, of a drafter that does not exist, is under way."""
+    engine = start_engine(speculative={"model": str(tmp_path_factory.mktemp("empty") / "nowhere")})
+    yield engine
+    engine.close()
+
+
+def start_with(engine: Engine, **speculative: object) -> str:
+    """The last line of what a start with other `speculative` keys raises."""
+    config = engine.arguments["speculative_config"] | speculative
+    with pytest.raises(EngineFailed) as failure:
+        engine.call("start", **engine.arguments | {"speculative_config": config})
+    assert not drafters_of(engine)
+    return str(failure.value).strip().splitlines()[-1]
+
+
+def test_drafter_that_does_not_exist(failing: Engine) -> None:
+    with pytest.raises(EngineFailed, match=r"SSD drafter cannot serve: .*nowhere"):
+        failing.receive()
+
+
+def test_drafter_with_another_vocabulary(failing: Engine, tmp_path: Path) -> None:
+    save(random_llama(seed=1), tmp_path / "drafter")
+    reason = start_with(failing, model=str(tmp_path / "drafter"))
+    assert "the target's vocabulary has 2048 tokens, the draft model's 24" in reason
+
+
+def test_drafter_with_another_tokenizer(failing: Engine, tmp_path: Path) -> None:
+    folder = shutil.copytree(PAIR / "drafter", tmp_path / "drafter")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = list(vocab)[-2:]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "tokenizer differs" in start_with(failing, model=str(folder))
+
+
+def test_drafter_that_takes_too_long(failing: Engine) -> None:
+    assert "startup_timeout_s=0.5" in start_with(failing, model=str(PAIR / "drafter"), startup_timeout_s=0.5)
+
+
+def test_drafter_without_memory(failing: Engine) -> None:
+    reason = start_with(failing, model=str(PAIR / "drafter"), kv_cache_memory="1MiB", max_model_len=1024)
+    assert "SSD drafter cannot serve" in reason
+
+
+def test_drafter_that_is_killed_while_it_boots(failing: Engine) -> None:
+    config = failing.arguments["speculative_config"] | {"model": str(PAIR / "drafter")}
+    failing.send("start", **failing.arguments | {"speculative_config": config})
+    wait_for_drafter(failing)[0].kill()
+    with pytest.raises(EngineFailed, match="the SSD drafter ended with status -9 before it was ready"):
+        failing.receive()
+
+
+def test_key_that_does_not_exist(failing: Engine) -> None:
+    reason = start_with(failing, model=str(PAIR / "drafter"), fanout=3)
+    assert "unknown key 'fanout'" in reason and "did you mean 'fan_out'" in reason

@@ -1,0 +1,177 @@
+"""`vllm serve` as a user starts it: the OpenAI API, the metrics, and an end without remains."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import psutil
+import pytest
+from engines import ENVIRONMENT, PAIR, Engine, request
+
+VLLM = Path(sys.executable).with_name("vllm")
+START_S = 240.0
+RESTART_S = 90.0
+END_S = 60.0
+PROMPTS = (
+    'def read_config(path):\n    """Return the settings found in a file."""\n',
+    "class Queue:\n    def __init__(self, maxsize=0):\n",
+    "import os\nimport sys\n\n\ndef main():\n",
+    "    for name, value in self.items():\n",
+)
+
+
+class Server:
+    """One `vllm serve` of the bundled target on a free loopback port."""
+
+    def __init__(self, log: Path, arguments: Sequence[str]) -> None:
+        self.log = log
+        self.port, self.metrics_port = free_ports(2)
+        command = [str(VLLM), "serve", str(PAIR / "target"), "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--served-model-name", "target", "--dtype", "float32", "--enforce-eager"]
+        command += ["--max-model-len", "512", "--max-num-seqs", "4", "--kv-cache-memory-bytes", "64M"]
+        command += [argument.replace("METRICS_PORT", str(self.metrics_port)) for argument in arguments]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command,
+                env=os.environ | ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "INFO"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_S
+        while self.get(self.port, "/health") is None:
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.log.read_text()[-6000:]}"
+            assert time.monotonic() < deadline, f"not ready:\n{self.log.read_text()[-6000:]}"
+            time.sleep(0.5)
+
+    def get(self, port: int, path: str) -> str | None:
+        """The page at `path`, or None while nobody answers."""
+        try:
+            with urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+                return answer.read().decode()
+        except (URLError, OSError):
+            return None
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        """One choice of a completion over the OpenAI API."""
+        url = f"http://127.0.0.1:{self.port}/v1/completions"
+        data = json.dumps({"model": "target", "temperature": 0, "max_tokens": 60, **body}).encode()
+        with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=120) as answer:
+            return json.load(answer)["choices"][0]
+
+    def counter(self, name: str) -> float:
+        """A counter of vllm-ssd's Prometheus page."""
+        page = self.get(self.metrics_port, "/metrics")
+        return float(re.search(rf"^vllm_ssd:{name}_total (\S+)", page, re.MULTILINE)[1])
+
+
+@contextmanager
+def serve(log: Path, *arguments: str) -> Iterator[tuple[Server, list[psutil.Process]]]:
+    """A server that is ready, and all its processes; whatever is left of them at the end is killed."""
+    server = Server(log, arguments)
+    processes = [psutil.Process(server.process.pid)]
+    try:
+        server.wait_until_ready()
+        processes += processes[0].children(recursive=True)
+        yield server, processes
+    finally:
+        for process in processes:
+            if process.is_running():
+                process.kill()
+        server.process.wait()
+
+
+def free_ports(number: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def drafter_of(processes: list[psutil.Process]) -> psutil.Process:
+    (drafter,) = [process for process in processes if "vllm_ssd.drafter" in process.cmdline()]
+    return drafter
+
+
+def check_answers(server: Server, target_alone: Engine) -> float:
+    """Four completions at once are those of the target alone; returns how many hits they had."""
+    from tokenizers import Tokenizer
+
+    encode = Tokenizer.from_file(str(PAIR / "target" / "tokenizer.json")).encode
+    requests = [request(encode(prompt).ids, max_tokens=60, ignore_eos=False) for prompt in PROMPTS]
+    expected = [output.samples[0].text for output in target_alone.generate(requests).outputs]
+    hits = server.counter("hits")
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        answers = pool.map(lambda prompt: server.complete(prompt=prompt)["text"], PROMPTS)
+        assert list(answers) == expected
+    return server.counter("hits") - hits
+
+
+def test_configured_in_json_and_killed(tmp_path: Path, target_alone: Engine) -> None:
+    config = {
+        "method": "ssd",
+        "model": str(PAIR / "drafter"),
+        "num_speculative_tokens": 5,
+        "on_miss": "wait",
+        "adaptive": False,
+        "branch_budget": 12,
+        "kv_cache_memory": "64MiB",
+    }
+    keys = json.dumps(config)[:-1] + ', "metrics_port": METRICS_PORT}'
+    with serve(tmp_path / "log", "--speculative-config", keys) as (server, processes):
+        assert check_answers(server, target_alone) > 0, "inconclusive: no hits"
+        assert server.counter("accepted_tokens") > 0, "inconclusive: no drafts accepted"
+        drafter_of(processes).kill()
+        deadline = time.monotonic() + RESTART_S
+        while not check_answers(server, target_alone):
+            assert time.monotonic() < deadline, "no hits after the drafter was killed"
+        processes += [p for p in processes[0].children(recursive=True) if p not in processes]
+        server.process.kill()
+        _, alive = psutil.wait_procs(processes, timeout=END_S)
+        assert not alive, f"still there after SIGKILL: {alive}"
+
+
+def test_configured_by_dotted_keys_and_interrupted(tmp_path: Path, target_alone: Engine) -> None:
+    with serve(
+        tmp_path / "log",
+        *("--speculative-config.method", "ssd"),
+        *("--speculative-config.model", str(PAIR / "drafter")),
+        *("--speculative-config.num-speculative-tokens", "4"),
+        *("--speculative-config.fan-out", "[3,2,2,2,2]"),
+        *("--speculative-config.on_miss", "ngram"),
+        *("--speculative-config.adaptive", "false"),
+        *("--speculative-config.metrics-port", "METRICS_PORT"),
+    ) as (server, processes):
+        assert check_answers(server, target_alone) > 0, "inconclusive: no hits"
+        assert len(processes) >= 4
+        os.killpg(server.process.pid, signal.SIGINT)  # as Ctrl-C does
+        _, alive = psutil.wait_procs(processes, timeout=END_S)
+        assert not alive, f"still there after Ctrl-C: {alive}"
+    assert re.search(r"SSD drafter 1 ready", server.log.read_text())
+
+
+def test_drafter_that_does_not_exist(tmp_path: Path) -> None:
+    server = Server(tmp_path / "log", ["--speculative-config", '{"method": "ssd", "model": "/nonexistent"}'])
+    try:
+        assert server.process.wait(timeout=START_S) != 0
+    finally:
+        server.process.kill()
+    assert "the SSD drafter cannot serve" in server.log.read_text()

@@ -1,0 +1,125 @@
+"""The drafter's death is a non-event: the text stays, the drafter comes back, hits resume."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import statistics
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from engines import PAIR, Engine, assert_conclusive, request, texts
+
+ROUND_S = 0.05
+HANG_S = 3.0
+RESTART_S = 90.0
+"""Longest time from a drafter's death to the next one's handshake."""
+
+
+@pytest.fixture(scope="module")
+def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(PAIR / "drafter", tmp_path_factory.mktemp("models") / "drafter")
+
+
+@pytest.fixture(scope="module")
+def shared_engine(start_engine: Callable[..., Engine], draft_model: Path) -> Iterator[Engine]:
+    engine = start_engine(
+        speculative={"model": str(draft_model), "branch_budget": 12, "on_miss": "wait"},
+        patches={"vllm_ssd.launch.HANG_S": HANG_S, "vllm_ssd.launch.BACKOFF_S": (0.2, 1.0)},
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def engine(shared_engine: Engine, requests: list[dict[str, Any]]) -> Engine:
+    """The engine, with a drafter that is alive and hits."""
+    assert shared_engine.call("wait_for_drafter", generation=1, timeout_s=RESTART_S)
+    assert_conclusive(shared_engine.generate(requests[:2], min_seconds=ROUND_S), hits=3)
+    return shared_engine
+
+
+@pytest.fixture(scope="module")
+def requests(prompts: Callable[..., list[list[int]]]) -> list[dict[str, Any]]:
+    return [request(prompt, max_tokens=60, join_step=3 * i) for i, prompt in enumerate(prompts(16, 10, 100, seed=20))]
+
+
+@pytest.fixture(scope="module")
+def expected(target_alone: Engine, requests: list[dict[str, Any]]) -> list[list[list[int]]]:
+    return texts(target_alone.generate(requests))
+
+
+def assert_recovers(engine: Engine, before: SimpleNamespace, requests: list[dict[str, Any]], expected: Any) -> None:
+    """A new drafter comes up, another process than `before`, and its drafts are used."""
+    assert engine.call("wait_for_drafter", generation=before.generation + 1, timeout_s=RESTART_S)
+    assert engine.call("drafter").pid != before.pid
+    run = engine.generate(requests, min_seconds=ROUND_S)
+    assert texts(run) == expected
+    assert_conclusive(run, hits=30, accepted=30)
+    assert run.counts["restarts"] >= 1
+
+
+def slow_round_s(run: SimpleNamespace) -> float:
+    """What one round in twenty exceeds: a busy machine may hold up any single one."""
+    return statistics.quantiles(run.seconds, n=20)[-1]
+
+
+@pytest.mark.parametrize("step", [0, 25], ids=["before-the-prompt", "amid-generation"])
+def test_killed(engine: Engine, requests: list[dict[str, Any]], expected: Any, step: int) -> None:
+    before = engine.call("drafter")
+    run = engine.generate(requests, signals={step: signal.SIGKILL}, min_seconds=ROUND_S)
+    assert texts(run) == expected
+    assert_recovers(engine, before, requests, expected)
+
+
+def test_hung(engine: Engine, requests: list[dict[str, Any]], expected: Any) -> None:
+    before = engine.call("drafter")
+    run = engine.generate(requests, signals={25: signal.SIGSTOP}, min_seconds=ROUND_S)
+    assert texts(run) == expected
+    assert sum(run.seconds[25:]) + ROUND_S * len(run.seconds[25:]) > HANG_S, "inconclusive: over before it could hang"
+    assert slow_round_s(run) < 0.2, "rounds waited for a drafter that hangs"
+    assert_recovers(engine, before, requests, expected)
+
+
+def test_slow(engine: Engine, requests: list[dict[str, Any]], expected: Any) -> None:
+    """A drafter that runs a tenth of the time is neither waited for nor given up."""
+    before = engine.call("drafter")
+    engine.send("generate", requests=requests, min_seconds=ROUND_S)
+    finished = threading.Event()
+    throttle = threading.Thread(target=run_a_tenth_of_the_time, args=(before.pid, finished))
+    throttle.start()
+    try:
+        run = engine.receive()
+    finally:
+        finished.set()
+        throttle.join()
+    assert texts(run) == expected
+    assert slow_round_s(run) < 0.2, "rounds waited for a slow drafter"
+    assert engine.call("drafter").generation == before.generation
+
+
+def run_a_tenth_of_the_time(pid: int, finished: threading.Event) -> None:
+    while not finished.wait(0.05):
+        os.kill(pid, signal.SIGSTOP)
+        finished.wait(0.45)
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_killed_and_unable_to_start_again(
+    engine: Engine, draft_model: Path, requests: list[dict[str, Any]], expected: Any
+) -> None:
+    before = engine.call("drafter")
+    hidden = draft_model.rename(draft_model.with_name("hidden"))
+    try:
+        run = engine.generate(requests, signals={10: signal.SIGKILL}, min_seconds=ROUND_S)
+        assert texts(run) == expected
+        assert not engine.call("wait_for_drafter", generation=before.generation + 1, timeout_s=15.0)
+        assert texts(engine.generate(requests)) == expected
+    finally:
+        hidden.rename(draft_model)
+    assert_recovers(engine, before, requests, expected)

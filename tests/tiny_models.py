@@ -1,0 +1,68 @@
+"""Random Llamas over a vocabulary of two dozen tokens, and their exact next-token probabilities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 24
+LOGIT_SCALE = 0.2
+"""Spread of the output weights: the likeliest token of a context then has a probability of about 0.4."""
+
+
+def write_pair(folder: Path, noise: float) -> tuple[Path, Path]:
+    """A target and a drafter whose weights are the target's plus `noise` times as much of others; their folders."""
+    target, other = random_llama(seed=1), random_llama(seed=2)
+    save(target, folder / "target")
+    with torch.no_grad():
+        for weight, stranger in zip(target.parameters(), other.parameters()):
+            if weight.dim() > 1:
+                weight += noise * stranger
+    save(target, folder / "drafter")
+    return folder / "target", folder / "drafter"
+
+
+def random_llama(seed: int) -> LlamaForCausalLM:
+    """A float32 Llama whose attention and MLP weigh as much as its embedding, so that context matters."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=False,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "embed" in name:
+                weight.normal_()
+            elif "lm_head" in name:
+                weight.normal_(std=LOGIT_SCALE)
+            elif weight.dim() > 1:
+                weight.normal_(std=weight.shape[1] ** -0.5)
+    return model
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write `model` with a tokenizer of one word a token."""
+    model.save_pretrained(folder)
+    words = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCAB_SIZE)}, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t0").save_pretrained(folder)
+
+
+@torch.inference_mode()
+def next_token_logits(folder: Path, prompt_len: int, sequences: torch.Tensor) -> torch.Tensor:
+    """Logits `[B, T, VOCAB_SIZE]` float64 of each token of `sequences` [B, prompt_len + T]."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model(sequences[:, :-1]).logits[:, prompt_len - 1 :].double()
