@@ -106,8 +106,8 @@ class EngineHost:
     def _see_proposals(self, distort: float | None) -> None:
         verifier = self._proposer._verifier
 
-        def proposals(request_ids, draft_token_ids):
-            rows = type(verifier).proposals(verifier, request_ids, draft_token_ids)
+        def proposals(request_ids, num_tokens, draft_token_ids):
+            rows = type(verifier).proposals(verifier, request_ids, num_tokens, draft_token_ids)
             if rows is None:
                 return None
             self._seen["known_q"] += sum(proposal is not None for row in rows for proposal in row)

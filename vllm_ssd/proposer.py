@@ -79,10 +79,10 @@ class SSDProposer:
         )
 
     def proposals(
-        self, request_ids: Sequence[str], draft_token_ids: list[list[int]]
+        self, request_ids: Sequence[str], num_tokens: Sequence[int], draft_token_ids: list[list[int]]
     ) -> list[list[Proposal | None]] | None:
         """The distributions of the drafts under verification; see `Verifier.proposals`."""
-        return self._verifier.proposals(request_ids, draft_token_ids)
+        return self._verifier.proposals(request_ids, num_tokens, draft_token_ids)
 
 
 def _hello(config: SSDConfig, vllm_config: VllmConfig) -> Hello:

@@ -135,7 +135,7 @@ class Verifier:
             stale = self._sessions.get(request_id)
             session.epoch = stale.epoch + 1 if stale else 0
             self._sessions[request_id] = session
-            if self._adaptation.choose(len(self._sessions)):
+            if not self._config.adaptive or self._adaptation.choose(len(self._sessions)):
                 events += self._open(session, np.asarray(token_ids, np.int32))
         if events:
             self._send(events)
@@ -160,8 +160,8 @@ class Verifier:
         """Drafts for the next round of every row, `[]` where there are none.
 
         request_ids [B]; num_verified [B] drafts that each row's round verified; sampled_token_ids [B] lists of what
-        it emitted, empty for rows still in prefill; num_tokens [B] int32
-        committed lengths; token_ids [B, max_model_len] int32.
+        it emitted, empty for rows still in prefill; num_tokens [B] int32 committed lengths; token_ids
+        [B, max_model_len] int32.
         """
         started = time.perf_counter()
         self._round += 1
@@ -174,9 +174,7 @@ class Verifier:
         missed: list[tuple[int, Session]] = []
         for i, sampled in enumerate(sampled_token_ids):
             session = self._sessions.get(request_ids[i])
-            if not sampled or session is None:
-                continue
-            if not wanted:
+            if not sampled or session is None or not wanted:
                 continue
             length = int(num_tokens[i])
             if session.generation != self._link.generation or length < session.length:
@@ -201,18 +199,20 @@ class Verifier:
         return proposed
 
     def proposals(
-        self, request_ids: Sequence[str], draft_token_ids: list[list[int]]
+        self, request_ids: Sequence[str], num_tokens: Sequence[int], draft_token_ids: list[list[int]]
     ) -> list[list[Proposal | None]] | None:
         """The distribution of each draft now under verification, or None when no row has any.
 
-        draft_token_ids [B] lists as vLLM verifies them: a prefix of what was handed over, or filler.
+        num_tokens [B] committed lengths before this round; draft_token_ids [B] lists as vLLM verifies them: a prefix
+        of what was handed over at that length, or filler, which no distribution must be claimed for.
         """
         found: list[list[Proposal | None]] = []
         known = False
-        for request_id, drafts in zip(request_ids, draft_token_ids):
+        for request_id, length, drafts in zip(request_ids, num_tokens, draft_token_ids):
             session = self._sessions.get(request_id)
             row: list[Proposal | None] = [None] * len(drafts)
-            if drafts and session is not None and session.drafts.token_ids[: len(drafts)] == drafts:
+            named = session.drafts.token_ids if session is not None and session.length == length else []
+            if drafts and named[: len(drafts)] == drafts:
                 row = session.drafts.proposals[: len(drafts)]
                 known = known or any(p is not None for p in row)
             found.append(row)
@@ -355,8 +355,8 @@ class Verifier:
         last, self._last_round = self._last_round, None
         accepted = [max(len(sampled) - 1, 0) for sampled in sampled_token_ids]
         self._metrics.accepted(num_verified, accepted)
-        if last is None or last[1] != list(request_ids) or not all(sampled_token_ids):
-            return
+        if last is None or last[1] != list(request_ids) or not all(sampled_token_ids) or not self._link.connected:
+            return  # rounds without a drafter say nothing about speculation
         started, _, wanted = last
         seconds = now - started
         self._adaptation.observe(len(request_ids), wanted, num_verified, accepted, seconds)

@@ -19,7 +19,6 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import psutil
-import pytest
 from engines import ENVIRONMENT, PAIR, Engine, request
 
 VLLM = Path(sys.executable).with_name("vllm")

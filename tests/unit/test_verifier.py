@@ -252,10 +252,12 @@ def test_proposals_follow_the_drafts_that_are_verified():
             break
     drafts = [target.drafts["hot"], target.drafts["cold"]]
     assert drafts[0]
-    rows = verifier.proposals(["hot", "cold"], drafts)
+    lengths = [len(target.tokens["hot"]), len(target.tokens["cold"])]
+    rows = verifier.proposals(["hot", "cold"], lengths, drafts)
     for draft, proposal in zip(drafts[0], rows[0]):
         assert draft in proposal[0] and proposal[1].sum() == pytest.approx(1)
     assert rows[1] == [None] * len(drafts[1])
-    assert verifier.proposals(["hot"], [drafts[0][:1]]) is not None
-    assert verifier.proposals(["hot"], [[99]]) is None, "filler has no distribution"
-    assert verifier.proposals(["cold"], [drafts[1]]) is None
+    assert verifier.proposals(["hot"], lengths[:1], [drafts[0][:1]]) is not None
+    assert verifier.proposals(["hot"], lengths[:1], [[99]]) is None, "filler has no distribution"
+    assert verifier.proposals(["hot"], [lengths[0] + 1], [drafts[0][:1]]) is None, "filler may look like old drafts"
+    assert verifier.proposals(["cold"], lengths[1:], [drafts[1]]) is None

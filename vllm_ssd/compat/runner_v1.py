@@ -34,7 +34,7 @@ class V1Proposer(Protocol):
         """The rows that the next `propose` is about, and how many drafts of each were verified."""
 
     def proposals(
-        self, request_ids: Sequence[str], draft_token_ids: list[list[int]]
+        self, request_ids: Sequence[str], num_tokens: Sequence[int], draft_token_ids: list[list[int]]
     ) -> list[list[Proposal | None]] | None:
         """The distribution each draft under verification was drawn from; None: all are one-hot."""
 
@@ -111,7 +111,9 @@ def _get_spec_decode_draft_probs(original, runner, proposer: V1Proposer, spec_de
         drafts.append(flat[:n])
         del flat[:n]
     group = get_tp_group()
-    rows = proposer.proposals(batch.req_ids, drafts) if group.rank_in_group == 0 else None
+    rows = None
+    if group.rank_in_group == 0:
+        rows = proposer.proposals(batch.req_ids, batch.num_tokens_no_spec[: len(drafts)].tolist(), drafts)
     if group.world_size > 1:
         rows = group.broadcast_object(rows, src=0)
     if rows is None:
