@@ -23,10 +23,10 @@ def register() -> None:
             return
 
         @functools.wraps(original)
-        def create_speculative_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        def create_speculative_config(self: EngineArgs, target_model_config: Any, target_parallel_config: Any) -> Any:
             if asks_for_ssd(self):
-                translate(self)
-            return original(self, *args, **kwargs)
+                translate(self, target_parallel_config)
+            return original(self, target_model_config, target_parallel_config)
 
         create_speculative_config._vllm_ssd = True
         EngineArgs.create_speculative_config = create_speculative_config
@@ -40,7 +40,7 @@ def asks_for_ssd(engine_args: Any) -> bool:
     return engine_args.__dict__.get("spec_method") == "ssd" or config.get("method") == "ssd"
 
 
-def translate(engine_args: Any) -> None:
+def translate(engine_args: Any, parallel_config: Any) -> None:
     """Check the user's ssd configuration and put it into the form that vLLM carries to its workers.
 
     vLLM is left with `custom_class` and our proposer; our own keys travel in `additional_config["ssd"]`, which
@@ -65,10 +65,10 @@ def translate(engine_args: Any) -> None:
         raise ValueError(f"ssd: model {config.model!r} is neither a folder nor the name of a model on the Hub")
     engine_args.additional_config = {**(engine_args.additional_config or {}), "ssd": config.to_json()}
     os.environ[RUNTIME_ENV] = config.runtime_json()
-    if engine_args.pipeline_parallel_size > 1:
-        if engine_args.worker_extension_cls:
+    if parallel_config.pipeline_parallel_size > 1:
+        if parallel_config.worker_extension_cls not in ("", PIPELINE_EXTENSION):
             raise ValueError("ssd: pipeline parallelism needs worker_extension_cls, which is set already")
-        engine_args.worker_extension_cls = PIPELINE_EXTENSION
+        parallel_config.worker_extension_cls = PIPELINE_EXTENSION
     engine_args.speculative_config = {
         "method": "custom_class",
         "model": PROPOSER,
