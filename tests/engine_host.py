@@ -26,7 +26,10 @@ class EngineHost:
         self._seen = {"known_q": 0, "ngram_drafts": 0}
 
     def start(self, *, patches: dict[str, Any] | None = None, **engine_args: Any) -> None:
-        """Start the engine with module attributes such as "vllm_ssd.launch.HANG_S" replaced by `patches`."""
+        """Start the engine with module attributes such as "vllm_ssd.launch.HANG_S" replaced by `patches`.
+
+        With several workers the proposer is in another process, and only vLLM's own counters are seen.
+        """
         from vllm import LLM
 
         for path, value in (patches or {}).items():
@@ -34,9 +37,9 @@ class EngineHost:
             setattr(importlib.import_module(module), name, value)
         llm = LLM(**engine_args)
         self._engine = llm.llm_engine
-        if "speculative_config" in engine_args:
-            core = self._engine.engine_core.engine_core
-            self._proposer = core.model_executor.driver_worker.worker.model_runner.drafter
+        worker = getattr(self._engine.engine_core.engine_core.model_executor, "driver_worker", None)
+        if "speculative_config" in engine_args and worker is not None:
+            self._proposer = worker.worker.model_runner.drafter
             self._see_proposals(distort=None)
             self._see_ngram_drafts()
 

@@ -54,7 +54,8 @@ class DrafterProcess:
         self._logger = logger
         self._process: subprocess.Popen | None = None
         self._transport: Transport | None = None
-        self._unanswered_since = 0.0  # 0: whatever the drafter was told, it has said something since
+        self._spoken = False  # since it was last heard
+        self._polled_at = self._silent_since = 0.0
         self._failure: DrafterFailed | None = None
         self._wanted = threading.Event()  # set while a (new) drafter should be started
         self._settled = threading.Event()  # set once the first start has succeeded or failed
@@ -74,7 +75,7 @@ class DrafterProcess:
     def send(self, step: Step) -> None:
         """Tell the drafter of one target step; dropped while there is no drafter."""
         if self.connected:
-            self._unanswered_since = self._unanswered_since or time.monotonic()
+            self._spoken = True
             try:
                 self._transport.send(step)
             except TransportClosed as error:
@@ -89,10 +90,13 @@ class DrafterProcess:
         except TransportClosed as error:
             self._lost(str(error))
             return []
-        if pushes:
-            self._unanswered_since = 0.0
-        elif self._unanswered_since and time.monotonic() - self._unanswered_since > HANG_S:
+        now = time.monotonic()
+        if pushes or not self._spoken or now - self._polled_at > HANG_S / 2:
+            self._silent_since = now  # heard it, asked nothing, or did not listen: a pause of the server's own
+            self._spoken = self._spoken and not pushes
+        elif now - self._silent_since > HANG_S:
             self._lost(f"said nothing for {HANG_S:.0f} s")
+        self._polled_at = now
         return pushes
 
     def close(self) -> None:
@@ -156,7 +160,7 @@ class DrafterProcess:
         welcome: Welcome = answers[0]
         self._transport = transport
         self.max_model_len = welcome.max_model_len
-        self._unanswered_since = 0.0
+        self._spoken = False
         self.generation += 1
         self.connected = True
         self._logger.info(

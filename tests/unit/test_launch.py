@@ -1,0 +1,78 @@
+"""The link to a drafter, without a drafter: silence, death and return."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from vllm_ssd import launch
+from vllm_ssd.protocol import Push, Step
+from vllm_ssd.transport.inproc import pair
+
+STEP = Step([], 1)
+PUSH = Push([], [], None)
+
+
+@pytest.fixture
+def link(monkeypatch):
+    """A connected link over a socket pair, with a clock that the test turns, and no thread to restart anything."""
+    monkeypatch.setattr(launch.threading.Thread, "start", lambda self: None)
+    clock = [1000.0]
+    monkeypatch.setattr(launch.time, "monotonic", lambda: clock[0])
+    link = launch.DrafterProcess(None, None, environment={}, startup_timeout_s=1, logger=logging.getLogger("test"))
+    link._transport, drafter = pair()
+    link.connected, link.clock, link.drafter = True, clock, drafter
+    link._wanted.clear()
+    return link
+
+
+def polls(link, seconds: float, every: float = 0.5) -> None:
+    for _ in range(int(seconds / every)):
+        link.clock[0] += every
+        link.poll()
+
+
+def test_a_drafter_that_is_silent_while_asked_is_lost(link):
+    link.poll()
+    link.send(STEP)
+    polls(link, launch.HANG_S - 1)
+    assert link.connected
+    polls(link, 3)
+    assert not link.connected and link._wanted.is_set()
+    assert link.poll() == []
+    link.send(STEP)
+
+
+def test_a_drafter_that_answers_late_is_kept(link):
+    link.poll()
+    for _ in range(4):
+        link.send(STEP)
+        polls(link, launch.HANG_S - 1)
+        link.drafter.send(PUSH)
+        assert link.poll() == [PUSH]
+    assert link.connected
+
+
+def test_pauses_of_the_server_are_not_the_drafters_silence(link):
+    link.send(STEP)
+    link.poll()
+    for _ in range(3):
+        link.clock[0] += 100  # idle, suspended, or one long prefill
+        link.send(STEP)
+        link.poll()
+        assert link.connected
+    polls(link, 100)
+    assert not link.connected
+
+
+def test_a_drafter_that_was_told_nothing_may_be_silent(link):
+    polls(link, 100)
+    assert link.connected
+
+
+def test_a_closed_socket_is_a_lost_drafter(link):
+    link.drafter.close()
+    link.send(STEP)
+    assert link.poll() == []
+    assert not link.connected and link._wanted.is_set()
