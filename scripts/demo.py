@@ -45,7 +45,7 @@ MEASURED_TOKENS = 80  # beyond these so small a model repeats itself, which flat
 WARM_UP_TOKENS = 24
 STARTUP_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 10
-LOG_LINES = 40
+LOG_LINES = 25
 PROMPTS = (  # none ends in white space, which the tokenizer would split otherwise than in its training text
     '''def read_config(path):
     """Return the settings found in a file."""
@@ -130,8 +130,10 @@ class Server:
         return False
 
     def last_lines(self) -> str:
-        """The end of the server's log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        """The end of the server's log, below the errors further up, one of which is mostly the cause."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        errors = [line for line in lines[:-LOG_LINES] if re.search(r"(Error|Failed|Exception): ", line)]
+        return "\n".join([*errors, *lines[-LOG_LINES:]])
 
     def complete(self, prompt: str, max_tokens: int) -> Completion:
         """One greedy completion of exactly `max_tokens` tokens."""

@@ -77,7 +77,9 @@ class EngineHost:
         """Counters of vLLM and of SSD's metrics, drafts verified with a known q, and drafts found by n-gram."""
         from vllm.v1.metrics.reader import Counter
 
-        counts = {metric.name: int(metric.value) for metric in self._engine.get_metrics() if isinstance(metric, Counter)}
+        counts = {
+            metric.name: int(metric.value) for metric in self._engine.get_metrics() if isinstance(metric, Counter)
+        }
         if self._proposer is not None:
             counts |= self._proposer._metrics.counts | self._seen
         return counts

@@ -54,7 +54,9 @@ class SSDProposer:
         if self._verifier is not None:
             self._drafter.wait_until_ready()
 
-    def on_schedule(self, started: Sequence[tuple[str, Sequence[int] | None, float]], finished: Sequence[str]) -> None:
+    def on_schedule(
+        self, started: Sequence[tuple[str, Sequence[int] | None, float, int]], finished: Sequence[str]
+    ) -> None:
         """Requests that join or leave, before the target's forward."""
         if self._verifier is not None:
             self._verifier.finish_requests(finished)

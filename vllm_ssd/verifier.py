@@ -68,6 +68,7 @@ class Session:
     request_id: str
     temperature: float
     length: int  # committed tokens that the drafter was told of
+    min_length: int = 0  # committed tokens below which stop tokens are censored (`min_tokens`)
     epoch: int = 0
     generation: int = -1  # of the drafter that holds this request; -1: none does
     drafts: Speculation = field(default_factory=Speculation)  # named to the drafter at `length`
@@ -92,6 +93,14 @@ class Session:
                 found.token_ids += drafts
                 found.proposals += block.proposals(branch) or [None] * len(drafts)
         return found
+
+    def most_drafts(self, wanted: int, length: int) -> int:
+        """Drafts that a round starting at `length` may carry.
+
+        vLLM censors the bonus token of a round by where the round starts (`MinTokensLogitsProcessor`, 0.30 to 0.32):
+        a round must not reach over `min_length`, or a stop token due there would be lost.
+        """
+        return wanted if length >= self.min_length else min(wanted, self.min_length - length - 1)
 
     def follow(self, emitted: list[int]) -> Speculation:
         """What was speculated after `emitted`, the tokens since `length`; empty when nothing was.
@@ -127,11 +136,12 @@ class Verifier:
 
     # ---- what vLLM tells -------------------------------------------------------------------------------
 
-    def start_requests(self, requests: Iterable[tuple[str, Sequence[int], float]]) -> None:
-        """Open `(request_id, prompt token ids, temperature)` on the drafter, while the target prefills."""
+    def start_requests(self, requests: Iterable[tuple[str, Sequence[int], float, int]]) -> None:
+        """Open `(request_id, prompt token ids, temperature, min_tokens)` on the drafter, while the target prefills."""
         events = []
-        for request_id, token_ids, temperature in requests:
+        for request_id, token_ids, temperature, min_tokens in requests:
             session = Session(request_id, temperature if temperature >= 1e-5 else 0.0, len(token_ids))
+            session.min_length = len(token_ids) + min_tokens
             stale = self._sessions.get(request_id)
             session.epoch = stale.epoch + 1 if stale else 0
             self._sessions[request_id] = session
@@ -185,7 +195,7 @@ class Verifier:
             emitted = token_ids[i, session.length : length].tolist()
             speculation = session.follow(emitted)
             self._metrics.outcome(hit=bool(speculation.token_ids), block=bool(session.blocks))
-            self._hand_over(session, speculation.since(0, wanted), i, proposed)
+            self._hand_over(session, speculation.since(0, session.most_drafts(wanted, length)), i, proposed)
             session.blocks = []
             session.length = length
             if not proposed[i]:
@@ -276,7 +286,8 @@ class Verifier:
         config, jit = self._config, 0
         if missed and config.on_miss == "ngram":
             for i, session in missed:
-                drafts = ngram_drafts(token_ids[i, : num_tokens[i]], wanted, config.ngram_min, config.ngram_max)
+                most = session.most_drafts(wanted, session.length)
+                drafts = ngram_drafts(token_ids[i, : num_tokens[i]], most, config.ngram_min, config.ngram_max)
                 self._hand_over(session, Speculation(drafts, [None] * len(drafts)), i, proposed)
         waiting = [(i, s) for i, s in missed if s.generation == self._link.generation]
         if waiting and config.on_miss in ("wait", "auto") and self._link.connected and self._answers:
@@ -337,7 +348,9 @@ class Verifier:
         for i, session in waiting:
             if session.generation < 0:
                 continue
-            self._hand_over(session, session.lookup(0, JIT_TOKEN).since(0, jit), i, proposed)
+            self._hand_over(
+                session, session.lookup(0, JIT_TOKEN).since(0, session.most_drafts(jit, session.length)), i, proposed
+            )
             session.blocks = []
             events.append(Outcome(session.request_id, session.epoch, session.length, [], proposed[i]))
         self._send(events, wanted)

@@ -20,7 +20,7 @@ from engines import Engine, assert_conclusive, request, texts
 from tiny_models import VOCAB_SIZE, next_token_logits, write_pair
 
 PROMPTS = [[3, 7, 1], [11, 2, 5], [20, 20, 9], [4, 15, 8]]
-NUM_REQUESTS, NUM_TOKENS = 2600, 8
+NUM_SAMPLES, NUM_TOKENS = 2600, 8
 ROUND_S = 0.012
 """Each round is stretched to this, so that a fair share of the blocks arrives in time."""
 MIN_CONTEXT = 200
@@ -72,9 +72,7 @@ def engine(
     ],
     indirect=["engine"],
 )
-def test_samples_have_the_distribution_of_the_target(
-    engine: Engine, pair: tuple[Path, Path], sampling: str
-) -> None:
+def test_samples_have_the_distribution_of_the_target(engine: Engine, pair: tuple[Path, Path], sampling: str) -> None:
     run, samples = sample(engine, pair, SAMPLING[sampling])
     assert samples.probs.gather(1, samples.tokens[:, None]).min() > 0, "a token that the target never samples"
     assert_populated(engine, run, samples)
@@ -105,17 +103,17 @@ def sample(
     engine: Engine, pair: tuple[Path, Path], sampling: list[dict[str, Any]]
 ) -> tuple[SimpleNamespace, SimpleNamespace]:
     """Run the requests. -> the run and its tokens [N], their probs [N, VOCAB_SIZE] and contexts [N] of any type."""
-    total = sum(params.get("n", 1) for params in sampling)
-    choices = list(itertools.islice(itertools.product(range(NUM_REQUESTS), PROMPTS, sampling), NUM_REQUESTS * len(sampling) // total))
+    num_requests = NUM_SAMPLES * len(sampling) // sum(params.get("n", 1) for params in sampling)
+    choices = list(itertools.islice(itertools.cycle(itertools.product(PROMPTS, sampling)), num_requests))
     run = engine.generate(
         [
             # Equal seeds would give equal samples.
             request(prompt, max_tokens=NUM_TOKENS, **(params | {"seed": i} if "seed" in params else params))
-            for i, (_, prompt, params) in enumerate(choices)
+            for i, (prompt, params) in enumerate(choices)
         ],
         min_seconds=ROUND_S,
     )
-    rows = [(prompt, params, tokens) for (_, prompt, params), ids in zip(choices, texts(run)) for tokens in ids]
+    rows = [(prompt, params, tokens) for (prompt, params), ids in zip(choices, texts(run)) for tokens in ids]
     generated = torch.tensor([tokens for _, _, tokens in rows])
     sequences = torch.cat([torch.tensor([prompt for prompt, _, _ in rows]), generated], dim=1)
     logits = next_token_logits(pair[0], len(PROMPTS[0]), sequences)

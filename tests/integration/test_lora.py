@@ -25,7 +25,13 @@ def write_adapter(folder: Path) -> Path:
             weights[f"{key}.lora_A.weight"] = torch.randn(RANK, hidden, generator=generator) * hidden**-0.5
             weights[f"{key}.lora_B.weight"] = torch.randn(heads * head, RANK, generator=generator) * 0.2
     save_file(weights, folder / "adapter_model.safetensors")
-    adapter = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    adapter = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
     return folder
 

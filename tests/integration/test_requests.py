@@ -54,9 +54,13 @@ def test_sampling_parameters(
     engine: Engine, target_alone: Engine, prompts: Prompts, corpus: list[int], params: dict[str, Any]
 ) -> None:
     if params.get("stop_token_ids") is COMMON:
-        params = params | {"stop_token_ids": [token for token, _ in Counter(corpus).most_common(6)], "ignore_eos": False}
+        params = params | {
+            "stop_token_ids": [token for token, _ in Counter(corpus).most_common(6)],
+            "ignore_eos": False,
+        }
     requests = [
-        request(prompt, max_tokens=60, join_step=3 * i, **params) for i, prompt in enumerate(prompts(10, 20, 120, seed=2))
+        request(prompt, max_tokens=60, join_step=3 * i, **params)
+        for i, prompt in enumerate(prompts(10, 20, 120, seed=2))
     ]
     run, expected = engine.generate(requests, min_seconds=ROUND_S), target_alone.generate(requests)
     assert texts(run) == texts(expected)
@@ -88,7 +92,7 @@ def test_logprobs(engine: Engine, target_alone: Engine, prompts: Prompts) -> Non
 
 
 def test_samples_of_one_prompt(engine: Engine, prompts: Prompts) -> None:
-    """`n` > 1 and seeds: the texts are the sampler's to choose (test_distribution), their number and lengths are not."""
+    """`n` > 1 and seeds: the texts are the sampler's to choose, their number and lengths are not."""
     requests = [
         request(prompt, max_tokens=30, temperature=0.8, top_p=0.95, n=4, seed=i)
         for i, prompt in enumerate(prompts(4, 40, 120, seed=4))
@@ -129,7 +133,9 @@ def test_aborted_requests_leave_the_others_alone(engine: Engine, target_alone: E
 def test_requests_that_reach_max_model_len(engine: Engine, target_alone: Engine, prompts: Prompts) -> None:
     """Rows near the limit have drafts trimmed, and vLLM asks nobody for drafts while one row is within K of it."""
     long = prompts(6, MAX_MODEL_LEN - 60, MAX_MODEL_LEN - 1, seed=7)
-    requests = [request(prompt, max_tokens=MAX_MODEL_LEN - len(prompt), join_step=4 * i) for i, prompt in enumerate(long)]
+    requests = [
+        request(prompt, max_tokens=MAX_MODEL_LEN - len(prompt), join_step=4 * i) for i, prompt in enumerate(long)
+    ]
     requests += [request(prompt, max_tokens=100) for prompt in prompts(2, 10, 40, seed=8)]
     run, expected = engine.generate(requests, min_seconds=ROUND_S), target_alone.generate(requests)
     assert texts(run) == texts(expected)
@@ -188,9 +194,7 @@ def test_requests_that_outgrow_the_drafter(small_drafter: Engine, target_alone: 
 
 
 def test_drafter_out_of_pages(small_drafter: Engine, target_alone: Engine, prompts: Prompts) -> None:
-    requests = [
-        request(prompt, max_tokens=70, join_step=2 * i) for i, prompt in enumerate(prompts(24, 4, 50, seed=12))
-    ]
+    requests = [request(prompt, max_tokens=70, join_step=2 * i) for i, prompt in enumerate(prompts(24, 4, 50, seed=12))]
     run = small_drafter.generate(requests, min_seconds=ROUND_S)
     assert texts(run) == texts(target_alone.generate(requests))
     assert run.counts["evictions"] > 0, "inconclusive: nothing was evicted"

@@ -84,9 +84,9 @@ class FakeTarget:
         order = np.argsort(-fake_model.reference_logits(prefix).numpy())
         return int(order[(0, 0, 0, 1, 1, 5)[sum(prefix) % 6]])
 
-    def start(self, request_id: str, prompt: list[int], temperature: float = 0.0) -> None:
+    def start(self, request_id: str, prompt: list[int], temperature: float = 0.0, min_tokens: int = 0) -> None:
         self.tokens[request_id], self.drafts[request_id] = list(prompt), []
-        self.verifier.start_requests([(request_id, prompt, temperature)])
+        self.verifier.start_requests([(request_id, prompt, temperature, min_tokens)])
 
     def finish(self, request_id: str) -> None:
         del self.tokens[request_id]
@@ -261,3 +261,16 @@ def test_proposals_follow_the_drafts_that_are_verified():
     assert verifier.proposals(["hot"], lengths[:1], [[99]]) is None, "filler has no distribution"
     assert verifier.proposals(["hot"], [lengths[0] + 1], [drafts[0][:1]]) is None, "filler may look like old drafts"
     assert verifier.proposals(["cold"], lengths[1:], [drafts[1]]) is None
+
+
+@pytest.mark.parametrize("on_miss", ["skip", "wait", "ngram"])
+def test_no_round_reaches_over_min_tokens(on_miss):
+    verifier, metrics = make(InProcessLink(), on_miss=on_miss)
+    target = FakeTarget(verifier)
+    target.start("a", [1, 2, 3], min_tokens=20)
+    while len(target.tokens["a"]) < 40:
+        target.round()
+        length = len(target.tokens["a"])
+        assert length >= 23 or length + len(target.drafts["a"]) < 23
+    target.check({"a": [1, 2, 3]})
+    assert metrics.counts["hits"] > 0

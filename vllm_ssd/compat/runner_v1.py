@@ -27,8 +27,10 @@ Proposal = tuple[np.ndarray, np.ndarray]
 class V1Proposer(Protocol):
     """What the wrapped runner calls on a proposer of ours, beside vLLM's own `propose`."""
 
-    def on_schedule(self, started: Sequence[tuple[str, Sequence[int] | None, float]], finished: Sequence[str]) -> None:
-        """Requests `(id, prompt token ids, temperature)` that join, ids that leave, before the forward."""
+    def on_schedule(
+        self, started: Sequence[tuple[str, Sequence[int] | None, float, int]], finished: Sequence[str]
+    ) -> None:
+        """Requests `(id, prompt token ids, temperature, min_tokens)` that join, ids that leave, before the forward."""
 
     def on_rows(self, request_ids: Sequence[str], num_verified: Sequence[int]) -> None:
         """The rows that the next `propose` is about, and how many drafts of each were verified."""
@@ -69,7 +71,7 @@ def _wrap(name: str, proposer_class: type, wrapper: Any) -> None:
 
 def _execute_model(original, runner, proposer: V1Proposer, scheduler_output, *args, **kwargs):
     started = [
-        (new.req_id, new.prompt_token_ids, new.sampling_params.temperature)
+        (new.req_id, new.prompt_token_ids, new.sampling_params.temperature, new.sampling_params.min_tokens)
         for new in scheduler_output.scheduled_new_reqs
         if new.sampling_params is not None
     ]
