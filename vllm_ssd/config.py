@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 RUNTIME_ENV = "VLLM_SSD_RUNTIME"
 """Environment variable that carries `runtime_json()` to the workers."""
+SERVER_PID_ENV = "VLLM_SSD_SERVER_PID"
+"""Environment variable with the process id of the server, whose end the drafter must not outlive."""
 
 RUNTIME_FIELDS = ("wait_ms", "startup_timeout_s", "metrics_port")
 """Fields kept out of `to_json()`: its result enters vLLM's compile-cache key, and these change nothing compiled."""

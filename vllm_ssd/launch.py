@@ -12,6 +12,7 @@ import time
 import weakref
 
 import msgspec
+import psutil
 
 from vllm_ssd.drafter.options import DrafterOptions
 from vllm_ssd.protocol import Hello, Push, Refused, Step, Welcome
@@ -43,6 +44,7 @@ class DrafterProcess:
         environment: dict[str, str | None],
         startup_timeout_s: float,
         logger: logging.Logger,
+        server_pid: int | None = None,
     ) -> None:
         self.generation = 0
         self.connected = False
@@ -52,6 +54,8 @@ class DrafterProcess:
         self._environment = environment
         self._startup_timeout_s = startup_timeout_s
         self._logger = logger
+        # vLLM 0.32 leaves its workers behind when the server is killed; the drafter must not stay with them.
+        self._server = next((p for p in psutil.Process().parents() if p.pid == server_pid), None)
         self._process: subprocess.Popen | None = None
         self._transport: Transport | None = None
         self._spoken = False  # since it was last heard
@@ -108,6 +112,13 @@ class DrafterProcess:
             self._transport.close()
         self._kill()
 
+    def _is_orphan(self) -> bool:
+        """Whether the server that this worker belongs to has ended."""
+        try:
+            return self._server is not None and self._server.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
     def _lost(self, reason: str) -> None:
         self.connected = False
         self._logger.warning("SSD drafter lost (%s); decoding goes on without drafts until it is back", reason)
@@ -149,13 +160,11 @@ class DrafterProcess:
                 f"the SSD drafter ended with status {status} before it was ready; see its output above"
             ) from None
         if not answers:
-            self._kill()
             raise DrafterFailed(
                 f"the SSD drafter was not ready within startup_timeout_s={self._startup_timeout_s:g}; "
                 "raise it if the draft model loads slowly"
             )
         if isinstance(answers[0], Refused):
-            transport.close()
             raise DrafterFailed(f"the SSD drafter cannot serve: {answers[0].reason}")
         welcome: Welcome = answers[0]
         self._transport = transport
@@ -180,6 +189,10 @@ def _supervise(reference: weakref.ref[DrafterProcess]) -> None:
         wanted, closed = link._wanted, link._closed
         del link
         if not wanted.wait(timeout=1.0):
+            link = reference()
+            if link is not None and link._is_orphan():
+                link.close()
+                return
             continue
         link = reference()
         if link is None or closed.is_set():
@@ -195,6 +208,7 @@ def _supervise(reference: weakref.ref[DrafterProcess]) -> None:
             link._start()
             started_at = time.monotonic()
         except Exception as error:  # a thread that dies would leave the target without a drafter, unexplained
+            link._kill()
             failure = error if isinstance(error, DrafterFailed) else DrafterFailed(f"the SSD drafter: {error}")
             if first:
                 link._failure = failure

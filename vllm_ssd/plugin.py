@@ -49,7 +49,7 @@ def translate(engine_args: Any, parallel_config: Any) -> None:
     import vllm
 
     from vllm_ssd.compat.version import check_vllm_version
-    from vllm_ssd.config import RUNTIME_ENV, SSDConfig
+    from vllm_ssd.config import RUNTIME_ENV, SERVER_PID_ENV, SSDConfig
 
     check_vllm_version(vllm.__version__)
     user = dict(engine_args.speculative_config or {})
@@ -65,6 +65,7 @@ def translate(engine_args: Any, parallel_config: Any) -> None:
         raise ValueError(f"ssd: model {config.model!r} is neither a folder nor the name of a model on the Hub")
     engine_args.additional_config = {**(engine_args.additional_config or {}), "ssd": config.to_json()}
     os.environ[RUNTIME_ENV] = config.runtime_json()
+    os.environ[SERVER_PID_ENV] = str(os.getpid())
     if parallel_config.pipeline_parallel_size > 1:
         if parallel_config.worker_extension_cls not in ("", PIPELINE_EXTENSION):
             raise ValueError("ssd: pipeline parallelism needs worker_extension_cls, which is set already")

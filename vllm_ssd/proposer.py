@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from vllm.tokenizers import get_tokenizer
 
 from vllm_ssd.compat import runner_v1
-from vllm_ssd.config import RUNTIME_ENV, SSDConfig
+from vllm_ssd.config import RUNTIME_ENV, SERVER_PID_ENV, SSDConfig
 from vllm_ssd.launch import DrafterProcess
 from vllm_ssd.metrics import Metrics
 from vllm_ssd.placement import place_drafter
@@ -44,6 +44,7 @@ class SSDProposer:
             environment=environment,
             startup_timeout_s=config.startup_timeout_s,
             logger=logger,
+            server_pid=int(os.environ.get(SERVER_PID_ENV, "0")),
         )
         self._verifier = Verifier(config, self._drafter, self._metrics)
         if config.metrics_port is not None:

@@ -69,8 +69,8 @@ def test_drafter_dies_with_a_server_killed_at_start(engine: Engine) -> None:
 
 @pytest.fixture(scope="module")
 def failing(start_engine: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """A process in which one start after the other fails; the first, of a drafter that does not exist, is under way."""
-    engine = start_engine(speculative={"model": str(tmp_path_factory.mktemp("empty") / "nowhere")})
+    """A process in which one start after the other fails; the first, of a drafter without a model, is under way."""
+    engine = start_engine(speculative={"model": str(tmp_path_factory.mktemp("empty"))})
     yield engine
     engine.close()
 
@@ -84,9 +84,13 @@ def start_with(engine: Engine, **speculative: object) -> str:
     return str(failure.value).strip().splitlines()[-1]
 
 
-def test_drafter_that_does_not_exist(failing: Engine) -> None:
-    with pytest.raises(EngineFailed, match=r"SSD drafter cannot serve: .*nowhere"):
+def test_drafter_in_an_empty_folder(failing: Engine) -> None:
+    with pytest.raises(EngineFailed, match=r"SSD drafter cannot serve: .*empty"):
         failing.receive()
+
+
+def test_drafter_that_does_not_exist(failing: Engine) -> None:
+    assert "neither a folder nor the name of a model" in start_with(failing, model="/nowhere/at/all")
 
 
 def test_drafter_with_another_vocabulary(failing: Engine, tmp_path: Path) -> None:

@@ -154,11 +154,13 @@ def _expand_is_correct() -> bool:
 
     Each try expects values that no memory left over from an earlier one can hold.
     """
+    cumulative = torch.tensor([2, 3, 6], dtype=torch.int32)
     for shift, dtype in enumerate((torch.float32, torch.int32)):
         x = torch.tensor([30 + shift, 0, 50 + shift], dtype=dtype)
-        found = rejection_sampler.expand_batch_to_tokens(
-            x, torch.tensor([2, 3, 6], dtype=torch.int32), 6, 0, 70 + shift
-        )
+        try:
+            found = rejection_sampler.expand_batch_to_tokens(x, cumulative, 6, 0, 70 + shift)
+        except Exception:  # 0.30 cannot even launch it; whatever goes wrong, ours works
+            return False
         if found.tolist() != [30 + shift] * 2 + [70 + shift] + [50 + shift] * 3:
             return False
     return True
