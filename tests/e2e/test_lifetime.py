@@ -85,7 +85,7 @@ def start_with(engine: Engine, **speculative: object) -> str:
 
 
 def test_drafter_in_an_empty_folder(failing: Engine) -> None:
-    with pytest.raises(EngineFailed, match=r"SSD drafter cannot serve: .*empty"):
+    with pytest.raises(EngineFailed, match=r"(?s)SSD drafter cannot serve: .*empty"):
         failing.receive()
 
 
