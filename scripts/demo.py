@@ -2,9 +2,9 @@
 
     bash scripts/demo.sh
 
-Four servers (SSD, plain, stock `draft_model` with two numbers of drafts) stay up, idle ones asleep, while every prompt
-goes to each of them in turn: whatever else the machine does meanwhile hits them alike. Everything runs on two cores and
-in float32, where the number of tokens verified together cannot flip an argmax.
+Four servers (SSD, plain, stock `draft_model` with two numbers of drafts) stay up, idle ones asleep, and are measured in
+turns, once forwards and once backwards: whatever else the machine does meanwhile hits them alike. Everything runs on two
+cores and in float32, where the number of tokens verified together cannot flip an argmax.
 """
 
 import json
@@ -43,6 +43,7 @@ WIDENED_SIZE = 24576  # reading 0.4 GB of weights keeps one core busy for 20 ms 
 STREAM_TOKENS = 150
 MEASURED_TOKENS = 64  # beyond these so small a model repeats itself, which flatters every speculation
 WARM_UP_TOKENS = 24
+SETTLE_S = 1.2  # vLLM's processes spin for a second after their last message before they sleep
 STARTUP_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 10
 LOG_LINES = 25
@@ -301,7 +302,7 @@ def show_stream(server: Server, prompt: str) -> None:
 
 
 def measure(servers: list[Server]) -> list[Run]:
-    """Every prompt to every server, in turns that begin with another server each time."""
+    """Half of the prompts to every server in turn, then the other half in the opposite order."""
     for server in servers:
         server.complete(PROMPTS[0], WARM_UP_TOKENS)
     runs = [Run(server) for server in servers]
@@ -309,12 +310,13 @@ def measure(servers: list[Server]) -> list[Run]:
         TextColumn("measuring"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console
     ) as progress:
         task = progress.add_task("", total=len(PROMPTS) * len(servers))
-        for turn, prompt in enumerate(PROMPTS):
-            first = turn % len(runs)
-            for run in runs[first:] + runs[:first]:
+        for prompts, turns in ((PROMPTS[::2], runs), (PROMPTS[1::2], runs[::-1])):
+            for run in turns:
                 progress.update(task, description=run.server.name)
-                run.completions.append(run.server.complete(prompt, MEASURED_TOKENS))
-                progress.advance(task)
+                time.sleep(SETTLE_S)
+                for prompt in prompts:
+                    run.completions.append(run.server.complete(prompt, MEASURED_TOKENS))
+                    progress.advance(task)
     for run in runs:
         run.finish()
         if run.server.speculative and run.tokens_per_round == 1:

@@ -9,6 +9,7 @@ in steps that verify no drafts.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -49,6 +50,7 @@ def install(proposer_class: type) -> None:
     _wrap("_get_spec_decode_draft_probs", proposer_class, _get_spec_decode_draft_probs)
     if current_platform.is_cpu() and not _expand_is_correct():
         rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+        _connect_cpu_kernels()
 
 
 def _wrap(name: str, proposer_class: type, wrapper: Any) -> None:
@@ -164,3 +166,14 @@ def _expand_is_correct() -> bool:
         if found.tolist() != [30 + shift] * 2 + [70 + shift] + [50 + shift] * 3:
             return False
     return True
+
+
+def _connect_cpu_kernels() -> None:
+    """Give the sampler's dispatchers the CPU kernels that vLLM 0.30 puts under names nobody reads any more."""
+    from vllm.utils import cpu_triton_utils
+
+    for name in ("rejection_greedy_sample", "rejection_random_sample", "expand", "sample_recovered_tokens"):
+        dispatcher = getattr(rejection_sampler, f"_{name}", None)
+        kernel = getattr(dispatcher, "kernel", None)
+        if isinstance(kernel, types.FunctionType):  # Triton's placeholder: the bare function, not to be launched
+            dispatcher.kernel = getattr(cpu_triton_utils, f"{name}_kernel", kernel)
