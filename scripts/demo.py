@@ -2,9 +2,9 @@
 
     bash scripts/demo.sh
 
-Four servers (SSD, plain, stock `draft_model` with two numbers of drafts) stay up, idle ones asleep, and are measured in
-turns, once forwards and once backwards: whatever else the machine does meanwhile hits them alike. Everything runs on two
-cores and in float32, where the number of tokens verified together cannot flip an argmax.
+Four servers (SSD, plain, stock `draft_model` with two numbers of drafts) stay up, idle ones asleep, and are measured
+in turns, once forwards and once backwards: whatever else the machine does meanwhile hits them alike. Everything runs
+on two cores and in float32, where the number of tokens verified together cannot flip an argmax.
 """
 
 import json
