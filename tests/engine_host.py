@@ -38,7 +38,7 @@ class EngineHost:
         llm = LLM(**engine_args)
         self._engine = llm.llm_engine
         worker = getattr(self._engine.engine_core.engine_core.model_executor, "driver_worker", None)
-        if engine_args.get("speculative_config", {}).get("method") == "ssd" and worker is not None:
+        if "speculative_config" in engine_args and worker is not None:
             self._proposer = worker.worker.model_runner.drafter
             self._see_proposals(distort=None)
             self._see_ngram_drafts()
