@@ -357,12 +357,15 @@ class DraftEngine:
         for i, (sequence, position) in enumerate(spine_logits):
             sequence.candidates[position] = draw.candidates[i]
         for sequence, n in spines:
+            if self.sequences.get(sequence.request_id) is not sequence:
+                continue  # evicted just now, for the branches of one before it
             sequence.computed += n
             if sequence.computed == len(sequence.tokens):
                 del self._unfinished[sequence.request_id]
             self._fork(sequence)
         for i, (sequence, position) in enumerate(spine_logits):
-            if sequence.jit and position == sequence.length - 1:
+            alive = self.sequences.get(sequence.request_id) is sequence
+            if alive and sequence.jit and position == sequence.length - 1:
                 self._start_jit(sequence, draw, i)
 
     def _start_jit(self, sequence: Sequence, draw: Draw, i: int) -> None:
