@@ -1,7 +1,7 @@
 """Decode throughput of plain vLLM, stock `draft_model`, SSD and SSD's ceiling, interleaved on two cores.
 
-    python scripts/bench_decode.py --out results            # everything, about two hours
-    python scripts/bench_decode.py --out results --quick    # one point with a dear drafter, three minutes
+    python scripts/bench_decode.py --out results            # everything, about an hour and a half
+    python scripts/bench_decode.py --out results --quick    # one point with a dear drafter, a few minutes
 
 Every system is an engine in a process of its own, all on one core, SSD's drafter on the other. They are started together
 and asked in turn, so that whatever changes on the machine hits them alike; ratios are taken within a round of turns. Idle
@@ -9,9 +9,8 @@ ones are stopped: the network threads of an idle vLLM engine take 2 % of a core.
 defined. A target of any cost comes from widening the bundled one, a drafter of any cost from deepening.
 
 *Dear* means that stock speculation at its best K spends nearly as long drafting as verifying, and that K + 1 of the
-drafter's steps just fit into one verification; *cheap* is about one fifth of that, the bundled drafter as it is. What the
-default sizes give on this machine is measured first and printed. Of stock's K and of SSD's configurations the best is
-taken at every point, by its median.
+drafter's steps just fit into one verification; *cheap* is one fifth of that. What the sizes below give on this machine is
+measured first and printed.
 """
 
 import argparse
@@ -38,11 +37,9 @@ from train_pair import read_sources
 PAIR = Path(__file__).resolve().parents[1] / "vllm_ssd" / "pair"
 STARTS_AT_ONCE = 2
 STARTUP_TIMEOUT_S = 300
-COST_ROUNDS = 5
-COST_TOKENS = 48
+COST_ROUNDS = 3
+COST_TOKENS = 64
 LOG_LINES = 25
-STOCK_K = {"dear": [1, 2, 3, 4], "cheap": [2, 3, 4, 5, 7]}
-SSD_K = {"dear": [3, 4], "cheap": [5, 7]}
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
@@ -154,16 +151,14 @@ def held_out_prompts(seed: int) -> Iterator[list[int]]:
         yield tokens[i][start : start + PROMPT_TOKENS]
 
 
-def make_systems(kind: str, target: Path, drafter: Path, args: argparse.Namespace) -> list[System]:
+def make_systems(target: Path, drafter: Path, args: argparse.Namespace) -> list[System]:
     """Plain, stock at every K, every SSD, and one ceiling that serves them all."""
-    stock_k = args.stock_k or STOCK_K[kind]
-    ssd = args.ssd or [{"num_speculative_tokens": k} for k in SSD_K[kind]]
 
     def system(name: str, method: str, config: dict | None = None) -> System:
         return System(name, method, str(target), config)
 
     systems = [system("plain", "plain")]
-    for k in stock_k:
+    for k in args.stock_k:
         config = {
             "method": "draft_model",
             "model": str(drafter),
@@ -171,7 +166,7 @@ def make_systems(kind: str, target: Path, drafter: Path, args: argparse.Namespac
             "draft_sample_method": args.stock_draft_sampling,
         }
         systems.append(system(f"stock K={k}", "stock", config))
-    for options in ssd:
+    for options in args.ssd:
         k = options["num_speculative_tokens"]
         more = [f"{key}={value}" for key, value in options.items() if key != "num_speculative_tokens"]
         config = {
@@ -183,7 +178,7 @@ def make_systems(kind: str, target: Path, drafter: Path, args: argparse.Namespac
             **options,
         }
         systems.append(system(" ".join([f"SSD K={k}", *more]), "ssd", config))
-    longest = max([*stock_k, *(options["num_speculative_tokens"] for options in ssd)])
+    longest = max([*args.stock_k, *(options["num_speculative_tokens"] for options in args.ssd)])
     replay = {"method": "custom_class", "model": "bench_worker.Replay", "num_speculative_tokens": longest}
     return [*systems, system("ceiling", "ceiling", replay)]
 
@@ -247,23 +242,24 @@ def parse_arguments() -> argparse.Namespace:
     """The command line, with `--quick` applied."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for bench_decode.json and bench_decode.png")
-    parser.add_argument("--quick", action="store_true", help="dear drafter, batch 1, greedy, 5 short rounds")
+    parser.add_argument("--quick", action="store_true", help="dear drafter, batch 1, greedy, 3 short rounds")
     parser.add_argument("--drafters", nargs="+", choices=("dear", "cheap"), default=["dear", "cheap"])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8])
-    parser.add_argument("--stock-k", nargs="+", type=int, help=f"stock's sweep of K, by default {STOCK_K}")
+    parser.add_argument("--stock-k", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="stock's sweep of K")
     parser.add_argument("--stock-draft-sampling", choices=("greedy", "probabilistic"), default="probabilistic")
     parser.add_argument(
         "--ssd",
         nargs="+",
         type=json.loads,
-        help=f"SSD's sweep, one JSON object of speculative_config keys each, by default num_speculative_tokens {SSD_K}",
+        default=[{"num_speculative_tokens": 3}, {"num_speculative_tokens": 5}],
+        help="SSD's sweep: one JSON object of speculative_config keys each",
     )
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens a request")
-    parser.add_argument("--prompts", type=int, default=1, help="least number of prompts a round")
-    parser.add_argument("--intermediate-size", type=int, default=32768, help="of the widened target")
-    parser.add_argument("--dear-layers", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=192, help="new tokens a request")
+    parser.add_argument("--prompts", type=int, default=2, help="least number of prompts a round")
+    parser.add_argument("--intermediate-size", type=int, default=40960, help="of the widened target")
+    parser.add_argument("--dear-layers", type=int, default=13)
     parser.add_argument("--cheap-layers", type=int, default=2)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--cores", nargs=2, type=int, default=[0, 1], help="of the engines, and of SSD's drafter")
@@ -273,13 +269,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"batch sizes go up to {MAX_NUM_SEQS}")
     if args.quick:
         args.drafters, args.batch_sizes, args.temperatures = ["dear"], [1], [0.0]
-        args.stock_k, args.ssd, args.rounds, args.tokens = [2, 3], [{"num_speculative_tokens": 3}], 5, 96
+        args.stock_k, args.ssd, args.rounds, args.tokens = [2, 3], [{"num_speculative_tokens": 3}], 3, 96
     return args
 
 
 def main() -> None:
     """Run the benchmark."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     args = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(sys.argv), "costs": {}, "points": []}
@@ -290,7 +285,7 @@ def main() -> None:
             num_layers = {"dear": args.dear_layers, "cheap": args.cheap_layers}[name]
             deepen(PAIR / "drafter", folder / name, num_layers, dtype=args.dtype)
             prompts = held_out_prompts(args.seed)
-            systems = make_systems(name, folder / "target", folder / name, args)
+            systems = make_systems(folder / "target", folder / name, args)
             with running(systems, args.dtype, args.cores[0], folder) as fleet:
                 result["costs"][name] = measure_costs(fleet, prompts)
                 print_costs(console, name, result["costs"][name])

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 MAX_DELAYED_SHARE = 0.03
-"""A round is disturbed when one of a system's processes waited for its core for more than this share of the turn."""
+"""A round is disturbed when foreign processes kept the cores from any system for more than this share of its turn."""
 MIN_ROUNDS = 3
 """With fewer undisturbed rounds than this, the disturbed ones are used as well."""
 COLOURS = {"best stock": "#8c8c8c", "ceiling": "#9ecae1", "SSD": "#d9480f"}
@@ -31,8 +31,8 @@ class Round:
 
     @property
     def disturbed(self) -> bool:
-        """Whether other processes took much of the cores in any of the turns."""
-        return any(turn.delayed_s > MAX_DELAYED_SHARE * len(turn.pids) * turn.seconds for turn in self.turns.values())
+        """Whether foreign processes took much of the cores in any of the turns."""
+        return any(turn.delayed_s > MAX_DELAYED_SHARE * turn.seconds for turn in self.turns.values())
 
     def rate(self, name: str) -> float:
         """Tokens a second of one system."""
@@ -98,7 +98,6 @@ def summarise_system(name: str, rounds: list[Round], *, greedy: bool) -> dict:
             "counts": counts,
             "hit_rate": counts["hits"] / outcomes if outcomes else 0.0,
             "late_rate": counts["late"] / outcomes if outcomes else 0.0,
-            "drafts_per_round": sum(turn.num_drafts for turn in turns) / sum(turn.row_rounds for turn in turns),
             "handover_us": spread([1e6 * seconds for seconds in handovers]) if len(handovers) > 1 else None,
             "build_ms": median(turn.build_ms for turn in turns),
         }
@@ -132,7 +131,7 @@ def print_point(console: Console, point: dict) -> None:
         f"{point['num_rounds']} rounds, {point['num_disturbed']} of them disturbed, {point['num_left_out']} left out",
     )
     table.add_column("")
-    for heading in ("tok/s", "quartiles", "tok/round", "ms/round", "drafts/round", "hits", "late", "hand-over µs", "build ms", "identical"):
+    for heading in ("tok/s", "quartiles", "tok/round", "ms/round", "hits", "late", "hand-over µs", "build ms", "identical"):
         table.add_column(heading, justify="right")
     for name, system in point["systems"].items():
         rate = system["tokens_per_second"]
@@ -144,7 +143,6 @@ def print_point(console: Console, point: dict) -> None:
             f"{rate['q1']:.1f} - {rate['q3']:.1f}",
             f"{system['tokens_per_round']:.2f}",
             f"{system['round_ms']:.2f}",
-            f"{system['drafts_per_round']:.2f}" if speculative else "",
             f"{system['hit_rate']:.0%}" if speculative else "",
             f"{system['late_rate']:.0%}" if speculative else "",
             f"{handover['median']:.0f}" if handover else "",

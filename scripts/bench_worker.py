@@ -53,9 +53,9 @@ class Request:
 class Turn:
     """What one request gave, the prefill step and its tokens left out of all times and counts.
 
-    seconds: of all decoding steps; row_rounds: steps times the rows in them; delayed_s: a core was wanted but taken by
-    another process; pids: of the engine and, with SSD, of its drafter. Of SSD only: drafts as handed over, handovers_s
-    from the outcome to them in rounds where every row hit, build_ms of the drafter's last whole tree.
+    seconds: of all decoding steps; row_rounds: steps times the rows in them; handovers_s: host time from the outcome
+    to the drafts, in rounds where every row hit; delayed_s: a core was wanted but taken by another process;
+    pids: of the engine and, with SSD, of its drafter.
     """
 
     token_ids: list[list[int]] = field(default_factory=list)
@@ -64,12 +64,11 @@ class Turn:
     seconds: float = 0.0
     steps_s: list[float] = field(default_factory=list)
     delayed_s: float = 0.0
-    pids: list[int] = field(default_factory=list)
     drafts: Drafts = field(default_factory=dict)
-    num_drafts: int = 0
     handovers_s: list[float] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     build_ms: float = 0.0
+    pids: list[int] = field(default_factory=list)
 
 
 class Replay:
@@ -180,7 +179,6 @@ class Worker:
         turn.counts = {name: value - counts[name] for name, value in self._counts().items()}
         if self._recorder:
             turn.drafts, turn.handovers_s = self._recorder.drafts, self._recorder.handovers_s
-            turn.num_drafts = sum(map(len, turn.drafts.values()))
             stats = self._ssd._metrics.drafter_stats
             turn.build_ms = stats.build_ms if stats else 0.0
         return turn
