@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ssd.policy import Adaptation, FanOut, allocate, geometric_fan_out, jit_drafts, ngram_drafts
+from vllm_ssd.policy import (
+    MAX_LEARNED_FAN_OUT,
+    Adaptation,
+    FanOut,
+    allocate,
+    geometric_fan_out,
+    jit_drafts,
+    ngram_drafts,
+)
 from vllm_ssd.policy.fan_out import PLAUSIBLE
 
 probabilities = st.floats(0.0, 1.0)
@@ -86,17 +94,18 @@ def hit_chance(accept_probs, counts, curves) -> float:
 
 
 @settings(deadline=None)
-@given(outcomes())
-def test_allocation_equals_brute_force(case):
+@given(outcomes(), st.integers(1, 9))
+def test_allocation_equals_brute_force(case, most):
     budget, accept_probs, curves = case
-    counts = allocate(budget, accept_probs, lambda k, f: curves[k][f])
+    counts = allocate(budget, accept_probs, lambda k, f: curves[k][f], most)
+    budget = min(budget, most * len(accept_probs))
     assert sum(counts) == budget
     seeds = [int(prob >= PLAUSIBLE) for prob in accept_probs]
     if sum(seeds) > budget:
         seeds = [0] * len(seeds)
     best = max(
         hit_chance(accept_probs, split, curves)
-        for split in itertools.product(range(budget + 1), repeat=len(accept_probs))
+        for split in itertools.product(range(min(budget, most) + 1), repeat=len(accept_probs))
         if sum(split) == budget and all(map(int.__ge__, split, seeds))
     )
     assert all(map(int.__ge__, counts, seeds))
@@ -140,8 +149,9 @@ def test_budget_is_never_exceeded(max_drafts, branch_budget, budget, observation
     for num_drafts in range(max_drafts + 1):
         for after_hit in (True, False):
             counts = fan_out.counts(num_drafts, after_hit, budget)
-            assert len(counts) == num_drafts + 1 and min(counts) >= 0
-            assert sum(counts) == min(branch_budget, branch_budget if budget is None else budget)
+            assert len(counts) == num_drafts + 1 and min(counts) >= 0 and max(counts) <= MAX_LEARNED_FAN_OUT
+            most = MAX_LEARNED_FAN_OUT * (num_drafts + 1)
+            assert sum(counts) == min(branch_budget, branch_budget if budget is None else budget, most)
             assert sum(fan_out.accept_probs(num_drafts, after_hit)) == pytest.approx(1.0)
 
 
@@ -185,7 +195,7 @@ class Stream:
         return sum(prob * (1 - self.miss(k, count)) for k, (prob, count) in enumerate(zip(self.accept_probs, counts)))
 
     def best(self, budget: int) -> float:
-        return self.hit_chance(allocate(budget, self.accept_probs, self.miss))
+        return self.hit_chance(allocate(budget, self.accept_probs, self.miss, self.num_candidates))
 
 
 STREAMS = {
@@ -232,6 +242,14 @@ def test_ranks_beyond_the_candidates_are_censored_not_lost():
         stream.feed(fan_out, 4000, True, random.Random(4))
         chances.append(fan_out.counts(1, True))
     assert chances[0] == pytest.approx(chances[1], abs=1)
+
+
+def test_no_branch_is_planned_beyond_the_candidates_of_a_fork_point():
+    fan_out = FanOut(3, None, 48)
+    for _ in range(500):
+        fan_out.observe(3, 0, 15, True, 16)
+    counts = fan_out.counts(3, True)
+    assert counts[0] == MAX_LEARNED_FAN_OUT and sum(counts) == 48
 
 
 def test_counts_stay_put_between_refreshes():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-MAX_LEARNED_FAN_OUT = 16
-"""Bonus tokens ranked at each fork point when the fan-out is learned; the budget may favour one point this far."""
+from vllm_ssd.policy import MAX_LEARNED_FAN_OUT
 
 
 class DrafterOptions(msgspec.Struct, frozen=True):

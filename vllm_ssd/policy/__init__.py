@@ -3,6 +3,15 @@
 from vllm_ssd.policy.adaptation import Adaptation
 from vllm_ssd.policy.budget import BranchBudget
 from vllm_ssd.policy.fallback import jit_drafts, ngram_drafts
-from vllm_ssd.policy.fan_out import FanOut, allocate, geometric_fan_out
+from vllm_ssd.policy.fan_out import MAX_LEARNED_FAN_OUT, FanOut, allocate, geometric_fan_out
 
-__all__ = ["Adaptation", "BranchBudget", "FanOut", "allocate", "geometric_fan_out", "jit_drafts", "ngram_drafts"]
+__all__ = [
+    "MAX_LEARNED_FAN_OUT",
+    "Adaptation",
+    "BranchBudget",
+    "FanOut",
+    "allocate",
+    "geometric_fan_out",
+    "jit_drafts",
+    "ngram_drafts",
+]

@@ -4,6 +4,8 @@ import heapq
 from collections.abc import Callable, Sequence
 from math import log
 
+MAX_LEARNED_FAN_OUT = 16
+"""Bonus tokens ranked at each fork point when the fan-out is learned; the budget may favour one point this far."""
 PLAUSIBLE = 0.01
 """Probability from which an accept length always gets a branch."""
 REFRESH_OBSERVATIONS = 32
@@ -30,23 +32,34 @@ def geometric_fan_out(num_drafts: int, budget: float, acceptance: float, r: floa
     return [scale * weight for weight in weights]
 
 
-def allocate(budget: int, accept_probs: Sequence[float], miss: Callable[[int, int], float]) -> list[int]:
+def allocate(
+    budget: int, accept_probs: Sequence[float], miss: Callable[[int, int], float], most: int | None = None
+) -> list[int]:
     """Split a budget of branches over accept lengths so that the chance of a hit is greatest.
 
-    accept_probs [m + 1]; miss(k, f) is the chance that f candidates at accept length k do not hold the bonus token.
-    -> m + 1 counts that sum to budget, optimal where miss is convex in f among those that give every accept length of
-    probability 0.01 or more a branch; a budget too small for that goes by gain alone.
+    accept_probs [m + 1]; miss(k, f) is the chance that f candidates at accept length k do not hold the bonus token;
+    most: branches that one accept length can use (default: any number).
+    -> m + 1 counts that sum to budget, or to (m + 1) * most when that is less; optimal where miss is convex in f among
+    those that give every accept length of probability 0.01 or more a branch; a budget too small for that goes by gain
+    alone.
     """
+    most = budget if most is None else most
+    budget = min(budget, most * len(accept_probs))
     plausible = [prob >= PLAUSIBLE for prob in accept_probs]
     counts = [int(seed) for seed in plausible] if sum(plausible) <= budget else [0] * len(accept_probs)
 
-    def gain(k: int) -> tuple[float, float, int]:
-        return (-accept_probs[k] * (miss(k, counts[k]) - miss(k, counts[k] + 1)), -accept_probs[k], k)
+    def gain(k: int) -> tuple[bool, float, float, int]:
+        return (
+            counts[k] == most,
+            -accept_probs[k] * (miss(k, counts[k]) - miss(k, counts[k] + 1)),
+            -accept_probs[k],
+            k,
+        )
 
     queue = [gain(k) for k in range(len(counts))]
     heapq.heapify(queue)
     for _ in range(budget - sum(counts)):
-        k = queue[0][2]
+        k = queue[0][-1]
         counts[k] += 1
         heapq.heapreplace(queue, gain(k))
     return counts
@@ -112,7 +125,8 @@ class FanOut:
     def counts(self, num_drafts: int, after_hit: bool, budget: int | None = None) -> list[int]:
         """Branches by accept length for a round of num_drafts drafts.
 
-        -> num_drafts + 1 counts that sum to budget at most, and to the configured number at most.
+        -> num_drafts + 1 counts that sum to budget at most, and to the configured number at most. Learned ones are at
+        most 16 each: a fork point has no more candidates.
         """
         budget = self._budget if budget is None else min(budget, self._budget)
         key = (num_drafts, after_hit, budget)
@@ -121,7 +135,9 @@ class FanOut:
             if self._fixed is not None:
                 counts = scale_down(self._fixed[:num_drafts] + self._fixed[-1:], budget)
             else:
-                counts = allocate(budget, self.accept_probs(num_drafts, after_hit), self._miss_law(num_drafts))
+                counts = allocate(
+                    budget, self.accept_probs(num_drafts, after_hit), self._miss_law(num_drafts), MAX_LEARNED_FAN_OUT
+                )
             self._cache[key] = counts
         return counts
 
