@@ -4,6 +4,7 @@ from vllm_ssd.policy.adaptation import Adaptation
 from vllm_ssd.policy.budget import BranchBudget
 from vllm_ssd.policy.fallback import jit_drafts, ngram_drafts
 from vllm_ssd.policy.fan_out import MAX_LEARNED_FAN_OUT, FanOut, allocate, geometric_fan_out
+from vllm_ssd.policy.saguaro import saguaro
 
 __all__ = [
     "MAX_LEARNED_FAN_OUT",
@@ -14,4 +15,5 @@ __all__ = [
     "geometric_fan_out",
     "jit_drafts",
     "ngram_drafts",
+    "saguaro",
 ]
