@@ -19,7 +19,8 @@ from vllm_ssd.launch import DrafterProcess
 from vllm_ssd.metrics import Metrics
 from vllm_ssd.placement import place_drafter
 from vllm_ssd.protocol import PROTOCOL_VERSION, Hello, fingerprint
-from vllm_ssd.verifier import Proposal, Verifier
+from vllm_ssd.sessions import Proposal
+from vllm_ssd.verifier import Verifier
 
 logger = init_logger("vllm.vllm_ssd")
 

@@ -17,13 +17,14 @@ ALLOWED = {
     "metrics": {"protocol"},
     "compat": set(),
     "drafter": {"policy", "protocol", "compat", "transport"},
-    "verifier": {"config", "protocol", "policy", "metrics"},
+    "sessions": {"config", "protocol", "metrics"},
+    "verifier": {"config", "protocol", "policy", "metrics", "sessions"},
     "launch": {"drafter", "protocol", "transport"},
     "placement": {"config", "drafter"},
-    "proposer": {"compat", "config", "launch", "metrics", "placement", "protocol", "verifier"},
+    "proposer": {"compat", "config", "launch", "metrics", "placement", "protocol", "sessions", "verifier"},
     "plugin": {"compat", "config"},
 }
-NO_VLLM = {"config", "protocol", "policy", "transport", "metrics", "verifier", "launch"}
+NO_VLLM = {"config", "protocol", "policy", "transport", "metrics", "sessions", "verifier", "launch"}
 
 
 def modules() -> dict[str, list[Path]]:
