@@ -13,6 +13,7 @@ ALLOWED = {
     "config": set(),
     "protocol": set(),
     "policy": set(),
+    "planner": {"policy"},
     "transport": {"protocol"},
     "metrics": {"protocol"},
     "compat": set(),
@@ -24,7 +25,7 @@ ALLOWED = {
     "proposer": {"compat", "config", "launch", "metrics", "placement", "protocol", "sessions", "verifier"},
     "plugin": {"compat", "config"},
 }
-NO_VLLM = {"config", "protocol", "policy", "transport", "metrics", "sessions", "verifier", "launch"}
+NO_VLLM = {"config", "protocol", "policy", "planner", "transport", "metrics", "sessions", "verifier", "launch"}
 
 
 def modules() -> dict[str, list[Path]]:

@@ -1,0 +1,214 @@
+"""What was measured, given or guessed of a target and its drafter: the numbers that every prediction starts from."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import msgspec
+
+from vllm_ssd.policy import MAX_LEARNED_FAN_OUT
+
+PRIOR_ROUNDS = 4.0
+"""What smoothing counts as, in rounds at each draft position."""
+MIN_ROUNDS = 30
+"""Rounds below which a class of outcomes says nothing of its own."""
+
+Point = tuple[float, float]
+Round = tuple[int, int, int | None, bool]
+"""One outcome: drafts verified, accept length k, rank of t* from 0 (None: not among the candidates), after a hit."""
+
+
+def piecewise(points: Sequence[Point], x: float) -> float:
+    """Linear between points sorted by x, level below the first, along the last slope (if it rises) beyond the last."""
+    if len(points) == 1 or x <= points[0][0]:
+        return points[0][1]
+    i = min(bisect_left(points, (x,)), len(points) - 1)
+    (x0, y0), (x1, y1) = points[i - 1], points[i]
+    slope = (y1 - y0) / (x1 - x0)
+    return y0 + slope * (x - x0) if x <= x1 else y1 + max(slope, 0.0) * (x - x1)
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds that things take.
+
+    verify: (rows, tokens a row, seconds) of a target round, its host work included; draft_step: (branches, seconds) of
+    one step on a drafter; sync_step: (rows, seconds) of one draft step on the target's own devices (default: a
+    drafter's); handover_s: host time by which speculating lengthens a round; latency_s: from an outcome to the
+    drafter's next step, and from a push until the target can read it, together; slowdown: of a target round while a
+    drafter computes; spread: relative standard deviation of a round's duration; error: relative error of the medians.
+    """
+
+    verify: tuple[tuple[int, int, float], ...]
+    draft_step: tuple[Point, ...]
+    sync_step: tuple[Point, ...] = ()
+    handover_s: float = 0.0
+    latency_s: float = 0.0
+    slowdown: float = 1.0
+    spread: float = 0.05
+    error: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not self.verify or not self.draft_step:
+            raise ValueError("costs need at least one verification and one draft step")
+        if any(value <= 0 for point in (*self.verify, *self.draft_step, *self.sync_step) for value in point):
+            raise ValueError("rows, tokens, branches and seconds must be over 0")
+        for name, points in (("draft_step", self.draft_step), ("sync_step", self.sync_step)):
+            if [x for x, _ in points] != sorted({x for x, _ in points}):
+                raise ValueError(f"{name} must be sorted by its first number, each given once")
+
+    def verify_s(self, rows: float, tokens_per_row: float) -> float:
+        """Seconds of a target round; with one measured batch size, by the number of tokens in all rows."""
+        by_rows: dict[int, list[Point]] = {}
+        for measured, tokens, seconds in sorted(self.verify):
+            by_rows.setdefault(measured, []).append((tokens, seconds))
+        if len(by_rows) == 1:
+            ((measured, points),) = by_rows.items()
+            return piecewise(points, rows * tokens_per_row / measured)
+        return piecewise([(n, piecewise(points, tokens_per_row)) for n, points in by_rows.items()], rows)
+
+    def draft_step_s(self, branches: float) -> float:
+        """Seconds of one drafter step over so many branches."""
+        return piecewise(self.draft_step, branches)
+
+    def sync_step_s(self, rows: float) -> float:
+        """Seconds of one draft step when the target drafts for itself."""
+        return piecewise(self.sync_step or self.draft_step, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """How drafts fare at one temperature; `rounds` = 0 marks a prior.
+
+    after_hit, after_miss [K]: chance that draft j + 1 is accepted when the j before it were, in rounds whose drafts
+    came from a branch, and in those whose drafts came just in time. rejected, accepted, undrafted [F]: chance that t*
+    is among the first f + 1 candidates after a rejection, after full acceptance, and after a round without drafts.
+    Beyond K the last acceptance stands; beyond F nothing is covered. saguaro: the factor C they were measured at.
+    """
+
+    after_hit: tuple[float, ...]
+    after_miss: tuple[float, ...]
+    rejected: tuple[float, ...]
+    accepted: tuple[float, ...]
+    undrafted: tuple[float, ...]
+    temperature: float = 0.0
+    saguaro: float = 1.0
+    rounds: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("after_hit", "after_miss", "rejected", "accepted", "undrafted"):
+            values = getattr(self, name)
+            if not values or not all(0 <= value <= 1 for value in values):
+                raise ValueError(f"{name} must hold probabilities")
+        for values in (self.rejected, self.accepted, self.undrafted):
+            if list(values) != sorted(values):
+                raise ValueError("more candidates cannot cover less")
+
+    def accept_probs(self, num_drafts: int, after_hit: bool) -> list[float]:
+        """P(k) of a round: num_drafts + 1 numbers that sum to 1."""
+        chances = self.after_hit if after_hit else self.after_miss
+        padded = [*chances[:num_drafts], *[chances[-1]] * (num_drafts - len(chances))]
+        survival = list(accumulate(padded, lambda alive, chance: alive * chance, initial=1.0))
+        return [*(a - b for a, b in zip(survival, survival[1:])), survival[-1]]
+
+    def covered(self, num_drafts: int, accept_length: int, candidates: int) -> float:
+        """Chance that `candidates` branches at this accept length hold the bonus token."""
+        if not candidates:
+            return 0.0
+        curve = self.rejected if accept_length < num_drafts else self.accepted if num_drafts else self.undrafted
+        return curve[min(candidates, len(curve)) - 1]
+
+    @classmethod
+    def prior(cls, acceptance: float, r: float = 1.0, first: float = 0.6, temperature: float = 0.0) -> Acceptance:
+        """Independent acceptance, and a Pareto law 1 - (1 - first) F^-r of coverage: to start from, not to trust."""
+        curve = tuple(1 - (1 - first) * f**-r for f in range(1, MAX_LEARNED_FAN_OUT + 1))
+        return cls((acceptance,), (acceptance,), curve, curve, curve, temperature)
+
+    @classmethod
+    def from_rounds(
+        cls, rounds: Iterable[Round], num_drafts: int, temperature: float = 0.0, saguaro: float = 1.0
+    ) -> Acceptance:
+        """Estimate from recorded rounds, smoothed towards their pooled means.
+
+        A class of fewer than 30 rounds takes over what its neighbour shows: after a miss from after a hit, a class of
+        ranks from all of them.
+        """
+        rounds = list(rounds)
+        if len(rounds) < MIN_ROUNDS:
+            raise ValueError(f"{len(rounds)} rounds are too few to learn acceptance from; record {MIN_ROUNDS} at least")
+        drafted = [r for r in rounds if r[0]]
+        after_hit = _chances([r for r in drafted if r[3]] or drafted, num_drafts)
+        missed = [r for r in drafted if not r[3]]
+        ranks = {
+            "rejected": [rank for m, k, rank, _ in rounds if k < m],
+            "accepted": [rank for m, k, rank, _ in rounds if k == m and m],
+            "undrafted": [rank for m, _, rank, _ in rounds if not m],
+        }
+        everything = _coverage([rank for _, _, rank, _ in rounds])
+        curves = {name: _coverage(r) if len(r) >= MIN_ROUNDS else everything for name, r in ranks.items()}
+        return cls(
+            after_hit=after_hit,
+            after_miss=_chances(missed, num_drafts) if len(missed) >= MIN_ROUNDS else after_hit,
+            **curves,
+            temperature=temperature,
+            saguaro=saguaro,
+            rounds=len(rounds),
+        )
+
+
+def _chances(rounds: Sequence[Round], num_drafts: int) -> tuple[float, ...]:
+    tried, passed = [0] * num_drafts, [0] * num_drafts
+    for m, k, _, _ in rounds:
+        for j in range(min(k + 1, m)):
+            tried[j] += 1
+            passed[j] += j < k
+    pooled = (sum(passed) + 1) / (sum(tried) + 2)
+    return tuple((p + PRIOR_ROUNDS * pooled) / (t + PRIOR_ROUNDS) for p, t in zip(passed, tried))
+
+
+def _coverage(ranks: Sequence[int | None]) -> tuple[float, ...]:
+    counts = [0] * MAX_LEARNED_FAN_OUT
+    for rank in ranks:
+        if rank is not None and rank < MAX_LEARNED_FAN_OUT:
+            counts[rank] += 1
+    return tuple(min(1.0, covered / len(ranks)) for covered in accumulate(counts))
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A target and a drafter on some machine. guessed: which inputs no one measured, in words."""
+
+    target: str
+    drafter: str
+    costs: Costs
+    acceptance: tuple[Acceptance, ...]
+    target_devices: int = 1
+    drafter_devices: int = 1
+    guessed: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.version != 1:
+            raise ValueError(f"profile version {self.version} is not 1; measure it again")
+        if not self.acceptance:
+            raise ValueError("a profile needs the acceptance of at least one temperature")
+        if min(self.target_devices, self.drafter_devices) < 1:
+            raise ValueError("target and drafter take one device each at least")
+
+    def acceptance_at(self, temperature: float) -> Acceptance:
+        """What was measured nearest to a temperature, without Saguaro sampling."""
+        usual = [a for a in self.acceptance if a.saguaro == 1] or list(self.acceptance)
+        return min(usual, key=lambda a: abs(a.temperature - temperature))
+
+    def to_json(self) -> str:
+        """The profile as indented JSON."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1).decode() + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Profile:
+        """The profile that `to_json` wrote; raises ValueError that names what is wrong with it, and where."""
+        return msgspec.json.decode(text, type=cls)
