@@ -24,6 +24,7 @@ class EngineHost:
     def __init__(self) -> None:
         self._engine = self._proposer = None
         self._seen = {"known_q": 0, "ngram_drafts": 0}
+        self._adapters: dict[str, int] = {}  # number of each folder: vLLM tells adapters apart by it
 
     def start(self, *, patches: dict[str, Any] | None = None, **engine_args: Any) -> None:
         """Start the engine with module attributes such as "vllm_ssd.launch.HANG_S" replaced by `patches`.
@@ -146,17 +147,16 @@ class EngineHost:
             str(index),
             {"prompt_token_ids": request["prompt"]},
             SamplingParams(**params, output_kind=kind),
-            **lora(request["lora"]),
+            lora_request=self._lora(request["lora"]),
         )
 
+    def _lora(self, folder: str | None) -> Any:
+        from vllm.lora.request import LoRARequest
 
-def lora(path: str | None) -> dict[str, Any]:
-    """Keyword arguments of `add_request` for the adapter in folder `path`."""
-    if path is None:
-        return {}
-    from vllm.lora.request import LoRARequest
-
-    return {"lora_request": LoRARequest("adapter", 1, path)}
+        if folder is None:
+            return None
+        number = self._adapters.setdefault(folder, len(self._adapters) + 1)
+        return LoRARequest(f"adapter-{number}", number, folder)
 
 
 def plain_output(output: Any) -> SimpleNamespace:
