@@ -24,6 +24,8 @@ ALLOWED = {
     "placement": {"config", "drafter"},
     "proposer": {"compat", "config", "launch", "metrics", "placement", "protocol", "sessions", "verifier"},
     "plugin": {"compat", "config"},
+    "profiler": {"compat", "config", "drafter", "placement", "planner", "policy"},
+    "cli": {"config", "planner", "profiler"},
 }
 NO_VLLM = {"config", "protocol", "policy", "planner", "transport", "metrics", "sessions", "verifier", "launch"}
 

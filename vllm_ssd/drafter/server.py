@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import time
@@ -10,6 +11,7 @@ import msgspec
 
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.options import DrafterOptions
+from vllm_ssd.drafter.trace import TRACE_ENV, TracedFanOut
 from vllm_ssd.policy import FanOut
 from vllm_ssd.protocol import (
     PROTOCOL_VERSION,
@@ -84,7 +86,9 @@ def run(fd: int, options: DrafterOptions) -> int:
         transport.send(Refused(f"{type(error).__name__}: {error}"))
         transport.poll(0.0)
         raise
-    fan_out = FanOut(options.num_speculative_tokens, options.fan_out, options.branch_budget)
+    trace = os.environ.get(TRACE_ENV)
+    learner = functools.partial(TracedFanOut, trace) if trace else FanOut
+    fan_out = learner(options.num_speculative_tokens, options.fan_out, options.branch_budget)
     engine = DraftEngine(
         model,
         fan_out,

@@ -271,7 +271,8 @@ class Simulation:
         number, self._num_joined = self._num_joined, self._num_joined + 1
         drafter = number % self.scenario.num_drafters
         row = _Row(self.workload.tokens, self._outcomes(number), drafter, arrived_s)
-        row.num_drafts = self.scenario.num_drafts if self.scenario.method == "sd" else 0
+        if self.scenario.method == "sd":
+            row.num_drafts, row.after_hit = self.scenario.num_drafts, True
         self._rows.append(row)
         if self._pushes:
             self._tell(row, tree_known=False)

@@ -1,0 +1,123 @@
+"""Play the round protocol event by event at scales that no machine at hand has.
+
+    python scripts/simulate.py                                       # 70B/1B on 4 + 1 H100, published inputs
+    python scripts/simulate.py --batch-sizes 1 8 64 --drafters 1 2 4
+    python scripts/simulate.py --profile profile.json --trace trace.jsonl --systems plain sd push adaptive
+
+`--trace` takes what a drafter recorded with VLLM_SSD_TRACE=PATH, or `vllm-ssd profile --trace`: one JSON line
+[drafts, accept length, rank of t* or null, after a hit] an outcome. Without one, outcomes are drawn from the profile's
+acceptance. Systems: plain decoding; sd, stock speculation; ask, the published SSD, whose target waits for the drafter;
+push, this package; uniform, the same with one fan-out for all accept lengths; adaptive, push that chooses its K.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from vllm_ssd.planner import Profile, Recorded, Report, Scenario, Simulation, Synthetic, Workload
+from vllm_ssd.planner.published import (
+    PUBLISHED_SD,
+    PUBLISHED_SSD,
+    SSD_BY_BATCH,
+    published_profile,
+    published_sd_acceptance,
+)
+
+SYSTEMS = ("plain", "sd", "ask", "push", "uniform", "adaptive")
+
+
+def scenario(system: str, args: argparse.Namespace) -> Scenario:
+    """The settings of one system."""
+    if system in ("plain", "sd"):
+        return replace(PUBLISHED_SD, method=system, num_drafts=args.stock_drafts)
+    if system == "ask":
+        return replace(PUBLISHED_SSD, num_drafts=args.ask_drafts)
+    push = Scenario(
+        num_drafts=args.drafts, branch_budget=args.branches, on_miss=args.on_miss, adaptive=system == "adaptive"
+    )
+    uniform = max(1, args.branches // (args.drafts + 1))
+    return replace(push, fan_out=uniform) if system == "uniform" else push
+
+
+def play(system: str, drafters: int, batch_size: int, profile: Profile, args: argparse.Namespace) -> Report:
+    """One run."""
+    acceptance = profile.acceptance_at(args.temperature)
+    if system == "sd" and not args.profile:
+        acceptance = published_sd_acceptance()
+    rounds = [tuple(json.loads(line)) for line in args.trace.read_text().splitlines()] if args.trace else None
+
+    def outcomes(request: int) -> Recorded | Synthetic:
+        return Recorded(rounds, request) if rounds else Synthetic(acceptance, request)
+
+    workload = Workload(batch_size, args.requests * batch_size, args.tokens, args.arrivals_per_s)
+    settings = replace(scenario(system, args), num_drafters=drafters)
+    return Simulation(profile.costs, outcomes, settings, workload, args.seed).run()
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", type=Path, help="JSON of `vllm-ssd profile` (default: published 70B/1B inputs)")
+    parser.add_argument("--trace", type=Path, help="recorded outcomes, as JSON lines")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--drafters", nargs="+", type=int, default=[1])
+    parser.add_argument("--drafts", type=int, default=6, help="K of push, uniform and adaptive")
+    parser.add_argument("--branches", type=int, default=28, help="branches a request of push, uniform and adaptive")
+    parser.add_argument("--stock-drafts", type=int, default=6)
+    parser.add_argument("--ask-drafts", type=int, default=7)
+    parser.add_argument("--on-miss", choices=("skip", "wait", "auto"), default="auto")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--requests", type=int, default=4, help="for each place in the batch")
+    parser.add_argument("--tokens", type=int, default=512, help="new tokens a request")
+    parser.add_argument("--arrivals-per-s", type=float, help="requests a second (default: all at once)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write the reports here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Play everything, print a table."""
+    args = parse_arguments()
+    profile = Profile.from_json(args.profile.read_bytes()) if args.profile else published_profile()
+    table = Table(box=SIMPLE_HEAD, title=f"{profile.target} / {profile.drafter}", title_justify="left")
+    for name in ("batch", "system", "drafters", "tok/s", "per device", "hits", "late", "tok/round", "ms/round"):
+        table.add_column(name, justify="left" if name == "system" else "right")
+    for name in ("verify", "draft", "just in time", "tree", "published"):
+        table.add_column(name, justify="right")
+    reports = []
+    for batch_size in args.batch_sizes:
+        for system in args.systems:
+            for drafters in args.drafters if system in SYSTEMS[2:] else args.drafters[:1]:
+                report = play(system, drafters, batch_size, profile, args)
+                speculative = system in SYSTEMS[2:]
+                devices = profile.target_devices + speculative * drafters * profile.drafter_devices
+                published = SSD_BY_BATCH.get(batch_size) if system == "ask" and not args.profile else None
+                parts_s = (report.verify_s, report.draft_s, report.jit_s, report.build_s)
+                table.add_row(
+                    str(batch_size),
+                    system,
+                    str(drafters) if speculative else "",
+                    f"{report.tokens_per_s:.0f}",
+                    f"{report.tokens_per_s / devices:.1f}",
+                    f"{report.hit_rate:.0%}" if speculative else "",
+                    f"{report.late / report.row_rounds:.0%}" if speculative else "",
+                    f"{report.tokens / report.row_rounds:.2f}",
+                    f"{1e3 * report.seconds / report.rounds:.2f}",
+                    *(f"{1e3 * part / report.rounds:.2f}" if part else "" for part in parts_s),
+                    f"{published:.0f}" if published else "",
+                )
+                settings = {"system": system, "batch_size": batch_size, "drafters": drafters}
+                reports.append(settings | asdict(report) | {"tokens_per_s": report.tokens_per_s})
+    Console(highlight=False, width=150).print(table)
+    if args.json:
+        args.json.write_text(json.dumps(reports, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

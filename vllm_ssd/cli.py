@@ -1,0 +1,316 @@
+"""`vllm-ssd plan` and `vllm-ssd profile`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from vllm_ssd.config import parse_cpus
+from vllm_ssd.planner import (
+    DEVICES,
+    Acceptance,
+    Costs,
+    Plan,
+    Prediction,
+    Profile,
+    Shape,
+    drafter_size_prior,
+    guess_profile,
+    plan,
+    sdsl_drafter_size,
+)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+console = Console(highlight=False)
+PROMPTS = (
+    "The history of the lighthouse on the northern cape begins with a storm that",
+    "def parse_arguments(argv):\n    ",
+    "Question: A train leaves at 9:40 and arrives at 13:05. How long does the journey take? Answer:",
+    "Dear Ms. Alvarez,\n\nthank you for your letter of the third of May, in which you",
+    "import json\nimport logging\n\n\nclass Settings:\n    ",
+    "Ingredients for four people: 400 g of flour, two eggs,",
+)
+NAMES = {"plain": "plain", "sd": "stock speculation", "ssd": "SSD"}
+
+
+@app.callback()
+def main() -> None:
+    """Plan speculative speculative decoding: what to configure, and whether it pays."""
+
+
+@app.command("plan")
+def plan_command(
+    profile: Annotated[Path | None, typer.Option(help="JSON that `vllm-ssd profile` wrote")] = None,
+    target: Annotated[Path | None, typer.Option(help="the target's config.json or folder, without a profile")] = None,
+    drafter: Annotated[Path | None, typer.Option(help="the drafter's config.json or folder")] = None,
+    device: Annotated[str, typer.Option(help=f"one of {', '.join(DEVICES)}")] = "H100",
+    target_devices: Annotated[int, typer.Option(min=1, help="devices that the target takes")] = 1,
+    acceptance: Annotated[float | None, typer.Option(min=0, max=1, help="chance that a draft is accepted")] = None,
+    verify_ms: Annotated[float | None, typer.Option(min=0.001, help="measured target round of one token")] = None,
+    draft_step_ms: Annotated[float | None, typer.Option(min=0.001, help="measured draft step")] = None,
+    batch_size: Annotated[list[int], typer.Option(min=1, help="expected requests at a time; may be repeated")] = [1],  # noqa: B006
+    temperature: Annotated[float, typer.Option(min=0, help="expected sampling temperature")] = 0.0,
+    max_drafts: Annotated[int, typer.Option(min=1, max=16, help="largest K to consider")] = 8,
+    drafters: Annotated[int, typer.Option(min=1, max=16, help="most drafter processes to consider")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+    plot: Annotated[Path | None, typer.Option(help="write a figure of tok/s over K and branch budget")] = None,
+) -> None:
+    """Predict tok/s of plain decoding, stock speculation and SSD, and recommend a setting."""
+    try:
+        inputs = _inputs(profile, target, drafter, device, target_devices, acceptance, verify_ms, draft_step_ms)
+        sizes = _drafter_sizes(target, device, target_devices) if target and not profile else {}
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    counts = range(1, drafters + 1)
+    plans = {b: plan(inputs, b, temperature, range(1, max_drafts + 1), drafters=counts) for b in sorted({*batch_size})}
+    if as_json:
+        typer.echo(json.dumps(_as_json(inputs, plans, sizes), indent=1))
+    else:
+        _print(inputs, plans, sizes)
+    if plot:
+        _plot(plans, plot)
+
+
+@app.command("profile")
+def profile_command(
+    target: Annotated[str, typer.Argument(help="name or path of the served model")],
+    drafter: Annotated[str, typer.Argument(help="name or path of the draft model")],
+    out: Annotated[Path, typer.Option(help="where to write the profile")] = Path("profile.json"),
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines of texts or lists of token ids; yours, not ours")
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="requests at a time")] = "1,2,4,8",
+    temperatures: Annotated[str, typer.Option(help="to measure acceptance at")] = "0",
+    max_drafts: Annotated[int, typer.Option(min=1, max=16, help="largest K of interest")] = 8,
+    turns: Annotated[int, typer.Option(min=2, help="repetitions")] = 5,
+    tokens: Annotated[int, typer.Option(min=32, help="new tokens a repetition and temperature")] = 256,
+    engine_args: Annotated[str, typer.Option(help="JSON of vLLM engine arguments of the target")] = "{}",
+    ssd: Annotated[str, typer.Option(help="JSON of further speculative_config keys, as drafter_device")] = "{}",
+    target_cpus: Annotated[str, typer.Option(help="cores of the target when it runs on a CPU, as 0-3")] = "",
+    stock: Annotated[bool, typer.Option(help="also measure stock draft_model speculation")] = True,
+    together: Annotated[bool, typer.Option(help="keep all engines up and interleave them (they must fit)")] = False,
+    trace: Annotated[Path | None, typer.Option(help="also write the recorded outcomes")] = None,
+) -> None:
+    """Measure verification, draft steps and acceptance with real engines on this machine."""
+    from vllm_ssd.profiler import Profiler, ProfilerFailed, Subject
+
+    try:
+        args = json.loads(engine_args)
+        subject = Subject(
+            target,
+            drafter,
+            [json.loads(line) for line in prompts.read_text().splitlines() if line] if prompts else PROMPTS,
+            args,
+            json.loads(ssd),
+            tuple(int(part) for part in batch_sizes.split(",")),
+            max_drafts,
+            tuple(float(part) for part in temperatures.split(",")),
+            tokens,
+            stock,
+            parse_cpus(target_cpus) if target_cpus else (),
+            args.get("tensor_parallel_size", 1) * args.get("pipeline_parallel_size", 1),
+        )
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    with tempfile.TemporaryDirectory(prefix="vllm-ssd-profile-") as folder:
+        try:
+            with Profiler(subject, Path(folder), together) as profiler, console.status("") as status:
+                profiler.run(turns, status.update)
+                found = profiler.profile()
+        except (ProfilerFailed, ValueError) as error:
+            console.print(str(error), markup=False)
+            raise typer.Exit(1) from None
+        if trace:
+            profiler.write_trace(trace)
+    out.write_text(found.to_json())
+    costs, rounds = found.costs, sum(a.rounds for a in found.acceptance)
+    console.print(
+        f"{out}: a round of one token takes {1e3 * costs.verify_s(1, 1):.2f} ms, of {1 + max_drafts} "
+        f"{1e3 * costs.verify_s(1, 1 + max_drafts):.2f} ms; a draft step {1e3 * costs.draft_step_s(1):.2f} ms for one "
+        f"branch, {1e3 * costs.draft_step_s(24):.2f} ms for 24; {rounds} rounds recorded"
+    )
+
+
+def _inputs(
+    profile: Path | None,
+    target: Path | None,
+    drafter: Path | None,
+    device: str,
+    target_devices: int,
+    acceptance: float | None,
+    verify_ms: float | None,
+    draft_step_ms: float | None,
+) -> Profile:
+    """A profile from whatever was given; raises ValueError when that is too little."""
+    if profile:
+        found = Profile.from_json(profile.read_bytes())
+    elif target and drafter:
+        found = guess_profile(_shape(target), _shape(drafter), _device(device), target_devices, acceptance)
+        found = replace(found, target=str(target), drafter=str(drafter))
+    elif verify_ms and draft_step_ms and acceptance is not None:
+        costs = Costs(((1, 1, verify_ms / 1e3),), ((1.0, draft_step_ms / 1e3),))
+        guessed = ("how costs grow with the batch and with branches", "how well candidates cover the bonus token")
+        found = Profile("target", "drafter", costs, (Acceptance.prior(acceptance),), target_devices, 1, guessed)
+        return replace(found, costs=_flat(costs))
+    else:
+        raise ValueError("give --profile; or --target and --drafter; or --verify-ms, --draft-step-ms and --acceptance")
+    if acceptance is not None:
+        found = replace(found, acceptance=(Acceptance.prior(acceptance),))
+    if verify_ms:
+        scale = verify_ms / 1e3 / found.costs.verify_s(1, 1)
+        verify = tuple((b, m, s * scale) for b, m, s in found.costs.verify)
+        found = replace(found, costs=replace(found.costs, verify=verify))
+    if draft_step_ms:
+        scale = draft_step_ms / 1e3 / found.costs.draft_step_s(1)
+        steps = tuple((n, s * scale) for n, s in found.costs.draft_step)
+        found = replace(found, costs=replace(found.costs, draft_step=steps))
+    return found
+
+
+def _flat(costs: Costs) -> Costs:
+    """Costs that grow with nothing: one measured round and one step say no more."""
+    ((_, _, verify_s),) = costs.verify
+    return replace(costs, verify=tuple((b, m, verify_s) for b in (1, 2) for m in (1, 2)))
+
+
+def _shape(path: Path) -> Shape:
+    return Shape.from_config(json.loads((path / "config.json" if path.is_dir() else path).read_text()))
+
+
+def _device(name: str) -> Any:
+    if name not in DEVICES:
+        raise ValueError(f"device {name!r} is not one of {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+def _drafter_sizes(target: Path, device: str, target_devices: int) -> dict[str, float]:
+    shape = _shape(target)
+    sizes = drafter_size_prior(shape, _device(device), target_devices)
+    return {"scaling_law": sdsl_drafter_size(shape.weights), **sizes}
+
+
+def _speculative_config(inputs: Profile, best: Prediction, saguaro: float) -> dict[str, Any] | None:
+    """What to give vLLM for a prediction; None for plain decoding."""
+    if best.method == "plain":
+        return None
+    config: dict[str, Any] = {
+        "method": "draft_model",
+        "model": inputs.drafter,
+        "num_speculative_tokens": best.num_drafts,
+    }
+    if best.method == "ssd":
+        config |= {"method": "ssd", "branch_budget": best.branch_budget, "on_miss": best.on_miss}
+        if saguaro < 1:
+            config["saguaro"] = saguaro
+    return config
+
+
+def _as_json(inputs: Profile, plans: dict[int, Plan], sizes: dict[str, float]) -> dict[str, Any]:
+    found = {
+        str(batch_size): {
+            **{key: value for key, value in asdict(best).items()},
+            "second_device_pays": best.second_device_pays,
+            "speculative_config": _speculative_config(inputs, best.recommended, best.saguaro),
+        }
+        for batch_size, best in plans.items()
+    }
+    return {"guessed": inputs.guessed, "plans": found, "drafter_size_prior": sizes}
+
+
+def _print(inputs: Profile, plans: dict[int, Plan], sizes: dict[str, float]) -> None:
+    for batch_size, best in plans.items():
+        table = Table(
+            box=SIMPLE_HEAD, title=f"batch {batch_size}, temperature {best.temperature:g}", title_justify="left"
+        )
+        table.add_column("")
+        for name in (
+            "K",
+            "branches",
+            "on miss",
+            "tok/s",
+            "±",
+            "per device",
+            "tokens/round",
+            "ms/round",
+            "hits",
+            "late",
+        ):
+            table.add_column(name, justify="right")
+        for p in (best.plain, best.sd, best.ssd):
+            table.add_row(*_row(p, p == best.recommended))
+        console.print(table)
+        console.print(_advice(inputs, best), markup=False)
+    if sizes:
+        console.print(
+            f"Drafter size, a prior (scaling law and roofline, docs/theory.md): {_size(sizes['sd'])} for stock "
+            f"speculation ({_size(sizes['scaling_law'])} by the law's own fit), {_size(sizes['ssd'])} for SSD.",
+        )
+    if inputs.guessed:
+        console.print(
+            f"Guessed, not measured: {'; '.join(inputs.guessed)}. Measure with `vllm-ssd profile`.", markup=False
+        )
+
+
+def _row(p: Prediction, recommended: bool) -> Sequence[str]:
+    ssd = p.method == "ssd"
+    return (
+        NAMES[p.method] + (f" x {p.num_drafters}" if p.num_drafters > 1 else "") + (" *" if recommended else ""),
+        str(p.num_drafts or ""),
+        str(p.branch_budget) if ssd else "",
+        str(p.on_miss) if ssd else "",
+        f"{p.tokens_per_s:.1f}",
+        f"{p.relative_error:.0%}",
+        f"{p.per_device:.1f}",
+        f"{p.tokens_per_round:.2f}",
+        f"{1e3 * p.round_s:.2f}",
+        f"{p.hit_rate:.0%}" if ssd else "",
+        f"{p.late_rate:.0%}" if ssd else "",
+    )
+
+
+def _advice(inputs: Profile, best: Plan) -> str:
+    config = _speculative_config(inputs, best.recommended, best.saguaro)
+    lines = [f"* {json.dumps(config)}" if config else "* no speculation"]
+    lines.append(
+        f"  {best.confidence:.0%} sure that this beats the best other method. A second device "
+        f"{'pays' if best.second_device_pays else 'does not pay'} per device: drafting is {best.draft_share:.0%} of "
+        f"stock speculation's round, and SSD needs {best.break_even_share:.0%} or more."
+    )
+    return "\n".join(lines)
+
+
+def _size(parameters: float) -> str:
+    return f"{parameters / 1e9:.3g}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
+
+
+def _plot(plans: dict[int, Plan], path: Path) -> None:
+    """Tokens per second over K, one line a branch budget, one panel a batch size."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise typer.BadParameter("--plot needs matplotlib: pip install 'vllm-ssd[bench]'") from None
+    figure = Figure(figsize=(4.4 * len(plans), 3.4), layout="constrained")
+    for axis, (batch_size, best) in zip(figure.subplots(1, len(plans), squeeze=False)[0], plans.items()):
+        by_length: dict[float, list[Prediction]] = {}
+        for p in best.grid:
+            if p.num_drafters == best.ssd.num_drafters:
+                by_length.setdefault(p.branch_budget / (p.num_drafts + 1), []).append(p)
+        for shade, (per_length, line) in enumerate(sorted(by_length.items())):
+            colour = (0.85, 0.28, 0.06, 0.3 + 0.7 * (shade + 1) / len(by_length))
+            ks, rates = [p.num_drafts for p in line], [p.tokens_per_s for p in line]
+            axis.plot(ks, rates, marker="o", color=colour, label=f"SSD, {per_length:g} branches a length")
+        axis.axhline(best.sd.tokens_per_s, color="#8c8c8c", label=f"stock, K = {best.sd.num_drafts}")
+        axis.axhline(best.plain.tokens_per_s, color="black", linewidth=0.8, label="plain")
+        axis.set(title=f"batch {batch_size}", xlabel="K", ylabel="predicted tok/s", ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=160)
