@@ -64,7 +64,8 @@ def plan(
     grid = grids[saguaro]
     ssd = _best(grid)
     methods = sorted((plain, sd, ssd), key=lambda p: p.tokens_per_s)
-    share = profile.drafter_devices * ssd.num_drafters / (profile.target_devices * (ssd.hit_rate or 1.0))
+    extra = profile.drafter_devices * ssd.num_drafters
+    share = extra / (profile.target_devices + extra) / (ssd.hit_rate or 1.0)
     return Plan(
         plain=plain,
         sd=sd,

@@ -1,0 +1,226 @@
+"""The planner against reality: predicted and measured tokens per second on two cores, interleaved.
+
+    python scripts/check_planner.py --out results --drafter-layers 8
+
+In every turn each engine of the profile is asked once, then every setting of SSD, plain decoding and stock
+speculation, at each batch size: a machine that slows down for a while does so for predictions and measurements alike.
+The profile knows nothing of the measured settings; its acceptance comes from an engine of its own with other prompts.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+from bench_decode import PAIR, WorkerFailed, held_out_prompts, running
+from bench_report import environment
+from bench_worker import KV_CACHE_BYTES, MAX_MODEL_LEN, PROMPT_TOKENS, Request, System
+from resize_model import deepen, widen
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from vllm_ssd.planner import Prediction, Profile, Setting, predict_plain, predict_sd, predict_ssd
+from vllm_ssd.profiler import Profiler, ProfilerFailed, Subject
+
+PROFILE_PROMPTS = 64
+MAX_DELAYED_SHARE = 0.1
+"""A measurement from whose processes others took more of their cores' time than this is left out."""
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+
+
+def make_systems(target: str, drafter: str, args: argparse.Namespace) -> list[System]:
+    """Plain, stock at one K, and SSD at every setting."""
+    stock = {"method": "draft_model", "model": drafter, "num_speculative_tokens": args.stock_k}
+    systems = [System("plain", "plain", target), System(f"stock K={args.stock_k}", "stock", target, stock)]
+    for num_drafts, budget in args.points:
+        config = {
+            "method": "ssd",
+            "model": drafter,
+            "dtype": args.dtype,
+            "drafter_cpus": str(args.cores[1]),
+            "kv_cache_memory": "192MiB",
+            "num_speculative_tokens": num_drafts,
+            "branch_budget": budget,
+            "on_miss": args.on_miss,
+            "adaptive": False,
+        }
+        systems.append(System(f"SSD K={num_drafts} N={budget}", "ssd", target, config))
+    return systems
+
+
+def predict(profile: Profile, system: System, batch_size: int) -> Prediction:
+    """What the planner says of one system."""
+    acceptance, config = profile.acceptance_at(0.0), system.speculative_config
+    if system.method == "plain":
+        return predict_plain(profile, batch_size)
+    num_drafts = config["num_speculative_tokens"]
+    if system.method == "stock":
+        return predict_sd(profile, acceptance, batch_size, num_drafts)
+    setting = Setting(batch_size, num_drafts, config["branch_budget"], config["on_miss"])
+    return predict_ssd(profile, acceptance, setting)
+
+
+def measure(fleet, systems: Sequence[System], profiler: Profiler, prompts, args: argparse.Namespace) -> dict:
+    """Turns by system and batch size; the first turn warms up."""
+    found: dict[tuple[str, int], list] = {}
+    with console.status("") as status:
+        for turn in range(args.turns + 1):
+            profiler.sample(lambda name, turn=turn: status.update(f"turn {turn}: {name}"))
+            for batch_size in args.batch_sizes:
+                chosen = [next(prompts) for _ in range(max(batch_size, args.prompts))]
+                for system in systems[turn % len(systems) :] + systems[: turn % len(systems)]:
+                    status.update(f"turn {turn}: {system.name}, batch {batch_size}")
+                    answer = fleet.ask(system.name, Request(chosen, batch_size, args.tokens))
+                    answer.drafts = {}
+                    if turn:
+                        found.setdefault((system.name, batch_size), []).append(answer)
+    return found
+
+
+def compare(profile: Profile, systems: Sequence[System], found: dict, args: argparse.Namespace) -> list[dict]:
+    """One row a system and batch size."""
+    rows = []
+    for batch_size in args.batch_sizes:
+        for system in systems:
+            turns = found[system.name, batch_size]
+            calm = [turn for turn in turns if turn.delayed_s <= MAX_DELAYED_SHARE * turn.seconds] or turns
+            counts = {key: sum(turn.counts.get(key, 0) for turn in calm) for key in ("hits", "misses", "late")}
+            predicted = predict(profile, system, batch_size)
+            measured = median(turn.num_tokens / turn.seconds for turn in calm)
+            rows.append(
+                {
+                    "system": system.name,
+                    "method": system.method,
+                    "batch_size": batch_size,
+                    "measured": measured,
+                    "error": predicted.tokens_per_s / measured - 1,
+                    "num_turns": len(calm),
+                    "tokens_per_round": sum(t.num_tokens for t in calm) / sum(t.row_rounds for t in calm),
+                    "round_ms": 1e3 * median(s for turn in calm for s in turn.steps_s),
+                    "hit_rate": counts["hits"] / max(sum(counts.values()), 1),
+                    "predicted": asdict(predicted),
+                }
+            )
+    return rows
+
+
+def verdict(rows: Sequence[dict]) -> dict:
+    """Median error over the points of SSD, and how the recommended of them compares with the best measured."""
+    ssd = [row for row in rows if row["method"] == "ssd"]
+    regrets = {}
+    for batch_size in {row["batch_size"] for row in ssd}:
+        same = [row for row in rows if row["batch_size"] == batch_size]
+        chosen = max(same, key=lambda row: row["predicted"]["tokens_per_s"])
+        best = max(same, key=lambda row: row["measured"])
+        regrets[batch_size] = {
+            "chosen": chosen["system"],
+            "best": best["system"],
+            "of_best": chosen["measured"] / best["measured"],
+        }
+    return {
+        "points": len(ssd),
+        "median_error": median(abs(row["error"]) for row in ssd),
+        "worst_error": max(abs(row["error"]) for row in ssd),
+        "recommended": regrets,
+    }
+
+
+def show(rows: Sequence[dict], result: dict) -> None:
+    """The table, and the verdict below it."""
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("batch", "system", "predicted", "measured", "error", "tok/round", "ms/round", "hits"):
+        table.add_column(name, justify="left" if name == "system" else "right")
+    for row in rows:
+        p = row["predicted"]
+        table.add_row(
+            str(row["batch_size"]),
+            row["system"],
+            f"{p['tokens_per_s']:.1f}",
+            f"{row['measured']:.1f}",
+            f"{row['error']:+.1%}",
+            f"{p['tokens_per_round']:.2f} / {row['tokens_per_round']:.2f}",
+            f"{1e3 * p['round_s']:.2f} / {row['round_ms']:.2f}",
+            f"{p['hit_rate']:.0%} / {row['hit_rate']:.0%}" if row["method"] == "ssd" else "",
+        )
+    console.print(table)
+    console.print_json(data=result)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the profile and check_planner.json")
+    parser.add_argument("--drafter-layers", type=int, default=2)
+    parser.add_argument("--intermediate-size", type=int, default=24576, help="of the widened target")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4])
+    parser.add_argument(
+        "--points",
+        nargs="+",
+        type=lambda text: tuple(map(int, text.split(":"))),
+        default=[(1, 4), (2, 6), (3, 8), (3, 16), (5, 12), (5, 24)],
+        help="settings of SSD, as K:BRANCHES",
+    )
+    parser.add_argument("--on-miss", choices=("skip", "wait", "auto"), default="skip")
+    parser.add_argument("--stock-k", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--prompts", type=int, default=2, help="least number of prompts a turn")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--cores", nargs=2, type=int, default=[0, 1], help="of the engines, and of the drafters")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, predict, compare."""
+    args = parse_arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    prompts = held_out_prompts(args.seed)
+    with tempfile.TemporaryDirectory(prefix="check-planner-") as temporary:
+        folder = Path(temporary)
+        widen(PAIR / "target", folder / "target", args.intermediate_size, dtype=args.dtype)
+        deepen(PAIR / "drafter", folder / "drafter", args.drafter_layers, dtype=args.dtype)
+        target, drafter = str(folder / "target"), str(folder / "drafter")
+        systems = make_systems(target, drafter, args)
+        subject = Subject(
+            target,
+            drafter,
+            [next(prompts) for _ in range(PROFILE_PROMPTS)],
+            {
+                "dtype": args.dtype,
+                "enforce_eager": True,
+                "max_model_len": MAX_MODEL_LEN,
+                "max_num_batched_tokens": 32 * PROMPT_TOKENS,
+                "kv_cache_memory_bytes": KV_CACHE_BYTES,
+            },
+            {"dtype": args.dtype, "drafter_cpus": str(args.cores[1]), "kv_cache_memory": "192MiB"},
+            args.batch_sizes,
+            max(num_drafts for num_drafts, _ in args.points),
+            tokens=256,
+            target_cpus=(args.cores[0],),
+        )
+        with running(systems, args.dtype, args.cores[0], folder) as fleet, Profiler(subject, folder, True) as profiler:
+            found = measure(fleet, systems, profiler, prompts, args)
+            profile = profiler.profile()
+    rows = compare(profile, systems, found, args)
+    result = verdict(rows)
+    show(rows, result)
+    (args.out / "profile.json").write_text(profile.to_json())
+    report = {"environment": environment(sys.argv), "verdict": result, "points": rows}
+    (args.out / "check_planner.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ProfilerFailed, WorkerFailed) as failure:
+        console.print(str(failure), markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
