@@ -276,6 +276,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the benchmark."""
     args = parse_arguments()
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded, which a worker does before anything of ours
     args.out.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(sys.argv), "costs": {}, "points": []}
     with tempfile.TemporaryDirectory(prefix="bench-decode-") as temporary:

@@ -236,7 +236,6 @@ def serve(connection: Connection, system: System, dtype: str, core: int, log: Pa
         os.dup2(file.fileno(), 2)
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
