@@ -21,7 +21,7 @@ if (($#)); then
 fi
 
 # Everything that decides what the environment holds; the checkout's place too, since it is installed editable.
-stamp=$(printf '%s\n' "$PWD" "$vllm" "$extras" | cat - pyproject.toml scripts/setup.sh scripts/vllm_metadata.py | cksum)
+stamp=$(printf '%s\n' "$PWD" "$vllm" "$extras" | cat - pyproject.toml setup.py scripts/setup.sh scripts/vllm_metadata.py | cksum)
 if "$venv/bin/python" -c '' 2>/dev/null && [[ $(cat "$venv/setup.stamp" 2>/dev/null) == "$stamp" ]]; then
   exit 0
 fi

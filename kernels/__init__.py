@@ -1,0 +1,35 @@
+"""The operations of a speculation round on the device, each a PyTorch reference and a Triton kernel of one meaning.
+
+Imports torch and triton only. Round of the drafter: `reserve` pages for tokens nobody predicted, `expand` outcomes into
+branches, `copy_pages` their shared tail pages, then K + 1 steps of the model with `tree_attention` and `sample`; when
+the outcome is known, `commit` the winner. On the target: `lookup` the outcome. docs/kernels.md has the picture.
+"""
+
+from vllm_ssd.kernels.blocks import Blocks
+from vllm_ssd.kernels.commit import CLOSE, MISS, SKIP, commit
+from vllm_ssd.kernels.copy_pages import copy_pages
+from vllm_ssd.kernels.expand import expand
+from vllm_ssd.kernels.lookup import Found, Speculation, lookup
+from vllm_ssd.kernels.reserve import reserve
+from vllm_ssd.kernels.sample import Sample, sample
+from vllm_ssd.kernels.tree_attention import tree_attention
+from vllm_ssd.kernels.trees import DevicePool, Trees
+
+__all__ = [
+    "CLOSE",
+    "MISS",
+    "SKIP",
+    "Blocks",
+    "DevicePool",
+    "Found",
+    "Sample",
+    "Speculation",
+    "Trees",
+    "commit",
+    "copy_pages",
+    "expand",
+    "lookup",
+    "reserve",
+    "sample",
+    "tree_attention",
+]

@@ -1,0 +1,81 @@
+"""Give spines the pages that their next tokens need."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_ssd.kernels.dispatch import require_contiguous, use_triton
+from vllm_ssd.kernels.trees import DevicePool, Trees
+
+
+def reserve(pool: DevicePool, trees: Trees, num_tokens: torch.Tensor) -> None:
+    """Pop pages so that each spine can hold `num_tokens` [S] int32 tokens; 0 leaves a request alone.
+
+    A spine gets all the pages it lacks or, when fewer are free, none: `trees.num_pages` tells. Prompts, and tokens that
+    no branch predicted, are the only ones that need this: a branch brings its own pages. In place, one launch.
+    """
+    if not use_triton(pool.free):
+        _reserve_reference(pool, trees, num_tokens)
+        return
+    require_contiguous(num_tokens)
+    if len(num_tokens):
+        _reserve_kernel[(len(num_tokens),)](
+            pool.free,
+            pool.num_free,
+            pool.holders,
+            trees.page_tables,
+            trees.num_pages,
+            num_tokens,
+            trees.page_tables.stride(0),
+            PAGE_SIZE=trees.page_size,
+            BLOCK=128,
+        )
+
+
+def _reserve_reference(pool: DevicePool, trees: Trees, num_tokens: torch.Tensor) -> None:
+    for r, wanted in enumerate(num_tokens.tolist()):
+        have = int(trees.num_pages[r])
+        missing = -(-wanted // trees.page_size) - have
+        num_free = int(pool.num_free)
+        if not 0 < missing <= num_free:
+            continue
+        pages = pool.free[num_free - missing : num_free].flip(0)
+        pool.num_free.sub_(missing)
+        pool.holders[pages] = 1
+        trees.page_tables[r, have : have + missing] = pages
+        trees.num_pages[r] += missing
+
+
+@triton.jit
+def _reserve_kernel(
+    free_ptr,
+    num_free_ptr,
+    holders_ptr,
+    page_tables_ptr,
+    num_pages_ptr,
+    num_tokens_ptr,
+    table_stride,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a request."""
+    r = tl.program_id(0)
+    have = tl.load(num_pages_ptr + r)
+    missing = tl.cdiv(tl.load(num_tokens_ptr + r), PAGE_SIZE) - have
+    if missing > 0:
+        # The claimed pages are [top - missing, top): no other program's claim overlaps them. A claim that found too
+        # few leaves the counter below zero until it is given back, so nobody else is served meanwhile.
+        top = tl.atomic_add(num_free_ptr, -missing)
+        if top < missing:
+            tl.atomic_add(num_free_ptr, missing)
+        else:
+            for start in range(0, missing, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                mask = i < missing
+                page = tl.load(free_ptr + top - 1 - i, mask=mask, other=0)
+                tl.store(holders_ptr + page, 1, mask=mask)
+                tl.store(page_tables_ptr + r * table_stride + have + i, page, mask=mask)
+            tl.debug_barrier()  # every thread has read `have` before it changes
+            tl.store(num_pages_ptr + r, have + missing)

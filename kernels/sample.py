@@ -1,0 +1,237 @@
+"""From logits to drawn tokens and the distribution they were drawn from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_ssd.kernels.dispatch import require_contiguous, use_triton
+
+_GROUP = 64
+"""Logits a group. The M likeliest tokens lie in the M groups of the largest maxima, so only those are looked into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What was drawn after each of `B` rows of logits.
+
+    token_ids [B] int32; q_token_ids [B, M] int32, the M likeliest tokens, likeliest first (equals: the lower id first);
+    q_probs [B, M] float32, the proposal that `token_ids` was drawn from.
+    """
+
+    token_ids: torch.Tensor
+    q_token_ids: torch.Tensor
+    q_probs: torch.Tensor
+
+
+def sample(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    num_cached: torch.Tensor,
+    *,
+    top_m: int,
+    saguaro_c: float = 1.0,
+) -> Sample:
+    """Draw each row's token from its softmax cut to the `top_m` likeliest tokens, down-weighted and renormalised.
+
+    logits [B, V] float of any width, V >= top_m, unit stride last. temperatures [B] float32, 0 for greedy rows, which
+    take the likeliest token with probability 1. num_cached [B] int32: the weights of so many likeliest tokens, those
+    that will be predicted as bonus tokens, are multiplied by `saguaro_c` in (0, 1] (Saguaro sampling; 1 is none).
+    seeds [B] int64 and positions [B] int64 determine the draw: Gumbel noise from Philox, keyed by the seed and counted
+    by position and rank. Rows of one seed and position get the same noise: give every request a seed of its own.
+    """
+    if not use_triton(logits):
+        return _sample_reference(logits, temperatures, seeds, positions, num_cached, top_m, saguaro_c)
+    require_contiguous(temperatures, seeds, positions, num_cached)
+    num_rows, vocab_size = logits.shape
+    drawn = Sample(
+        torch.empty(num_rows, dtype=torch.int32, device=logits.device),
+        torch.empty(num_rows, top_m, dtype=torch.int32, device=logits.device),
+        torch.empty(num_rows, top_m, dtype=torch.float32, device=logits.device),
+    )
+    if not num_rows:
+        return drawn
+    num_groups = triton.cdiv(vocab_size, _GROUP)
+    maxima = torch.empty(num_rows, num_groups, dtype=logits.dtype, device=logits.device)
+    groups_per_program = 32
+    _maxima_kernel[(num_rows, triton.cdiv(num_groups, groups_per_program))](
+        logits, maxima, vocab_size, num_groups, logits.stride(0), GROUP=_GROUP, GROUPS=groups_per_program
+    )
+    block_m = max(2, triton.next_power_of_2(top_m))
+    _draw_kernel[(num_rows,)](
+        logits,
+        maxima,
+        temperatures,
+        seeds,
+        positions,
+        num_cached,
+        drawn.token_ids,
+        drawn.q_token_ids,
+        drawn.q_probs,
+        saguaro_c,
+        vocab_size,
+        num_groups,
+        logits.stride(0),
+        M=top_m,
+        GROUP=_GROUP,
+        BLOCK_M=block_m,
+        BLOCK=max(block_m, 1024),
+        GROUPS=min(block_m, max(1, 1024 // _GROUP)),
+        num_warps=8,
+    )
+    return drawn
+
+
+def _sample_reference(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    num_cached: torch.Tensor,
+    top_m: int,
+    saguaro_c: float,
+) -> Sample:
+    values, ids = logits.float().sort(dim=-1, descending=True, stable=True)
+    values, ids = values[:, :top_m], ids[:, :top_m]
+    rank = torch.arange(top_m)
+    greedy = temperatures[:, None] == 0
+    weights = torch.exp((values - values[:, :1]) / torch.where(greedy, 1, temperatures[:, None]))
+    weights = torch.where(rank < num_cached[:, None], weights * saguaro_c, weights)
+    weights = torch.where(greedy, (rank == 0).float(), weights)
+    noise = _gumbel(seeds[:, None], positions[:, None] * top_m + rank)
+    choice = torch.where(greedy, 0, torch.log(weights) + noise).masked_fill(weights == 0, float("-inf")).argmax(-1)
+    token_ids = ids.gather(1, choice[:, None])[:, 0]
+    return Sample(token_ids.int(), ids.int(), weights / weights.sum(-1, keepdim=True))
+
+
+def _gumbel(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise, float32, from the first word of Philox 4x32-10 (Salmon et al., 2011)."""
+    mask = 0xFFFFFFFF
+
+    def multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """High and low word of a product of two 32-bit words, in int64 arithmetic."""
+        low = a * (b & 0xFFFF)
+        high = a * (b >> 16) + (low >> 16)
+        return high >> 16, (high << 16 & mask) | (low & 0xFFFF)
+
+    seeds, counters = torch.broadcast_tensors(seeds, counters)
+    k0, k1 = seeds & mask, seeds >> 32 & mask
+    c0, c1 = counters & mask, counters >> 32 & mask
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    for _ in range(10):
+        high_0, low_0 = multiply(0xD2511F53, c0)
+        high_2, low_2 = multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_2 ^ c1 ^ k0, low_2, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = k0 + 0x9E3779B9 & mask, k1 + 0xBB67AE85 & mask
+    uniform = ((c0 >> 8).float() + 0.5) * 2.0**-24
+    return -torch.log(-torch.log(uniform))
+
+
+@triton.jit
+def _sort_keys(values, ids):
+    """int64 keys in the order of (value, lower id first)."""
+    bits = values.to(tl.float32).to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # negative floats fall as their bits grow
+    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
+
+
+@triton.jit
+def _ids(keys):
+    return 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def _values(keys):
+    ordered = (keys >> 32).to(tl.int32)
+    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _keep_largest(kept, keys, M: tl.constexpr):
+    """The M largest of M kept keys and any number of new ones, in descending order."""
+    return tl.topk(tl.reshape(tl.join(kept, tl.topk(keys, M)), [2 * M]), M)
+
+
+@triton.jit
+def _maxima_kernel(
+    logits_ptr,
+    maxima_ptr,
+    vocab_size,
+    num_groups,
+    logits_stride,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """One program a row and `GROUPS` groups of `GROUP` logits: the largest logit of each group."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    logits = tl.load(logits_ptr + row * logits_stride + token, mask=token < vocab_size, other=float("-inf"))
+    tl.store(maxima_ptr + row * num_groups + group, tl.max(logits.to(tl.float32), 1), mask=group < num_groups)
+
+
+@triton.jit
+def _draw_kernel(
+    logits_ptr,
+    maxima_ptr,
+    temperatures_ptr,
+    seeds_ptr,
+    positions_ptr,
+    num_cached_ptr,
+    token_ids_ptr,
+    q_token_ids_ptr,
+    q_probs_ptr,
+    saguaro_c,
+    vocab_size,
+    num_groups,
+    logits_stride,
+    M: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """One program a row: the groups worth looking into, the M likeliest tokens in them, one draw."""
+    row = tl.program_id(0).to(tl.int64)
+    rank = tl.arange(0, BLOCK_M)
+    lowest = tl.full([BLOCK_M], -(2**63), tl.int64)
+
+    best = lowest
+    for start in range(0, num_groups, BLOCK):
+        group = start + tl.arange(0, BLOCK)
+        maximum = tl.load(maxima_ptr + row * num_groups + group, mask=group < num_groups, other=float("-inf"))
+        keys = tl.where(group < num_groups, _sort_keys(maximum, group), -(2**63))
+        best = _keep_largest(best, keys, BLOCK_M)
+    groups = tl.where(best == lowest, num_groups, _ids(best))
+
+    best = lowest
+    for start in range(0, BLOCK_M, GROUPS):
+        # Gather `GROUPS` of the chosen groups out of the register block that holds them all.
+        wanted = start + tl.arange(0, GROUPS)
+        chosen = tl.sum(tl.where(wanted[:, None] == rank[None, :], groups[None, :], 0), 1)
+        token = tl.reshape(chosen[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [GROUPS * GROUP])
+        logits = tl.load(logits_ptr + row * logits_stride + token, mask=token < vocab_size, other=float("-inf"))
+        keys = tl.where(token < vocab_size, _sort_keys(logits, token), -(2**63))
+        best = _keep_largest(best, keys, BLOCK_M)
+    ids = _ids(best)
+    values = tl.where(rank < M, _values(best), float("-inf"))
+
+    temperature = tl.load(temperatures_ptr + row)
+    greedy = temperature == 0
+    weights = tl.exp((values - tl.max(values, 0)) / tl.where(greedy, 1.0, temperature))
+    weights = tl.where(rank < tl.load(num_cached_ptr + row), weights * saguaro_c, weights)
+    weights = tl.where(greedy, (rank == 0).to(tl.float32), weights)
+    counter = tl.load(positions_ptr + row) * M + rank
+    word = tl.randint(tl.load(seeds_ptr + row), counter).to(tl.uint32, bitcast=True)
+    uniform = ((word >> 8).to(tl.float32) + 0.5) * (2.0**-24)
+    noise = tl.where(greedy, 0.0, -tl.log(-tl.log(uniform)))
+    score = tl.where(weights > 0, tl.log(weights) + noise, float("-inf"))
+    choice = tl.argmax(score, 0)
+    tl.store(token_ids_ptr + row, tl.sum(tl.where(rank == choice, ids, 0), 0))
+    tl.store(q_token_ids_ptr + row * M + rank, ids, mask=rank < M)
+    tl.store(q_probs_ptr + row * M + rank, weights / tl.sum(weights, 0), mask=rank < M)

@@ -1,0 +1,413 @@
+"""One decode step of all branches: the shared trunk read once a request, each branch's own pages beside it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_ssd.kernels.dispatch import require_contiguous, use_triton
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    page_tables: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    shared_lens: torch.Tensor,
+    own_pages: torch.Tensor,
+    own_lens: torch.Tensor,
+    *,
+    scale: float,
+    max_shared_len: int,
+    max_rows: int,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+    num_splits: int | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of `B` query tokens over paged KV -> `[B, num_heads, head_size]`, written to `out` if given.
+
+    query [B, num_heads, head_size]; key_cache, value_cache [P, page_size, num_kv_heads, head_size] views of any
+    strides with unit stride last, already holding the KV of the queries themselves.
+    page_tables [R, W] int32: trunk pages of each request; query_start_loc [R + 1] int32: its query tokens.
+    shared_lens [B] int32: leading trunk slots that each query reads; own_pages [B, Q] int32 and own_lens [B] int32:
+    the pages after those, and how many of their slots it reads. A query's position is shared_lens + own_lens - 1.
+
+    A branch reads the trunk up to the page of its base and owns the rest; a token of the spine owns nothing and reads
+    the trunk up to itself, so prompts ride along. A query of length 0 gets zeros. sliding_window: the last so many
+    positions count, 0 for all; soft_cap: logits become soft_cap * tanh(logits / soft_cap), 0 for none.
+    max_shared_len and max_rows, bounds on shared_lens and on the queries of a request, and num_splits size the launch.
+    """
+    if out is None:
+        out = torch.empty_like(query)
+    arguments = (query, key_cache, value_cache, page_tables, query_start_loc, shared_lens, own_pages, own_lens)
+    if not use_triton(query):
+        out.copy_(_tree_attention_reference(*arguments, scale, sliding_window, soft_cap))
+        return out
+    if not query.dtype == key_cache.dtype == value_cache.dtype:
+        raise ValueError(f"queries are {query.dtype}, the cache is {key_cache.dtype}, {value_cache.dtype}")
+    require_contiguous(query_start_loc, shared_lens, own_lens)
+    num_rows, num_heads, head_size = query.shape
+    num_requests = len(page_tables)
+    _, page_size, num_kv_heads, _ = key_cache.shape
+    if not num_rows:
+        return out
+    group = num_heads // num_kv_heads
+    # The rows of a request and the query heads of one KV head form the M dimension of a tensor-core dot.
+    # Float32 has no tensor cores of its precision: small tiles keep its multiplications in registers.
+    is_half = query.dtype.itemsize == 2
+    block_d = triton.next_power_of_2(head_size)
+    block_m = min(max(triton.next_power_of_2(max_rows * group), 16), min(128, 16384 // block_d) if is_half else 16)
+    block_m = max(block_m, triton.next_power_of_2(group))
+    rows_per_tile = block_m // group
+    block_t = 64 if is_half and block_d <= 128 else 32
+    num_tiles = num_rows // rows_per_tile + num_requests  # at least one more than whole tiles in every request
+    if num_splits is None:
+        num_splits = _splits(num_tiles * num_kv_heads, triton.cdiv(max_shared_len, block_t), query.device)
+    partial = torch.empty(num_rows, num_heads, num_splits, head_size, dtype=torch.float32, device=query.device)
+    lse = torch.empty(num_rows, num_heads, num_splits, dtype=torch.float32, device=query.device)
+    common = dict(
+        GROUP=group,
+        HEAD=head_size,
+        BLOCK_D=block_d,
+        PAGE_SIZE=page_size,
+        SLIDING_WINDOW=sliding_window,
+        SOFT_CAP=soft_cap,
+        PRECISION="tf32" if is_half else "ieee",
+    )
+    _trunk_kernel[(num_tiles, num_kv_heads, num_splits)](
+        *arguments[:6],
+        own_lens,
+        partial,
+        lse,
+        num_requests,
+        scale,
+        *query.stride()[:2],
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
+        page_tables.stride(0),
+        SPLITS=num_splits,
+        ROWS=rows_per_tile,
+        BLOCK_M=block_m,
+        BLOCK_T=block_t,
+        num_warps=8 if block_m * block_d >= 128 * 128 else 4,
+        num_stages=3 if block_d <= 128 else 2,
+        **common,
+    )
+    _merge_kernel[(num_rows, num_kv_heads)](
+        query,
+        key_cache,
+        value_cache,
+        shared_lens,
+        own_pages,
+        own_lens,
+        partial,
+        lse,
+        out,
+        scale,
+        *query.stride()[:2],
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
+        own_pages.stride(0),
+        *out.stride()[:2],
+        SPLITS=num_splits,
+        BLOCK_SPLITS=triton.next_power_of_2(num_splits),
+        BLOCK_M=max(16, triton.next_power_of_2(group)),
+        BLOCK_T=32,
+        **common,
+    )
+    return out
+
+
+def _splits(num_programs: int, num_blocks: int, device: torch.device) -> int:
+    """Runs of context a trunk is cut into, so that twice as many programs as multiprocessors read it."""
+    if device.type != "cuda":
+        return min(num_blocks, 3)
+    wanted = triton.cdiv(2 * torch.cuda.get_device_properties(device).multi_processor_count, num_programs)
+    return max(1, min(wanted, triton.cdiv(num_blocks, 4), 64))
+
+
+def _tree_attention_reference(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    page_tables: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    shared_lens: torch.Tensor,
+    own_pages: torch.Tensor,
+    own_lens: torch.Tensor,
+    scale: float,
+    sliding_window: int,
+    soft_cap: float,
+) -> torch.Tensor:
+    page_size = key_cache.shape[1]
+    group = query.shape[1] // key_cache.shape[2]
+    lens = shared_lens + own_lens
+    position = torch.arange(int(lens.max()) if len(lens) else 0)
+    request = torch.repeat_interleave(torch.arange(len(page_tables)), query_start_loc.diff())
+    in_trunk = position < shared_lens[:, None]
+    read = position < lens[:, None]
+    if sliding_window:
+        read &= position >= lens[:, None] - sliding_window
+    own = torch.where(in_trunk, 0, position - shared_lens[:, None]).clamp(max=own_pages.shape[1] * page_size - 1)
+    trunk_page = page_tables[request][:, (position // page_size).clamp(max=page_tables.shape[1] - 1)]
+    page = torch.where(in_trunk, trunk_page, own_pages.gather(1, own // page_size)).masked_fill(~read, 0)
+    offset = torch.where(in_trunk, position, own) % page_size
+    unread = ~read[:, :, None, None]
+    keys = key_cache[page, offset].float().masked_fill(unread, 0).repeat_interleave(group, 2)
+    values = value_cache[page, offset].float().masked_fill(unread, 0).repeat_interleave(group, 2)
+    logits = torch.einsum("bhd,bthd->bht", query.float(), keys) * scale
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    weights = torch.softmax(logits.masked_fill(~read[:, None], float("-inf")), -1).masked_fill(~read[:, None], 0)
+    return torch.einsum("bht,bthd->bhd", weights, values).to(query.dtype)
+
+
+@triton.jit
+def _attend(
+    query,
+    keys,
+    values,
+    seen,
+    scale,
+    largest,
+    total,
+    weighted,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One step of online softmax in base 2: query [M, D], keys [D, T], values [T, D], seen [M, T]."""
+    logits = tl.dot(query, keys, input_precision=PRECISION) * scale
+    if SOFT_CAP > 0:
+        logits = SOFT_CAP * (1 - 2 / (1 + tl.exp(2 * logits / SOFT_CAP)))
+    logits = tl.where(seen, logits * LOG2_E, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(logits, 1))
+    shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # nothing seen yet: no -inf minus -inf
+    weights = tl.exp2(logits - shift[:, None])
+    rescale = tl.exp2(largest - shift)
+    total = total * rescale + tl.sum(weights, 1)
+    weighted = weighted * rescale[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+    return new_largest, total, weighted
+
+
+@triton.jit
+def _trunk_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    page_tables_ptr,
+    query_start_loc_ptr,
+    shared_lens_ptr,
+    own_lens_ptr,
+    partial_ptr,
+    lse_ptr,
+    num_requests,
+    scale,
+    query_stride_row,
+    query_stride_head,
+    key_stride_page,
+    key_stride_slot,
+    key_stride_head,
+    value_stride_page,
+    value_stride_slot,
+    value_stride_head,
+    table_stride,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One program a tile of `ROWS` queries of one request, a KV head and a run of the trunk.
+
+    Tiles are numbered so that request i starts at tile query_start_loc[i] // ROWS + i: numbers that a request does
+    not need are left over, and no program needs to know how many rows the others have.
+    """
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    low, high = 0, num_requests
+    while low < high:  # the last request that starts at this tile or before
+        middle = (low + high) // 2
+        if tl.load(query_start_loc_ptr + middle) // ROWS + middle <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    request = low - 1
+    first_row = tl.load(query_start_loc_ptr + request)
+    last_row = tl.load(query_start_loc_ptr + request + 1)
+    first_row += (tile - (first_row // ROWS + request)) * ROWS
+    if first_row >= last_row:
+        return
+
+    m = tl.arange(0, BLOCK_M)
+    row = first_row + m // GROUP
+    valid = (row < last_row) & (m < ROWS * GROUP)
+    head = kv_head * GROUP + m % GROUP
+    row = row.to(tl.int64)
+    shared_len = tl.load(shared_lens_ptr + row, mask=valid, other=0)
+    begin = tl.zeros_like(shared_len)
+    if SLIDING_WINDOW > 0:
+        own_len = tl.load(own_lens_ptr + row, mask=valid, other=0)
+        begin = tl.maximum(shared_len + own_len - SLIDING_WINDOW, 0)
+    end = tl.max(shared_len, 0)
+    start = tl.minimum(tl.min(tl.where(shared_len > 0, begin, end), 0), end) // BLOCK_T
+    per_split = tl.cdiv(tl.cdiv(end, BLOCK_T) - start, SPLITS)
+    start = (start + split * per_split) * BLOCK_T
+    end = tl.minimum(end, start + per_split * BLOCK_T)
+
+    d = tl.arange(0, BLOCK_D)
+    query = tl.load(
+        query_ptr + row[:, None] * query_stride_row + head[:, None] * query_stride_head + d[None, :],
+        mask=valid[:, None] & (d[None, :] < HEAD),
+        other=0.0,
+    )
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    table = page_tables_ptr + request.to(tl.int64) * table_stride
+    for block in range(start, end, BLOCK_T):
+        position = block + tl.arange(0, BLOCK_T)
+        inside = position < end
+        page = tl.load(table + position // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+        slot = (position % PAGE_SIZE).to(tl.int64)
+        keys = tl.load(
+            key_ptr
+            + (page * key_stride_page + slot * key_stride_slot + kv_head * key_stride_head)[None, :]
+            + d[:, None],
+            mask=inside[None, :] & (d[:, None] < HEAD),
+            other=0.0,
+        )
+        values = tl.load(
+            value_ptr
+            + (page * value_stride_page + slot * value_stride_slot + kv_head * value_stride_head)[:, None]
+            + d[None, :],
+            mask=inside[:, None] & (d[None, :] < HEAD),
+            other=0.0,
+        )
+        seen = (position[None, :] >= begin[:, None]) & (position[None, :] < shared_len[:, None])
+        largest, total, weighted = _attend(
+            query, keys, values, seen, scale, largest, total, weighted, SOFT_CAP, PRECISION
+        )
+
+    at = (row * (tl.num_programs(1) * GROUP) + head) * SPLITS + split
+    tl.store(lse_ptr + at, largest + tl.log2(total), mask=valid)  # -inf where nothing was seen
+    tl.store(
+        partial_ptr + at[:, None] * HEAD + d[None, :],
+        weighted / tl.where(total > 0, total, 1.0)[:, None],
+        mask=valid[:, None] & (d[None, :] < HEAD),
+    )
+
+
+@triton.jit
+def _merge_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    shared_lens_ptr,
+    own_pages_ptr,
+    own_lens_ptr,
+    partial_ptr,
+    lse_ptr,
+    out_ptr,
+    scale,
+    query_stride_row,
+    query_stride_head,
+    key_stride_page,
+    key_stride_slot,
+    key_stride_head,
+    value_stride_page,
+    value_stride_slot,
+    value_stride_head,
+    own_stride,
+    out_stride_row,
+    out_stride_head,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One program a query token and a KV head: its own pages, then the runs of the trunk, merged by log-sum-exp."""
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    head = kv_head * GROUP + m
+    valid = m < GROUP
+    own_len = tl.load(own_lens_ptr + row)
+    begin = 0
+    if SLIDING_WINDOW > 0:
+        begin = tl.maximum(own_len - SLIDING_WINDOW, 0)
+    query = tl.load(
+        query_ptr + row * query_stride_row + head[:, None] * query_stride_head + d[None, :],
+        mask=valid[:, None] & (d[None, :] < HEAD),
+        other=0.0,
+    )
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for block in range(begin, own_len, BLOCK_T):
+        slot = block + tl.arange(0, BLOCK_T)
+        inside = slot < own_len
+        page = tl.load(own_pages_ptr + row * own_stride + slot // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+        offset = (slot % PAGE_SIZE).to(tl.int64)
+        keys = tl.load(
+            key_ptr
+            + (page * key_stride_page + offset * key_stride_slot + kv_head * key_stride_head)[None, :]
+            + d[:, None],
+            mask=inside[None, :] & (d[:, None] < HEAD),
+            other=0.0,
+        )
+        values = tl.load(
+            value_ptr
+            + (page * value_stride_page + offset * value_stride_slot + kv_head * value_stride_head)[:, None]
+            + d[None, :],
+            mask=inside[:, None] & (d[None, :] < HEAD),
+            other=0.0,
+        )
+        largest, total, weighted = _attend(
+            query, keys, values, inside[None, :], scale, largest, total, weighted, SOFT_CAP, PRECISION
+        )
+
+    # The largest log-sum-exp first: then the runs add up independently of each other and their loads overlap.
+    at = (row * (tl.num_programs(1) * GROUP) + head) * SPLITS
+    run = tl.arange(0, BLOCK_SPLITS)
+    lse = tl.load(
+        lse_ptr + at[:, None] + run[None, :], mask=valid[:, None] & (run[None, :] < SPLITS), other=float("-inf")
+    )
+    new_largest = tl.maximum(largest, tl.max(lse, 1))
+    shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    rescale = tl.exp2(largest - shift)
+    total = total * rescale + tl.sum(tl.exp2(lse - shift[:, None]), 1)
+    weighted = weighted * rescale[:, None]
+    for split in tl.range(SPLITS, loop_unroll_factor=4):
+        weight = tl.exp2(tl.load(lse_ptr + at + split, mask=valid, other=float("-inf")) - shift)
+        partial = tl.load(
+            partial_ptr + (at + split)[:, None] * HEAD + d[None, :],
+            mask=valid[:, None] & (d[None, :] < HEAD),
+            other=0.0,
+        )
+        weighted += partial * weight[:, None]
+    attended = weighted / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(
+        out_ptr + row * out_stride_row + head[:, None] * out_stride_head + d[None, :],
+        attended.to(out_ptr.dtype.element_ty),
+        mask=valid[:, None] & (d[None, :] < HEAD),
+    )

@@ -1,0 +1,34 @@
+"""Every kernel compiles ahead of time for Ampere and Hopper, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vllm_ssd.kernels
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+"""Shared memory that one program can have (CUDA C programming guide, compute capabilities)."""
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_every_kernel_compiles(capability, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compile_all.py")), str(capability)],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    compiled = [json.loads(line) for line in run.stdout.splitlines()]
+    sources = "".join(path.read_text() for path in Path(vllm_ssd.kernels.__file__).parent.glob("*.py"))
+    assert {kernel["kernel"] for kernel in compiled} == set(re.findall(r"def (_\w+_kernel)\(", sources))
+    for kernel in compiled:
+        assert kernel["cubin"] > 1000 and kernel["shared"] <= SHARED_BYTES[capability], kernel

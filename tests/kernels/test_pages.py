@@ -1,0 +1,252 @@
+"""reserve, expand, copy_pages and commit against their references; pages are conserved."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from cases import DEVICE, check_conservation, ints, make_trees, random_outcomes, reference, same_state, to
+
+from vllm_ssd.kernels import CLOSE, MISS, SKIP, DevicePool, Trees, commit, copy_pages, expand, reserve
+
+
+def run_both(op, pool: DevicePool, trees: Trees, *arguments: torch.Tensor) -> tuple[DevicePool, Trees]:
+    """The state after the reference, which the kernel must have reached too; the given state stays as it is."""
+    on_device = to(pool, DEVICE), to(trees, DEVICE)
+    op(*on_device, *(argument.to(DEVICE) for argument in arguments))
+    pool, trees = to(pool, "cpu"), to(trees, "cpu")
+    with reference():
+        op(pool, trees, *arguments)
+    same_state(on_device, (pool, trees))
+    check_conservation(*on_device)
+    return pool, trees
+
+
+EXPANSIONS = {
+    # name: (committed lengths, fan-out of each accept length, page size, pages)
+    "uniform": ([37, 5, 64], [[2, 2, 2, 2]] * 3, 16, 200),
+    "ragged": ([37, 5, 64], [[5, 0, 3, 1], [0, 0, 0, 4], [1, 1, 0, 0]], 16, 200),
+    "trunk of one token": ([1], [[3, 2, 1, 1]], 16, 40),
+    "base on a page boundary": ([16, 32], [[2, 1, 1, 1]] * 2, 16, 60),
+    "branches cross a page": ([14, 13, 15], [[2, 2, 2, 2]] * 3, 16, 100),
+    "page smaller than a branch": ([7, 3], [[2, 1, 1, 2]] * 2, 2, 120),
+    "odd page size": ([11, 20], [[1, 2, 3, 1]] * 2, 5, 100),
+    "some idle": ([9, 30, 4], [[0, 0, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0]], 16, 60),
+    "pool runs out": ([9], [[3, 3, 2, 2]], 4, 14),
+    "full pool": ([9], [[3, 3, 2, 2]], 4, 4),
+    "empty batch": ([], [], 16, 8),
+}
+
+
+@pytest.mark.parametrize("name", EXPANSIONS)
+def test_expand(name):
+    lengths, fan_out, page_size, num_pages = EXPANSIONS[name]
+    pool, trees = make_trees(
+        lengths, branches=11, num_drafts=3, page_size=page_size, num_pages=num_pages, spine_tokens=3
+    )
+    drafts, candidates = random_outcomes(random.Random(name), len(lengths), 3, 7)
+    fan_out = ints(fan_out).reshape(len(lengths), 4)
+    forks = ints([[0, 4] if counts.any() else [0, 0] for counts in fan_out]).reshape(-1, 2)
+    arguments = (ints(lengths), drafts, candidates, fan_out, forks)
+    _, expanded = run_both(expand, pool, trees, *arguments)
+
+    rows = int((expanded.accept_lengths >= 0).sum())
+    assert rows == int(fan_out.sum()) or name in ("pool runs out", "full pool")
+    assert rows > 0 or name in ("full pool", "empty batch")
+    for r in range(len(lengths)):
+        for k, token in zip(expanded.accept_lengths[r].tolist(), expanded.first_tokens[r].tolist()):
+            assert k < 0 or token in candidates[r, k] and token not in drafts[r, k : k + 1]
+
+
+def test_full_pool_serves_the_first_rows():
+    """Six free pages and branches of two pages each: the likeliest three start, nothing leaks."""
+    pool, trees = make_trees([15], branches=8, num_drafts=3, page_size=4, num_pages=11, spine_tokens=3)
+    drafts, candidates = random_outcomes(random.Random(0), 1, 3, 7)
+    fan_out = ints([[4, 2, 1, 1]])
+    assert int(pool.num_free) == 6
+    pool, trees = run_both(expand, pool, trees, ints([15]), drafts, candidates, fan_out, ints([[0, 4]]))
+    assert int(pool.num_free) == 0
+    assert trees.accept_lengths.tolist() == [[0, 0, 0, -1, -1, -1, -1, -1]]
+
+
+def test_waves_make_the_same_tree_as_one_launch():
+    """Fork points may start one after the other, as their candidates become known."""
+    pool, trees = make_trees([37, 5], branches=11, num_drafts=3, page_size=16, num_pages=99, spine_tokens=3)
+    drafts, candidates = random_outcomes(random.Random(1), 2, 3, 7)
+    fan_out = ints([[3, 2, 2, 2], [4, 1, 0, 3]])
+    arguments = (ints([37, 5]), drafts, candidates, fan_out)
+    at_once = run_both(expand, pool, trees, *arguments, ints([[0, 4], [0, 4]]))
+    first = run_both(expand, pool, trees, *arguments, ints([[0, 3], [0, 1]]))
+    assert (first[1].copy_lens > 0).any()
+    second = run_both(expand, *first, *arguments, ints([[3, 4], [1, 4]]))
+    assert torch.equal(second[1].first_tokens, at_once[1].first_tokens)
+    assert torch.equal(second[1].bases, at_once[1].bases)
+    started = second[1].accept_lengths >= ints([[3], [1]])
+    assert torch.equal(second[1].copy_lens, at_once[1].copy_lens.where(started, 0)), "a page would be copied twice"
+
+
+@pytest.mark.parametrize("num_tokens", ([40, 0, 3], [1, 1, 1], [0, 0, 0], [400, 17, 1], []))
+def test_reserve(num_tokens):
+    pool, trees = make_trees([1] * len(num_tokens), branches=2, num_drafts=3, page_size=4, num_pages=20, spine_tokens=0)
+    pool, trees = run_both(reserve, pool, trees, ints(num_tokens))
+    assert trees.num_pages.tolist() == [max(-(-n // 4), 1) if n < 400 else 1 for n in num_tokens]
+
+
+def started_trees(page_size: int = 4) -> tuple[DevicePool, Trees]:
+    lengths = [9, 15, 4]
+    pool, trees = make_trees(lengths, branches=9, num_drafts=3, page_size=page_size, num_pages=150, spine_tokens=3)
+    drafts, candidates = random_outcomes(random.Random(2), 3, 3, 7)
+    fan_out = ints([[3, 2, 2, 2], [4, 1, 0, 3], [1, 1, 1, 1]])
+    with reference():
+        expand(pool, trees, ints(lengths), drafts, candidates, fan_out, ints([[0, 4]] * 3))
+    return pool, trees
+
+
+@pytest.mark.parametrize("page_size", (1, 4, 16))
+@pytest.mark.parametrize("winners", ([0, 3, 2], [MISS, MISS, MISS], [CLOSE, 0, SKIP], [SKIP] * 3, [CLOSE] * 3))
+def test_commit(winners, page_size):
+    pool, before = started_trees(page_size)
+    spine_pages, num_free = before.num_pages.clone(), int(pool.num_free)
+    pool, trees = run_both(commit, pool, before, ints(winners))
+    for r, winner in enumerate(winners):
+        if winner >= 0:
+            own = before.branch_pages[r, winner]
+            own = own[own >= 0]
+            first = int(before.bases[r, winner]) // page_size
+            assert trees.num_pages[r] == first + len(own)
+            assert torch.equal(trees.page_tables[r, first : first + len(own)], own)
+        elif winner == MISS:
+            assert trees.num_pages[r] == spine_pages[r]
+        if winner != SKIP:
+            assert (trees.branch_pages[r] == -1).all()
+    if winners == [CLOSE] * 3:
+        assert int(pool.num_free) == 150
+    elif winners != [SKIP] * 3:
+        assert int(pool.num_free) > num_free
+
+
+def test_commit_leaves_pages_that_another_request_reads():
+    pool, trees = started_trees()
+    shared = trees.page_tables[0, :2].clone()
+    with reference():
+        commit(pool, trees, ints([SKIP, CLOSE, SKIP]))
+    trees.page_tables[1, :2] = shared
+    trees.num_pages[1] = 2
+    pool.holders[shared.long()] += 1
+    check_conservation(pool, trees, shared=2)
+    on_device = to(pool, DEVICE), to(trees, DEVICE)
+    commit(*on_device, ints([CLOSE, SKIP, SKIP]).to(DEVICE))
+    check_conservation(*on_device)
+    assert on_device[0].holders[shared.long()].tolist() == [1, 1]
+    commit(*on_device, ints([SKIP, CLOSE, CLOSE]).to(DEVICE))
+    assert int(on_device[0].num_free) == 150
+
+
+def test_pages_are_conserved_over_a_thousand_rounds():
+    """Random opens, forks, hits, misses and closes of two requests in a pool that is often too small.
+
+    The kernels alone, checked after every round; every 50th round both the kernels and the references.
+    """
+    rng, num_drafts, page_size, requests = random.Random(3), 2, 3, 2
+    pool, trees = make_trees([0] * requests, branches=5, num_drafts=2, page_size=3, num_pages=24, spine_tokens=0)
+    pool, trees = to(pool, DEVICE), to(trees, DEVICE)
+    lengths, seen, ran_out = [0] * requests, set(), 0
+    for round_number in range(1000):
+        wanted = [length + num_drafts + 1 if length else rng.choice([0, rng.randint(1, 9)]) for length in lengths]
+        reserve(pool, trees, ints(wanted).to(DEVICE))
+        room = (trees.num_pages * page_size).tolist()
+        lengths = [
+            (length or tokens) if room[r] >= tokens else 0 for r, (length, tokens) in enumerate(zip(lengths, wanted))
+        ]
+        drafts, candidates = random_outcomes(rng, requests, num_drafts, 4)
+        fan_out = ints([[rng.randint(0, 2), rng.randint(0, 1), rng.randint(0, 2)] for _ in lengths])
+        last_fork = [max(0, min(num_drafts, room[r] - length)) if length else -1 for r, length in enumerate(lengths)]
+        forks = ints([[0, last + 1] for last in last_fork])
+        arguments = (ints(lengths), drafts, candidates, fan_out, forks)
+        if round_number % 50 == 0:
+            run_both(expand, pool, trees, *arguments)
+        expand(pool, trees, *(argument.to(DEVICE) for argument in arguments))
+        accept_lengths = trees.accept_lengths.tolist()
+        ran_out += sum(len(row) - row.count(-1) for row in accept_lengths) < sum(
+            int(counts[:end].sum()) for counts, (_, end) in zip(fan_out, forks.tolist())
+        )
+        winners = []
+        for r, length in enumerate(lengths):
+            rows = [row for row, k in enumerate(accept_lengths[r]) if k >= 0]
+            choice = rng.choice(["hit", "hit", "miss", "skip"]) if length and length < 40 else "close"
+            if not length and not room[r]:
+                choice = "miss"  # nothing is there
+            elif choice == "skip" and rows:
+                choice = "miss"  # rows must be empty before they are filled again
+            elif choice == "hit" and not rows:
+                choice = "miss"
+            seen.add(choice)
+            winner = rng.choice(rows) if choice == "hit" else {"miss": MISS, "skip": SKIP, "close": CLOSE}[choice]
+            winners.append(winner)
+            if choice == "hit":
+                lengths[r] = length + accept_lengths[r][winner] + 1
+            elif choice == "close":
+                lengths[r] = 0
+        if round_number % 50 == 0:
+            run_both(commit, pool, trees, ints(winners))
+        commit(pool, trees, ints(winners).to(DEVICE))
+        check_conservation(pool, trees)
+    assert seen == {"hit", "miss", "skip", "close"}
+    assert ran_out > 20
+
+
+@pytest.mark.parametrize("layout", ("slots outside heads", "heads outside slots", "keys beside values"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16, torch.uint8))
+def test_copy_pages(dtype, layout):
+    """Three layers at once; slots that are not filled, and pages not named, keep what they hold, NaN included."""
+    num_pages, page_size, heads, head_size = 9, 5, 3, 24
+    caches = []
+    for _ in range(3):
+        bits = torch.randint(0, 256, (num_pages, heads * page_size * head_size * 2, dtype.itemsize), dtype=torch.uint8)
+        pages = bits.view(dtype).reshape(num_pages, heads * page_size * head_size * 2)
+        if layout == "slots outside heads":
+            views = pages.view(num_pages, 2, page_size, heads, head_size).unbind(1)
+        elif layout == "heads outside slots":
+            views = pages.view(num_pages, 2, heads, page_size, head_size).transpose(2, 3).unbind(1)
+        else:
+            views = pages.view(num_pages, heads, page_size, 2 * head_size).transpose(1, 2).split(head_size, -1)
+        caches += views
+    sources, destinations, num_slots = ints([0, 0, 4, -1, 2]), ints([1, 3, 5, -1, 8]), ints([2, 5, 1, 0, 4])
+    storages = {cache.untyped_storage().data_ptr() for cache in caches}
+    on_device = [cache.to(DEVICE) for cache in caches] if DEVICE == "cuda" else clone_views(caches)
+    assert DEVICE == "cuda" or not storages & {cache.untyped_storage().data_ptr() for cache in on_device}
+    copy_pages(on_device, sources.to(DEVICE), destinations.to(DEVICE), num_slots.to(DEVICE))
+    with reference():
+        copy_pages(caches, sources, destinations, num_slots)
+    for cache, copied in zip(caches, on_device):
+        assert torch.equal(cache.contiguous().view(torch.uint8), copied.cpu().contiguous().view(torch.uint8))
+
+
+def clone_views(caches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same views of a copy of each storage."""
+    copies = {}
+    for cache in caches:
+        storage = cache.untyped_storage()
+        copies.setdefault(storage.data_ptr(), storage.clone())
+    views = []
+    for cache in caches:
+        copied = torch.empty(0, dtype=cache.dtype).set_(
+            copies[cache.untyped_storage().data_ptr()], cache.storage_offset(), cache.size(), cache.stride()
+        )
+        views.append(copied)
+    return views
+
+
+def test_nothing_to_copy():
+    cache = torch.zeros(4, 2, 1, 8, device=DEVICE)
+    nothing = torch.empty(0, dtype=torch.int32, device=DEVICE)
+    copy_pages([cache], nothing, nothing, nothing)
+    assert not cache.any()
+
+
+def test_layers_must_agree():
+    caches = [torch.zeros(4, 2, 1, 8, device=DEVICE), torch.zeros(4, 2, 1, 16, device=DEVICE)]
+    one = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="shape, strides and dtype"):
+        copy_pages(caches, one, one * 2, one)

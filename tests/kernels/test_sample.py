@@ -1,0 +1,108 @@
+"""Sampling against its reference, and against the distribution it claims."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DEVICE, ints, reference
+
+from vllm_ssd.kernels import Sample, sample
+
+SHAPES = {
+    # name: (rows, vocabulary, M)
+    "one group": (3, 64, 8),
+    "odd vocabulary": (4, 1003, 6),
+    "M of one": (2, 130, 1),
+    "all of the vocabulary": (2, 13, 13),
+    "many groups": (1, 70001, 64),
+    "empty batch": (0, 100, 8),
+}
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}
+"""Arithmetic is float32 whatever the logits are."""
+CASES = [(name, torch.float32) for name in SHAPES]
+CASES += [("odd vocabulary", torch.float16), ("odd vocabulary", torch.bfloat16)]
+
+
+def draw_both(logits: torch.Tensor, temperatures: list[float], top_m: int, num_cached: int = 0, saguaro_c: float = 1.0):
+    n = len(logits)
+    arguments = (
+        logits,
+        torch.tensor(temperatures),
+        ints([(1 << 62) + 12345 * i for i in range(n)], torch.int64),
+        ints([1000 * i + 7 for i in range(n)], torch.int64),
+        torch.full((n,), num_cached, dtype=torch.int32),
+    )
+    got = sample(*(argument.to(DEVICE) for argument in arguments), top_m=top_m, saguaro_c=saguaro_c)
+    with reference():
+        want = sample(*arguments, top_m=top_m, saguaro_c=saguaro_c)
+    assert torch.equal(got.q_token_ids.cpu(), want.q_token_ids)
+    assert torch.equal(got.token_ids.cpu(), want.token_ids)
+    tolerance = TOLERANCES[logits.dtype]
+    torch.testing.assert_close(got.q_probs.cpu(), want.q_probs, atol=tolerance, rtol=10 * tolerance)
+    return want
+
+
+@pytest.mark.parametrize("name, dtype", CASES)
+def test_sample(name, dtype):
+    """Random rows, greedy ones among them; half-precision logits have many equal values."""
+    rows, vocab_size, top_m = SHAPES[name]
+    logits = (torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 4).to(dtype)
+    temperatures = [0.7, 0.0, 1.3, 1e-3][:rows]
+    drawn = draw_both(logits, temperatures, top_m, num_cached=3, saguaro_c=0.25)
+    for i, temperature in enumerate(temperatures):
+        if not temperature:
+            assert drawn.token_ids[i] == logits[i].argmax() and drawn.q_probs[i, 0] == 1
+
+
+def test_equal_and_forbidden_tokens():
+    """Equal logits go by token id; tokens of probability zero are never drawn."""
+    logits = torch.full((3, 300), float("-inf"))
+    logits[0], logits[1, [7, 250]], logits[2, 299] = 1.5, 0.0, -3.0
+    drawn = draw_both(logits, [1.0, 1.0, 1.0], top_m=4)
+    assert drawn.q_token_ids[0].tolist() == [0, 1, 2, 3]
+    assert drawn.q_probs[1].tolist() == [0.5, 0.5, 0, 0] and drawn.token_ids[1] in (7, 250)
+    assert drawn.token_ids[2] == 299
+
+
+def test_largest_tokens_in_one_group_and_in_many():
+    """The group maxima rule out whole groups of the vocabulary, never one that is needed."""
+    logits = torch.randn(2, 1600, generator=torch.Generator().manual_seed(0))
+    logits[0, 640:656] += 20  # all in one group
+    logits[1, ::100] += 20  # each in a group of its own
+    drawn = draw_both(logits, [1.0, 1.0], top_m=16)
+    assert sorted(drawn.q_token_ids[0].tolist()) == list(range(640, 656))
+    assert sorted(drawn.q_token_ids[1].tolist()) == list(range(0, 1600, 100))
+
+
+def draw_many(count: int, device: str, **options) -> Sample:
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0]).repeat(count, 1).to(device)
+    counts = torch.arange(count, device=device)
+    ones = torch.ones(count, device=device)
+    return sample(logits, 0.8 * ones, counts // 100, counts % 100, 2 * ones.int(), top_m=5, **options)
+
+
+@pytest.mark.parametrize("saguaro_c", (1.0, 0.3))
+def test_draws_follow_q(saguaro_c):
+    """Chi-squared over 20,000 seeds and positions; 4 degrees of freedom, 23.5 is passed once in 10,000."""
+    with reference():
+        drawn = draw_many(20_000, "cpu", saguaro_c=saguaro_c)
+    weights = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0]).div(0.8).exp() * torch.tensor([saguaro_c] * 2 + [1.0] * 3)
+    q = weights / weights.sum()
+    torch.testing.assert_close(drawn.q_probs, q.expand(20_000, -1), atol=1e-6, rtol=1e-5)
+    expected = 20_000 * q
+    counts = torch.bincount(drawn.token_ids, minlength=6)[:5]
+    assert counts.sum() == 20_000
+    assert ((counts - expected) ** 2 / expected).sum() < 23.5
+
+
+def test_a_draw_depends_on_seed_and_position_alone():
+    """Neither on the row's place in the batch nor on its neighbours."""
+    whole = draw_many(9, DEVICE)
+    logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]], device=DEVICE)
+    one = torch.ones(1, device=DEVICE)
+    alone = [
+        sample(logits, 0.8 * one, 0 * one.long(), p * one.long(), 2 * one.int(), top_m=5).token_ids.item()
+        for p in range(9)
+    ]
+    assert alone == whole.token_ids.tolist()
+    assert len(set(alone)) > 1
