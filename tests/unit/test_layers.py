@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2] / "vllm_ssd"
+KERNELS = ROOT.parent / "kernels"
 
 ALLOWED = {
+    "kernels": set(),
     "config": set(),
     "protocol": set(),
     "policy": set(),
@@ -17,7 +20,7 @@ ALLOWED = {
     "transport": {"protocol"},
     "metrics": {"protocol"},
     "compat": set(),
-    "drafter": {"policy", "protocol", "compat", "transport"},
+    "drafter": {"kernels", "policy", "protocol", "compat", "transport"},
     "sessions": {"config", "protocol", "metrics"},
     "verifier": {"config", "protocol", "policy", "metrics", "sessions"},
     "launch": {"drafter", "protocol", "transport"},
@@ -27,11 +30,22 @@ ALLOWED = {
     "profiler": {"compat", "config", "drafter", "placement", "planner", "policy"},
     "cli": {"config", "planner", "profiler"},
 }
-NO_VLLM = {"config", "protocol", "policy", "planner", "transport", "metrics", "sessions", "verifier", "launch"}
+NO_VLLM = {
+    "kernels",
+    "config",
+    "protocol",
+    "policy",
+    "planner",
+    "transport",
+    "metrics",
+    "sessions",
+    "verifier",
+    "launch",
+}
 
 
 def modules() -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
+    found = {"kernels": list(KERNELS.glob("*.py"))}
     for path in ROOT.rglob("*.py"):
         name = path.relative_to(ROOT).parts[0].removesuffix(".py")
         if name not in ("__init__", "pair"):
@@ -63,6 +77,11 @@ def test_imports_point_downwards(module):
 @pytest.mark.parametrize("module", sorted(NO_VLLM))
 def test_leaves_do_not_know_vllm(module):
     assert not [n for p in modules()[module] for n in imported(p) if n.split(".")[0] == "vllm"]
+
+
+def test_kernels_need_torch_and_triton_only():
+    used = {n.split(".")[0] for p in modules()["kernels"] for n in imported(p)}
+    assert used - sys.stdlib_module_names == {"torch", "triton", "vllm_ssd"}
 
 
 def test_private_vllm_symbols_live_in_compat():
