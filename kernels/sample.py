@@ -32,22 +32,23 @@ def sample(
     temperatures: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-    num_cached: torch.Tensor,
+    fan_out: torch.Tensor,
     *,
     top_m: int,
-    saguaro_c: float = 1.0,
+    factor: float = 1.0,
 ) -> Sample:
     """Draw each row's token from its softmax cut to the `top_m` likeliest tokens, down-weighted and renormalised.
 
     logits [B, V] float of any width, V >= top_m, unit stride last. temperatures [B] float32, 0 for greedy rows, which
-    take the likeliest token with probability 1. num_cached [B] int32: the weights of so many likeliest tokens, those
-    that will be predicted as bonus tokens, are multiplied by `saguaro_c` in (0, 1] (Saguaro sampling; 1 is none).
+    take the likeliest token with probability 1. fan_out [B] int32: the weights of so many likeliest tokens, those
+    that are predicted as bonus tokens, are multiplied by `factor` in [0, 1] where any token has weight beside them
+    (Saguaro sampling; 1 is none).
     seeds [B] int64 and positions [B] int64 determine the draw: Gumbel noise from Philox, keyed by the seed and counted
     by position and rank. Rows of one seed and position get the same noise: give every request a seed of its own.
     """
     if not use_triton(logits):
-        return _sample_reference(logits, temperatures, seeds, positions, num_cached, top_m, saguaro_c)
-    require_contiguous(temperatures, seeds, positions, num_cached)
+        return _sample_reference(logits, temperatures, seeds, positions, fan_out, top_m, factor)
+    require_contiguous(temperatures, seeds, positions, fan_out)
     num_rows, vocab_size = logits.shape
     drawn = Sample(
         torch.empty(num_rows, dtype=torch.int32, device=logits.device),
@@ -69,11 +70,11 @@ def sample(
         temperatures,
         seeds,
         positions,
-        num_cached,
+        fan_out,
         drawn.token_ids,
         drawn.q_token_ids,
         drawn.q_probs,
-        saguaro_c,
+        factor,
         vocab_size,
         num_groups,
         logits.stride(0),
@@ -92,17 +93,19 @@ def _sample_reference(
     temperatures: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-    num_cached: torch.Tensor,
+    fan_out: torch.Tensor,
     top_m: int,
-    saguaro_c: float,
+    factor: float,
 ) -> Sample:
     values, ids = logits.float().sort(dim=-1, descending=True, stable=True)
     values, ids = values[:, :top_m], ids[:, :top_m]
     rank = torch.arange(top_m)
     greedy = temperatures[:, None] == 0
     weights = torch.exp((values - values[:, :1]) / torch.where(greedy, 1, temperatures[:, None]))
-    weights = torch.where(rank < num_cached[:, None], weights * saguaro_c, weights)
     weights = torch.where(greedy, (rank == 0).float(), weights)
+    predicted = rank < fan_out[:, None]
+    scaled = predicted & torch.where(predicted, 0, weights).any(-1, keepdim=True)
+    weights = torch.where(scaled, weights * factor, weights)
     noise = _gumbel(seeds[:, None], positions[:, None] * top_m + rank)
     choice = torch.where(greedy, 0, torch.log(weights) + noise).masked_fill(weights == 0, float("-inf")).argmax(-1)
     token_ids = ids.gather(1, choice[:, None])[:, 0]
@@ -182,11 +185,11 @@ def _draw_kernel(
     temperatures_ptr,
     seeds_ptr,
     positions_ptr,
-    num_cached_ptr,
+    fan_out_ptr,
     token_ids_ptr,
     q_token_ids_ptr,
     q_probs_ptr,
-    saguaro_c,
+    factor,
     vocab_size,
     num_groups,
     logits_stride,
@@ -224,8 +227,10 @@ def _draw_kernel(
     temperature = tl.load(temperatures_ptr + row)
     greedy = temperature == 0
     weights = tl.exp((values - tl.max(values, 0)) / tl.where(greedy, 1.0, temperature))
-    weights = tl.where(rank < tl.load(num_cached_ptr + row), weights * saguaro_c, weights)
     weights = tl.where(greedy, (rank == 0).to(tl.float32), weights)
+    predicted = rank < tl.load(fan_out_ptr + row)
+    beside = tl.sum(tl.where(predicted, 0.0, weights), 0)
+    weights = tl.where(predicted, weights * tl.where(beside > 0, factor, 1.0), weights)
     counter = tl.load(positions_ptr + row) * M + rank
     word = tl.randint(tl.load(seeds_ptr + row), counter).to(tl.uint32, bitcast=True)
     uniform = ((word >> 8).to(tl.float32) + 0.5) * (2.0**-24)

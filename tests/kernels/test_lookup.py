@@ -61,7 +61,7 @@ def nothing(rows: int, top_m: int) -> Speculation:
 
 @pytest.mark.parametrize("top_m", (0, 1, 5))
 def test_hits_and_misses(top_m):
-    """Two hundred outcomes of random blocks, each looked up in its own, in another's and at another length."""
+    """Every outcome of some blocks, and the same with another epoch, length, request, accept length or token."""
     rng = random.Random(top_m)
     blocks = Blocks.empty(S, N, K, top_m, "cpu")
     blocks.write(0, 3, 40, *block(rng, N, top_m))
@@ -69,13 +69,18 @@ def test_hits_and_misses(top_m):
     blocks.write(2, 1, 9, *block(rng, 4, top_m, depth=2))
     blocks.write(2, 1, 12, *block(rng, 5, top_m, depth=1))
     blocks.write(3, 1, 5, *block(rng, 0, top_m))
-    answered = [(0, 3, 40), (1, 0, 7), (2, 1, 9), (2, 1, 12), (3, 1, 5), (4, 0, 1), (0, 2, 40), (0, 3, 41), (1, 3, 40)]
-    queries = [(*rng.choice(answered), rng.randint(0, K), rng.randint(0, 8)) for _ in range(200)]
-    found = look_up(blocks, queries, speculation(rng, len(queries), top_m))
-    assert 20 < found.hits.sum() < 150
-    for (slot, epoch, length, _, _), hit in zip(queries, found.hits.tolist()):
-        assert not hit or (slot, epoch, length) in answered[:4]
-    assert {int(n) for n in found.speculation.num_drafts} == {0, 1, 2, 3}
+    right = [
+        (slot, *blocks.headers[slot, half, 1:].tolist(), *outcome)
+        for slot, half, row in (blocks.depths > 0).nonzero().tolist()
+        for outcome in [blocks.outcomes[slot, half, row].tolist()]
+    ]
+    wrong = [tuple(x + (i == column) for i, x in enumerate(query)) for query in right for column in range(1, 5)]
+    wrong += [((slot + 1) % S, *rest) for slot, *rest in right]
+    found = look_up(blocks, right + wrong, nothing(len(right) + len(wrong), top_m))
+    assert len(right) == 16 and found.hits[:16].all()
+    assert all(query in right for query, hit in zip(right + wrong, found.hits.tolist()) if hit)
+    assert set(found.speculation.num_drafts.tolist()) == {0, 1, 2, 3}
+    look_up(blocks, right + wrong, speculation(rng, len(right) + len(wrong), top_m))
 
 
 def test_a_deeper_block_of_the_same_round_wins():

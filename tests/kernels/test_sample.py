@@ -23,18 +23,18 @@ CASES = [(name, torch.float32) for name in SHAPES]
 CASES += [("odd vocabulary", torch.float16), ("odd vocabulary", torch.bfloat16)]
 
 
-def draw_both(logits: torch.Tensor, temperatures: list[float], top_m: int, num_cached: int = 0, saguaro_c: float = 1.0):
+def draw_both(logits: torch.Tensor, temperatures: list[float], top_m: int, fan_out: int = 0, factor: float = 1.0):
     n = len(logits)
     arguments = (
         logits,
         torch.tensor(temperatures),
         ints([(1 << 62) + 12345 * i for i in range(n)], torch.int64),
         ints([1000 * i + 7 for i in range(n)], torch.int64),
-        torch.full((n,), num_cached, dtype=torch.int32),
+        torch.full((n,), fan_out, dtype=torch.int32),
     )
-    got = sample(*(argument.to(DEVICE) for argument in arguments), top_m=top_m, saguaro_c=saguaro_c)
+    got = sample(*(argument.to(DEVICE) for argument in arguments), top_m=top_m, factor=factor)
     with reference():
-        want = sample(*arguments, top_m=top_m, saguaro_c=saguaro_c)
+        want = sample(*arguments, top_m=top_m, factor=factor)
     assert torch.equal(got.q_token_ids.cpu(), want.q_token_ids)
     assert torch.equal(got.token_ids.cpu(), want.token_ids)
     tolerance = TOLERANCES[logits.dtype]
@@ -48,7 +48,7 @@ def test_sample(name, dtype):
     rows, vocab_size, top_m = SHAPES[name]
     logits = (torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 4).to(dtype)
     temperatures = [0.7, 0.0, 1.3, 1e-3][:rows]
-    drawn = draw_both(logits, temperatures, top_m, num_cached=3, saguaro_c=0.25)
+    drawn = draw_both(logits, temperatures, top_m, fan_out=3, factor=0.25)
     for i, temperature in enumerate(temperatures):
         if not temperature:
             assert drawn.token_ids[i] == logits[i].argmax() and drawn.q_probs[i, 0] == 1
@@ -81,12 +81,21 @@ def draw_many(count: int, device: str, **options) -> Sample:
     return sample(logits, 0.8 * ones, counts // 100, counts % 100, 2 * ones.int(), top_m=5, **options)
 
 
-@pytest.mark.parametrize("saguaro_c", (1.0, 0.3))
-def test_draws_follow_q(saguaro_c):
+def test_down_weighting_without_an_alternative_changes_nothing():
+    """A factor of 0 on all tokens that have any weight would leave nothing to draw."""
+    logits = torch.tensor([[0.0, 1.0, -9.0, -9.0], [0.0, 1.0, 2.0, 3.0]])
+    drawn = draw_both(logits, [1.0, 1.0], top_m=2, fan_out=2, factor=0.0)
+    assert drawn.q_probs.sum(1).tolist() == pytest.approx([1, 1])
+    drawn = draw_both(logits, [1.0, 1.0], top_m=3, fan_out=2, factor=0.0)
+    assert drawn.q_probs[1].tolist() == [0, 0, 1] and drawn.token_ids[1] == 1
+
+
+@pytest.mark.parametrize("factor", (1.0, 0.3))
+def test_draws_follow_q(factor):
     """Chi-squared over 20,000 seeds and positions; 4 degrees of freedom, 23.5 is passed once in 10,000."""
     with reference():
-        drawn = draw_many(20_000, "cpu", saguaro_c=saguaro_c)
-    weights = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0]).div(0.8).exp() * torch.tensor([saguaro_c] * 2 + [1.0] * 3)
+        drawn = draw_many(20_000, "cpu", factor=factor)
+    weights = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0]).div(0.8).exp() * torch.tensor([factor] * 2 + [1.0] * 3)
     q = weights / weights.sum()
     torch.testing.assert_close(drawn.q_probs, q.expand(20_000, -1), atol=1e-6, rtol=1e-5)
     expected = 20_000 * q
