@@ -1,0 +1,313 @@
+"""Time the drafter's kernels on a GPU, against the memory they must move and against the usual ways of doing it.
+
+    python scripts/bench_kernels.py --out kernels.jsonl            # everything, a few minutes
+    python scripts/bench_kernels.py --quick                        # one shape of each, to see that it runs
+
+Tree attention is compared with vLLM's FlashAttention, one page table a branch, and with FlashInfer's cascade; either is
+left out with a note where it is not installed. Nothing is timed that has not given the right result first. Times are
+medians of CUDA graph replays, so they hold no launch overhead. The replays cycle through several times more KV than
+fits the L2 cache, as the layers of a model do. One JSON object a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import triton
+
+from vllm_ssd.kernels import (
+    MISS,
+    Blocks,
+    DevicePool,
+    Speculation,
+    Trees,
+    commit,
+    copy_pages,
+    expand,
+    lookup,
+    reserve,
+    sample,
+    tree_attention,
+)
+
+HEADS = {"Llama-3.2-1B": (32, 8, 64), "Qwen3-0.6B": (16, 8, 128)}
+"""Query heads, KV heads, head size."""
+PAGE_SIZE = 16
+NUM_DRAFTS = 5
+CYCLED_BYTES = 512 << 20
+"""KV that replays cycle through: several times the L2 cache of today's GPUs."""
+TOLERANCE = 2e-2
+"""Of bfloat16 outputs of order one."""
+
+
+def main() -> int:
+    """Parse, refuse without a GPU, measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file as well")
+    parser.add_argument("--quick", action="store_true", help="one shape of each kernel")
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32], metavar="R")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768], metavar="TOKENS")
+    parser.add_argument("--branches", type=int, nargs="+", default=[8, 24, 48], metavar="N", help="of each request")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench_kernels: no CUDA device is visible; the kernels can only be timed on a GPU", file=sys.stderr)
+        return 2
+    if args.quick:
+        args.requests, args.contexts, args.branches = args.requests[:1], args.contexts[:1], args.branches[:1]
+    output = args.out.open("a") if args.out else None
+
+    def report(**row: object) -> None:
+        line = json.dumps(row)
+        print(line, flush=True)
+        if output:
+            output.write(line + "\n")
+            output.flush()
+
+    bandwidth = copy_bandwidth()
+    report(kind="machine", **describe_machine(), copy_gb_per_s=bandwidth / 1e9)
+    for shape in itertools.product(HEADS, args.requests, args.contexts, args.branches):
+        for row in bench_attention(*shape, bandwidth):
+            report(kind="tree_attention", **row)
+    for num_requests in args.requests:
+        report(kind="pages", **bench_pages(num_requests))
+        report(kind="lookup", **bench_lookup(num_requests))
+        report(kind="sample", **bench_sample(24 * num_requests))
+    return 0
+
+
+def describe_machine() -> dict[str, object]:
+    """Hardware, versions, commit and command."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit_id = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    versions = {}
+    for package in ("torch", "triton", "vllm", "flashinfer-python"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": torch.cuda.get_device_name(),
+        "commit": commit_id + (" with changes" if changed else ""),
+        "command": " ".join(sys.argv),
+        "versions": versions,
+    }
+
+
+def median_us(step: Callable[[], object]) -> float:
+    """Median time of one replay of `step` in microseconds."""
+    return 1e3 * triton.testing.do_bench_cudagraph(step, rep=50, return_mode="median")
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy of 2 GiB: what memory can be expected to give."""
+    source = torch.empty(1 << 30, dtype=torch.int16, device="cuda")
+    destination = torch.empty_like(source)
+    return 2 * source.nbytes / (1e-6 * median_us(lambda: destination.copy_(source)))
+
+
+def bench_attention(
+    model: str, num_requests: int, context: int, branches: int, bandwidth: float
+) -> Iterator[dict[str, object]]:
+    """One step of all branches over trunks of `context` tokens and suffixes of three tokens."""
+    heads, kv_heads, head_size = HEADS[model]
+    trunk_pages, rows = context // PAGE_SIZE, num_requests * branches
+    pages_per_copy = num_requests * trunk_pages + rows
+    token_bytes = 2 * kv_heads * head_size * 2
+    copies = max(1, min(64, CYCLED_BYTES // (pages_per_copy * PAGE_SIZE * token_bytes)))
+    cache = torch.randn(copies * pages_per_copy, 2, PAGE_SIZE, kv_heads, head_size, dtype=torch.bfloat16, device="cuda")
+    keys, values = cache.unbind(1)
+    query = torch.randn(rows, heads, head_size, dtype=torch.bfloat16, device="cuda")
+    tables = torch.arange(num_requests * trunk_pages, dtype=torch.int32, device="cuda").view(num_requests, -1)
+    own_pages = torch.arange(tables.numel(), pages_per_copy, dtype=torch.int32, device="cuda").view(rows, 1)
+    starts = torch.arange(0, rows + 1, branches, dtype=torch.int32, device="cuda")
+    shared_lens = torch.full((rows,), trunk_pages * PAGE_SIZE, dtype=torch.int32, device="cuda")
+    own_lens = torch.full((rows,), 3, dtype=torch.int32, device="cuda")
+    request = torch.arange(rows, device="cuda") // branches
+    whole_tables = torch.cat([tables[request], own_pages], dim=1)
+    scale = head_size**-0.5
+
+    def ours(copy: int) -> torch.Tensor:
+        return tree_attention(
+            query,
+            keys[copy * pages_per_copy :],
+            values[copy * pages_per_copy :],
+            tables,
+            starts,
+            shared_lens,
+            own_pages,
+            own_lens,
+            scale=scale,
+            max_shared_len=context,
+            max_rows=branches,
+        )
+
+    ways: dict[str, Callable[[int], torch.Tensor]] = {"ours": ours}
+    missing = {}
+    try:
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+        one_each = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
+        seq_lens = shared_lens + own_lens
+        fa_version = get_flash_attn_version()
+
+        def flash(copy: int) -> torch.Tensor:
+            return flash_attn_varlen_func(
+                query,
+                keys[copy * pages_per_copy :],
+                values[copy * pages_per_copy :],
+                max_seqlen_q=1,
+                cu_seqlens_q=one_each,
+                max_seqlen_k=context + PAGE_SIZE,
+                seqused_k=seq_lens,
+                softmax_scale=scale,
+                causal=True,
+                block_table=whole_tables,
+                fa_version=fa_version,
+            )
+
+        ways["vllm flash attention"] = flash
+    except ImportError as error:
+        missing["vllm flash attention"] = str(error)
+    try:
+        import flashinfer
+
+        wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(
+            2, torch.empty(256 << 20, dtype=torch.uint8, device="cuda"), "NHD"
+        )
+        every_row = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
+        wrapper.plan(
+            [starts, every_row],
+            [torch.arange(0, tables.numel() + 1, trunk_pages, dtype=torch.int32, device="cuda"), every_row],
+            [tables.flatten(), own_pages.flatten()],
+            [torch.full((num_requests,), PAGE_SIZE, dtype=torch.int32, device="cuda"), own_lens],
+            heads,
+            kv_heads,
+            head_size,
+            PAGE_SIZE,
+            q_data_type=torch.bfloat16,
+        )
+        ways["flashinfer cascade"] = lambda copy: wrapper.run(query, cache[copy * pages_per_copy :])
+    except ImportError as error:
+        missing["flashinfer cascade"] = str(error)
+
+    kv_bytes = (num_requests * trunk_pages * PAGE_SIZE + rows * 3) * token_bytes
+    floor_us = 1e6 * (kv_bytes + 2 * query.nbytes) / bandwidth
+    shape = {"model": model, "requests": num_requests, "context": context, "branches": branches}
+    checked = torch.linspace(0, rows - 1, min(rows, 64), device="cuda").long()
+    want = attention_of_each_row(query[checked], keys, values, whole_tables[checked], context + 3, scale)
+    for name, way in ways.items():
+        error = (way(0)[checked].float() - want).abs().max().item()
+        if not error <= TOLERANCE:
+            raise SystemExit(f"bench_kernels: {name} is off by {error} at {shape}; nothing is timed")
+        us = median_us(lambda way=way: [way(copy) for copy in range(copies)]) / copies
+        yield {**shape, "way": name, "us": us, "floor_us": floor_us, "of_copy_bandwidth": floor_us / us, "error": error}
+    for name, reason in missing.items():
+        yield {**shape, "way": name, "not measured": reason}
+
+
+def attention_of_each_row(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor, length: int, scale: float
+) -> torch.Tensor:
+    """Dense float32 attention, one row after the other."""
+    group = query.shape[1] // keys.shape[2]
+    out = []
+    for row, table in zip(query.float(), tables.long()):
+        k, v = (c[table].flatten(0, 1)[:length].float().repeat_interleave(group, 1) for c in (keys, values))
+        out.append(torch.einsum("ht,thd->hd", torch.softmax(torch.einsum("hd,thd->ht", row, k) * scale, -1), v))
+    return torch.stack(out)
+
+
+def bench_pages(num_requests: int) -> dict[str, object]:
+    """expand, copy_pages over 16 layers, and commit of a miss, which undoes it; 24 branches a request."""
+    branches = 4 * (NUM_DRAFTS + 1)
+    pool = DevicePool.full(num_requests * 1024, "cuda")
+    trees = Trees.empty(num_requests, branches, NUM_DRAFTS, PAGE_SIZE, 600, "cuda")
+
+    def ints(values: object) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+    reserve(pool, trees, ints([8199] * num_requests))
+    candidates = torch.arange(branches, device="cuda").int().repeat(num_requests, NUM_DRAFTS + 1, 1)
+    arguments = (
+        ints([8192 + 7] * num_requests),
+        ints([[-1] * NUM_DRAFTS] * num_requests),
+        candidates,
+        ints([[4] * (NUM_DRAFTS + 1)] * num_requests),
+        ints([[0, NUM_DRAFTS + 1]] * num_requests),
+    )
+    layers = [
+        torch.zeros(len(pool.holders), PAGE_SIZE, 8, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2 * 16)
+    ]
+    misses = ints([MISS] * num_requests)
+
+    def grow() -> None:
+        expand(pool, trees, *arguments)
+
+    def copy() -> None:
+        copy_pages(layers, trees.copy_sources, trees.branch_pages[:, :, 0].contiguous(), trees.copy_lens)
+
+    free = int(pool.num_free)
+    grow()
+    if int((trees.accept_lengths >= 0).sum()) != num_requests * branches:
+        raise SystemExit("bench_kernels: expand left branches out; nothing is timed")
+    commit(pool, trees, misses)
+    if int(pool.num_free) != free:
+        raise SystemExit("bench_kernels: commit did not give every page back; nothing is timed")
+
+    def round_of_pages() -> None:
+        grow()
+        copy()
+        commit(pool, trees, misses)
+
+    return {"requests": num_requests, "branches": branches, "expand+copy+commit_us": median_us(round_of_pages)}
+
+
+def bench_lookup(num_requests: int) -> dict[str, object]:
+    """All requests hit a block of 24 branches with 64 proposal tokens a draft."""
+    branches, top_m = 24, 64
+    blocks = Blocks.empty(num_requests, branches, NUM_DRAFTS, top_m, "cuda")
+    for half in (0, 1):
+        blocks.headers[:, half] = torch.tensor([2 * half, half - 1, half - 1], device="cuda")
+    blocks.outcomes[..., 0], blocks.depths[:] = 0, NUM_DRAFTS
+    blocks.outcomes[..., 1] = torch.arange(branches, device="cuda")
+    zeros = torch.zeros(num_requests, dtype=torch.int32, device="cuda")
+    slots = torch.arange(num_requests, dtype=torch.int32, device="cuda")
+    old = Speculation(
+        torch.zeros(num_requests, NUM_DRAFTS, dtype=torch.int32, device="cuda"),
+        torch.zeros(num_requests, NUM_DRAFTS, top_m, dtype=torch.int32, device="cuda"),
+        torch.zeros(num_requests, NUM_DRAFTS, top_m, device="cuda"),
+        zeros,
+    )
+    arguments = (blocks, slots, zeros.long(), zeros.long(), zeros, zeros + 17, old)
+    if lookup(*arguments).branches.tolist() != [17] * num_requests:
+        raise SystemExit("bench_kernels: lookup missed; nothing is timed")
+    return {"requests": num_requests, "branches": branches, "us": median_us(lambda: lookup(*arguments))}
+
+
+def bench_sample(rows: int) -> dict[str, object]:
+    """Llama-3's vocabulary, M = 64; torch.topk alone for comparison."""
+    logits = torch.randn(rows, 128256, dtype=torch.bfloat16, device="cuda")
+    positions = torch.arange(rows, device="cuda")
+    arguments = (logits, torch.ones(rows, device="cuda"), positions, positions, torch.zeros_like(positions).int())
+    drawn = sample(*arguments, top_m=64)
+    if not torch.equal(logits.gather(1, drawn.q_token_ids.long()), logits.topk(64, dim=-1).values):
+        raise SystemExit("bench_kernels: sample did not find the likeliest tokens; nothing is timed")
+    return {
+        "rows": rows,
+        "us": median_us(lambda: sample(*arguments, top_m=64)),
+        "topk_us": median_us(lambda: logits.topk(64, dim=-1)),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
