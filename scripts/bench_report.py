@@ -222,7 +222,7 @@ def environment(arguments: Sequence[str]) -> dict:
     return {
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "command": shlex.join(["python", "scripts/bench_decode.py", *arguments[1:]]),
+        "command": shlex.join(["python", f"scripts/{Path(arguments[0]).name}", *arguments[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "cpu": models[0] if models else platform.processor(),
         "num_cpus": os.cpu_count(),

@@ -9,6 +9,7 @@ The profile knows nothing of the measured settings; its acceptance comes from an
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -181,6 +182,7 @@ def main() -> None:
     """Measure, predict, compare."""
     args = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # before an engine's process loads torch: its threads share one core
     prompts = held_out_prompts(args.seed)
     with tempfile.TemporaryDirectory(prefix="check-planner-") as temporary:
         folder = Path(temporary)
@@ -202,7 +204,7 @@ def main() -> None:
             {"dtype": args.dtype, "drafter_cpus": str(args.cores[1]), "kv_cache_memory": "192MiB"},
             args.batch_sizes,
             max(num_drafts for num_drafts, _ in args.points),
-            tokens=256,
+            tokens=args.tokens,
             target_cpus=(args.cores[0],),
         )
         with running(systems, args.dtype, args.cores[0], folder) as fleet, Profiler(subject, folder, True) as profiler:

@@ -59,6 +59,29 @@ def play(system: str, drafters: int, batch_size: int, profile: Profile, args: ar
     return Simulation(profile.costs, outcomes, settings, workload, args.seed).run()
 
 
+def plot(reports: list[dict], title: str, path: Path) -> None:
+    """Throughput over plain decoding against batch size; needs the system "plain"."""
+    from matplotlib.figure import Figure
+
+    plain = {r["batch_size"]: r["tokens_per_s"] for r in reports if r["system"] == "plain"}
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    lines: dict[tuple[str, int], list[dict]] = {}
+    for report in reports:
+        lines.setdefault((report["system"], report["drafters"]), []).append(report)
+    several = len({drafters for _, drafters in lines}) > 1
+    for (system, drafters), line in lines.items():
+        name = f"{system}, {drafters} drafters" if several and system in SYSTEMS[2:] else system
+        sizes = [r["batch_size"] for r in line]
+        axis.plot(sizes, [r["tokens_per_s"] / plain[r["batch_size"]] for r in line], marker="o", label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.set(title=title, xlabel="batch size", ylabel="simulated tok/s over plain", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,6 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--arrivals-per-s", type=float, help="requests a second (default: all at once)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the reports here")
+    parser.add_argument("--plot", type=Path, help="also draw tok/s over plain decoding against batch size")
     return parser.parse_args()
 
 
@@ -115,6 +139,8 @@ def main() -> None:
                 settings = {"system": system, "batch_size": batch_size, "drafters": drafters}
                 reports.append(settings | asdict(report) | {"tokens_per_s": report.tokens_per_s})
     Console(highlight=False, width=150).print(table)
+    if args.plot:
+        plot(reports, f"{profile.target} / {profile.drafter}", args.plot)
     if args.json:
         args.json.write_text(json.dumps(reports, indent=1) + "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -30,7 +31,7 @@ from vllm_ssd.planner import (
 )
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 PROMPTS = (
     "The history of the lighthouse on the northern cape begins with a storm that",
     "def parse_arguments(argv):\n    ",
@@ -39,7 +40,7 @@ PROMPTS = (
     "import json\nimport logging\n\n\nclass Settings:\n    ",
     "Ingredients for four people: 400 g of flour, two eggs,",
 )
-NAMES = {"plain": "plain", "sd": "stock speculation", "ssd": "SSD"}
+NAMES = {"plain": "plain", "sd": "stock", "ssd": "SSD"}
 
 
 @app.callback()
@@ -60,7 +61,6 @@ def plan_command(
     batch_size: Annotated[list[int], typer.Option(min=1, help="expected requests at a time; may be repeated")] = [1],  # noqa: B006
     temperature: Annotated[float, typer.Option(min=0, help="expected sampling temperature")] = 0.0,
     max_drafts: Annotated[int, typer.Option(min=1, max=16, help="largest K to consider")] = 8,
-    drafters: Annotated[int, typer.Option(min=1, max=16, help="most drafter processes to consider")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
     plot: Annotated[Path | None, typer.Option(help="write a figure of tok/s over K and branch budget")] = None,
 ) -> None:
@@ -70,8 +70,7 @@ def plan_command(
         sizes = _drafter_sizes(target, device, target_devices) if target and not profile else {}
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
-    counts = range(1, drafters + 1)
-    plans = {b: plan(inputs, b, temperature, range(1, max_drafts + 1), drafters=counts) for b in sorted({*batch_size})}
+    plans = {b: plan(inputs, b, temperature, range(1, max_drafts + 1)) for b in sorted({*batch_size})}
     if as_json:
         typer.echo(json.dumps(_as_json(inputs, plans, sizes), indent=1))
     else:
@@ -239,7 +238,7 @@ def _print(inputs: Profile, plans: dict[int, Plan], sizes: dict[str, float]) -> 
             "tok/s",
             "±",
             "per device",
-            "tokens/round",
+            "tok/round",
             "ms/round",
             "hits",
             "late",
@@ -263,7 +262,7 @@ def _print(inputs: Profile, plans: dict[int, Plan], sizes: dict[str, float]) -> 
 def _row(p: Prediction, recommended: bool) -> Sequence[str]:
     ssd = p.method == "ssd"
     return (
-        NAMES[p.method] + (f" x {p.num_drafters}" if p.num_drafters > 1 else "") + (" *" if recommended else ""),
+        NAMES[p.method] + (" *" if recommended else ""),
         str(p.num_drafts or ""),
         str(p.branch_budget) if ssd else "",
         str(p.on_miss) if ssd else "",
@@ -302,8 +301,7 @@ def _plot(plans: dict[int, Plan], path: Path) -> None:
     for axis, (batch_size, best) in zip(figure.subplots(1, len(plans), squeeze=False)[0], plans.items()):
         by_length: dict[float, list[Prediction]] = {}
         for p in best.grid:
-            if p.num_drafters == best.ssd.num_drafters:
-                by_length.setdefault(p.branch_budget / (p.num_drafts + 1), []).append(p)
+            by_length.setdefault(p.branch_budget / (p.num_drafts + 1), []).append(p)
         for shade, (per_length, line) in enumerate(sorted(by_length.items())):
             colour = (0.85, 0.28, 0.06, 0.3 + 0.7 * (shade + 1) / len(by_length))
             ks, rates = [p.num_drafts for p in line], [p.tokens_per_s for p in line]

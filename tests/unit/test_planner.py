@@ -271,10 +271,10 @@ def test_rooflines_are_near_what_was_reported_for_70b_and_1b():
     assert profile.guessed and predict_plain(profile, 1).relative_error > 0.2
 
 
-def test_ssd_affords_a_larger_drafter():
+def test_ssd_affords_a_larger_drafter_where_rounds_are_long():
+    """At 8e9 on four devices hardly two steps fit into a round, and the smallest drafter is best."""
     sizes = [drafter_size_prior(Shape.of_size(size), DEVICES["H100"], 4) for size in (8e9, 32e9, 70e9)]
-    assert all(size["ssd"] >= size["sd"] for size in sizes)
-    assert sizes[-1]["ssd"] > sizes[-1]["sd"]
+    assert all(size["ssd"] > size["sd"] for size in sizes[1:])
     for a, b in itertools.pairwise(sizes):
         assert b["sd"] >= a["sd"] and b["ssd"] >= a["ssd"]
     assert sdsl_drafter_size(70e9) == pytest.approx(277e6, rel=0.01)

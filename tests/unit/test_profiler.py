@@ -66,10 +66,13 @@ def test_measurements_become_a_profile(fake, tmp_path, together):
     # Rounds of no and of three drafts in turn take 12.5 ms alone, and took 15.6 ms with a hand-over of 0.2 ms.
     assert costs.slowdown == pytest.approx(15.4 / 12.5)
     assert [a.temperature for a in profile.acceptance] == [0.0, 0.8]
-    assert profile.acceptance[0].rounds == 80 and profile.acceptance[0].accepted[:2] == (0.0, 1.0)
+    assert profile.acceptance[0].rounds == 80 * measure.PROMPTS_A_TURN and profile.acceptance[0].accepted[:2] == (
+        0.0,
+        1.0,
+    )
     assert profile.acceptance[0].undrafted[0] == 1.0 and profile.acceptance[0].after_hit[0] > 0.9
     profiler.write_trace(tmp_path / "copy.jsonl")
-    assert len((tmp_path / "copy.jsonl").read_text().splitlines()) == 160
+    assert len((tmp_path / "copy.jsonl").read_text().splitlines()) == 160 * measure.PROMPTS_A_TURN
 
 
 def test_engines_get_what_they_need(fake, tmp_path):

@@ -90,7 +90,7 @@ def predict_ssd(profile: Profile, acceptance: Acceptance, setting: Setting) -> P
     wait_s = 0.0
     for _ in range(ITERATIONS):
         branches = _branches(costs, setting, rows, round_s)
-        chain.advance(branches, _Reach(costs, setting, rows, rows * branches, round_s))
+        chain.advance(branches, _Reach(costs, setting, rows, rows * branches, round_s, chain.hit_rate))
         wait_s = chain.wait_s(costs, rows, round_s)
         before = round_s
         verify_s = costs.verify_s(setting.batch_size, 1 + chain.drafts) * costs.slowdown
@@ -119,14 +119,18 @@ def predict_ssd(profile: Profile, acceptance: Acceptance, setting: Setting) -> P
 class _Reach:
     """How deep the branches of a drafter's rows get between two outcomes, with what scatter."""
 
-    def __init__(self, costs: Costs, setting: Setting, rows: int, branches: int, round_s: float) -> None:
+    def __init__(
+        self, costs: Costs, setting: Setting, rows: int, branches: int, round_s: float, hit_rate: float
+    ) -> None:
         self._step_s = costs.draft_step_s(branches)
         self._alone_s = costs.draft_step_s(1) if rows == 1 else self._step_s
         self._window_s = round_s - costs.handover_s - costs.latency_s
         self._scatter_s = max(costs.spread * round_s, 1e-9)
         self._max_depth = setting.num_drafts
-        # Whether the tree was whole, with one more step for its last fork point, when the outcome came.
-        self.finished = self._surely((setting.num_drafts + 1) * self._step_s, busy=0.0)
+        # Chance that the tree was whole, and one more step had found the candidates of the last fork point of whatever
+        # comes next, when the outcome came: a tree that had to wait for its own last fork point needs a step more.
+        at_once, later = (self._surely((setting.num_drafts + n) * self._step_s, busy=0.0) for n in (1, 2))
+        self.finished = later / (1 - hit_rate * (at_once - later))
         self.depths = [self._depths(0.0), self._depths(self._step_s), self._depths(self._alone_s)]
 
     def _surely(self, needed_s: float, busy: float) -> float:

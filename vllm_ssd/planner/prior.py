@@ -136,7 +136,7 @@ def guess_profile(
 def drafter_size_prior(target: Shape, device: Device, target_devices: int, batch_size: int = 1) -> dict[str, float]:
     """Parameters of the drafter with the best predicted rate, for stock speculation ("sd") and for SSD ("ssd").
 
-    Hidden drafting makes a dearer drafter affordable, so the second is not the smaller one.
+    Hidden drafting makes a dearer drafter affordable: the second is the larger one where a round has time for it.
     """
     best = {"sd": (0.0, 0.0), "ssd": (0.0, 0.0)}
     for size in SIZES:

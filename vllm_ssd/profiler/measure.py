@@ -27,6 +27,7 @@ STARTUP_TIMEOUT_S = 900
 EXIT_TIMEOUT_S = 3
 STOCK_DRAFTS = 2
 COST_TOKENS = 20
+PROMPTS_A_TURN = 3
 LOG_LINES = 20
 BRANCHES = (1, 4, 12, 24, 48, 96, 192)
 MAX_BRANCHES_PER_ROW = 24
@@ -244,9 +245,10 @@ class Profiler:
         if method == "ssd":
             for temperature in subject.temperatures:
                 before = self._trace.stat().st_size
-                self._turn += 1
-                prompt = subject.prompts[self._turn % len(subject.prompts)]
-                self._ssd_s += engine.ask(Decode([prompt], subject.tokens, temperature))
+                for _ in range(PROMPTS_A_TURN):
+                    self._turn += 1
+                    prompt = subject.prompts[self._turn % len(subject.prompts)]
+                    self._ssd_s += engine.ask(Decode([prompt], subject.tokens, temperature))
                 with self._trace.open() as file:
                     file.seek(before)
                     self._rounds.setdefault(temperature, []).extend(tuple(json.loads(line)) for line in file)
