@@ -82,6 +82,7 @@ def place_drafter(
         top_m=config.top_m,
         cpus=cpus,
         parent_pid=os.getpid(),
+        tree_attention=not is_cpu,
     )
     return options, environment
 

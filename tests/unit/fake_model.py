@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_ssd.compat.paged import ForwardBatch
+from vllm_ssd.compat.paged import ForwardBatch, TreeBatch
 
 POISON = -7
 
@@ -19,6 +19,7 @@ class FakePagedModel:
 
     vocab_size = 13
     page_size = 4
+    device = torch.device("cpu")
 
     def __init__(self, num_pages: int, max_model_len: int = 200) -> None:
         self.num_pages = num_pages
@@ -26,8 +27,10 @@ class FakePagedModel:
         self.kv = np.full((num_pages, self.page_size), POISON, np.int64)
         self.num_forwards = 0
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch | TreeBatch) -> torch.Tensor:
         self.num_forwards += 1
+        if isinstance(batch, TreeBatch):
+            return self._forward_trees(batch)
         assert len(set(batch.slots.tolist())) == len(batch.slots), "two tokens were written to one slot"
         self.kv[batch.slots // self.page_size, batch.slots % self.page_size] = batch.token_ids
         rows = []
@@ -38,6 +41,28 @@ class FakePagedModel:
             assert prefix[seq_len - (stop - start) :] == batch.token_ids[start:stop].tolist()
             rows += [reference_logits(prefix[: seq_len - (stop - start) + j + 1]) for j in range(stop - start)]
         return torch.stack(rows)[torch.from_numpy(batch.logit_indices)]
+
+    def _forward_trees(self, batch: TreeBatch) -> torch.Tensor:
+        slots, token_ids = batch.slots.numpy(), batch.token_ids.numpy()
+        assert len(set(slots.tolist())) == len(slots), "two tokens were written to one slot"
+        assert (slots >= 0).all()
+        self.kv[slots // self.page_size, slots % self.page_size] = token_ids
+        rows = []
+        for i, (start, stop) in enumerate(zip(batch.query_start_loc.tolist(), batch.query_start_loc[1:].tolist())):
+            assert stop - start <= batch.max_rows
+            for token in range(start, stop):
+                shared, own = int(batch.shared_lens[token]), int(batch.own_lens[token])
+                assert shared <= batch.max_shared_len and shared + own == batch.positions[token] + 1
+                trunk = self.kv[batch.page_tables[i].numpy()].reshape(-1)[:shared].tolist()
+                prefix = trunk + self.kv[batch.own_pages[token].numpy()].reshape(-1)[:own].tolist()
+                assert prefix[-1] == token_ids[token]
+                rows.append(reference_logits(prefix))
+        return torch.stack(rows)[batch.logit_indices]
+
+    def copy_slots(self, sources: torch.Tensor, destinations: torch.Tensor, num_slots: torch.Tensor) -> None:
+        copies = zip(sources.flatten().tolist(), destinations.flatten().tolist(), num_slots.flatten().tolist())
+        for source, destination, n in copies:
+            self.kv[destination, :n] = self.kv[source, :n]
 
     def copy_pages(self, sources: list[int], destinations: list[int]) -> None:
         self.kv[destinations] = self.kv[sources]

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
+import torch
 from fake_model import FakePagedModel, reference_drafts, reference_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_ssd.drafter.device_pages import DevicePages
 from vllm_ssd.drafter.engine import DraftEngine
+from vllm_ssd.drafter.pages import HostPages
 from vllm_ssd.policy import FanOut
 from vllm_ssd.protocol import JIT_TOKEN, Push
 
 K = 3
+
+
+@pytest.fixture(scope="module", params=[HostPages, DevicePages], autouse=True)
+def pages_type(request: pytest.FixtureRequest) -> Iterator[type]:
+    """Every test runs with pages kept on the host and with pages kept by the kernels' references."""
+    global PAGES
+    PAGES = request.param
+    yield PAGES
 
 
 def make_engine(num_pages: int = 400, max_num_seqs: int = 4, fan_out=2, **options) -> DraftEngine:
@@ -25,26 +38,55 @@ def make_engine(num_pages: int = 400, max_num_seqs: int = 4, fan_out=2, **option
         max_fan_out=2,
         top_m=5,
         seed=1,
+        pages=PAGES,
     )
 
 
 def check_conservation(engine: DraftEngine) -> None:
     """Every page is free or held; holders are exactly the trunks and branches that name the page."""
-    holders = np.zeros(engine.pool.num_pages, np.int32)
+    alive = sum(len(s.rows) for s in engine.sequences.values())
+    assert engine.branches.alive.sum() == alive
+    if PAGES is HostPages:
+        check_host_pages(engine)
+    else:
+        check_device_pages(engine)
+
+
+def check_host_pages(engine: DraftEngine) -> None:
+    kept = engine.pages
+    holders = np.zeros(kept.pool.num_pages, np.int32)
     for sequence in engine.sequences.values():
-        pages = engine.tables[sequence.slot, : sequence.num_pages]
+        pages = kept.tables[sequence.slot, : kept.num_pages[sequence.slot]]
         assert len(set(pages.tolist())) == len(pages)
         np.add.at(holders, pages, 1)
-        branch_pages = engine.branches.owned_pages(sequence.rows)
+        branch_pages = kept.owned(sequence.rows)
         np.add.at(holders, branch_pages, 1)
         assert not set(branch_pages.tolist()) & set(pages.tolist())
         for row in sequence.rows.tolist():
-            held = engine.branches.pages[row, : engine.branches.num_pages[row]]
-            assert (engine.pool.holders(held) == 1).all(), "a branch writes to a shared page"
-    assert np.array_equal(holders, engine.pool.holders(np.arange(engine.pool.num_pages)))
-    assert engine.pool.num_free == (holders == 0).sum()
-    alive = sum(len(s.rows) for s in engine.sequences.values())
-    assert engine.branches.alive.sum() == alive
+            held = kept.branch_pages[row, : kept.num_branch_pages[row]]
+            assert (kept.pool.holders(held) == 1).all(), "a branch writes to a shared page"
+    assert np.array_equal(holders, kept.pool.holders(np.arange(kept.pool.num_pages)))
+    assert kept.num_free == (holders == 0).sum()
+
+
+def check_device_pages(engine: DraftEngine) -> None:
+    """What the host counted is what the kernels did, once they have done it."""
+    kept = engine.pages
+    kept.carry_out()
+    pool, trees = kept.pool, kept.trees
+    assert int(pool.num_free) == kept.num_free
+    assert trees.num_pages.tolist() == kept.num_pages.tolist()
+    spines = [table[:n] for table, n in zip(trees.page_tables, trees.num_pages.tolist())]
+    held = torch.cat([*spines, trees.branch_pages[trees.branch_pages >= 0]]).long()
+    assert torch.equal(torch.bincount(held, minlength=len(pool.holders)), pool.holders.long())
+    assert pool.holders.max() <= 1 and kept.num_free == (pool.holders == 0).sum()
+    assert not pool.holders[pool.free[: kept.num_free].long()].any()
+    for slot, sequence in enumerate(engine._by_slot):
+        rows = sequence.rows.tolist() if sequence else []
+        outcomes = [(max(engine.branches.accept_length[r], 0), engine.branches.tokens[r, 0]) for r in rows]
+        alive = trees.accept_lengths[slot] >= 0
+        found = list(zip(trees.accept_lengths[slot][alive].tolist(), trees.first_tokens[slot][alive].tolist()))
+        assert found == outcomes
 
 
 class Target:
@@ -166,16 +208,17 @@ def test_just_in_time_speculation_becomes_the_spine():
     assert {k for k, _ in target.blocks["a"]} == set(range(K + 1))
 
 
-def test_shared_prompts_share_pages():
+def test_shared_prompts_share_pages(monkeypatch):
+    monkeypatch.setitem(globals(), "PAGES", HostPages)
     engine = make_engine(num_pages=40)
     target = Target(engine)
     prompt = [3] * 17
     target.open("a", prompt)
     grow(target)
-    free = engine.pool.num_free
+    free = engine.pages.num_free
     target.open("b", prompt)
     assert engine.sequences["b"].computed == 16
-    assert free == engine.pool.num_free
+    assert free == engine.pages.num_free
     grow(target)
     assert set(target.blocks["a"]) == set(target.blocks["b"])
 
@@ -188,7 +231,7 @@ def test_unknown_and_inconsistent_outcomes_are_evictions():
     target.open("a", [1, 2])
     engine.advance("a", 1, 9, [1], [], num_drafts=K)
     assert [e.request_id for e in engine.speculate().evicted] == ["a"]
-    assert not engine.sequences and engine.pool.num_free == engine.pool.num_pages
+    assert not engine.sequences and engine.pages.num_free == engine._model.num_pages
 
 
 def test_too_long_requests_are_refused_and_long_ones_let_go():
@@ -271,7 +314,7 @@ def test_random_operations_conserve_pages_and_read_the_right_prefix(data):
         target.close(request_id)
     for request_id in list(target.engine.sequences):
         target.engine.close(request_id)
-    assert target.engine.pool.num_free == num_pages
+    assert target.engine.pages.num_free == num_pages
 
 
 if __name__ == "__main__":

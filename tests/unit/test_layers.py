@@ -19,7 +19,7 @@ ALLOWED = {
     "planner": {"policy"},
     "transport": {"protocol"},
     "metrics": {"protocol"},
-    "compat": set(),
+    "compat": {"kernels"},
     "drafter": {"kernels", "policy", "protocol", "compat", "transport"},
     "sessions": {"config", "protocol", "metrics"},
     "verifier": {"config", "protocol", "policy", "metrics", "sessions"},

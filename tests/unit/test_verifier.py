@@ -223,7 +223,7 @@ def test_finished_requests_leave_the_drafter():
     target.round()
     target.finish("a")
     link.poll()
-    assert not link.engine.sequences and link.engine.pool.num_free == link.engine.pool.num_pages
+    assert not link.engine.sequences and link.engine.pages.num_free == 400
 
 
 def test_stale_and_foreign_blocks_are_dropped():

@@ -18,8 +18,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from vllm_ssd.compat import tree_backend
 from vllm_ssd.compat.cpu_norms import use_compiled_norms
-from vllm_ssd.compat.paged import ForwardBatch
+from vllm_ssd.compat.paged import ForwardBatch, TreeBatch
+from vllm_ssd.kernels import copy_pages
 
 PAGE_SIZE = 32
 """Slots a page: the smallest that vLLM's CPU attention takes, so that little is copied on a fork."""
@@ -30,9 +32,12 @@ class UnsupportedDraftModel(ValueError):
 
 
 class DraftModel:
-    """The loaded draft model, its KV pages, and one way to run it."""
+    """The loaded draft model, its KV pages, and two ways to run it: with vLLM's attention on sequences that each have
+    a page table, or with tree attention (`tree_attention`) on the trees of requests."""
 
-    def __init__(self, **engine_args) -> None:
+    def __init__(self, *, tree_attention: bool = False, **engine_args) -> None:
+        if tree_attention:
+            engine_args["attention_backend"] = tree_backend.register()
         args = EngineArgs(block_size=PAGE_SIZE, enable_prefix_caching=False, disable_log_stats=True, **engine_args)
         self.vllm_config = args.create_engine_config()
         if self.vllm_config.device_config.device_type == "cpu":
@@ -56,13 +61,22 @@ class DraftModel:
         self._kv_caches = [half for cache in runner.kv_caches for half in _split_by_page(cache, self.num_pages)]
         on_host = all(cache.device.type == "cpu" and cache.is_contiguous() for cache in self._kv_caches)
         self._host_pages = [_host_pages(cache) for cache in self._kv_caches] if on_host else []
+        self._key_value_views = [
+            view for cache in runner.kv_caches if tree_attention for view in tree_backend.split_cache(cache)
+        ]
         self.vocab_size = self.vllm_config.model_config.get_vocab_size()
         self.max_model_len = self.vllm_config.model_config.max_model_len
         self.max_num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits `[n, vocab]` at `batch.logit_indices`; KV of every token lands in its slot."""
+    def forward(self, batch: ForwardBatch | TreeBatch) -> torch.Tensor:
+        """Logits `[n, vocab]` at `batch.logit_indices`; KV of every token lands in its slot.
+
+        A `TreeBatch` needs a model loaded with tree attention.
+        """
+        if isinstance(batch, TreeBatch):
+            metadata = tree_backend.TreeAttentionMetadata.of(batch)
+            return self._run(metadata, batch.token_ids, batch.positions, batch.slots, batch.logit_indices)
         to_device = self._to_device
         num_tokens = len(batch.token_ids)
         query_lens = np.diff(batch.query_start_loc)
@@ -85,17 +99,27 @@ class DraftModel:
                 seq_lens_cpu_upper_bound=torch.from_numpy(batch.seq_lens),
             ),
         )
+        all_logits = len(batch.logit_indices) == num_tokens
+        logit_indices = None if all_logits else to_device(batch.logit_indices)
+        return self._run(metadata, to_device(batch.token_ids), positions, slots, logit_indices)
+
+    def _run(
+        self,
+        metadata: object,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        logit_indices: torch.Tensor | None,
+    ) -> torch.Tensor:
         names = self._layer_names
         with set_forward_context(
             dict.fromkeys(names, metadata),
             self.vllm_config,
-            num_tokens=num_tokens,
+            num_tokens=len(token_ids),
             slot_mapping=dict.fromkeys(names, slots),
         ):
-            hidden_states = self._model(to_device(batch.token_ids), positions)
-        if len(batch.logit_indices) != num_tokens:
-            hidden_states = hidden_states[to_device(batch.logit_indices)]
-        return self._model.compute_logits(hidden_states)
+            hidden_states = self._model(token_ids, positions)
+        return self._model.compute_logits(hidden_states if logit_indices is None else hidden_states[logit_indices])
 
     def copy_pages(self, sources: list[int], destinations: list[int]) -> None:
         """Copy whole pages, every layer; `sources` and `destinations` are page ids of equal number."""
@@ -106,6 +130,10 @@ class DraftModel:
             destination = self._to_device(np.asarray(destinations, np.int64))
             for cache in self._kv_caches:
                 cache.index_copy_(0, destination, cache.index_select(0, source))
+
+    def copy_slots(self, sources: torch.Tensor, destinations: torch.Tensor, num_slots: torch.Tensor) -> None:
+        """Copy the first slots of pages to others, every layer; device tensors as `kernels.copy_pages` takes them."""
+        copy_pages(self._key_value_views, sources, destinations, num_slots)
 
     def tokenizer_vocab(self) -> dict[str, int]:
         """The draft model's tokenizer as a map from token to id."""

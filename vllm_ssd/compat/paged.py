@@ -27,6 +27,28 @@ class ForwardBatch:
     logit_indices: np.ndarray
 
 
+@dataclass(slots=True)
+class TreeBatch:
+    """One forward over `B` tokens of `R` requests' trees, those of a request adjacent; pages live on the device.
+
+    token_ids [B] int64, positions [B] int64, slots [B] int64; page_tables [R, W] int32, query_start_loc [R + 1] int32,
+    shared_lens [B] int32, own_pages [B, Q] int32 and own_lens [B] int32 as `kernels.tree_attention` takes them, with
+    its bounds max_shared_len and max_rows; logit_indices [n] int64 into the B tokens.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    page_tables: torch.Tensor
+    query_start_loc: torch.Tensor
+    shared_lens: torch.Tensor
+    own_pages: torch.Tensor
+    own_lens: torch.Tensor
+    max_shared_len: int
+    max_rows: int
+    logit_indices: torch.Tensor
+
+
 class PagedModel(Protocol):
     """A causal language model whose KV pages are the caller's to assign."""
 

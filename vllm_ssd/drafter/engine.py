@@ -14,8 +14,9 @@ import numpy as np
 
 from vllm_ssd.compat.paged import PagedModel
 from vllm_ssd.drafter.branches import Branches
-from vllm_ssd.drafter.forward import Draw, Sampler, build_batch
-from vllm_ssd.drafter.pool import OutOfPages, PagePool
+from vllm_ssd.drafter.device_pages import DevicePages
+from vllm_ssd.drafter.forward import Draw, Sampler, step_tokens
+from vllm_ssd.drafter.pages import HostPages
 from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
 from vllm_ssd.policy import BranchBudget, FanOut
 from vllm_ssd.protocol import JIT_TOKEN, Block, DrafterStats, Evicted, Push, common_prefix, pack_ids
@@ -45,6 +46,7 @@ class DraftEngine:
         max_fan_out: int,
         top_m: int,
         seed: int,
+        pages: type[HostPages] | type[DevicePages] = HostPages,
     ) -> None:
         self._model = model
         self._fan_out = fan_out
@@ -53,16 +55,13 @@ class DraftEngine:
         num_candidates = min(max_fan_out + 1, model.vocab_size)  # one may be the drafted token
         top_m = min(top_m, model.vocab_size)
         self._sampler = Sampler(num_candidates, top_m, seed)
-        self.pool = PagePool(model.num_pages)
-        self.branches = Branches(
-            max_num_seqs * (max_branches + 1), num_speculative_tokens, model.page_size, num_candidates, top_m
-        )
-        self.tables = np.zeros((max_num_seqs, model.max_model_len // model.page_size + 3), np.int32)
+        capacity = max_num_seqs * (max_branches + 1)
+        self.branches = Branches(capacity, num_speculative_tokens, num_candidates, top_m)
+        self.pages = pages(model, max_num_seqs, max_branches, num_speculative_tokens, num_candidates)
         self.sequences: dict[str, Sequence] = {}  # least recently advanced first
         self._by_slot: list[Sequence | None] = [None] * max_num_seqs
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._unfinished: dict[str, Sequence] = {}  # spine not wholly computed
-        self._copies: dict[int, int] = {}  # destination page -> source page, before the next forward
         self._evicted: list[Evicted] = []
         self._temperatures = np.zeros(max_num_seqs, np.float32)
         self.num_steps = 0
@@ -136,8 +135,8 @@ class DraftEngine:
         if sequence is None:
             return
         self._unfinished.pop(request_id, None)
-        self.branches.remove(self.pool, sequence.rows)
-        self.pool.release(self.tables[sequence.slot, : sequence.num_pages])
+        self.branches.remove(sequence.rows)
+        self.pages.close(sequence.slot, sequence.rows)
         self._by_slot[sequence.slot] = None
         self._free_slots.append(sequence.slot)
 
@@ -165,8 +164,9 @@ class DraftEngine:
             rows = np.flatnonzero(branches.alive & (branches.computed == branches.num_drafts))
         if not len(rows) and not spines:
             return self._report([])
-        self._flush_copies()
-        batch, spine_logits = build_batch(self.tables, branches, spines, rows)
+        tokens = step_tokens(branches, spines, rows)
+        spine_logits = tokens.spine_logits
+        batch = self.pages.batch(branches, spines, rows, tokens)
         temperatures = np.array([s.temperature for s, _ in spine_logits], np.float32)
         temperatures = np.concatenate([temperatures, self._temperatures[branches.owner[rows]]])
         started = time.perf_counter()
@@ -200,19 +200,14 @@ class DraftEngine:
             known = branches.tokens[row, offset : min(branches.computed[row], branches.num_drafts[row]) + 1]
             matched = offset + common_prefix(path[k:], known.tolist())
             matched = min(matched, int(branches.computed[row]))
-            first_page = first // self._page_size
-            table = self.tables[sequence.slot]
-            self.pool.release(table[first_page : sequence.num_pages])
-            pages = branches.take_pages(row)
-            sequence.num_pages = first_page + len(pages)
-            table[first_page : sequence.num_pages] = pages
             sequence.computed = first + matched
             for i in range(offset, matched):
                 sequence.candidates[first + i] = branches.candidates[row, i].copy()
         sequence.tokens[length:] = path
         kept = sequence.computed
         sequence.candidates = {i: c for i, c in sequence.candidates.items() if i < kept}
-        branches.remove(self.pool, sequence.rows)
+        self.pages.commit(sequence.slot, sequence.rows, row, first)
+        branches.remove(sequence.rows)
         sequence.rows = NO_ROWS
 
     def _observe(self, sequence: Sequence, emitted: list[int]) -> None:
@@ -260,20 +255,13 @@ class DraftEngine:
         self, sequence: Sequence, accept_length: int, base: int, num_drafts: int, first_tokens: np.ndarray, filled: int
     ) -> np.ndarray:
         """Branches from `base`, with the slots below `filled` of its page copied from the spine."""
-        while True:
-            try:
-                rows = self.branches.add(self.pool, sequence.slot, accept_length, base, num_drafts, first_tokens)
-                break
-            except OutOfPages:
-                victim = next(iter(self.sequences.values()))
-                if victim is sequence:
-                    return NO_ROWS
-                self._evict(victim)
-        if filled > base - base % self._page_size:
-            source = int(self.tables[sequence.slot, base // self._page_size])
-            source = self._copies.get(source, source)
-            for destination in self.branches.pages[rows, 0].tolist():
-                self._copies[destination] = source
+        while len(first_tokens) * self.pages.per_branch(base, num_drafts) > self.pages.num_free:
+            victim = next(iter(self.sequences.values()))
+            if victim is sequence:
+                return NO_ROWS
+            self._evict(victim)
+        rows = self.branches.add(sequence.slot, accept_length, base, num_drafts, first_tokens)
+        self.pages.fork(sequence.slot, rows, accept_length, base, num_drafts, first_tokens, filled)
         sequence.rows = np.concatenate([sequence.rows, rows])
         return rows
 
@@ -289,36 +277,22 @@ class DraftEngine:
                 if pages > best_pages:
                     best, best_pages = other, pages
         if best is not None:
-            shared = self.tables[best.slot, :best_pages]
-            self.pool.share(shared)
-            self.tables[sequence.slot, :best_pages] = shared
-            sequence.num_pages = best_pages
-            sequence.computed = best_pages * self._page_size
+            sequence.computed = self.pages.share(sequence.slot, best.slot, best_pages) * self._page_size
 
     def _grow_table(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give the spine pages for `num_tokens`, evicting the least recently advanced requests if needed."""
-        missing = -(-num_tokens // self._page_size) - sequence.num_pages
-        if missing <= 0:
-            return True
-        while missing > self.pool.num_free:
+        while self.pages.missing(sequence.slot, num_tokens) > self.pages.num_free:
             victim = next(iter(self.sequences.values()))
             self._evict(victim)
             if victim is sequence:
                 return False
-        self.tables[sequence.slot, sequence.num_pages : sequence.num_pages + missing] = self.pool.allocate(missing)
-        sequence.num_pages += missing
+        self.pages.reserve(sequence.slot, num_tokens)
         return True
 
     def _evict(self, sequence: Sequence) -> None:
         self.close(sequence.request_id)
         self._evicted.append(Evicted(sequence.request_id, sequence.epoch))
         self.num_evictions += 1
-
-    def _flush_copies(self) -> None:
-        """Copy the partly filled tail pages of new branches; all sources are read before any is written."""
-        if self._copies:
-            self._model.copy_pages(list(self._copies.values()), list(self._copies))
-            self._copies.clear()
 
     # ---- one forward -----------------------------------------------------------------------------------
 
@@ -446,5 +420,5 @@ class DraftEngine:
     def stats(self) -> DrafterStats:
         """Counters and page use for the target's metrics."""
         return DrafterStats(
-            self.pool.num_free, self.pool.num_pages, self.build_s * 1e3, self.num_steps, self.num_evictions
+            self.pages.num_free, self._model.num_pages, self.build_s * 1e3, self.num_steps, self.num_evictions
         )

@@ -8,20 +8,26 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_ssd.compat.paged import ForwardBatch
 from vllm_ssd.drafter.branches import Branches
 from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
 
 
-def build_batch(
-    tables: np.ndarray, branches: Branches, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray
-) -> tuple[ForwardBatch, list[tuple[Sequence, int]]]:
-    """The forward of the next `n` tokens of each spine and the next token of each branch in `rows`.
+@dataclass(slots=True)
+class StepTokens:
+    """The tokens of one step: those of the spines, then one of each branch.
 
-    tables [slots, P] int32: pages of every spine. Also returns (sequence, token index) of each spine logit, which
-    come before those of `rows`; spine tokens before the last committed one need none.
+    token_ids [T] int64, positions [T] int64; logit_indices [n] int64 into them, of each branch token and of those spine
+    tokens from the last committed one on. spine_logits: (sequence, token index) of each spine logit, which come first.
     """
-    page_size = branches.page_size
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    logit_indices: np.ndarray
+    spine_logits: list[tuple[Sequence, int]]
+
+
+def step_tokens(branches: Branches, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray) -> StepTokens:
+    """The next `n` tokens of each spine and the next token of each branch in `rows`."""
     token_ids: list[int] = []
     positions: list[np.ndarray] = [NO_ROWS]
     logit_indices: list[int] = []
@@ -33,37 +39,14 @@ def build_batch(
             spine_logits.append((sequence, position))
         token_ids.extend(sequence.tokens[start : start + n])
         positions.append(np.arange(start, start + n))
-    query_lens = np.array([n for _, n in spines], np.int64)
-    slots = np.array([s.slot for s, _ in spines], np.int64)
-    spine_positions = np.concatenate(positions)
-    spine_pages = tables[np.repeat(slots, query_lens), spine_positions // page_size].astype(np.int64)
-
     step = branches.computed[rows]
-    row_positions = branches.base[rows] + step
-    first_page = branches.base[rows] // page_size
-    own_pages = branches.pages[rows]
-    row_pages = own_pages[np.arange(len(rows)), row_positions // page_size - first_page].astype(np.int64)
-
-    all_positions = np.concatenate([spine_positions, row_positions])
-    width = int(all_positions.max()) // page_size + own_pages.shape[1]
-    page_tables = np.ascontiguousarray(tables[np.concatenate([slots, branches.owner[rows]]), :width])
-    columns = first_page[:, None] + np.arange(own_pages.shape[1])
-    np.put_along_axis(page_tables[len(spines) :], columns, own_pages, axis=1)
-    num_spine_tokens = len(token_ids)
-    batch = ForwardBatch(
-        token_ids=np.concatenate([np.array(token_ids, np.int64), branches.tokens[rows, step]]),
-        positions=all_positions,
-        slots=np.concatenate([spine_pages, row_pages]) * page_size + all_positions % page_size,
-        query_start_loc=np.concatenate(
-            [[0], np.cumsum(query_lens), num_spine_tokens + 1 + np.arange(len(rows))]
-        ).astype(np.int32),
-        seq_lens=np.array([s.computed + n for s, n in spines] + (row_positions + 1).tolist(), np.int32),
-        page_tables=page_tables,
-        logit_indices=np.concatenate(
-            [np.array(logit_indices, np.int64), num_spine_tokens + np.arange(len(rows), dtype=np.int64)]
-        ),
+    row_indices = len(token_ids) + np.arange(len(rows), dtype=np.int64)
+    return StepTokens(
+        np.concatenate([np.array(token_ids, np.int64), branches.tokens[rows, step]]),
+        np.concatenate([*positions, branches.base[rows] + step]),
+        np.concatenate([np.array(logit_indices, np.int64), row_indices]),
+        spine_logits,
     )
-    return batch, spine_logits
 
 
 @dataclass(slots=True)

@@ -8,7 +8,8 @@ from vllm_ssd.policy import MAX_LEARNED_FAN_OUT
 
 
 class DrafterOptions(msgspec.Struct, frozen=True):
-    """JSON on the drafter's command line. engine_args: of vLLM; cpus: cores to run on, empty for all."""
+    """JSON on the drafter's command line. engine_args: of vLLM; cpus: cores to run on, empty for all; tree_attention:
+    keep pages on the device and read each trunk once, which pays on a GPU."""
 
     engine_args: dict
     num_speculative_tokens: int
@@ -19,6 +20,7 @@ class DrafterOptions(msgspec.Struct, frozen=True):
     top_m: int
     cpus: list[int]
     parent_pid: int
+    tree_attention: bool = False
 
     @property
     def max_fan_out(self) -> int:

@@ -21,7 +21,6 @@ class Sequence:
     tokens: list[int]
     length: int  # committed tokens; tokens[length:] are the drafts under verification
     computed: int = 0  # leading tokens whose KV is in the pages
-    num_pages: int = 0
     candidates: dict[int, np.ndarray] = field(default_factory=dict)  # after tokens[i], for i >= length - 1
     rows: np.ndarray = field(default_factory=lambda: NO_ROWS)
     num_forks: int = 0  # fork points whose branches were started

@@ -9,8 +9,10 @@ import time
 
 import msgspec
 
+from vllm_ssd.drafter.device_pages import DevicePages
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.options import DrafterOptions
+from vllm_ssd.drafter.pages import HostPages
 from vllm_ssd.drafter.trace import TRACE_ENV, TracedFanOut
 from vllm_ssd.policy import FanOut
 from vllm_ssd.protocol import (
@@ -80,7 +82,7 @@ def run(fd: int, options: DrafterOptions) -> int:
     try:
         from vllm_ssd.compat.draft_model import DraftModel
 
-        model = DraftModel(**options.engine_args)
+        model = DraftModel(tree_attention=options.tree_attention, **options.engine_args)
         tokenizer = fingerprint(model.tokenizer_vocab())
     except Exception as error:  # whatever vLLM's start-up raises is the reason the target reports
         transport.send(Refused(f"{type(error).__name__}: {error}"))
@@ -97,6 +99,7 @@ def run(fd: int, options: DrafterOptions) -> int:
         max_branches=options.max_branches,
         max_fan_out=options.max_fan_out,
         top_m=options.top_m,
+        pages=DevicePages if options.tree_attention else HostPages,
         seed=int.from_bytes(os.urandom(8), "little") >> 1,  # never the stream that verification draws from
     )
     welcome = Welcome(

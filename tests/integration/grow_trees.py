@@ -1,0 +1,76 @@
+"""`python grow_trees.py FOLDER tree|vllm`: what a real drafter speculates through a script of outcomes, as JSON."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+
+import numpy as np
+
+from vllm_ssd.compat.draft_model import DraftModel
+from vllm_ssd.drafter.device_pages import DevicePages
+from vllm_ssd.drafter.engine import DraftEngine
+from vllm_ssd.drafter.pages import HostPages
+from vllm_ssd.policy import FanOut
+
+K = 4
+ROUNDS = 12
+PROMPT_LENGTHS = (1, 31, 32, 90)
+"""One token; up to, and on, the boundary of a page; several pages."""
+
+
+def main(folder: str, attention: str) -> None:
+    model = DraftModel(
+        model=folder,
+        tree_attention=attention == "tree",
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=32 << 20,
+    )
+    engine = DraftEngine(
+        model,
+        FanOut(K, [3, 2, 2, 1, 3]),
+        num_speculative_tokens=K,
+        max_num_seqs=4,
+        max_branches=11,
+        max_fan_out=3,
+        top_m=8,
+        seed=0,
+        pages=DevicePages if attention == "tree" else HostPages,
+    )
+    engine._budget.observe_window = lambda seconds: None  # what time allows must not decide what is compared
+    rng = random.Random(0)
+    tokens = {str(n): [rng.randrange(model.vocab_size) for _ in range(n)] for n in PROMPT_LENGTHS}
+    drafts: dict[str, list[int]] = {name: [] for name in tokens}
+    for name, prompt in tokens.items():
+        engine.open(name, 0, np.array(prompt, np.int32), 0.0, K)
+    grown = []
+    for _ in range(ROUNDS):
+        blocks: dict[str, dict[tuple[int, int], list[int]]] = {name: {} for name in tokens}
+        while engine.has_work:
+            push = engine.speculate()
+            for block in push.blocks if push else []:
+                for i, outcome in enumerate(np.frombuffer(block.outcomes, "<i4").reshape(-1, 2).tolist()):
+                    blocks[block.request_id].setdefault(tuple(outcome), []).extend(block.drafts(i))
+            assert not (push and push.evicted)
+        grown.append({name: sorted(block.items()) for name, block in blocks.items()})
+        for name, block in blocks.items():
+            named, event = drafts[name], rng.choice(["hit", "hit", "hit", "miss", "trim"])
+            if event == "hit":
+                accept_length, bonus = rng.choice(sorted(block))
+                emitted, drafts[name] = named[:accept_length] + [bonus], block[accept_length, bonus]
+            elif event == "trim" and named:
+                n = rng.randint(1, len(named))
+                emitted, drafts[name] = named[:n], named[n:]
+            else:
+                emitted, drafts[name] = named[:1] + [rng.randrange(model.vocab_size)], []
+            tokens[name] = tokens[name] + emitted
+            engine.advance(name, 0, len(tokens[name]), emitted, drafts[name], num_drafts=K)
+    print(json.dumps({"backend": type(model._metadata_builder).__module__, "steps": engine.num_steps, "grown": grown}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
