@@ -154,7 +154,7 @@ class DraftEngine:
         Only when nothing else is wanted are finished branches run once more, over their last draft: then all
         fork points of the next round are known before its outcome is.
         """
-        branches = self.branches
+        branches, started = self.branches, time.perf_counter()
         spines = self._schedule_spines()
         rows = np.flatnonzero(branches.alive & (branches.computed < branches.num_drafts))
         if not len(rows) and not spines:
@@ -169,14 +169,14 @@ class DraftEngine:
         batch = self.pages.batch(branches, spines, rows, tokens)
         temperatures = np.array([s.temperature for s, _ in spine_logits], np.float32)
         temperatures = np.concatenate([temperatures, self._temperatures[branches.owner[rows]]])
-        started = time.perf_counter()
         draw = self._sampler.draw(self._model.forward(batch), temperatures)
         self.num_steps += 1
-        if not spines:
-            self._budget.observe_step(len(rows), time.perf_counter() - started)
         self._extend_branches(rows, draw, len(spine_logits))
         self._extend_spines(spines, spine_logits, draw)
-        return self._report(self._blocks(self._worth_a_push()))
+        news = self._report(self._blocks(self._worth_a_push()))
+        if not spines:
+            self._budget.observe_step(len(rows), time.perf_counter() - started)
+        return news
 
     # ---- outcomes --------------------------------------------------------------------------------------
 
@@ -226,8 +226,13 @@ class DraftEngine:
         sequence.num_drafts = num_drafts
         sequence.jit = jit
         num_named = len(sequence.tokens) - sequence.length
-        budget = self._budget.branches(max(num_drafts, 1)) // len(self.sequences)
-        sequence.fan_out = self._fan_out.counts(num_named, sequence.after_hit, max(budget, 2))
+        budget = self._budget.branches(
+            num_drafts,
+            len(self.sequences),
+            self._fan_out.hit_chances(num_drafts, True),
+            self._fan_out.survival(num_drafts, True),
+        )
+        sequence.fan_out = self._fan_out.counts(num_named, sequence.after_hit, budget)
         if sequence.computed < len(sequence.tokens):
             self._unfinished[sequence.request_id] = sequence
         else:

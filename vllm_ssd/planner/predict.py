@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import comb, erf, sqrt
 from typing import Literal
 
@@ -89,7 +90,7 @@ def predict_ssd(profile: Profile, acceptance: Acceptance, setting: Setting) -> P
     round_s = costs.verify_s(setting.batch_size, 1 + setting.num_drafts) * costs.slowdown
     wait_s = 0.0
     for _ in range(ITERATIONS):
-        branches = _branches(costs, setting, rows, round_s)
+        branches = _branches(costs, setting, rows, round_s, chain)
         chain.advance(branches, _Reach(costs, setting, rows, rows * branches, round_s, chain.hit_rate))
         wait_s = chain.wait_s(costs, rows, round_s)
         before = round_s
@@ -158,6 +159,12 @@ class _Chain:
         self._jit = [0] * (setting.batch_size + 1)  # just-in-time drafts by number of missed rows
         self.hit_rate = self.late_rate = 0.0
         self.drafts, self.tokens = float(setting.num_drafts), 1.0
+        m, shares = setting.num_drafts, self._accept_probs(setting.num_drafts, True)
+        self.hit_chances = [
+            sum(p * acceptance.covered(m, k, f) for k, (p, f) in enumerate(zip(shares, self._fan_out(m, True, n))))
+            for n in range(setting.branch_budget + 1)
+        ]
+        self.survival = list(accumulate(shares[:0:-1]))[::-1]
 
     def advance(self, branches: int, reach: _Reach, rounds: int = 6) -> None:
         """`rounds` rounds under the same conditions."""
@@ -258,14 +265,14 @@ def pushed_depth(depth: int, num_drafts: int) -> int:
     return depth if depth in (0, num_drafts) else 1 << (depth.bit_length() - 1)
 
 
-def _branches(costs: Costs, setting: Setting, rows: int, round_s: float) -> int:
+def _branches(costs: Costs, setting: Setting, rows: int, round_s: float, chain: _Chain) -> int:
     """Branches a request that the drafter grows, as its own budget decides from steps and rounds like these."""
     budget = BranchBudget(rows * setting.branch_budget)
     for i in range(16):
         branches = max(1, rows * setting.branch_budget * (1 + i % 4) // 4)
         budget.observe_step(branches, costs.draft_step_s(branches))
     budget.observe_window(round_s)
-    return min(max(budget.branches(setting.num_drafts) // rows, 2), setting.branch_budget)
+    return budget.branches(setting.num_drafts, rows, chain.hit_chances, chain.survival)
 
 
 def _binomial(n: int, k: int, chance: float) -> float:

@@ -150,8 +150,13 @@ class _Drafter:
             return
         before = self._trees.get(key)
         looked_ahead = before is not None and before.looked_ahead and m == before.num_drafts
-        budget = self._budget.branches(max(num_drafts, 1)) // max(len(self._trees), 1)
-        counts = self.fan_out.counts(m, row.after_hit, max(budget, 2))
+        branches = self._budget.branches(
+            num_drafts,
+            max(len(self._trees), 1),
+            self.fan_out.hit_chances(num_drafts, True),
+            self.fan_out.survival(num_drafts, True),
+        )
+        counts = self.fan_out.counts(m, row.after_hit, branches)
         ready = [k for k in range(m + 1) if tree_known and (k < m or looked_ahead)]
         pending = [k for k in range(m + 1) if k not in ready]
         self._trees[key] = _Tree(row, row.clock, num_drafts, counts, dict.fromkeys(ready, 0), pending)

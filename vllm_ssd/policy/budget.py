@@ -1,23 +1,29 @@
-"""How many branches a drafter can grow before the outcome is known."""
+"""How many branches a drafter should grow before the outcome is known."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 DECAY = 0.98
-KNEE = 0.3
-"""When no number of branches is ready in time, grow as many as make a step this much dearer than an empty one."""
+REFRESH_CALLS = 32
+"""Calls between two looks for the best number."""
+PUNCTUALITY = 4
+"""A depth that takes longer than the window by a factor x is still there in time with chance x^-4: times scatter."""
 
 
 class BranchBudget:
-    """Branches for all requests together, from measured step times t_d(N) = a + b N and the time between outcomes.
+    """Branches for every request, from measured step times t_d(N) = a + b N and the time between outcomes.
 
-    A whole tree takes K + 1 steps, so N is as large as (K + 1) t_d(N) <= window allows (planner.md, fan-out up to
-    the knee of t_d); where even (K + 1) a exceeds the window, fewer branches would not help: N stays at the knee.
+    More branches hit more often, but make every step dearer, so that fewer of the K + 1 steps of a tree are done when
+    the outcome comes. N maximises the expected drafts handed over and accepted, p(N) times the sum of the s_j whose
+    depth j is there in time (planner.md, section 2).
     """
 
     def __init__(self, max_branches: int) -> None:
         self._max_branches = max_branches
         self._weight = self._n = self._t = self._nn = self._nt = 0.0
         self._window_s = self._deviation_s = 0.0
+        self._cache: dict[tuple[int, int], tuple[int, int]] = {}  # (K, requests) -> (branches, calls left)
 
     def observe_step(self, num_branches: int, seconds: float) -> None:
         """One forward over `num_branches` branches and nothing else."""
@@ -43,14 +49,32 @@ class BranchBudget:
         surely_s = self._window_s - 2 * self._deviation_s
         return elapsed_s + num_steps * self._t / self._weight < 0.9 * surely_s
 
-    def branches(self, num_drafts: int) -> int:
-        """Branches that a step may hold when `num_drafts` are wanted; the configured maximum until measured."""
-        step = self.step_cost()
-        if step is None or not self._window_s:
-            return self._max_branches
-        fixed_s, per_branch_s = step
-        in_time = (self._window_s / (num_drafts + 1) - fixed_s) / per_branch_s
-        return int(min(max(in_time, KNEE * fixed_s / per_branch_s, 1), self._max_branches))
+    def branches(
+        self, num_drafts: int, num_requests: int, hit_chances: Sequence[float], survival: Sequence[float]
+    ) -> int:
+        """Branches that each of `num_requests` should grow `num_drafts` deep; the configured maximum until measured.
+
+        hit_chances[n] is the chance that n branches hold the outcome; survival[j - 1] that at least j drafts of a hit
+        are accepted.
+        """
+        most = min(self._max_branches // num_requests, len(hit_chances) - 1)
+        branches, calls_left = self._cache.get((num_drafts, num_requests), (most, 0))
+        if not calls_left:
+            calls_left = REFRESH_CALLS
+            step = self.step_cost()
+            if step is not None and self._window_s:
+
+                def drafts(n: int) -> float:
+                    return hit_chances[n] * self._timely_drafts(step[0] + step[1] * n * num_requests, survival)
+
+                branches = max(range(1, most + 1), key=drafts)
+        self._cache[num_drafts, num_requests] = branches, calls_left - 1
+        return min(branches, most)
+
+    def _timely_drafts(self, step_s: float, survival: Sequence[float]) -> float:
+        """Expected accepted drafts of a hit when a step takes `step_s`; depth j is there after j + 1 steps."""
+        steps = self._window_s / step_s
+        return sum(s * min(1.0, (steps / (j + 1)) ** PUNCTUALITY) for j, s in enumerate(survival, start=1))
 
     def step_cost(self) -> tuple[float, float] | None:
         """(a, b) in seconds and seconds a branch by decayed least squares; None while too little varied."""

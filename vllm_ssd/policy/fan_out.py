@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from math import log
 
 MAX_LEARNED_FAN_OUT = 16
@@ -92,6 +93,7 @@ class FanOut:
         self._evidence = 0
         self._until_refresh = REFRESH_OBSERVATIONS
         self._cache: dict[tuple[int, bool, int], list[int]] = {}
+        self._chances: dict[tuple[int, bool], list[float]] = {}
 
     def observe(
         self, num_drafts: int, accept_length: int, rank: int | None, after_hit: bool, num_candidates: int | None = None
@@ -121,6 +123,7 @@ class FanOut:
                 self._halve()
             self._until_refresh = max(REFRESH_OBSERVATIONS, self._evidence // 8)
             self._cache.clear()
+            self._chances.clear()
 
     def counts(self, num_drafts: int, after_hit: bool, budget: int | None = None) -> list[int]:
         """Branches by accept length for a round of num_drafts drafts.
@@ -140,6 +143,22 @@ class FanOut:
                 )
             self._cache[key] = counts
         return counts
+
+    def hit_chances(self, num_drafts: int, after_hit: bool) -> list[float]:
+        """Estimated chance of a hit with 0, 1, … up to the configured number of branches, shared out as by counts()."""
+        key = (num_drafts, after_hit)
+        chances = self._chances.get(key)
+        if chances is None:
+            probs, miss = self.accept_probs(num_drafts, after_hit), self._miss_law(num_drafts)
+            chances = self._chances[key] = [
+                sum(prob * (1 - miss(k, count)) for k, (prob, count) in enumerate(zip(probs, counts)))
+                for counts in (self.counts(num_drafts, after_hit, budget) for budget in range(self._budget + 1))
+            ]
+        return chances
+
+    def survival(self, num_drafts: int, after_hit: bool) -> list[float]:
+        """Estimated chance that at least 1, 2, … `num_drafts` drafts of a round are accepted."""
+        return list(accumulate(self.accept_probs(num_drafts, after_hit)[:0:-1]))[::-1]
 
     def accept_probs(self, num_drafts: int, after_hit: bool) -> list[float]:
         """Estimated P(k) of a round with num_drafts drafts: num_drafts + 1 numbers that sum to 1."""
