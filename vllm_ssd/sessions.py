@@ -55,6 +55,7 @@ class Session:
     epoch: int = 0
     generation: int = -1  # of the drafter that holds this request; -1: none does
     drafts: Speculation = field(default_factory=Speculation)  # named to the drafter at `length`
+    by_ngram: bool = False  # `drafts` are what followed an earlier n-gram
     blocks: list[Block] = field(default_factory=list)  # pushed for the outcome at `length`, in order
     evictions: int = 0
     reopen_round: int = 0

@@ -14,7 +14,7 @@ import numpy as np
 
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.metrics import Metrics
-from vllm_ssd.policy import Adaptation, jit_drafts, ngram_drafts
+from vllm_ssd.policy import Adaptation, NgramGain, jit_drafts, jit_gain, ngram_drafts
 from vllm_ssd.protocol import JIT_TOKEN, Close, Open, Outcome, Push
 from vllm_ssd.sessions import Link, Proposal, Session, Sessions, Speculation
 
@@ -25,6 +25,7 @@ class Verifier(Sessions[Session]):
     def __init__(self, config: SSDConfig, link: Link, metrics: Metrics) -> None:
         super().__init__(config, link, metrics)
         self._adaptation = Adaptation(config.num_speculative_tokens)
+        self._ngram_gain = NgramGain(config.num_speculative_tokens)
         self._last_round: tuple[float, list[str], int] | None = None
         self._survival = [0.0] * config.num_speculative_tokens
         self._tokens_per_s = 0.0
@@ -77,8 +78,8 @@ class Verifier(Sessions[Session]):
             length = int(num_tokens[i])
             if session.generation != self._link.generation or length < session.length:
                 events += self._reopen(session, token_ids[i, :length])
-                if self._config.on_miss == "ngram":
-                    missed.append((i, session))
+                self._hand_over(session, Speculation(), i, proposed)
+                missed.append((i, session))
                 continue
             emitted = token_ids[i, session.length : length].tolist()
             speculation = session.follow(emitted)
@@ -135,44 +136,86 @@ class Verifier(Sessions[Session]):
 
         Returns whether just-in-time drafts were waited for.
         """
-        config, jit = self._config, 0
-        if missed and config.on_miss == "ngram":
-            for i, session in missed:
-                most = session.most_drafts(wanted, session.length)
-                drafts = ngram_drafts(token_ids[i, : num_tokens[i]], most, config.ngram_min, config.ngram_max)
-                self._hand_over(session, Speculation(drafts, [None] * len(drafts)), i, proposed)
-        waiting = [(i, s) for i, s in missed if s.generation == self._link.generation]
-        if waiting and config.on_miss in ("wait", "auto") and self._link.connected and self._answers:
-            jit = self._num_jit_drafts(len(waiting), wanted)
+        waiting, jit = self._fall_back(missed, proposed, token_ids, num_tokens, wanted)
         if missed:
             named = {session.request_id: session.drafts.token_ids for _, session in missed}
+            told_to_hurry = {session.request_id for _, session in waiting}
             for n, event in enumerate(events):
                 if isinstance(event, Outcome) and event.request_id in named:
-                    drafts = named[event.request_id]
-                    events[n] = msgspec.structs.replace(event, draft_token_ids=drafts, jit=jit)
+                    hurry = jit if event.request_id in told_to_hurry else 0
+                    events[n] = msgspec.structs.replace(event, draft_token_ids=named[event.request_id], jit=hurry)
         if events or self._closing:
             self._send(events, wanted)
         if jit:
             self._wait_for_drafts(waiting, proposed, jit, wanted)
         return bool(jit)
 
+    def _fall_back(
+        self,
+        missed: list[tuple[int, Session]],
+        proposed: list[list[int]],
+        token_ids: np.ndarray,
+        num_tokens: np.ndarray,
+        wanted: int,
+    ) -> tuple[list[tuple[int, Session]], int]:
+        """Hand n-gram drafts to missed rows where those gain most.
+
+        Returns the rows that should wait for just-in-time drafts, and for how many.
+        """
+        matches: list[tuple[int, Session, list[int]]] = []
+        matched_gain = 0.0
+        if missed and self._config.on_miss in ("ngram", "auto"):
+            matches, matched_gain = self._ngram_matches(missed, token_ids, num_tokens, wanted)
+        waiting: list[tuple[int, Session]] = []
+        if self._config.on_miss in ("wait", "auto") and self._link.connected and self._answers:
+            waiting = [(i, s) for i, s in missed if s.generation == self._link.generation]
+        jit, gain = self._num_jit_drafts(len(waiting), wanted)
+        if matches:
+            matched = {i for i, *_ in matches}
+            others = [(i, s) for i, s in waiting if i not in matched]
+            others_jit, others_gain = self._num_jit_drafts(len(others), wanted)
+            if gain > matched_gain + others_gain:
+                return waiting, jit
+            waiting, jit = others, others_jit
+        for i, session, drafts in matches:
+            self._hand_over(session, Speculation(drafts, [None] * len(drafts)), i, proposed)
+            session.by_ngram = True
+        return waiting, jit
+
+    def _ngram_matches(
+        self, missed: list[tuple[int, Session]], token_ids: np.ndarray, num_tokens: np.ndarray, wanted: int
+    ) -> tuple[list[tuple[int, Session, list[int]]], float]:
+        """n-gram drafts of the rows that have any, as many as pay, and the tokens they are expected to gain."""
+        config = self._config
+        matches, total = [], 0.0
+        lost_per_draft = self._tokens_per_s * self._adaptation.draft_seconds(len(self._sessions))
+        for i, session in missed:
+            most = session.most_drafts(wanted, int(num_tokens[i]))
+            drafts = ngram_drafts(token_ids[i, : num_tokens[i]], most, config.ngram_min, config.ngram_max)
+            if drafts and config.on_miss == "auto":
+                num_drafts, gain = self._ngram_gain.drafts(len(drafts), lost_per_draft)
+                drafts = drafts[:num_drafts]
+                total += gain
+            if drafts:
+                matches.append((i, session, drafts))
+        return matches, total
+
     def _hand_over(self, session: Session, speculation: Speculation, i: int, proposed: list[list[int]]) -> None:
-        session.drafts = speculation
+        session.drafts, session.by_ngram = speculation, False
         proposed[i] = speculation.token_ids
 
-    def _num_jit_drafts(self, num_missed: int, wanted: int) -> int:
-        """Just-in-time drafts worth waiting for: all with "wait", what the measured rates say with "auto"."""
+    def _num_jit_drafts(self, num_missed: int, wanted: int) -> tuple[int, float]:
+        """Just-in-time drafts worth waiting for, and tokens gained: all with "wait", what was measured with "auto"."""
+        if not num_missed:
+            return 0, 0.0
         if self._config.on_miss == "wait" or not self._jit_step_s:
-            return wanted
-        return jit_drafts(
-            num_missed,
-            wanted,
-            self._survival,
-            self._tokens_per_s,
-            self._jit_first_s,
-            self._jit_step_s,
-            self._config.wait_ms / 1e3,
-        )
+            return wanted, float(num_missed)
+        first_s, step_s = self._jit_first_s, self._jit_step_s
+        bound_s = self._config.wait_ms / 1e3
+        drafts = jit_drafts(num_missed, wanted, self._survival, self._tokens_per_s, first_s, step_s, bound_s)
+        if not drafts:
+            return 0, 0.0
+        return drafts, jit_gain(num_missed, drafts, self._survival, self._tokens_per_s, first_s + drafts * step_s)
 
     def _wait_for_drafts(
         self, waiting: list[tuple[int, Session]], proposed: list[list[int]], jit: int, wanted: int
@@ -220,6 +263,11 @@ class Verifier(Sessions[Session]):
         last, self._last_round = self._last_round, None
         accepted = [max(len(sampled) - 1, 0) for sampled in sampled_token_ids]
         self._metrics.accepted(num_verified, accepted)
+        sessions = [self._sessions.get(request_id) for request_id in request_ids]
+        by_ngram = [session is not None and session.by_ngram for session in sessions]
+        for guessed, m, k in zip(by_ngram, num_verified, accepted):
+            if guessed and m:
+                self._ngram_gain.observe(m, k)
         if last is None or last[1] != list(request_ids) or not all(sampled_token_ids) or not self._link.connected:
             return  # rounds without a drafter say nothing about speculation
         started, _, wanted = last
@@ -227,6 +275,6 @@ class Verifier(Sessions[Session]):
         self._adaptation.observe(len(request_ids), wanted, num_verified, accepted, seconds)
         rate = (sum(accepted) + len(accepted)) / seconds
         self._tokens_per_s += 0.05 * (rate - self._tokens_per_s)
-        for m, k in zip(num_verified, accepted):
-            for j in range(m):
+        for guessed, m, k in zip(by_ngram, num_verified, accepted):
+            for j in range(0 if guessed else m):
                 self._survival[j] += 0.02 * ((k > j) - self._survival[j])

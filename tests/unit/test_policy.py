@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from vllm_ssd.policy import (
     MAX_LEARNED_FAN_OUT,
     Adaptation,
+    BranchBudget,
     FanOut,
+    NgramGain,
     allocate,
     geometric_fan_out,
     jit_drafts,
@@ -318,6 +320,62 @@ def test_waiting_grows_with_misses_and_shrinks_with_the_rate(case):
     drafts = jit_drafts(**case)
     assert jit_drafts(**case | {"num_missed": case["num_missed"] + 1}) >= drafts
     assert jit_drafts(**case | {"tokens_per_second": 1.1 * case["tokens_per_second"]}) <= drafts
+
+
+# ---- n-gram drafts: what they bring ----------------------------------------------------------------------
+
+
+@given(st.integers(0, 4), st.floats(0.0, 3.0), st.integers(0, 60))
+def test_as_many_ngram_drafts_as_pay(usually_accepted, lost_per_draft, rounds):
+    gain = NgramGain(4)
+    for _ in range(rounds):
+        gain.observe(4, usually_accepted)
+    drafts, tokens = gain.drafts(4, lost_per_draft)
+    assert 0 <= drafts <= 4 and (tokens > 0) == (drafts > 0)
+    if rounds > 40 and 0.15 < lost_per_draft < 0.6:
+        assert drafts == usually_accepted
+    if lost_per_draft > 1:
+        assert drafts == 0
+
+
+def test_ngram_drafts_that_do_not_pay_are_tried_again():
+    gain = NgramGain(2)
+    for _ in range(50):
+        gain.observe(2, 0)
+    offered = [gain.drafts(2, 0.3) for _ in range(100)]
+    assert offered.count((2, 0.0)) == 3 and offered.count((0, 0.0)) == 97
+    for _ in range(100):
+        gain.observe(2, 2)
+    assert gain.drafts(2, 0.3)[0] == 2
+
+
+# ---- the branch budget -----------------------------------------------------------------------------------
+
+
+def branches(fixed_s: float, per_branch_s: float, window_s: float, num_requests: int = 1) -> int:
+    budget = BranchBudget(24 * num_requests)
+    for i in range(40):
+        n = 1 + i % 24
+        budget.observe_step(n, fixed_s + per_branch_s * n)
+        budget.observe_window(window_s)
+    chances = [1 - 0.6 * n**-0.8 if n else 0.0 for n in range(25)]
+    return budget.branches(3, num_requests, chances, [0.8, 0.6, 0.5])
+
+
+def test_branches_cost_depth():
+    assert branches(1e-3, 1e-6, window_s=10e-3) == 24, "a whole tree of the largest size fits"
+    assert branches(1e-3, 0.2e-3, window_s=10e-3) == 7, "four steps of 2.4 ms fit, of 2.6 ms do not"
+    assert 1 <= branches(1e-3, 0.2e-3, window_s=4e-3) <= 3, "even one branch fills the window"
+    assert branches(1e-3, 0.2e-3, window_s=1e-4) >= 1
+    assert branches(1e-3, 0.05e-3, window_s=10e-3, num_requests=4) <= 7, "requests share a step"
+
+
+@given(st.floats(1e-4, 1e-2), st.floats(1e-6, 1e-3), st.floats(1e-4, 0.1), st.integers(1, 8))
+def test_a_longer_window_never_takes_branches_away(fixed_s, per_branch_s, window_s, num_requests):
+    few = branches(fixed_s, per_branch_s, window_s, num_requests)
+    many = branches(fixed_s, per_branch_s, 1000 * window_s, num_requests)
+    assert 1 <= few <= 24 and 1 <= many <= 24
+    assert many >= few
 
 
 # ---- adaptation: a simulated target ----------------------------------------------------------------------

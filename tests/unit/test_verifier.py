@@ -154,6 +154,41 @@ def test_text_is_the_targets_and_most_rounds_hit(on_miss, trim):
         assert jit_rounds and all(e.jit == K and not e.draft_token_ids for e in jit_rounds)
 
 
+def test_auto_drafts_by_ngram_where_that_gains_most():
+    """The drafter is dead, and the text repeats itself: nothing else can draft."""
+    link = InProcessLink()
+    verifier, metrics = make(link, on_miss="auto")
+    target = FakeTarget(verifier)
+    target.next_token = lambda prefix: prefix[-4]
+    target.start("a", [7, 8, 9, 10] * 3)
+    link.die()
+    for _ in range(10):
+        target.round()
+    target.check({"a": [7, 8, 9, 10] * 3})
+    assert metrics.counts["hits"] == 0 and metrics.counts["accepted_tokens"] == 9 * K
+    target.next_token = lambda prefix: len(prefix)  # what follows an n-gram is no longer what followed it before
+    target.tokens["a"] += [7, 8]
+    for _ in range(30):
+        target.tokens["a"] += [7, 8]
+        target.round()
+    assert 0 < metrics.counts["draft_tokens"] - 9 * K < 15 * K, "drafts that were never accepted are no longer made"
+
+
+def test_rows_with_ngram_drafts_do_not_hurry_the_drafter():
+    link = InProcessLink(steps_a_poll=2)
+    verifier, metrics = make(link, on_miss="auto")
+    target = FakeTarget(verifier)
+    target.start("repeats", [7, 8, 9, 10] * 3)
+    target.start("does not", [1, 2, 3])
+    usual = target.next_token
+    target.next_token = lambda prefix: prefix[-4] if prefix[0] == 7 else usual(prefix)
+    for _ in range(30):
+        target.round()
+    outcomes = [e for s in link.steps for e in s.events if hasattr(e, "jit")]
+    assert not any(e.jit and e.draft_token_ids for e in outcomes)
+    assert any(e.jit for e in outcomes) and metrics.counts["waits"] > 0
+
+
 def test_a_slow_drafter_is_late_and_harmless():
     link = InProcessLink(steps_a_poll=1)
     verifier, metrics = make(link, on_miss="skip")

@@ -55,6 +55,10 @@ class Adaptation:
         """Number of drafts for the next round; 0 is plain decoding."""
         return self._bucket(batch_size).choice
 
+    def draft_seconds(self, batch_size: int) -> float:
+        """Time that one more draft in the batch adds to a round, as far as rounds of different width were seen."""
+        return self._bucket(batch_size).draft_seconds()
+
     def _bucket(self, batch_size: int) -> Bucket:
         key = (batch_size - 1).bit_length()
         bucket = self._buckets.get(key)
@@ -127,6 +131,13 @@ class Bucket:
             self._start_probe(self._unsure_arm())
         elif self._num_rounds % EVALUATE_ROUNDS == 0:
             self._evaluate()
+
+    def draft_seconds(self) -> float:
+        """Slope between the narrowest and the widest arm; 0 while only one was measured."""
+        if len(self._points) < 2:
+            return 0.0
+        (x0, y0), (x1, y1) = self._points[0], self._points[-1]
+        return max(y1 - y0, 0.0) / (x1 - x0) if x1 > x0 else 0.0
 
     def _learn(
         self, batch_size: int, wanted: int, drafts: int, accepted: Sequence[int], seconds: float, expected_s: float

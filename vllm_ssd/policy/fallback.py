@@ -5,6 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 WAIT_MARGIN = 0.05
+NGRAM_PRIOR, NGRAM_PRIOR_ROUNDS = 0.5, 4.0
+"""Chance that an n-gram draft is accepted after those before it, and the rounds that this guess counts as."""
+NGRAM_MEMORY = 0.99
+NGRAM_PROBE = 32
+"""Matches after which n-gram drafts that do not pay are tried again."""
 
 
 def ngram_drafts(token_ids: np.ndarray, num_drafts: int, min_n: int, max_n: int) -> list[int]:
@@ -52,3 +57,46 @@ def jit_drafts(
         if net > best_net and gain > (1 + WAIT_MARGIN) * tokens_per_second * wait_s:
             best, best_net = num_drafts, net
     return best
+
+
+def jit_gain(
+    num_missed: int, num_drafts: int, accept_survival: Sequence[float], tokens_per_second: float, wait_s: float
+) -> float:
+    """Tokens that the batch gains by waiting `wait_s` for `num_drafts` just-in-time drafts of each missed row."""
+    return num_missed * sum(accept_survival[:num_drafts]) - tokens_per_second * wait_s
+
+
+class NgramGain:
+    """What n-gram drafts bring: how many a missed row should carry.
+
+    The chance that draft j is accepted after those before it is counted, older rounds decaying.
+    """
+
+    def __init__(self, max_drafts: int) -> None:
+        self._tried = [0.0] * max_drafts
+        self._passed = [0.0] * max_drafts
+        self._unused = 0
+
+    def observe(self, num_drafts: int, accept_length: int) -> None:
+        """Learn from a round that verified `num_drafts` n-gram drafts."""
+        for j in range(min(num_drafts, accept_length + 1)):
+            self._tried[j] = NGRAM_MEMORY * self._tried[j] + 1
+            self._passed[j] = NGRAM_MEMORY * self._passed[j] + (j < accept_length)
+
+    def drafts(self, max_drafts: int, lost_per_draft: float) -> tuple[int, float]:
+        """Best number of drafts and the tokens they gain; (0, 0.0) when they lose.
+
+        lost_per_draft: tokens that the batch forgoes while the target verifies one more draft.
+        """
+        best, best_net, net, survival = 0, 0.0, 0.0, 1.0
+        for j in range(max_drafts):
+            prior = NGRAM_PRIOR_ROUNDS
+            survival *= (self._passed[j] + NGRAM_PRIOR * prior) / (self._tried[j] + prior)
+            net += survival - lost_per_draft
+            if net > best_net:
+                best, best_net = j + 1, net
+        self._unused = 0 if best else self._unused + 1
+        if self._unused == NGRAM_PROBE:
+            self._unused = 0
+            return max_drafts, 0.0
+        return best, best_net
