@@ -107,6 +107,7 @@ class SSDConfig:
     drafter_device: None leaves the choice to the platform
     kv_cache_memory: bytes for the drafter's KV pages
     top_m: support of the proposal distribution when sampling
+    saguaro_c: weight of the predicted bonus tokens in the proposal when sampling; 1 leaves it as it is
     metrics_port: None serves no metrics
     """
 
@@ -136,6 +137,7 @@ class SSDConfig:
     )
     gpu_memory_utilization: float | None = _number(1, None)
     top_m: int = _integer(1, 4096, 64)
+    saguaro_c: float = _number(1, 1.0)
     seed: int = _integer(0, 2**32 - 1, 0)
     startup_timeout_s: float = _number(86_400, 300.0)
     metrics_port: int | None = _integer(1, 65_535, None)

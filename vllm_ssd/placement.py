@@ -80,6 +80,7 @@ def place_drafter(
         max_num_seqs=scheduler.max_num_seqs,
         max_branches=config.max_branches,
         top_m=config.top_m,
+        saguaro_c=config.saguaro_c,
         cpus=cpus,
         parent_pid=os.getpid(),
         tree_attention=not is_cpu,

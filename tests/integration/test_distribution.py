@@ -50,12 +50,21 @@ SAMPLING = {
 def engine(
     request: pytest.FixtureRequest, start_engine: Callable[..., Engine], pair: tuple[Path, Path]
 ) -> Iterator[Engine]:
-    """An engine whose drafts are all from a known q ("wait"), or some of them from n-grams, which have none."""
+    """An engine whose drafts are all from a known q ("wait"), or some of them from n-grams, which have none.
+
+    The latter's proposals have the predicted bonus tokens down-weighted.
+    """
     engine = start_engine(
         model=str(pair[0]),
         max_model_len=64,
         max_num_seqs=16,
-        speculative={"model": str(pair[1]), "on_miss": request.param, "fan_out": 2, "top_m": 8},
+        speculative={
+            "model": str(pair[1]),
+            "on_miss": request.param,
+            "fan_out": 2,
+            "top_m": 8,
+            "saguaro_c": {"wait": 1.0, "ngram": 0.3}[request.param],
+        },
     )
     engine.on_miss = request.param
     yield engine

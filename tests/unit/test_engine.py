@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from vllm_ssd.drafter.device_pages import DevicePages
 from vllm_ssd.drafter.engine import DraftEngine
+from vllm_ssd.drafter.forward import Sampler
 from vllm_ssd.drafter.pages import HostPages
 from vllm_ssd.policy import FanOut
 from vllm_ssd.protocol import JIT_TOKEN, Push
@@ -319,3 +320,47 @@ def test_random_operations_conserve_pages_and_read_the_right_prefix(data):
 
 if __name__ == "__main__":
     pytest.main([__file__])
+
+
+def test_predicted_bonus_tokens_are_proposed_less_and_q_says_so():
+    logits = torch.tensor([2.0, 0.5, 1.0, -1.0, 0.0]).repeat(40_000, 1)
+    draw = Sampler(num_candidates=3, top_m=4, seed=0, saguaro_c=0.25).draw(
+        logits, np.full(len(logits), 0.8, np.float32), np.full(len(logits), 2)
+    )
+    assert draw.q_token_ids[0].tolist() == [0, 2, 1, 4]
+    weights = torch.exp(logits[0, [0, 2, 1, 4]] / 0.8) * torch.tensor([0.25, 0.25, 1, 1])
+    expected = (weights / weights.sum()).numpy()
+    np.testing.assert_allclose(draw.q_probs, np.broadcast_to(expected, draw.q_probs.shape), rtol=1e-5)
+    seen = np.bincount(draw.drawn, minlength=5)[[0, 2, 1, 4]]
+    chi_square = ((seen - len(logits) * expected) ** 2 / (len(logits) * expected)).sum()
+    assert seen.sum() == len(logits) and chi_square < 25  # 3 degrees of freedom: 1.5e-5
+
+
+@pytest.mark.parametrize("saguaro_c", [1.0, 0.2])
+def test_branches_down_weight_what_the_next_tree_predicts(saguaro_c):
+    """Two branches a fork point: their proposals have the two likeliest tokens down-weighted, and no others."""
+    engine = DraftEngine(
+        FakePagedModel(200, 200),
+        FanOut(3, 2),
+        num_speculative_tokens=3,
+        max_num_seqs=2,
+        max_branches=8,
+        max_fan_out=2,
+        top_m=5,
+        seed=0,
+        saguaro_c=saguaro_c,
+    )
+    prompt = [1, 2, 3]
+    engine.open("sampled", 1, np.array(prompt, np.int32), 1.0, 3)
+    engine.open("greedy", 1, np.array(prompt, np.int32), 0.0, 3)
+    while engine.has_work:
+        engine.speculate()
+    branches, sequence = engine.branches, engine.sequences["sampled"]
+    for row in sequence.rows:
+        for depth in range(3):
+            logits = reference_logits(prompt + branches.tokens[row, : depth + 1].tolist()).float()
+            values, ids = torch.topk(logits, 5)
+            weights = torch.exp(values - values[0]) * torch.tensor([saguaro_c] * 2 + [1.0] * 3)
+            assert branches.q_token_ids[row, depth].tolist() == ids.tolist()
+            np.testing.assert_allclose(branches.q_probs[row, depth], weights / weights.sum(), rtol=1e-4)
+    assert len(sequence.rows) and len(engine.sequences["greedy"].rows)

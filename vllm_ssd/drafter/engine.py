@@ -46,6 +46,7 @@ class DraftEngine:
         max_fan_out: int,
         top_m: int,
         seed: int,
+        saguaro_c: float = 1.0,
         pages: type[HostPages] | type[DevicePages] = HostPages,
     ) -> None:
         self._model = model
@@ -54,7 +55,8 @@ class DraftEngine:
         self._page_size = model.page_size
         num_candidates = min(max_fan_out + 1, model.vocab_size)  # one may be the drafted token
         top_m = min(top_m, model.vocab_size)
-        self._sampler = Sampler(num_candidates, top_m, seed)
+        self._saguaro_c = saguaro_c
+        self._sampler = Sampler(num_candidates, top_m, seed, saguaro_c)
         capacity = max_num_seqs * (max_branches + 1)
         self.branches = Branches(capacity, num_speculative_tokens, num_candidates, top_m)
         self.pages = pages(model, max_num_seqs, max_branches, num_speculative_tokens, num_candidates)
@@ -64,6 +66,7 @@ class DraftEngine:
         self._unfinished: dict[str, Sequence] = {}  # spine not wholly computed
         self._evicted: list[Evicted] = []
         self._temperatures = np.zeros(max_num_seqs, np.float32)
+        self._num_branches = max_branches  # a request grows now
         self.num_steps = 0
         self.num_evictions = 0
         self.build_s = 0.0  # from an outcome to the whole tree after it, last seen
@@ -169,7 +172,9 @@ class DraftEngine:
         batch = self.pages.batch(branches, spines, rows, tokens)
         temperatures = np.array([s.temperature for s, _ in spine_logits], np.float32)
         temperatures = np.concatenate([temperatures, self._temperatures[branches.owner[rows]]])
-        draw = self._sampler.draw(self._model.forward(batch), temperatures)
+        down_weighted = self._saguaro_c < 1 and temperatures.any()
+        fan_out = self._prepared(rows, len(spine_logits)) if down_weighted else None
+        draw = self._sampler.draw(self._model.forward(batch), temperatures, fan_out)
         self.num_steps += 1
         self._extend_branches(rows, draw, len(spine_logits))
         self._extend_spines(spines, spine_logits, draw)
@@ -226,13 +231,13 @@ class DraftEngine:
         sequence.num_drafts = num_drafts
         sequence.jit = jit
         num_named = len(sequence.tokens) - sequence.length
-        budget = self._budget.branches(
+        self._num_branches = self._budget.branches(
             num_drafts,
             len(self.sequences),
             self._fan_out.hit_chances(num_drafts, True),
             self._fan_out.survival(num_drafts, True),
         )
-        sequence.fan_out = self._fan_out.counts(num_named, sequence.after_hit, budget)
+        sequence.fan_out = self._fan_out.counts(num_named, sequence.after_hit, self._num_branches)
         if sequence.computed < len(sequence.tokens):
             self._unfinished[sequence.request_id] = sequence
         else:
@@ -315,6 +320,16 @@ class DraftEngine:
             budget -= num_tokens
             spines.append((sequence, num_tokens))
         return [(s, n) for s, n in spines if self.sequences.get(s.request_id) is s]
+
+    def _prepared(self, rows: np.ndarray, num_spine_logits: int) -> np.ndarray:
+        """Bonus tokens that will be predicted where the token now drawn after each logits row is rejected, `[n]`."""
+        branches = self.branches
+        prepared = np.zeros(len(rows), np.int64)
+        for k in set(branches.num_drafts[rows].tolist()):
+            of_k = branches.num_drafts[rows] == k
+            counts = np.array(self._fan_out.counts(k, True, self._num_branches))
+            prepared[of_k] = counts[branches.computed[rows[of_k]]]
+        return np.concatenate([np.zeros(num_spine_logits, np.int64), prepared])
 
     def _extend_branches(self, rows: np.ndarray, draw: Draw, first: int) -> None:
         """Store what was drawn after `rows`, whose logits start at `first`."""

@@ -10,6 +10,7 @@ import torch
 
 from vllm_ssd.drafter.branches import Branches
 from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
+from vllm_ssd.policy import saguaro
 
 
 @dataclass(slots=True)
@@ -62,16 +63,18 @@ class Draw:
 class Sampler:
     """Draws the next token after each logits row, with randomness that verification never sees."""
 
-    def __init__(self, num_candidates: int, top_m: int, seed: int) -> None:
+    def __init__(self, num_candidates: int, top_m: int, seed: int, saguaro_c: float = 1.0) -> None:
         self._num_candidates = num_candidates
         self._top_m = top_m
+        self._saguaro_c = saguaro_c
         self._generator = torch.Generator().manual_seed(seed)
 
-    def draw(self, logits: torch.Tensor, temperatures: np.ndarray) -> Draw:
+    def draw(self, logits: torch.Tensor, temperatures: np.ndarray, fan_out: np.ndarray | None = None) -> Draw:
         """Tokens after `logits` [n, vocab] at `temperatures` [n] float32, 0 for greedy rows.
 
         Greedy rows take the likeliest token. Others draw from the softmax at their temperature over the `top_m`
-        likeliest tokens: that cut, renormalised distribution is the proposal q, exactly.
+        likeliest tokens, of which the first `fan_out` [n] weigh `saguaro_c` as much (default: none does): that
+        distribution, renormalised, is the proposal q, exactly.
         """
         num_candidates, top_m = self._num_candidates, self._top_m
         if not temperatures.any():
@@ -80,6 +83,8 @@ class Sampler:
         values, indices = torch.topk(logits.float(), max(num_candidates, top_m), dim=-1)
         divisor = torch.from_numpy(np.where(temperatures > 0, temperatures, np.float32(1)))
         q_probs = torch.softmax(values[:, :top_m].cpu() / divisor[:, None], dim=-1)
+        if fan_out is not None:
+            q_probs = torch.from_numpy(saguaro(q_probs.numpy(), fan_out, self._saguaro_c))
         choice = torch.multinomial(q_probs, 1, generator=self._generator)[:, 0].numpy()
         choice = np.where(temperatures > 0, choice, 0)
         ids = indices.cpu().numpy()

@@ -21,6 +21,7 @@ class DrafterOptions(msgspec.Struct, frozen=True):
     cpus: list[int]
     parent_pid: int
     tree_attention: bool = False
+    saguaro_c: float = 1.0
 
     @property
     def max_fan_out(self) -> int:

@@ -99,6 +99,7 @@ def run(fd: int, options: DrafterOptions) -> int:
         max_branches=options.max_branches,
         max_fan_out=options.max_fan_out,
         top_m=options.top_m,
+        saguaro_c=options.saguaro_c,
         pages=DevicePages if options.tree_attention else HostPages,
         seed=int.from_bytes(os.urandom(8), "little") >> 1,  # never the stream that verification draws from
     )
