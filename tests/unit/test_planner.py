@@ -147,6 +147,14 @@ def test_ssd_that_always_hits_in_time_hides_all_drafting():
     assert ssd.tokens_per_s == pytest.approx(sum(0.7**j for j in range(5)) / 0.0108, rel=1e-3)
 
 
+def test_a_window_of_just_the_tree_and_one_step_is_no_division_by_zero():
+    sure = (1.0,) * 16
+    acceptance = Acceptance((0.7,), (0.7,), sure, sure, sure, rounds=1000)
+    costs = Costs(((1, 1, 0.01),), ((1.0, 0.0019),), spread=0.0)
+    ssd = predict_ssd(Profile("t", "d", costs, (acceptance,)), acceptance, Setting(1, 4, 20, "skip"))
+    assert ssd.hit_rate == pytest.approx(1.0)
+
+
 def test_ssd_that_never_hits_decodes_plainly():
     never = (0.0,) * 16
     acceptance = Acceptance((0.7,), (0.7,), never, never, never, rounds=1000)

@@ -92,7 +92,7 @@ def predict_ssd(profile: Profile, acceptance: Acceptance, setting: Setting) -> P
     for _ in range(ITERATIONS):
         branches = _branches(costs, setting, rows, round_s, chain)
         chain.advance(branches, _Reach(costs, setting, rows, rows * branches, round_s, chain.hit_rate))
-        wait_s = chain.wait_s(costs, rows, round_s)
+        wait_s = chain.wait_s(costs, round_s)
         before = round_s
         verify_s = costs.verify_s(setting.batch_size, 1 + chain.drafts) * costs.slowdown
         round_s = (before + verify_s + costs.handover_s + wait_s) / 2
@@ -131,7 +131,7 @@ class _Reach:
         # Chance that the tree was whole, and one more step had found the candidates of the last fork point of whatever
         # comes next, when the outcome came: a tree that had to wait for its own last fork point needs a step more.
         at_once, later = (self._surely((setting.num_drafts + n) * self._step_s, busy=0.0) for n in (1, 2))
-        self.finished = later / (1 - hit_rate * (at_once - later))
+        self.finished = later / max(1 - hit_rate * (at_once - later), 1e-9)
         self.depths = [self._depths(0.0), self._depths(self._step_s), self._depths(self._alone_s)]
 
     def _surely(self, needed_s: float, busy: float) -> float:
@@ -186,7 +186,7 @@ class _Chain:
                 lengths[k] += share * prob
         return lengths
 
-    def wait_s(self, costs: Costs, rows: int, round_s: float) -> float:
+    def wait_s(self, costs: Costs, round_s: float) -> float:
         """Mean time that a round waits for just-in-time drafts; remembers how many each number of missed rows gets."""
         setting, missing = self._setting, 1 - self.hit_rate
         survival, alive = [], 1.0
