@@ -102,6 +102,7 @@ def compare(profile: Profile, systems: Sequence[System], found: dict, args: argp
                     "measured": measured,
                     "error": predicted.tokens_per_s / measured - 1,
                     "num_turns": len(calm),
+                    "rates": [turn.num_tokens / turn.seconds for turn in turns],
                     "tokens_per_round": sum(t.num_tokens for t in calm) / sum(t.row_rounds for t in calm),
                     "round_ms": 1e3 * median(s for turn in calm for s in turn.steps_s),
                     "hit_rate": counts["hits"] / max(sum(counts.values()), 1),
@@ -112,23 +113,21 @@ def compare(profile: Profile, systems: Sequence[System], found: dict, args: argp
 
 
 def verdict(rows: Sequence[dict]) -> dict:
-    """Median error over the points of SSD, and how the recommended of them compares with the best measured."""
+    """Median error over the points of SSD, and the recommended system against the best measured, within turns."""
     ssd = [row for row in rows if row["method"] == "ssd"]
-    regrets = {}
-    for batch_size in {row["batch_size"] for row in ssd}:
+    recommended = {}
+    for batch_size in sorted({row["batch_size"] for row in ssd}):
         same = [row for row in rows if row["batch_size"] == batch_size]
         chosen = max(same, key=lambda row: row["predicted"]["tokens_per_s"])
         best = max(same, key=lambda row: row["measured"])
-        regrets[batch_size] = {
-            "chosen": chosen["system"],
-            "best": best["system"],
-            "of_best": chosen["measured"] / best["measured"],
-        }
+        of_best = median(a / b for a, b in zip(chosen["rates"], best["rates"]))
+        recommended[batch_size] = {"chosen": chosen["system"], "best": best["system"], "of_best": of_best}
     return {
         "points": len(ssd),
         "median_error": median(abs(row["error"]) for row in ssd),
         "worst_error": max(abs(row["error"]) for row in ssd),
-        "recommended": regrets,
+        "bias": median(row["error"] for row in ssd),
+        "recommended": recommended,
     }
 
 

@@ -55,6 +55,7 @@ def test_costs_are_interpolated_and_extended():
     assert one_batch.verify_s(1, 1) == pytest.approx(0.01)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(1, 100), st.floats(0.1, 10)), min_size=1, max_size=6), st.floats(0, 200))
 def test_piecewise_stays_between_its_neighbours(points, x):
     points = sorted(dict(points).items())
@@ -65,6 +66,7 @@ def test_piecewise_stays_between_its_neighbours(points, x):
         assert value >= points[-1][1] - 1e-9
 
 
+@settings(deadline=None)
 @given(st.lists(probabilities, min_size=1, max_size=6), st.integers(0, 9))
 def test_accept_probs_sum_to_one(chances, num_drafts):
     acceptance = dataclasses.replace(ACCEPTANCE, after_hit=tuple(chances))
@@ -194,6 +196,7 @@ def test_ssd_predictions_are_sound(batch_size, num_drafts, budget, on_miss, num_
     assert ssd.per_device == pytest.approx(ssd.tokens_per_s / (1 + num_drafters))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 7), st.floats(0.3, 0.95))
 def test_better_drafts_never_predict_fewer_tokens(num_drafts, accept):
     rates = []

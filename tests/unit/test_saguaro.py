@@ -46,6 +46,7 @@ def hit_when_rejected(p: np.ndarray, q: np.ndarray, prepared: np.ndarray) -> flo
     return float(residual[prepared].sum() / residual.sum())
 
 
+@settings(deadline=None)
 @given(distributions(4), st.lists(st.integers(0, 6), min_size=4, max_size=4), st.floats(0, 1))
 def test_definition(q, fan_out, factor):
     q = -np.sort(-q)
@@ -57,6 +58,7 @@ def test_definition(q, fan_out, factor):
         assert new == pytest.approx(expected)
 
 
+@settings(deadline=None)
 @given(distributions(3), st.integers(0, 6))
 def test_a_factor_of_one_changes_no_bit(q, fan_out):
     q = (-np.sort(-q)).astype(np.float32)
@@ -126,6 +128,7 @@ def test_output_is_biased_when_the_verifier_is_given_the_unchanged_q():
     assert np.abs(output - p).sum() > 0.05
 
 
+@settings(deadline=None)
 @given(distributions(2, zeros=False), st.integers(1, 4))
 def test_a_smaller_factor_never_lowers_the_hit_chance_of_a_rejection(rows, fan_out):
     p, q = rows
@@ -138,6 +141,7 @@ def test_a_smaller_factor_never_lowers_the_hit_chance_of_a_rejection(rows, fan_o
     assert all(later >= earlier - 1e-9 for earlier, later in itertools.pairwise(chances))
 
 
+@settings(deadline=None)
 @given(distributions(2, zeros=False), st.integers(1, 4))
 def test_acceptance_is_concave_in_the_mass_left_on_prepared_tokens(rows, fan_out):
     """So it falls with C from its best C on, and from C = 1 on where q fits the target."""

@@ -50,7 +50,7 @@ def plan(
     temperature: float = 0.0,
     drafts: Iterable[int] = range(1, 9),
     budgets: Sequence[int] = (),
-    fallbacks: Sequence[Fallback] = ("skip", "auto"),
+    fallbacks: Sequence[Fallback] = ("auto",),
     drafters: Sequence[int] = (1,),
 ) -> Plan:
     """Compare all settings. budgets: branches a request (default: 1, 2, 4 and 8 for each accept length)."""

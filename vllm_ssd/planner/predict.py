@@ -23,7 +23,10 @@ PHASES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a user would configure. branch_budget: branches a request; num_drafters share the requests evenly."""
+    """What a user would configure. branch_budget: branches a request; num_drafters share the requests evenly.
+
+    on_miss "auto" waits for just-in-time drafts where that pays; what n-gram drafts add to it is not predicted.
+    """
 
     batch_size: int = 1
     num_drafts: int = 5

@@ -106,7 +106,8 @@ class TargetEngine:
         if ours is None:
             return None
         options, environment = place_drafter(SSDConfig.from_json(ours), vllm_config, is_cpu=current_platform.is_cpu())
-        return {"engine_args": options.engine_args, "cpus": tuple(options.cpus), "environment": environment}
+        engine_args = {**options.engine_args, "tree_attention": options.tree_attention}
+        return {"engine_args": engine_args, "cpus": tuple(options.cpus), "environment": environment}
 
     def run(self, request: Decode) -> list[float]:
         """Seconds of every step in which all rows decoded, but for the first two."""
@@ -138,8 +139,11 @@ class DrafterEngine:
 
     def __init__(self, engine_args: dict[str, Any]) -> None:
         from vllm_ssd.compat.draft_model import DraftModel
+        from vllm_ssd.drafter.device_pages import DevicePages
+        from vllm_ssd.drafter.pages import HostPages
 
         self._model = DraftModel(**engine_args)
+        self._pages = DevicePages if engine_args["tree_attention"] else HostPages
 
     def run(self, request: Steps) -> list[float]:
         """Median seconds of the steps over all branches, of each of a few trees."""
@@ -155,6 +159,7 @@ class DrafterEngine:
             max_fan_out=request.branches,
             top_m=64,
             seed=0,
+            pages=self._pages,
         )
         medians = []
         for _ in range(STEP_TREES):
