@@ -50,7 +50,9 @@ def main() -> None:
 
 @app.command("plan")
 def plan_command(
-    profile: Annotated[Path | None, typer.Option(help="JSON that `vllm-ssd profile` wrote")] = None,
+    profile: Annotated[
+        list[Path] | None, typer.Option(help="JSON that `vllm-ssd profile` wrote; further ones add their acceptance")
+    ] = None,
     target: Annotated[Path | None, typer.Option(help="the target's config.json or folder, without a profile")] = None,
     drafter: Annotated[Path | None, typer.Option(help="the drafter's config.json or folder")] = None,
     device: Annotated[str, typer.Option(help=f"one of {', '.join(DEVICES)}")] = "H100",
@@ -140,7 +142,7 @@ def profile_command(
 
 
 def _inputs(
-    profile: Path | None,
+    profile: list[Path] | None,
     target: Path | None,
     drafter: Path | None,
     device: str,
@@ -151,7 +153,8 @@ def _inputs(
 ) -> Profile:
     """A profile from whatever was given; raises ValueError when that is too little."""
     if profile:
-        found = Profile.from_json(profile.read_bytes())
+        found, *others = (Profile.from_json(path.read_bytes()) for path in profile)
+        found = replace(found, acceptance=found.acceptance + tuple(a for other in others for a in other.acceptance))
     elif target and drafter:
         found = guess_profile(_shape(target), _shape(drafter), _device(device), target_devices, acceptance)
         found = replace(found, target=str(target), drafter=str(drafter))
@@ -209,7 +212,7 @@ def _speculative_config(inputs: Profile, best: Prediction, saguaro: float) -> di
     if best.method == "ssd":
         config |= {"method": "ssd", "branch_budget": best.branch_budget, "on_miss": best.on_miss}
         if saguaro < 1:
-            config["saguaro"] = saguaro
+            config["saguaro_c"] = saguaro
     return config
 
 

@@ -54,6 +54,19 @@ def test_plan_as_json_can_be_given_to_vllm(profile):
     assert {p["num_drafts"] for p in found["grid"]} == {1, 2, 3, 4}
 
 
+def test_further_profiles_add_what_they_measured_at_other_factors(profile, tmp_path):
+    sampled = dataclasses.replace(published_profile().acceptance[0], temperature=1.0)
+    paths = []
+    for factor, accept in ((1.0, 0.4), (0.5, 0.8)):
+        acceptance = dataclasses.replace(sampled, saguaro=factor, after_hit=(accept,))
+        paths.append(tmp_path / f"{factor}.json")
+        paths[-1].write_text(dataclasses.replace(published_profile(), acceptance=(acceptance,)).to_json())
+    options = [part for path in paths for part in ("--profile", path)]
+    done = run("plan", *options, "--temperature", 1.0, "--json", "--max-drafts", 3)
+    found = json.loads(done.output)["plans"]["1"]
+    assert found["saguaro"] == 0.5 == found["speculative_config"]["saguaro_c"]
+
+
 def test_plan_draws_rate_over_drafts_and_budget(profile, tmp_path):
     pytest.importorskip("matplotlib")
     figure = tmp_path / "plan.png"

@@ -270,6 +270,7 @@ class Profiler:
     def profile(self) -> Profile:
         """What all measurements so far say; engines that take turns must have run as often."""
         subject = self._subject
+        factor = subject.ssd.get("saguaro_c", 1.0)
         medians = {point: [median(seconds) for seconds in turns] for point, turns in self._verify.items()}
         verify = tuple((b, m, median(turns)) for (b, m), turns in sorted(medians.items()))
         costs = Costs(
@@ -298,7 +299,7 @@ class Profiler:
                 error=costs.error,
             ),
             acceptance=tuple(
-                Acceptance.from_rounds(of_temperature, subject.max_drafts, temperature)
+                Acceptance.from_rounds(of_temperature, subject.max_drafts, temperature, factor if temperature else 1.0)
                 for temperature, of_temperature in sorted(self._rounds.items())
             ),
             target_devices=subject.target_devices,
