@@ -17,6 +17,10 @@ from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
+V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+if V2:  # also in the worker processes, which import this module anew
+    import interpreted_v2  # noqa: F401
+
 
 class EngineHost:
     """The engine, and what tests may do to it."""
@@ -40,9 +44,14 @@ class EngineHost:
         self._engine = llm.llm_engine
         worker = getattr(self._engine.engine_core.engine_core.model_executor, "driver_worker", None)
         if "speculative_config" in engine_args and worker is not None:
-            self._proposer = worker.worker.model_runner.drafter
-            self._see_proposals(distort=None)
-            self._see_ngram_drafts()
+            runner = worker.worker.model_runner
+            if V2:
+                self._proposer = runner.speculator
+                self._see_lookups()
+            else:
+                self._proposer = runner.drafter
+                self._see_proposals(distort=None)
+                self._see_ngram_drafts()
 
     def generate(
         self, requests: list[dict[str, Any]], signals: dict[int, int] | None = None, min_seconds: float = 0.0
@@ -85,6 +94,10 @@ class EngineHost:
             counts |= self._proposer._metrics.counts | self._seen
         return counts
 
+    def is_async(self) -> bool:
+        """Whether the scheduler is a step ahead of the results."""
+        return self._engine.vllm_config.scheduler_config.async_scheduling
+
     def drafter(self) -> SimpleNamespace:
         """Process id, how often it was started, whether it is connected, KV pages in use when it last reported."""
         link, stats = self._proposer._drafter, self._proposer._metrics.drafter_stats
@@ -107,7 +120,10 @@ class EngineHost:
 
     def distort_q(self, exponent: float | None) -> None:
         """From now on claim q ** exponent, renormalised, to be what the drafts were drawn from; None: the truth."""
-        self._see_proposals(exponent)
+        if V2:
+            self._distort_draft_logits(exponent)
+        else:
+            self._see_proposals(exponent)
 
     def _see_proposals(self, distort: float | None) -> None:
         verifier = self._proposer._verifier
@@ -120,6 +136,33 @@ class EngineHost:
             return [[p if p is None or distort is None else distorted(p, distort) for p in row] for row in rows]
 
         verifier.proposals = proposals
+
+    def _see_lookups(self) -> None:
+        """On the V2 runner: drafts with a known q, and tensors that the host read to draft."""
+        from host_reads import HostReads
+
+        speculator, runner = self._proposer, type(self._proposer)
+
+        def propose(input_batch, *args, **kwargs):
+            with HostReads() as reads:
+                drafts = runner.propose(speculator, input_batch, *args, **kwargs)
+            self._seen["host_reads"] += len(reads.found)
+            slots = input_batch.idx_mapping_np
+            self._seen["known_q"] += int(speculator.num_drafts[slots].numpy()[speculator._sampled[slots]].sum())
+            return drafts
+
+        self._seen["host_reads"] = 0
+        speculator.propose = propose
+
+    def _distort_draft_logits(self, exponent: float | None) -> None:
+        speculator, runner = self._proposer, type(self._proposer)
+
+        def write(slots, is_draft, q_token_ids, q_probs, temperature):
+            powers = q_probs if exponent is None else q_probs**exponent
+            probs = powers / powers.sum(-1, keepdim=True)
+            runner._write_draft_logits(speculator, slots, is_draft, q_token_ids, probs, temperature)
+
+        speculator._write_draft_logits = write
 
     def _see_ngram_drafts(self) -> None:
         from vllm_ssd import verifier

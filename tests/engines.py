@@ -19,6 +19,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
+ON_V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+"""Environment of an engine on vLLM's V2 model runner."""
 ANSWER_S = 240
 """No start and no run takes so long: an engine that has not answered by then hangs."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -102,6 +104,15 @@ class DrafterProcess:
             self._lost(f"said nothing for {HANG_S:.0f} s")
         self._polled_at = now
         return pushes
+
+    def wait(self, wakeup: int, timeout_s: float) -> None:
+        """Return when the drafter has said something, the descriptor `wakeup` is readable, or the time is over."""
+        poller = select.poll()
+        poller.register(wakeup, select.POLLIN)
+        if self.connected:
+            with contextlib.suppress(ValueError):  # closed meanwhile, by `close` on another thread
+                poller.register(self._transport.fileno(), select.POLLIN)
+        poller.poll(timeout_s * 1e3)
 
     def close(self) -> None:
         """End the drafter; idempotent, and called at exit."""

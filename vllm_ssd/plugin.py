@@ -18,6 +18,8 @@ def register() -> None:
     try:
         from vllm.engine.arg_utils import EngineArgs
 
+        from vllm_ssd.compat.runner import check_runner, install_speculator
+
         original = EngineArgs.create_speculative_config
         if getattr(original, "_vllm_ssd", False):
             return
@@ -25,13 +27,30 @@ def register() -> None:
         @functools.wraps(original)
         def create_speculative_config(self: EngineArgs, target_model_config: Any, target_parallel_config: Any) -> Any:
             if asks_for_ssd(self):
-                translate(self, target_parallel_config)
+                translate(self, target_model_config, target_parallel_config)
             return original(self, target_model_config, target_parallel_config)
+
+        original_engine_config = EngineArgs.create_engine_config
+
+        @functools.wraps(original_engine_config)
+        def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+            config = original_engine_config(self, *args, **kwargs)
+            check_runner(config)
+            return config
 
         create_speculative_config._vllm_ssd = True
         EngineArgs.create_speculative_config = create_speculative_config
+        EngineArgs.create_engine_config = create_engine_config
+        install_speculator(build_speculator)
     except Exception:  # vLLM calls plugins unguarded: whoever did not ask for ssd must not notice us
         logger.exception("vllm-ssd could not register; speculative method 'ssd' is not available")
+
+
+def build_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+    """What the V2 runner drafts with."""
+    from vllm_ssd.speculator import SSDSpeculator
+
+    return SSDSpeculator(vllm_config, device, req_states)
 
 
 def asks_for_ssd(engine_args: Any) -> bool:
@@ -40,18 +59,22 @@ def asks_for_ssd(engine_args: Any) -> bool:
     return engine_args.__dict__.get("spec_method") == "ssd" or config.get("method") == "ssd"
 
 
-def translate(engine_args: Any, parallel_config: Any) -> None:
+def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     """Check the user's ssd configuration and put it into the form that vLLM carries to its workers.
 
-    vLLM is left with `custom_class` and our proposer; our own keys travel in `additional_config["ssd"]`, which
-    enters vLLM's compile-cache key, and the volatile ones in an environment variable, which does not.
+    vLLM is left with a method of its own, behind which the runner that it will choose finds us. Our own keys travel in
+    `additional_config["ssd"]`, which enters vLLM's compile-cache key, and the volatile ones in an environment variable,
+    which does not.
     """
     import vllm
 
+    from vllm_ssd.compat import runner
     from vllm_ssd.compat.version import check_vllm_version
     from vllm_ssd.config import RUNTIME_ENV, SERVER_PID_ENV, SSDConfig
 
     check_vllm_version(vllm.__version__)
+    if model_config.runner_type == "pooling":
+        raise ValueError("ssd: the target is a pooling model, which generates no tokens to speculate about")
     user = dict(engine_args.speculative_config or {})
     for field, key in (("spec_method", "method"), ("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
         value = getattr(engine_args, field, None)
@@ -66,12 +89,16 @@ def translate(engine_args: Any, parallel_config: Any) -> None:
     engine_args.additional_config = {**(engine_args.additional_config or {}), "ssd": config.to_json()}
     os.environ[RUNTIME_ENV] = config.runtime_json()
     os.environ[SERVER_PID_ENV] = str(os.getpid())
-    if parallel_config.pipeline_parallel_size > 1:
+    if parallel_config.pipeline_parallel_size > 1 and not runner.is_v2():
         if parallel_config.worker_extension_cls not in ("", PIPELINE_EXTENSION):
             raise ValueError("ssd: pipeline parallelism needs worker_extension_cls, which is set already")
         parallel_config.worker_extension_cls = PIPELINE_EXTENSION
-    engine_args.speculative_config = {
-        "method": "custom_class",
-        "model": PROPOSER,
-        "num_speculative_tokens": config.num_speculative_tokens,
-    }
+    if runner.is_v2():
+        disguise = {
+            "method": runner.METHOD_ON_V2,
+            "prompt_lookup_min": config.ngram_min,
+            "prompt_lookup_max": config.ngram_max,
+        }
+    else:
+        disguise = {"method": "custom_class", "model": PROPOSER}
+    engine_args.speculative_config = disguise | {"num_speculative_tokens": config.num_speculative_tokens}

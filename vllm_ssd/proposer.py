@@ -35,21 +35,9 @@ class SSDProposer:
         self._num_verified: Sequence[int] = ()
         if get_tp_group().rank_in_group != 0:
             return
-        config = SSDConfig.from_json(vllm_config.additional_config["ssd"])
-        config = config.with_runtime(os.environ.get(RUNTIME_ENV, "{}"))
-        self._metrics = Metrics(config.num_speculative_tokens, logger)
-        options, environment = place_drafter(config, vllm_config, is_cpu=current_platform.is_cpu())
-        self._drafter = DrafterProcess(
-            options,
-            _hello(config, vllm_config),
-            environment=environment,
-            startup_timeout_s=config.startup_timeout_s,
-            logger=logger,
-            server_pid=int(os.environ.get(SERVER_PID_ENV, "0")),
-        )
+        config = user_config(vllm_config)
+        self._metrics, self._drafter = start_drafter(config, vllm_config)
         self._verifier = Verifier(config, self._drafter, self._metrics)
-        if config.metrics_port is not None:
-            self._metrics.serve(config.metrics_port)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Called once the target is loaded: wait for the drafter, which has been loading beside it."""
@@ -87,6 +75,29 @@ class SSDProposer:
     ) -> list[list[Proposal | None]] | None:
         """The distributions of the drafts under verification; see `Verifier.proposals`."""
         return self._verifier.proposals(request_ids, num_tokens, draft_token_ids)
+
+
+def user_config(vllm_config: VllmConfig) -> SSDConfig:
+    """What the user asked for, as it travelled to this worker."""
+    config = SSDConfig.from_json(vllm_config.additional_config["ssd"])
+    return config.with_runtime(os.environ.get(RUNTIME_ENV, "{}"))
+
+
+def start_drafter(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, DrafterProcess]:
+    """Start a drafter for this worker, which loads beside the target, and the counters about it."""
+    metrics = Metrics(config.num_speculative_tokens, logger)
+    options, environment = place_drafter(config, vllm_config, is_cpu=current_platform.is_cpu())
+    drafter = DrafterProcess(
+        options,
+        _hello(config, vllm_config),
+        environment=environment,
+        startup_timeout_s=config.startup_timeout_s,
+        logger=logger,
+        server_pid=int(os.environ.get(SERVER_PID_ENV, "0")),
+    )
+    if config.metrics_port is not None:
+        metrics.serve(config.metrics_port)
+    return metrics, drafter
 
 
 def _hello(config: SSDConfig, vllm_config: VllmConfig) -> Hello:

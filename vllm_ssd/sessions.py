@@ -60,9 +60,13 @@ class Session:
     evictions: int = 0
     reopen_round: int = 0
 
+    def expects(self, block: Block) -> bool:
+        """Whether a block answers this committed length, in this epoch."""
+        return block.epoch == self.epoch and block.length == self.length
+
     def take(self, block: Block) -> bool:
         """Keep a pushed block; False when it answers another committed length or epoch."""
-        if block.epoch != self.epoch or block.length != self.length:
+        if not self.expects(block):
             return False
         self.blocks.append(block)
         return True

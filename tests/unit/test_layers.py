@@ -23,10 +23,13 @@ ALLOWED = {
     "drafter": {"kernels", "policy", "protocol", "compat", "transport"},
     "sessions": {"config", "protocol", "metrics"},
     "verifier": {"config", "protocol", "policy", "metrics", "sessions"},
+    "cache": {"protocol"},
+    "courier": {"cache", "config", "metrics", "protocol", "sessions"},
     "launch": {"drafter", "protocol", "transport"},
     "placement": {"config", "drafter"},
     "proposer": {"compat", "config", "launch", "metrics", "placement", "protocol", "sessions", "verifier"},
-    "plugin": {"compat", "config"},
+    "speculator": {"cache", "compat", "courier", "proposer"},
+    "plugin": {"compat", "config", "speculator"},
     "profiler": {"compat", "config", "drafter", "placement", "planner", "policy"},
     "cli": {"config", "planner", "profiler"},
 }
@@ -40,6 +43,8 @@ NO_VLLM = {
     "metrics",
     "sessions",
     "verifier",
+    "cache",
+    "courier",
     "launch",
 }
 

@@ -1,0 +1,90 @@
+"""Requests on vLLM's V2 model runner, asynchronously scheduled: greedy text is that of the target alone.
+
+Whatever happens, the host reads no device tensor to draft. Triton's interpreter makes a round some fifty times slower
+than the V1 runner's on a CPU: runs are short, and every block is there in time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from engines import ON_V2, Engine, assert_conclusive, request, texts
+from host_reads import HostReads
+
+Prompts = Callable[..., list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def engine(start_engine: Callable[..., Engine]) -> Iterator[Engine]:
+    engine = start_engine(
+        speculative={"branch_budget": 12},
+        environment=ON_V2,
+    )
+    assert engine.call("is_async")
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def requests(prompts: Prompts) -> list[dict[str, Any]]:
+    """Requests of many lengths that keep joining a batch of eight while others leave it."""
+    rng = random.Random(1)
+    return [
+        request(prompt, max_tokens=rng.randint(1, 60), join_step=2 * i) for i, prompt in enumerate(prompts(12, 2, 100))
+    ]
+
+
+def assert_same(run: SimpleNamespace, expected: SimpleNamespace, **conclusive: int) -> None:
+    assert texts(run) == texts(expected)
+    assert run.counts["host_reads"] == 0, "the host waited for the device"
+    assert_conclusive(run, **conclusive)
+
+
+def test_text_is_that_of_the_target_alone(engine: Engine, target_alone: Engine, requests: list[dict[str, Any]]) -> None:
+    run, expected = engine.generate(requests), target_alone.generate(requests)
+    assert_same(run, expected, hits=50, misses=5, accepted=50)
+    assert len(run.seconds) < len(expected.seconds), "inconclusive: speculation saved no round"
+
+
+def test_chunked_prefill_preemption_and_ngram(
+    start_engine: Callable[..., Engine], target_alone: Engine, corpus: list[int]
+) -> None:
+    """A target whose KV holds only part of what it was given: requests leave their slots and return as new ones."""
+    rng = random.Random(9)
+    requests = []
+    for i in range(8):
+        prefix = corpus[(start := 1000 * (i % 2)) : start + 40]
+        rest = corpus[(start := rng.randrange(len(corpus) - 100)) : start + rng.randint(1, 60)]
+        requests.append(request(prefix + rest, max_tokens=rng.randint(30, 60), join_step=i))
+    engine = start_engine(
+        max_model_len=256,
+        max_num_batched_tokens=64,
+        enable_prefix_caching=True,
+        block_size=32,
+        num_gpu_blocks_override=12,
+        speculative={"branch_budget": 12, "on_miss": "ngram"},
+        environment=ON_V2,
+    )
+    try:
+        run = engine.generate(requests)
+    finally:
+        engine.close()
+    assert texts(run) == texts(target_alone.generate(requests))
+    assert run.counts["vllm:num_preemptions"] > 0, "inconclusive: nothing was preempted"
+    assert_conclusive(run, hits=20, misses=5, accepted=30)
+
+
+def test_the_watch_sees_host_reads() -> None:
+    import torch
+
+    tensor = torch.arange(3)
+    with HostReads() as reads:
+        _ = int(tensor[0]), tensor.tolist(), tensor[tensor > 0], bool(tensor.any()), tensor.numpy(), f"{tensor[1]}"
+    assert len(reads.found) >= 6, reads.found
+    with HostReads() as reads:
+        _ = torch.where(tensor > 1, tensor, 0)[tensor] + tensor.max()
+    assert not reads.found

@@ -1,0 +1,201 @@
+"""The thread between device and drafter, its work done by hand: a target a step ahead, and outcomes that come late."""
+
+from __future__ import annotations
+
+import logging
+import random
+import select
+import threading
+
+import fake_model
+import numpy as np
+import pytest
+import torch
+from fake_link import InProcessLink, K
+
+from vllm_ssd.cache import Speculation, SpeculationCache
+from vllm_ssd.config import SSDConfig
+from vllm_ssd.courier import HIT, LATE, MISS, Courier
+from vllm_ssd.metrics import Metrics
+from vllm_ssd.protocol import Close, Evicted, Open, Push
+
+SLOTS = 4
+LOGGER = logging.getLogger("test")
+PROMPTS = {"a": [1, 2, 3], "b": [4] * 9, "c": [5, 6]}
+
+
+class Link(InProcessLink):
+    """An in-process drafter that a thread can sleep on."""
+
+    closed = False
+
+    def wait(self, wakeup: int, timeout_s: float) -> None:
+        select.select([wakeup], [], [], timeout_s)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Device:
+    """Verifies drafts at temperature 0 and looks the next ones up, as the V2 runner and `SSDSpeculator` do."""
+
+    def __init__(self, link: Link, **options) -> None:
+        user = {"model": "x", "num_speculative_tokens": K, "fan_out": 3, **options}
+        self.metrics = Metrics(K, LOGGER)
+        self.cache = SpeculationCache(SLOTS, 3 * (K + 1), K, 5, "cpu")
+        self.courier = Courier(SSDConfig.from_user(user), link, self.metrics, self.cache, LOGGER)
+        self.requests: dict[str, tuple[int, int]] = {}  # serial number and slot
+        self.tokens: dict[str, list[int]] = {}
+        self.drafts: dict[str, list[int]] = {}
+        self.verifying = Speculation.empty(SLOTS, K, 5, torch.device("cpu"))
+        self.num_started = 0
+
+    def start(self, name: str, token_ids: list[int]) -> None:
+        slot = min(set(range(SLOTS)) - {slot for _, slot in self.requests.values()})
+        self.requests[name] = self.num_started, slot
+        self.tokens[name], self.drafts[name] = list(token_ids), []
+        self.courier.start(self.num_started, slot, token_ids, 0.0)
+        self.num_started += 1
+
+    def finish(self, name: str) -> list[int]:
+        self.courier.finish(self.requests.pop(name)[0])
+        del self.drafts[name]
+        return self.tokens.pop(name)
+
+    def round(self) -> None:
+        names = list(self.requests)
+        serials, slots = (torch.tensor(column) for column in zip(*self.requests.values()))
+        emitted = []
+        lengths = torch.tensor([len(self.tokens[name]) for name in names])
+        for name in names:
+            new: list[int] = []
+            for draft in [*self.drafts[name], None]:
+                new.append(next_token(self.tokens[name] + new))
+                if new[-1] != draft:
+                    break
+            self.tokens[name] += new
+            emitted.append(new)
+        num_emitted = torch.tensor([len(new) for new in emitted], dtype=torch.int32)
+        bonus = torch.tensor([new[-1] for new in emitted], dtype=torch.int32)
+        old = self.verifying[slots]
+        present, found = self.cache.lookup(slots, serials, lengths, num_emitted - 1, bonus, old)
+        self.verifying.num_drafts[slots] = found.num_drafts
+        self.verifying.draft_token_ids[slots] = found.draft_token_ids
+        status = torch.where(present, torch.where(found.num_drafts > 0, HIT, MISS), LATE).int()
+        columns = torch.stack((num_emitted, bonus, status, found.num_drafts), 1)
+        self.courier.decided(serials.tolist(), torch.cat((columns, found.draft_token_ids), 1), None)
+        for name, drafts, n in zip(names, found.draft_token_ids.tolist(), found.num_drafts.tolist()):
+            self.drafts[name] = drafts[:n]
+
+
+def next_token(prefix: list[int]) -> int:
+    """The target's choice: usually the drafter's first or second."""
+    order = np.argsort(-fake_model.reference_logits(prefix).numpy())
+    return int(order[(0, 0, 0, 1, 1, 5)[sum(prefix) % 6]])
+
+
+def assert_right(tokens: list[int], prompt: list[int]) -> None:
+    expected = list(prompt)
+    while len(expected) < len(tokens):
+        expected.append(next_token(expected))
+    assert tokens == expected
+
+
+def assert_finds_what_is_speculated(device: Device, rounds: int = 12) -> None:
+    before = dict(device.metrics.counts)
+    for _ in range(rounds):
+        device.round()
+        device.courier.work()
+        device.courier.work()
+    assert device.metrics.counts["hits"] - before["hits"] >= rounds // 2
+
+
+def test_most_rounds_hit() -> None:
+    device = Device(Link())
+    for name, prompt in PROMPTS.items():
+        device.start(name, prompt)
+    assert_finds_what_is_speculated(device)
+    for name, prompt in PROMPTS.items():
+        assert_right(device.tokens[name], prompt)
+    counts = device.metrics.counts
+    assert counts["hits"] > 2 * counts["misses"] and 15 < counts["accepted_tokens"] <= counts["draft_tokens"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_joins_leaves_preemptions_and_delays(seed: int) -> None:
+    rng = random.Random(seed)
+    link = Link(steps_a_poll=6)
+    device = Device(link)
+    prompts: dict[str, list[int]] = {}
+    for step in range(150):
+        if len(device.requests) < SLOTS and rng.random() < 0.3:
+            name = f"r{step}"
+            prompts[name] = [rng.randrange(13) for _ in range(rng.randint(1, 12))]
+            device.start(name, prompts[name])
+        if device.requests and rng.random() < 0.1:
+            name = rng.choice(list(device.requests))
+            tokens = device.finish(name)
+            if rng.random() < 0.5 and len(tokens) < 100:
+                device.start(name, tokens)  # preempted and resumed, perhaps in another slot
+        if device.requests:
+            device.round()
+        for _ in range(rng.randrange(3)):
+            device.courier.work()
+        for name, tokens in device.tokens.items():
+            assert_right(tokens, prompts[name])
+    assert device.metrics.counts["hits"] > 20
+    for name in list(device.requests):
+        device.finish(name)
+    for _ in range(3):
+        device.courier.work()
+    assert not link.engine.sequences and link.engine.pages.num_free == 400
+
+
+def test_a_drafter_that_comes_back_is_told_everything() -> None:
+    link = Link()
+    device = Device(link)
+    for name, prompt in PROMPTS.items():
+        device.start(name, prompt)
+    assert_finds_what_is_speculated(device)
+    link.die()
+    for _ in range(6):
+        device.round()
+        device.courier.work()
+    link.come_back()
+    assert_finds_what_is_speculated(device, rounds=15)
+    for name, prompt in PROMPTS.items():
+        assert_right(device.tokens[name], prompt)
+
+
+def test_an_evicted_request_is_opened_again_later() -> None:
+    link = Link()
+    device = Device(link)
+    device.start("a", PROMPTS["a"])
+    assert_finds_what_is_speculated(device)
+    serial, _ = device.requests["a"]
+    session = device.courier._sessions[str(serial)]
+    link.engine.close(str(serial))
+    device.courier._absorb([Push([], [Evicted(str(serial), session.epoch)], None)])
+    device.round()
+    device.courier.work()
+    for _ in range(40):
+        device.round()
+        device.courier.work()
+    opened = [event for step in link.steps for event in step.events if isinstance(event, Open)]
+    assert [event.epoch for event in opened] == [1, 2]
+    assert_right(device.tokens["a"], PROMPTS["a"])
+
+
+def test_the_threads_end_and_close_the_link() -> None:
+    link = Link()
+    device = Device(link)
+    before = threading.active_count()
+    device.courier.run()
+    device.start("a", PROMPTS["a"])
+    device.finish("a")
+    device.courier.stop()
+    for thread in threading.enumerate():
+        if thread.name in ("ssd-courier", "ssd-outcomes"):
+            thread.join(timeout=10)
+    assert threading.active_count() == before and link.closed
+    assert any(isinstance(event, Close) for step in link.steps for event in step.events)

@@ -1,0 +1,164 @@
+"""The seam with vLLM's V2 model runner.
+
+The runner gives its speculator rows of device tensors, but never a request. Four methods are wrapped, so that a
+speculator of ours sees requests come and go, knows when the target is loaded, and has drafts that are only filler
+rejected by vLLM's rejection sampler.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from vllm_ssd.compat.version import UnsupportedVLLM
+
+
+class V2Speculator(BaseSpeculator):
+    """What the V2 runner needs of a speculator that runs no model on the target's device.
+
+    draft_logits [max_num_reqs, K, vocab] float32: log q times temperature of the drafts under verification, by slot.
+    num_drafts [max_num_reqs] int32: how many of a slot's K drafts are any; the others are rejected.
+    """
+
+    supports_mm_inputs = False
+    draft_logits: torch.Tensor
+    num_drafts: torch.Tensor
+
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        """Nothing to capture: drafting is a lookup."""
+
+    def capture(self) -> None:
+        """Nothing to capture: drafting is a lookup."""
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Drafts [num_reqs, K] int64 for the next round; never reads a device tensor on the host."""
+        num_reqs, num_drafts = input_batch.num_reqs, self.draft_logits.shape[1]
+        if dummy_run:
+            return num_sampled.new_zeros((num_reqs, num_drafts), dtype=torch.int64)
+        return self.speculate(
+            input_batch,
+            num_sampled[:num_reqs].int(),
+            last_sampled.view(-1)[input_batch.idx_mapping],
+            temperature[input_batch.idx_mapping],
+            num_drafts if num_speculative_tokens is None else num_speculative_tokens,
+        )
+
+    @abstractmethod
+    def speculate(
+        self, batch: Any, num_sampled: torch.Tensor, bonus: torch.Tensor, temperature: torch.Tensor, wanted: int
+    ) -> torch.Tensor:
+        """Drafts [B, K] int64 after a round of vLLM's `InputBatch` `batch`.
+
+        num_sampled [B] int32: tokens each row emitted, 0 in a prefill chunk; bonus [B] int64: the last of them;
+        temperature [B] float32; wanted: drafts that the next round may carry.
+        """
+
+    @abstractmethod
+    def on_target_loaded(self) -> None:
+        """The target is loaded; nothing has been profiled yet."""
+
+    @abstractmethod
+    def add_request(self, request_id: str, slot: int, token_ids: Sequence[int], temperature: float) -> None:
+        """A request joins with all its tokens so far: a new one, or one that was preempted."""
+
+    @abstractmethod
+    def remove_request(self, request_id: str) -> None:
+        """A request leaves its slot: finished, preempted, or about to be replaced; unknown ones are ignored."""
+
+    def invalid_drafts(self, batch: Any) -> torch.Tensor:
+        """Which of the logit rows of `batch` [num_logits] belong to drafts that are only filler."""
+        return batch.expanded_local_pos > self.num_drafts[batch.expanded_idx_mapping]
+
+
+def ngram_speculator(vllm_config: VllmConfig, device: torch.device, req_states: Any) -> BaseSpeculator:
+    """vLLM's own drafter by n-gram match, on the device."""
+    from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
+
+    return NgramGPUSpeculator(vllm_config, device, req_states)
+
+
+def ngram_drafts(speculator: BaseSpeculator, batch: Any, num_sampled: torch.Tensor, req_states: Any) -> torch.Tensor:
+    """Its drafts [B, K] int64, the last token repeated where nothing matches."""
+    nothing = dict.fromkeys(("attn_metadata", "slot_mappings", "last_hidden_states", "aux_hidden_states"))
+    nothing |= dict.fromkeys(("num_rejected", "next_prefill_tokens", "temperature", "seeds"))
+    return speculator.propose(batch, num_sampled=num_sampled, last_sampled=req_states.last_sampled_tokens, **nothing)
+
+
+def install() -> None:
+    """Wrap the V2 runner for speculators of ours; others behave as before. Idempotent."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+    _wrap(GPUModelRunner, "load_model", lambda runner: runner.speculator, _load_model)
+    _wrap(GPUModelRunner, "add_requests", lambda runner: runner.speculator, _add_requests)
+    _wrap(GPUModelRunner, "_remove_request", lambda runner: runner.speculator, _remove_request)
+    _wrap(RejectionSampler, "__call__", lambda sampler: getattr(sampler, "_ssd_speculator", None), _judge)
+
+
+def _wrap(owner: type, name: str, speculator_of: Callable[[Any], Any], wrapper: Any) -> None:
+    original = getattr(owner, name, None)
+    if original is None:
+        raise UnsupportedVLLM(f"vLLM's V2 {owner.__name__} has no {name}; vllm-ssd must be adapted to this vLLM")
+    if getattr(original, "_vllm_ssd", False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        speculator = speculator_of(self)
+        if not isinstance(speculator, V2Speculator):
+            return original(self, *args, **kwargs)
+        return wrapper(functools.partial(original, self), self, speculator, *args, **kwargs)
+
+    wrapped._vllm_ssd = True
+    setattr(owner, name, wrapped)
+
+
+def _load_model(original, runner, speculator: V2Speculator, *args, **kwargs):
+    original(*args, **kwargs)
+    runner.rejection_sampler._ssd_speculator = speculator
+    speculator.on_target_loaded()
+
+
+def _add_requests(original, runner, speculator: V2Speculator, scheduler_output):
+    original(scheduler_output)
+    for new in scheduler_output.scheduled_new_reqs:
+        if new.req_id.startswith("_") and "warmup" in new.req_id:  # vLLM's own, between which it captures CUDA graphs
+            continue
+        slot = runner.req_states.req_id_to_index[new.req_id]
+        speculator.add_request(new.req_id, slot, new.prefill_token_ids, new.sampling_params.temperature)
+
+
+def _remove_request(original, runner, speculator: V2Speculator, request_id):
+    speculator.remove_request(request_id)
+    return original(request_id)
+
+
+def _judge(original, sampler, speculator: V2Speculator, logits, input_batch, draft_logits=None, invalid_drafts=None):
+    invalid = speculator.invalid_drafts(input_batch)
+    return original(logits, input_batch, draft_logits, invalid if invalid_drafts is None else invalid | invalid_drafts)

@@ -1,0 +1,183 @@
+"""Between the target's device and the drafter, on a thread of its own: outcomes one way, blocks the other.
+
+Under asynchronous scheduling vLLM's thread is a step ahead of the device: outcomes are known to nobody when it asks
+for drafts, so it only says where they will appear. Everything that takes time happens here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from vllm_ssd.cache import SpeculationCache
+from vllm_ssd.config import SSDConfig
+from vllm_ssd.metrics import Metrics
+from vllm_ssd.protocol import Block, Close, Open, Outcome
+from vllm_ssd.sessions import Link, Session, Sessions
+
+LATE, MISS, HIT = range(3)
+"""What a lookup found: no block for the round, none for the outcome in it, or drafts."""
+
+Event = Open | Outcome | Close
+
+HEARTBEAT_S = 0.25
+"""How often a drafter is looked at that says nothing, so that its death or hang is noticed."""
+
+
+class WaitableLink(Link, Protocol):
+    """A link that a thread can sleep on."""
+
+    def wait(self, wakeup: int, timeout_s: float) -> None:
+        """Return when the drafter has said something, the descriptor `wakeup` is readable, or the time is over."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class RemoteSession(Session):
+    """A request as this thread sees it, some steps behind vLLM's."""
+
+    slot: int = 0
+    token_ids: list[int] = field(default_factory=list)  # committed
+    verifying: list[int] = field(default_factory=list)  # drafts of the round after them
+
+
+class Courier(Sessions[RemoteSession]):
+    """Carries what vLLM's thread and the device leave to the drafter, and its blocks into the cache.
+
+    `start`, `finish`, `decided` and `stop` may be called from any thread and return at once. A request is known by its
+    serial number, which no other request ever had: one that vLLM preempts and resumes is a new one.
+    """
+
+    def __init__(
+        self, config: SSDConfig, link: WaitableLink, metrics: Metrics, cache: SpeculationCache, logger: logging.Logger
+    ) -> None:
+        super().__init__(config, link, metrics)
+        self._link: WaitableLink = link
+        self._cache = cache
+        self._logger = logger
+        self._tasks: deque[Callable[[], list[Event]]] = deque()
+        self._undecided: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stopped = False
+
+    def run(self) -> None:
+        """Start the threads; they end with `stop`."""
+        threading.Thread(target=self._carry, name="ssd-courier", daemon=True).start()
+        threading.Thread(target=self._await_decisions, name="ssd-outcomes", daemon=True).start()
+
+    # ---- what vLLM's thread tells ----------------------------------------------------------------------
+
+    def start(self, serial: int, slot: int, token_ids: Sequence[int], temperature: float) -> None:
+        """Request `serial` joins in `slot` with all its tokens so far."""
+        self._leave(functools.partial(self._start, serial, slot, token_ids, temperature))
+
+    def finish(self, serial: int) -> None:
+        """Request `serial` has left its slot."""
+        self._leave(functools.partial(self._finish, serial))
+
+    def decided(self, serials: list[int], rows: torch.Tensor, copied: torch.cuda.Event | None) -> None:
+        """A round of requests `serials`, decided once `copied` has happened.
+
+        rows [B, 4 + K] int32 on the host: number of tokens emitted, the last of them, what the lookup found (LATE, MISS
+        or HIT), number of drafts that are now being verified, and these.
+        """
+        decision = functools.partial(self._decide, serials, rows)
+        if copied is None:
+            self._leave(decision)
+        else:
+            self._undecided.put((copied.synchronize, decision))
+
+    def stop(self) -> None:
+        """End the threads and the drafter."""
+        self._stopped = True
+        self._undecided.put(None)
+        self._leave(list)
+
+    def _leave(self, task: Callable[[], list[Event]]) -> None:
+        self._tasks.append(task)
+        os.eventfd_write(self._wakeup, 1)
+
+    # ---- the threads -----------------------------------------------------------------------------------
+
+    def _await_decisions(self) -> None:
+        """Waiting for the device and waiting for the drafter take two threads."""
+        while (item := self._undecided.get()) is not None:
+            synchronize, decision = item
+            synchronize()
+            self._leave(decision)
+
+    def _carry(self) -> None:
+        try:
+            while not self._stopped:
+                self._link.wait(self._wakeup, HEARTBEAT_S)
+                self.work()
+        except Exception:  # the target must not end with its helper
+            self._logger.exception("SSD: the thread between target and drafter failed; decoding goes on without drafts")
+        finally:
+            self._link.close()
+
+    def work(self) -> None:
+        """Bring the blocks that have arrived to the device, then tell the drafter all that was left to tell."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wakeup)
+        self._absorb(self._link.poll())
+        self._cache.flush()
+        events: list[Event] = []
+        while self._tasks:
+            events += self._tasks.popleft()()
+        if events:
+            self._send(events)
+        self._metrics.log()
+
+    def _start(self, serial: int, slot: int, token_ids: Sequence[int], temperature: float) -> list[Event]:
+        session = RemoteSession(str(serial), temperature, len(token_ids), slot=slot, token_ids=list(token_ids))
+        self._sessions[session.request_id] = session
+        return [*self._open(session, token_ids)]
+
+    def _finish(self, serial: int) -> list[Event]:
+        session = self._sessions.pop(str(serial))
+        return [Close(session.request_id)] if session.generation == self._link.generation else []
+
+    def _decide(self, serials: list[int], rows: torch.Tensor) -> list[Event]:
+        self._round += 1
+        events: list[Event] = []
+        offered, accepted = [], []
+        for serial, (num_emitted, last, found, num_drafts, *drafts) in zip(serials, rows.tolist()):
+            session = self._sessions.get(str(serial))
+            if session is None or not num_emitted:  # it has left since, or its prompt is not through
+                continue
+            emitted = [*session.verifying[: num_emitted - 1], last]
+            offered.append(len(session.verifying))
+            accepted.append(num_emitted - 1)
+            session.token_ids += emitted
+            session.verifying = drafts[:num_drafts]
+            length = len(session.token_ids)
+            if session.generation != self._link.generation:
+                opened = self._reopen(session, session.token_ids)
+                events += opened
+                if not opened or not session.verifying:
+                    continue
+                emitted = []
+            else:
+                self._metrics.outcome(hit=found == HIT, block=found != LATE)
+            session.length = length
+            events.append(Outcome(session.request_id, session.epoch, length, emitted, session.verifying))
+        self._metrics.accepted(offered, accepted)
+        return events
+
+    def _take(self, session: RemoteSession, block: Block) -> bool:
+        if not session.expects(block):
+            return False
+        self._cache.put(session.slot, int(session.request_id), block)
+        return True
