@@ -168,6 +168,13 @@ def _tree_attention_reference(
 
 
 @triton.jit
+def _load_slots(head_ptr, slots, inside, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Keys or values [T, D] of one head at element offsets `slots` [T] int64; 0 where not inside."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(head_ptr + slots[:, None] + d[None, :], mask=inside[:, None] & (d[None, :] < HEAD), other=0.0)
+
+
+@triton.jit
 def _attend(
     query,
     keys,
@@ -180,8 +187,8 @@ def _attend(
     SOFT_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One step of online softmax in base 2: query [M, D], keys [D, T], values [T, D], seen [M, T]."""
-    logits = tl.dot(query, keys, input_precision=PRECISION) * scale
+    """One step of online softmax in base 2: query [M, D], keys and values [T, D], seen [M, T]."""
+    logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
     if SOFT_CAP > 0:
         logits = SOFT_CAP * (1 - 2 / (1 + tl.exp(2 * logits / SOFT_CAP)))
     logits = tl.where(seen, logits * LOG2_E, float("-inf"))
@@ -280,21 +287,11 @@ def _trunk_kernel(
         position = block + tl.arange(0, BLOCK_T)
         inside = position < end
         page = tl.load(table + position // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
-        slot = (position % PAGE_SIZE).to(tl.int64)
-        keys = tl.load(
-            key_ptr
-            + (page * key_stride_page + slot * key_stride_slot + kv_head * key_stride_head)[None, :]
-            + d[:, None],
-            mask=inside[None, :] & (d[:, None] < HEAD),
-            other=0.0,
-        )
-        values = tl.load(
-            value_ptr
-            + (page * value_stride_page + slot * value_stride_slot + kv_head * value_stride_head)[:, None]
-            + d[None, :],
-            mask=inside[:, None] & (d[None, :] < HEAD),
-            other=0.0,
-        )
+        offset = (position % PAGE_SIZE).to(tl.int64)
+        key_slots = page * key_stride_page + offset * key_stride_slot
+        value_slots = page * value_stride_page + offset * value_stride_slot
+        keys = _load_slots(key_ptr + kv_head * key_stride_head, key_slots, inside, HEAD, BLOCK_D)
+        values = _load_slots(value_ptr + kv_head * value_stride_head, value_slots, inside, HEAD, BLOCK_D)
         seen = (position[None, :] >= begin[:, None]) & (position[None, :] < shared_len[:, None])
         largest, total, weighted = _attend(
             query, keys, values, seen, scale, largest, total, weighted, SOFT_CAP, PRECISION
@@ -368,20 +365,10 @@ def _merge_kernel(
         inside = slot < own_len
         page = tl.load(own_pages_ptr + row * own_stride + slot // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
         offset = (slot % PAGE_SIZE).to(tl.int64)
-        keys = tl.load(
-            key_ptr
-            + (page * key_stride_page + offset * key_stride_slot + kv_head * key_stride_head)[None, :]
-            + d[:, None],
-            mask=inside[None, :] & (d[:, None] < HEAD),
-            other=0.0,
-        )
-        values = tl.load(
-            value_ptr
-            + (page * value_stride_page + offset * value_stride_slot + kv_head * value_stride_head)[:, None]
-            + d[None, :],
-            mask=inside[:, None] & (d[None, :] < HEAD),
-            other=0.0,
-        )
+        key_slots = page * key_stride_page + offset * key_stride_slot
+        value_slots = page * value_stride_page + offset * value_stride_slot
+        keys = _load_slots(key_ptr + kv_head * key_stride_head, key_slots, inside, HEAD, BLOCK_D)
+        values = _load_slots(value_ptr + kv_head * value_stride_head, value_slots, inside, HEAD, BLOCK_D)
         largest, total, weighted = _attend(
             query, keys, values, inside[None, :], scale, largest, total, weighted, SOFT_CAP, PRECISION
         )
