@@ -108,6 +108,7 @@ class SSDConfig:
     kv_cache_memory: bytes for the drafter's KV pages
     top_m: support of the proposal distribution when sampling
     saguaro_c: weight of the predicted bonus tokens in the proposal when sampling; 1 leaves it as it is
+    tree_attention: on a GPU, read each trunk once for all branches, with pages kept on the device
     metrics_port: None serves no metrics
     """
 
@@ -138,6 +139,7 @@ class SSDConfig:
     gpu_memory_utilization: float | None = _number(1, None)
     top_m: int = _integer(1, 4096, 64)
     saguaro_c: float = _number(1, 1.0)
+    tree_attention: bool = _flag(True)
     seed: int = _integer(0, 2**32 - 1, 0)
     startup_timeout_s: float = _number(86_400, 300.0)
     metrics_port: int | None = _integer(1, 65_535, None)

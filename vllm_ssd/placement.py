@@ -83,7 +83,7 @@ def place_drafter(
         saguaro_c=config.saguaro_c,
         cpus=cpus,
         parent_pid=os.getpid(),
-        tree_attention=not is_cpu,
+        tree_attention=config.tree_attention and not is_cpu,
     )
     return options, environment
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import pytest
 import torch
 
 INTERPRETED = not torch.cuda.is_available()
 
 if INTERPRETED:
-    # Triton's own library is compiled or interpreted for good when it is first imported, so this must come first.
+    # Triton's own library is compiled or interpreted for good when it is imported. Should another test module have
+    # imported it already, a second copy is made here; only its C extension, which knows no modes, is shared.
+    for name in list(sys.modules):
+        if re.match(r"(triton(?!\._C)|vllm_ssd\.kernels)(\.|$)", name):
+            del sys.modules[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        import triton
-
         import vllm_ssd.kernels  # noqa: F401
-
-        if isinstance(triton.language.cdiv, triton.JITFunction):
-            raise RuntimeError("something imported Triton before tests/kernels/conftest.py; run tests/kernels alone")
 
 
 @pytest.fixture(autouse=True)

@@ -86,6 +86,23 @@ def test_waves_make_the_same_tree_as_one_launch():
     assert torch.equal(second[1].copy_lens, at_once[1].copy_lens.where(started, 0)), "a page would be copied twice"
 
 
+def test_the_picture_in_the_docs():
+    """docs/kernels.md draws this request through fork, hit and miss."""
+    x, y, z = 30, 31, 32
+    pool, trees = make_trees([9], branches=3, num_drafts=3, page_size=4, num_pages=10, spine_tokens=2)
+    candidates = ints([[[x, 1], [y, 1], [z, 1], [2, 1]]])
+    fan_out, forks = ints([[1, 1, 1, 0]]), ints([[0, 3]])
+    assert pool.free[:7].tolist() == [9, 8, 7, 6, 5, 4, 3]
+    forked = run_both(expand, pool, trees, ints([9]), ints([[40, 41, -1]]), candidates, fan_out, forks)
+    assert forked[1].branch_pages.tolist() == [[[3, 4], [5, 6], [7, 8]]]
+    assert forked[1].copy_sources.tolist() == [[2, 2, 2]] and forked[1].copy_lens.tolist() == [[1, 2, 3]]
+    assert forked[1].slots[0, 1].tolist() == [22, 23, 24, 25]
+    pool, trees = run_both(commit, *forked, ints([1]))
+    assert trees.page_tables[0, :4].tolist() == [0, 1, 5, 6] and pool.free[:6].tolist() == [9, 3, 4, 7, 8, 2]
+    pool, trees = run_both(commit, *forked, ints([MISS]))
+    assert trees.page_tables[0, :3].tolist() == [0, 1, 2] and pool.free[:7].tolist() == [9, 3, 4, 5, 6, 7, 8]
+
+
 @pytest.mark.parametrize("num_tokens", ([40, 0, 3], [1, 1, 1], [0, 0, 0], [400, 17, 1], []))
 def test_reserve(num_tokens):
     pool, trees = make_trees([1] * len(num_tokens), branches=2, num_drafts=3, page_size=4, num_pages=20, spine_tokens=0)

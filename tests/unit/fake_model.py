@@ -44,20 +44,25 @@ class FakePagedModel:
 
     def _forward_trees(self, batch: TreeBatch) -> torch.Tensor:
         slots, token_ids = batch.slots.numpy(), batch.token_ids.numpy()
-        assert len(set(slots.tolist())) == len(slots), "two tokens were written to one slot"
-        assert (slots >= 0).all()
-        self.kv[slots // self.page_size, slots % self.page_size] = token_ids
+        real = slots >= 0
+        assert len(set(slots[real].tolist())) == real.sum(), "two tokens were written to one slot"
+        self.kv[slots[real] // self.page_size, slots[real] % self.page_size] = token_ids[real]
         rows = []
         for i, (start, stop) in enumerate(zip(batch.query_start_loc.tolist(), batch.query_start_loc[1:].tolist())):
             assert stop - start <= batch.max_rows
             for token in range(start, stop):
                 shared, own = int(batch.shared_lens[token]), int(batch.own_lens[token])
+                if not real[token]:
+                    assert shared + own == 0, "padding reads KV"
+                    rows.append(torch.zeros(self.vocab_size))
+                    continue
                 assert shared <= batch.max_shared_len and shared + own == batch.positions[token] + 1
                 trunk = self.kv[batch.page_tables[i].numpy()].reshape(-1)[:shared].tolist()
                 prefix = trunk + self.kv[batch.own_pages[token].numpy()].reshape(-1)[:own].tolist()
                 assert prefix[-1] == token_ids[token]
                 rows.append(reference_logits(prefix))
-        return torch.stack(rows)[batch.logit_indices]
+        logits = torch.stack(rows)
+        return logits if batch.logit_indices is None else logits[batch.logit_indices]
 
     def copy_slots(self, sources: torch.Tensor, destinations: torch.Tensor, num_slots: torch.Tensor) -> None:
         copies = zip(sources.flatten().tolist(), destinations.flatten().tolist(), num_slots.flatten().tolist())

@@ -30,6 +30,7 @@ COMMON = {
     "gpu_memory_utilization": st.none() | st.floats(0, 1, exclude_min=True),
     "top_m": st.integers(1, 4096),
     "saguaro_c": st.floats(0, 1, exclude_min=True),
+    "tree_attention": st.booleans(),
     "seed": st.integers(0, 2**32 - 1),
     "startup_timeout_s": st.floats(0, 86_400, exclude_min=True),
     "metrics_port": st.none() | st.integers(1, 65_535),

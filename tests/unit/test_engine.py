@@ -349,6 +349,7 @@ def test_branches_down_weight_what_the_next_tree_predicts(saguaro_c):
         top_m=5,
         seed=0,
         saguaro_c=saguaro_c,
+        pages=PAGES,
     )
     prompt = [1, 2, 3]
     engine.open("sampled", 1, np.array(prompt, np.int32), 1.0, 3)

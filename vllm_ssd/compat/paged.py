@@ -33,7 +33,8 @@ class TreeBatch:
 
     token_ids [B] int64, positions [B] int64, slots [B] int64; page_tables [R, W] int32, query_start_loc [R + 1] int32,
     shared_lens [B] int32, own_pages [B, Q] int32 and own_lens [B] int32 as `kernels.tree_attention` takes them, with
-    its bounds max_shared_len and max_rows; logit_indices [n] int64 into the B tokens.
+    its bounds max_shared_len and max_rows; logit_indices [n] int64 into the B tokens, None for all of them. A token of
+    slot -1 is padding: it reads and writes no KV.
     """
 
     token_ids: torch.Tensor
@@ -46,7 +47,7 @@ class TreeBatch:
     own_lens: torch.Tensor
     max_shared_len: int
     max_rows: int
-    logit_indices: torch.Tensor
+    logit_indices: torch.Tensor | None
 
 
 class PagedModel(Protocol):

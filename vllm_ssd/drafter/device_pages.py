@@ -92,6 +92,10 @@ class DevicePages:
         if filled > base:
             self._filled_base.add(slot)
 
+    def index(self, rows: np.ndarray) -> np.ndarray:
+        """Where the branches in `rows` [n] lie among their requests' rows of `trees`, [n] int64."""
+        return self._index[rows]
+
     def commit(self, slot: int, rows: np.ndarray, winner: int = -1, base: int = 0) -> None:
         """Free the branches in `rows`; a `winner` among them becomes the spine from the page of its base on."""
         if not len(rows):

@@ -15,6 +15,7 @@ import numpy as np
 from vllm_ssd.compat.paged import PagedModel
 from vllm_ssd.drafter.branches import Branches
 from vllm_ssd.drafter.device_pages import DevicePages
+from vllm_ssd.drafter.device_steps import MAX_TOP_M, DeviceSteps
 from vllm_ssd.drafter.forward import Draw, Sampler, step_tokens
 from vllm_ssd.drafter.pages import HostPages
 from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
@@ -55,11 +56,16 @@ class DraftEngine:
         self._page_size = model.page_size
         num_candidates = min(max_fan_out + 1, model.vocab_size)  # one may be the drafted token
         top_m = min(top_m, model.vocab_size)
+        if pages is DevicePages:
+            top_m = max(top_m, num_candidates)  # there both come from one list
         self._saguaro_c = saguaro_c
         self._sampler = Sampler(num_candidates, top_m, seed, saguaro_c)
         capacity = max_num_seqs * (max_branches + 1)
         self.branches = Branches(capacity, num_speculative_tokens, num_candidates, top_m)
         self.pages = pages(model, max_num_seqs, max_branches, num_speculative_tokens, num_candidates)
+        self._steps = None
+        if isinstance(self.pages, DevicePages) and top_m <= MAX_TOP_M:
+            self._steps = DeviceSteps(model, self.pages, num_candidates, top_m, seed, saguaro_c)
         self.sequences: dict[str, Sequence] = {}  # least recently advanced first
         self._by_slot: list[Sequence | None] = [None] * max_num_seqs
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
@@ -154,6 +160,7 @@ class DraftEngine:
     def speculate(self) -> Push | None:
         """One forward: uncomputed spines, and the next token of every branch that wants one.
 
+        With pages on the device, branches that are alone take all the steps they have in common at once.
         Only when nothing else is wanted are finished branches run once more, over their last draft: then all
         fork points of the next round are known before its outcome is.
         """
@@ -167,6 +174,9 @@ class DraftEngine:
             rows = np.flatnonzero(branches.alive & (branches.computed == branches.num_drafts))
         if not len(rows) and not spines:
             return self._report([])
+        if self._steps is not None and not spines:
+            self._run_steps(self._steps, rows)
+            return self._report(self._blocks(self._worth_a_push()))
         tokens = step_tokens(branches, spines, rows)
         spine_logits = tokens.spine_logits
         batch = self.pages.batch(branches, spines, rows, tokens)
@@ -321,15 +331,31 @@ class DraftEngine:
             spines.append((sequence, num_tokens))
         return [(s, n) for s, n in spines if self.sequences.get(s.request_id) is s]
 
-    def _prepared(self, rows: np.ndarray, num_spine_logits: int) -> np.ndarray:
-        """Bonus tokens that will be predicted where the token now drawn after each logits row is rejected, `[n]`."""
+    def _prepared(self, rows: np.ndarray, num_spine_logits: int, ahead: int = 0) -> np.ndarray:
+        """Bonus tokens that will be predicted where the token drawn after each logits row is rejected, `[n]`.
+
+        The token is the one drawn now, or so many steps ahead.
+        """
         branches = self.branches
         prepared = np.zeros(len(rows), np.int64)
         for k in set(branches.num_drafts[rows].tolist()):
             of_k = branches.num_drafts[rows] == k
             counts = np.array(self._fan_out.counts(k, True, self._num_branches))
-            prepared[of_k] = counts[branches.computed[rows[of_k]]]
+            prepared[of_k] = counts[branches.computed[rows[of_k]] + ahead]
         return np.concatenate([np.zeros(num_spine_logits, np.int64), prepared])
+
+    def _run_steps(self, steps: DeviceSteps, rows: np.ndarray) -> None:
+        """The steps that no branch in `rows` is done before, nothing of the host's between them."""
+        branches, started = self.branches, time.perf_counter()
+        num_steps = max(int((branches.num_drafts[rows] - branches.computed[rows]).min()), 1)
+        temperatures = self._temperatures[branches.owner[rows]]
+        fan_out = np.zeros((num_steps, len(rows)), np.int64)
+        if self._saguaro_c < 1 and temperatures.any():
+            fan_out = np.stack([self._prepared(rows, 0, step) for step in range(num_steps)])
+        for draw in steps.run(branches, rows, temperatures, fan_out):
+            self._extend_branches(rows, draw, 0)
+        self.num_steps += num_steps
+        self._budget.observe_step(len(rows), (time.perf_counter() - started) / num_steps)
 
     def _extend_branches(self, rows: np.ndarray, draw: Draw, first: int) -> None:
         """Store what was drawn after `rows`, whose logits start at `first`."""
