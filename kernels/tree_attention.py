@@ -124,11 +124,15 @@ def tree_attention(
 
 
 def _splits(num_programs: int, num_blocks: int, device: torch.device) -> int:
-    """Runs of context a trunk is cut into, so that twice as many programs as multiprocessors read it."""
+    """Runs of context a trunk is cut into, so that twice as many programs as multiprocessors read it.
+
+    A power of two: kernels are compiled for each.
+    """
     if device.type != "cuda":
         return max(1, min(num_blocks, 3))
     wanted = triton.cdiv(2 * torch.cuda.get_device_properties(device).multi_processor_count, num_programs)
-    return max(1, min(wanted, triton.cdiv(num_blocks, 4), 64))
+    most = max(1, min(wanted, triton.cdiv(num_blocks, 4), 64))
+    return 1 << (most.bit_length() - 1)
 
 
 def _tree_attention_reference(

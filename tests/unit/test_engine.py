@@ -15,6 +15,7 @@ from vllm_ssd.drafter.device_pages import DevicePages
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.forward import Sampler
 from vllm_ssd.drafter.pages import HostPages
+from vllm_ssd.drafter.server import warm_up
 from vllm_ssd.policy import FanOut
 from vllm_ssd.protocol import JIT_TOKEN, Push
 
@@ -222,6 +223,15 @@ def test_shared_prompts_share_pages(monkeypatch):
     assert free == engine.pages.num_free
     grow(target)
     assert set(target.blocks["a"]) == set(target.blocks["b"])
+
+
+def test_warming_up_leaves_nothing_behind():
+    """All that a first request would compile runs: an opening, branches, a hit, an end."""
+    engine = make_engine()
+    warm_up(engine, K)
+    check_conservation(engine)
+    assert not engine.sequences and engine.pages.num_free == engine._model.num_pages
+    assert engine.num_steps > K + 1
 
 
 def test_unknown_and_inconsistent_outcomes_are_evictions():

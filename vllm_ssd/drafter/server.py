@@ -8,7 +8,9 @@ import os
 import time
 
 import msgspec
+import numpy as np
 
+from vllm_ssd.compat.paged import PagedModel
 from vllm_ssd.drafter.device_pages import DevicePages
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.options import DrafterOptions
@@ -84,25 +86,13 @@ def run(fd: int, options: DrafterOptions) -> int:
 
         model = DraftModel(tree_attention=options.tree_attention, **options.engine_args)
         tokenizer = fingerprint(model.tokenizer_vocab())
+        if options.tree_attention:
+            warm_up(_engine(model, options), options.num_speculative_tokens)
     except Exception as error:  # whatever vLLM's start-up raises is the reason the target reports
         transport.send(Refused(f"{type(error).__name__}: {error}"))
         transport.poll(0.0)
         raise
-    trace = os.environ.get(TRACE_ENV)
-    learner = functools.partial(TracedFanOut, trace) if trace else FanOut
-    fan_out = learner(options.num_speculative_tokens, options.fan_out, options.branch_budget)
-    engine = DraftEngine(
-        model,
-        fan_out,
-        num_speculative_tokens=options.num_speculative_tokens,
-        max_num_seqs=options.max_num_seqs,
-        max_branches=options.max_branches,
-        max_fan_out=options.max_fan_out,
-        top_m=options.top_m,
-        saguaro_c=options.saguaro_c,
-        pages=DevicePages if options.tree_attention else HostPages,
-        seed=int.from_bytes(os.urandom(8), "little") >> 1,  # never the stream that verification draws from
-    )
+    engine = _engine(model, options)
     welcome = Welcome(
         PROTOCOL_VERSION, model.vocab_size, tokenizer, model.max_model_len, model.num_pages, model.page_size
     )
@@ -115,6 +105,39 @@ def run(fd: int, options: DrafterOptions) -> int:
     except TransportClosed:
         return 0
     return 0
+
+
+def warm_up(engine: DraftEngine, num_drafts: int) -> None:
+    """Take `engine` through an opening, a hit and an end: what its kernels compile, no request shall wait for."""
+    prompt = np.zeros(2 * num_drafts, np.int32)
+    engine.open("warm-up", 0, prompt, 1.0, num_drafts)
+    blocks = []
+    while engine.has_work:
+        push = engine.speculate()
+        blocks += push.blocks if push else []
+    if blocks:
+        (_, bonus), drafts = unpack_ids(blocks[0].outcomes)[:2].tolist(), blocks[0].drafts(0)
+        engine.advance("warm-up", 0, len(prompt) + 1, [bonus], drafts, num_drafts=num_drafts)
+        while engine.has_work:
+            engine.speculate()
+    engine.close("warm-up")
+
+
+def _engine(model: PagedModel, options: DrafterOptions) -> DraftEngine:
+    trace = os.environ.get(TRACE_ENV)
+    learner = functools.partial(TracedFanOut, trace) if trace else FanOut
+    return DraftEngine(
+        model,
+        learner(options.num_speculative_tokens, options.fan_out, options.branch_budget),
+        num_speculative_tokens=options.num_speculative_tokens,
+        max_num_seqs=options.max_num_seqs,
+        max_branches=options.max_branches,
+        max_fan_out=options.max_fan_out,
+        top_m=options.top_m,
+        saguaro_c=options.saguaro_c,
+        pages=DevicePages if options.tree_attention else HostPages,
+        seed=int.from_bytes(os.urandom(8), "little") >> 1,  # never the stream that verification draws from
+    )
 
 
 def _shake_hands(transport: Transport, welcome: Welcome) -> bool:
