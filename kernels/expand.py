@@ -154,18 +154,21 @@ def _expand_kernel(
     starts = (k >= begin) & (k < end) & (k <= K) & (row < N)
     rank = row - tl.sum(tl.where(fork[None, :] == k[:, None], (last - fan_out)[None, :], 0), 1)
 
-    # Pages: claim [top - wanted, top) of the stack. When fewer are free the first rows get what there is; until the
-    # rest is given back the counter is below zero, so nobody else is served.
+    # Pages: claim [top - taken, top) of the stack for the first rows that fit. Programs only ever lower the counter, so
+    # an exchange that succeeds has claimed entries that nobody else has. The counter is read atomically: a plain load
+    # is every thread's own, and they might see different values.
     base = length + k
     offset = base % PAGE_SIZE
     need = tl.where(starts, (offset + K) // PAGE_SIZE + 1, 0)
     before = tl.cumsum(need, 0) - need
-    wanted = tl.sum(need, 0)
-    top = tl.atomic_add(num_free_ptr, -wanted)
+    top = tl.atomic_add(num_free_ptr, 0)
+    taken = tl.sum(tl.where(before + need <= top, need, 0), 0)
+    seen = tl.atomic_cas(num_free_ptr, top, top - taken)
+    while seen != top:
+        top = seen
+        taken = tl.sum(tl.where(before + need <= top, need, 0), 0)
+        seen = tl.atomic_cas(num_free_ptr, top, top - taken)
     starts = starts & (before + need <= top)
-    taken = tl.sum(tl.where(starts, need, 0), 0)
-    if taken < wanted:
-        tl.atomic_add(num_free_ptr, wanted - taken)
     first_entry = top - 1 - before
 
     # The bonus token: the candidate of this rank, counted without the draft that the outcome rejects.

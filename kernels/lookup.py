@@ -98,6 +98,7 @@ def lookup(
             BLOCK_N=triton.next_power_of_2(num_branches),
             BLOCK_K=triton.next_power_of_2(num_drafts),
             BLOCK_KM=triton.next_power_of_2(num_drafts * max(top_m, 1)),
+            num_warps=1,  # threads of several warps might read different headers
         )
     return found
 

@@ -65,12 +65,13 @@ def _reserve_kernel(
     have = tl.load(num_pages_ptr + r)
     missing = tl.cdiv(tl.load(num_tokens_ptr + r), PAGE_SIZE) - have
     if missing > 0:
-        # The claimed pages are [top - missing, top): no other program's claim overlaps them. A claim that found too
-        # few leaves the counter below zero until it is given back, so nobody else is served meanwhile.
-        top = tl.atomic_add(num_free_ptr, -missing)
-        if top < missing:
-            tl.atomic_add(num_free_ptr, missing)
-        else:
+        # Claim [top - missing, top) of the stack, as in expand.
+        top = tl.atomic_add(num_free_ptr, 0)
+        seen = tl.atomic_cas(num_free_ptr, top, top - tl.where(missing <= top, missing, 0))
+        while seen != top:
+            top = seen
+            seen = tl.atomic_cas(num_free_ptr, top, top - tl.where(missing <= top, missing, 0))
+        if missing <= top:
             for start in range(0, missing, BLOCK):
                 i = start + tl.arange(0, BLOCK)
                 mask = i < missing

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from cases import DEVICE, check_conservation, ints, make_trees, random_outcomes, reference, same_state, to
+from triton.runtime.interpreter import interpreter_builder
 
 from vllm_ssd.kernels import CLOSE, MISS, SKIP, DevicePool, Trees, commit, copy_pages, expand, reserve
 
@@ -68,6 +69,35 @@ def test_full_pool_serves_the_first_rows():
     pool, trees = run_both(expand, pool, trees, ints([15]), drafts, candidates, fan_out, ints([[0, 4]]))
     assert int(pool.num_free) == 0
     assert trees.accept_lengths.tolist() == [[0, 0, 0, -1, -1, -1, -1, -1]]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the race is staged inside the interpreter")
+@pytest.mark.parametrize("op", ("expand", "reserve"))
+def test_a_claim_that_loses_a_race_is_made_again(op, monkeypatch):
+    """Another program takes pages between the look at the counter and the exchange, twice."""
+    pool, trees = make_trees([9], branches=8, num_drafts=3, page_size=4, num_pages=20, spine_tokens=3)
+    stolen: list[int] = []
+    exchange = interpreter_builder.create_atomic_cas
+
+    def steal_first(*arguments):
+        if len(stolen) < 4:
+            stolen.extend(pool.free[int(pool.num_free) - 2 : int(pool.num_free)].tolist())
+            pool.num_free.sub_(2)
+        return exchange(*arguments)
+
+    monkeypatch.setattr(interpreter_builder, "create_atomic_cas", steal_first)
+    if op == "expand":
+        drafts, candidates = random_outcomes(random.Random(0), 1, 3, 7)
+        expand(pool, trees, ints([9]), drafts, candidates, ints([[4, 2, 1, 1]]), ints([[0, 4]]))
+        assert trees.accept_lengths.tolist() == [[0, 0, 0, 0, 1, 1, -1, -1]]
+    else:
+        reserve(pool, trees, ints([50]))
+        assert trees.num_pages.tolist() == [13]
+    assert len(stolen) == 4
+    pool.holders[torch.tensor(stolen)] += 1
+    trees.page_tables[0, trees.num_pages[0] : trees.num_pages[0] + 4] = ints(stolen)
+    trees.num_pages.add_(4)
+    check_conservation(pool, trees)
 
 
 def test_waves_make_the_same_tree_as_one_launch():
