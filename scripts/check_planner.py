@@ -1,6 +1,6 @@
 """The planner against reality: predicted and measured tokens per second on two cores, interleaved.
 
-    python scripts/check_planner.py --out results --drafter-layers 8
+    python scripts/check_planner.py --out results --drafter-layers 2 8
 
 In every turn each engine of the profile is asked once, then every setting of SSD, plain decoding and stock
 speculation, at each batch size: a machine that slows down for a while does so for predictions and measurements alike.
@@ -84,7 +84,9 @@ def measure(fleet, systems: Sequence[System], profiler: Profiler, prompts, args:
     return found
 
 
-def compare(profile: Profile, systems: Sequence[System], found: dict, args: argparse.Namespace) -> list[dict]:
+def compare(
+    layers: int, profile: Profile, systems: Sequence[System], found: dict, args: argparse.Namespace
+) -> list[dict]:
     """One row a system and batch size."""
     rows = []
     for batch_size in args.batch_sizes:
@@ -96,6 +98,7 @@ def compare(profile: Profile, systems: Sequence[System], found: dict, args: argp
             measured = median(turn.num_tokens / turn.seconds for turn in calm)
             rows.append(
                 {
+                    "drafter_layers": layers,
                     "system": system.name,
                     "method": system.method,
                     "batch_size": batch_size,
@@ -115,13 +118,14 @@ def compare(profile: Profile, systems: Sequence[System], found: dict, args: argp
 def verdict(rows: Sequence[dict]) -> dict:
     """Median error over the points of SSD, and the recommended system against the best measured, within turns."""
     ssd = [row for row in rows if row["method"] == "ssd"]
-    recommended = {}
-    for batch_size in sorted({row["batch_size"] for row in ssd}):
-        same = [row for row in rows if row["batch_size"] == batch_size]
+    recommended = []
+    for case in dict.fromkeys((row["drafter_layers"], row["batch_size"]) for row in rows):
+        same = [row for row in rows if (row["drafter_layers"], row["batch_size"]) == case]
         chosen = max(same, key=lambda row: row["predicted"]["tokens_per_s"])
         best = max(same, key=lambda row: row["measured"])
         of_best = median(a / b for a, b in zip(chosen["rates"], best["rates"]))
-        recommended[batch_size] = {"chosen": chosen["system"], "best": best["system"], "of_best": of_best}
+        names = {"chosen": chosen["system"], "best": best["system"], "of_best": of_best}
+        recommended.append({"drafter_layers": case[0], "batch_size": case[1], **names})
     return {
         "points": len(ssd),
         "median_error": median(abs(row["error"]) for row in ssd),
@@ -134,11 +138,12 @@ def verdict(rows: Sequence[dict]) -> dict:
 def show(rows: Sequence[dict], result: dict) -> None:
     """The table, and the verdict below it."""
     table = Table(box=SIMPLE_HEAD)
-    for name in ("batch", "system", "predicted", "measured", "error", "tok/round", "ms/round", "hits"):
+    for name in ("layers", "batch", "system", "predicted", "measured", "error", "tok/round", "ms/round", "hits"):
         table.add_column(name, justify="left" if name == "system" else "right")
     for row in rows:
         p = row["predicted"]
         table.add_row(
+            str(row["drafter_layers"]),
             str(row["batch_size"]),
             row["system"],
             f"{p['tokens_per_s']:.1f}",
@@ -156,14 +161,14 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the profile and check_planner.json")
-    parser.add_argument("--drafter-layers", type=int, default=2)
+    parser.add_argument("--drafter-layers", nargs="+", type=int, default=[2, 8], help="one deepened drafter each")
     parser.add_argument("--intermediate-size", type=int, default=24576, help="of the widened target")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4])
     parser.add_argument(
         "--points",
         nargs="+",
         type=lambda text: tuple(map(int, text.split(":"))),
-        default=[(1, 4), (2, 6), (3, 8), (3, 16), (5, 12), (5, 24)],
+        default=[(2, 6), (3, 16), (5, 24)],
         help="settings of SSD, as K:BRANCHES",
     )
     parser.add_argument("--on-miss", choices=("skip", "wait", "auto"), default="skip")
@@ -177,44 +182,52 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(layers: int, target: Path, folder: Path, args: argparse.Namespace) -> tuple[list[dict], Profile]:
+    """Measure and predict with a drafter of so many layers."""
+    folder.mkdir()
+    deepen(PAIR / "drafter", folder / "drafter", layers, dtype=args.dtype)
+    drafter, prompts = str(folder / "drafter"), held_out_prompts(args.seed)
+    systems = make_systems(str(target), drafter, args)
+    subject = Subject(
+        str(target),
+        drafter,
+        [next(prompts) for _ in range(PROFILE_PROMPTS)],
+        {
+            "dtype": args.dtype,
+            "enforce_eager": True,
+            "max_model_len": MAX_MODEL_LEN,
+            "max_num_batched_tokens": 32 * PROMPT_TOKENS,
+            "kv_cache_memory_bytes": KV_CACHE_BYTES,
+        },
+        {"dtype": args.dtype, "drafter_cpus": str(args.cores[1]), "kv_cache_memory": "192MiB"},
+        args.batch_sizes,
+        max(num_drafts for num_drafts, _ in args.points),
+        tokens=args.tokens,
+        target_cpus=(args.cores[0],),
+    )
+    with running(systems, args.dtype, args.cores[0], folder) as fleet, Profiler(subject, folder, True) as profiler:
+        found = measure(fleet, systems, profiler, prompts, args)
+        profile = profiler.profile()
+    return compare(layers, profile, systems, found, args), profile
+
+
 def main() -> None:
     """Measure, predict, compare."""
     args = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # before an engine's process loads torch: its threads share one core
-    prompts = held_out_prompts(args.seed)
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory(prefix="check-planner-") as temporary:
-        folder = Path(temporary)
-        widen(PAIR / "target", folder / "target", args.intermediate_size, dtype=args.dtype)
-        deepen(PAIR / "drafter", folder / "drafter", args.drafter_layers, dtype=args.dtype)
-        target, drafter = str(folder / "target"), str(folder / "drafter")
-        systems = make_systems(target, drafter, args)
-        subject = Subject(
-            target,
-            drafter,
-            [next(prompts) for _ in range(PROFILE_PROMPTS)],
-            {
-                "dtype": args.dtype,
-                "enforce_eager": True,
-                "max_model_len": MAX_MODEL_LEN,
-                "max_num_batched_tokens": 32 * PROMPT_TOKENS,
-                "kv_cache_memory_bytes": KV_CACHE_BYTES,
-            },
-            {"dtype": args.dtype, "drafter_cpus": str(args.cores[1]), "kv_cache_memory": "192MiB"},
-            args.batch_sizes,
-            max(num_drafts for num_drafts, _ in args.points),
-            tokens=args.tokens,
-            target_cpus=(args.cores[0],),
-        )
-        with running(systems, args.dtype, args.cores[0], folder) as fleet, Profiler(subject, folder, True) as profiler:
-            found = measure(fleet, systems, profiler, prompts, args)
-            profile = profiler.profile()
-    rows = compare(profile, systems, found, args)
-    result = verdict(rows)
+        target = Path(temporary) / "target"
+        widen(PAIR / "target", target, args.intermediate_size, dtype=args.dtype)
+        for layers in args.drafter_layers:
+            more, profile = check(layers, target, Path(temporary) / str(layers), args)
+            (args.out / f"profile-{layers}.json").write_text(profile.to_json())
+            rows += more
+            result = verdict(rows)
+            report = {"environment": environment(sys.argv), "verdict": result, "points": rows}
+            (args.out / "check_planner.json").write_text(json.dumps(report, indent=1) + "\n")
     show(rows, result)
-    (args.out / "profile.json").write_text(profile.to_json())
-    report = {"environment": environment(sys.argv), "verdict": result, "points": rows}
-    (args.out / "check_planner.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,9 @@ def plan_command(
     batch_size: Annotated[list[int], typer.Option(min=1, help="expected requests at a time; may be repeated")] = [1],  # noqa: B006
     temperature: Annotated[float, typer.Option(min=0, help="expected sampling temperature")] = 0.0,
     max_drafts: Annotated[int, typer.Option(min=1, max=16, help="largest K to consider")] = 8,
+    v2: Annotated[
+        bool, typer.Option("--v2", help="plan for vLLM's V2 runner, where every row carries K drafts")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
     plot: Annotated[Path | None, typer.Option(help="write a figure of tok/s over K and branch budget")] = None,
 ) -> None:
@@ -72,7 +75,7 @@ def plan_command(
         sizes = _drafter_sizes(target, device, target_devices) if target and not profile else {}
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
-    plans = {b: plan(inputs, b, temperature, range(1, max_drafts + 1)) for b in sorted({*batch_size})}
+    plans = {b: plan(inputs, b, temperature, range(1, max_drafts + 1), padded=v2) for b in sorted({*batch_size})}
     if as_json:
         typer.echo(json.dumps(_as_json(inputs, plans, sizes), indent=1))
     else:

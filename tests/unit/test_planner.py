@@ -165,6 +165,14 @@ def test_ssd_that_never_hits_decodes_plainly():
     assert ssd.hit_rate == 0 and ssd.tokens_per_s == pytest.approx(predict_plain(PROFILE, 1).tokens_per_s, rel=1e-3)
 
 
+def test_padded_rows_are_charged_for_all_drafts_and_never_wait():
+    settings = [Setting(8, 4, 20, "wait", padded=padded) for padded in (True, False)]
+    padded, usual = (predict_ssd(PROFILE, ACCEPTANCE, setting) for setting in settings)
+    assert padded.stall_s == 0 < usual.stall_s
+    assert padded.round_s == pytest.approx(COSTS.verify_s(8, 5) + COSTS.handover_s, rel=1e-3)
+    assert padded.drafts_per_round < 4
+
+
 def test_a_drafter_that_is_too_slow_is_late_not_wrong():
     costs = dataclasses.replace(COSTS, draft_step=((1.0, 0.05),), spread=0.01)
     ssd = predict_ssd(Profile("t", "d", costs, (ACCEPTANCE,)), ACCEPTANCE, Setting(1, 4, 20, "skip"))

@@ -52,14 +52,16 @@ def plan(
     budgets: Sequence[int] = (),
     fallbacks: Sequence[Fallback] = ("auto",),
     drafters: Sequence[int] = (1,),
+    padded: bool = False,
 ) -> Plan:
-    """Compare all settings. budgets: branches a request (default: 1, 2, 4 and 8 for each accept length)."""
+    """Compare all settings. budgets: branches a request (default: 1, 2, 4 and 8 for each accept length); padded: as in
+    `Setting`."""
     drafts = list(drafts)
     acceptance = profile.acceptance_at(temperature)
     plain = predict_plain(profile, batch_size)
     sd = _best(predict_sd(profile, acceptance, batch_size, k) for k in drafts)
     same = [a for a in profile.acceptance if a.temperature == acceptance.temperature]
-    grids = {a.saguaro: _grid(profile, a, batch_size, drafts, budgets, fallbacks, drafters) for a in same}
+    grids = {a.saguaro: _grid(profile, a, batch_size, drafts, budgets, fallbacks, drafters, padded) for a in same}
     saguaro = max(sorted(grids, reverse=True), key=lambda c: _best(grids[c]).tokens_per_s)
     grid = grids[saguaro]
     ssd = _best(grid)
@@ -95,11 +97,12 @@ def _grid(
     budgets: Sequence[int],
     fallbacks: Sequence[Fallback],
     drafters: Sequence[int],
+    padded: bool,
 ) -> list[Prediction]:
     found = []
     for k, n in product(drafts, drafters):
         for budget in budgets or [count * (k + 1) for count in BRANCHES_PER_LENGTH]:
-            settings = (Setting(batch_size, k, budget, on_miss, n) for on_miss in fallbacks)
+            settings = (Setting(batch_size, k, budget, on_miss, n, padded=padded) for on_miss in fallbacks)
             found.append(_best(predict_ssd(profile, acceptance, setting) for setting in settings))
     return found
 

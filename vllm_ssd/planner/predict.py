@@ -23,7 +23,8 @@ PHASES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a user would configure. branch_budget: branches a request; num_drafters share the requests evenly.
+    """What a user would configure. branch_budget: branches a request; num_drafters share the requests evenly; padded:
+    every row is charged for K drafts and nothing is waited for, as on vLLM's V2 runner.
 
     on_miss "auto" waits for just-in-time drafts where that pays; what n-gram drafts add to it is not predicted.
     """
@@ -34,6 +35,7 @@ class Setting:
     on_miss: Fallback = "auto"
     num_drafters: int = 1
     wait_s: float = 0.05
+    padded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,8 @@ def predict_ssd(profile: Profile, acceptance: Acceptance, setting: Setting) -> P
         chain.advance(branches, _Reach(costs, setting, rows, rows * branches, round_s, chain.hit_rate))
         wait_s = chain.wait_s(costs, round_s)
         before = round_s
-        verify_s = costs.verify_s(setting.batch_size, 1 + chain.drafts) * costs.slowdown
+        drafts = setting.num_drafts if setting.padded else chain.drafts
+        verify_s = costs.verify_s(setting.batch_size, 1 + drafts) * costs.slowdown
         round_s = (before + verify_s + costs.handover_s + wait_s) / 2
         if abs(round_s - before) < 1e-6 * before:
             break
@@ -202,9 +205,9 @@ class _Chain:
             step_s = costs.draft_step_s(-(-missed // setting.num_drafters))
             first_s = costs.latency_s + 0.5 * step_s
             drafts = 0
-            if setting.on_miss == "wait":
+            if setting.on_miss == "wait" and not setting.padded:
                 drafts = setting.num_drafts
-            elif setting.on_miss == "auto":
+            elif setting.on_miss == "auto" and not setting.padded:
                 drafts = jit_drafts(missed, setting.num_drafts, survival, rate, first_s, step_s, setting.wait_s)
             self._jit.append(drafts)
             chance = _binomial(setting.batch_size, missed, missing)
