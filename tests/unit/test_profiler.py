@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_model import FakePagedModel
 
+from vllm_ssd.drafter.pages import HostPages
 from vllm_ssd.drafter.trace import TRACE_ENV, TracedFanOut
 from vllm_ssd.policy import FanOut
 from vllm_ssd.profiler import Profiler, ProfilerFailed, Subject, measure
-from vllm_ssd.profiler.worker import Decode, Junk, Steps, Task
+from vllm_ssd.profiler.worker import STEP_TREES, Decode, DrafterEngine, Junk, Steps, Task
 
 
 class FakeEngine:
@@ -94,6 +96,14 @@ def test_an_engine_that_does_not_start_is_reported_with_its_log(tmp_path, monkey
     monkeypatch.setattr(measure.sys, "executable", str(broken))
     with pytest.raises(ProfilerFailed, match="(?s)measures 'verify' ended.*no module named vllm"):
         measure.Engine(Task("verify", {}), tmp_path / "verify.log", idle_stop=True)
+
+
+def test_every_tree_of_a_drafter_gives_a_time():
+    drafter = DrafterEngine.__new__(DrafterEngine)
+    drafter._model, drafter._pages = FakePagedModel(num_pages=4096), HostPages
+    for rows, branches in ((1, 1), (6, 4)):  # six prompts are not read in one step
+        seconds = drafter.run(Steps(rows, branches, num_drafts=5))
+        assert len(seconds) == STEP_TREES - 1 and min(seconds) > 0
 
 
 def test_junk_drafts_follow_the_first_token_of_the_prompt():
