@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -117,6 +118,7 @@ class Sessions(Generic[S]):
         self._metrics = metrics
         self._sessions: dict[str, S] = {}
         self._closing: list[Close] = []
+        self._epochs = itertools.count(1)  # of all requests: an id that comes again must not meet its old blocks
         self._round = 0
 
     def finish_requests(self, request_ids: Iterable[str]) -> None:
@@ -135,7 +137,7 @@ class Sessions(Generic[S]):
 
     def _open(self, session: S, token_ids: Sequence[int] | np.ndarray) -> list[Open]:
         """Open `session` anew from all its committed tokens, unless the drafter cannot hold them."""
-        session.epoch += 1
+        session.epoch = next(self._epochs)
         session.length = len(token_ids)
         session.drafts, session.blocks = Speculation(), []
         room = self._link.max_model_len - 2 * self._config.num_speculative_tokens - 2

@@ -40,8 +40,6 @@ class Verifier(Sessions[Session]):
         for request_id, token_ids, temperature, min_tokens in requests:
             session = Session(request_id, temperature if temperature >= 1e-5 else 0.0, len(token_ids))
             session.min_length = len(token_ids) + min_tokens
-            stale = self._sessions.get(request_id)
-            session.epoch = stale.epoch + 1 if stale else 0
             self._sessions[request_id] = session
             if not self._config.adaptive or self._adaptation.choose(len(self._sessions)):
                 events += self._open(session, np.asarray(token_ids, np.int32))
