@@ -5,7 +5,7 @@ from __future__ import annotations
 from fake_link import InProcessLink
 from test_verifier import FakeTarget, make
 
-from vllm_ssd.protocol import Block, Push, pack_ids
+from vllm_ssd.protocol import Block, Evicted, Push, pack_ids
 
 
 def test_a_request_id_that_comes_again_does_not_meet_its_old_blocks():
@@ -19,3 +19,21 @@ def test_a_request_id_that_comes_again_does_not_meet_its_old_blocks():
     link._drafter.send(Push([Block("a", opened.epoch, 3, 0, pack_ids([0, 1]), pack_ids([2]))], [], None))
     target.round()
     assert metrics.counts["stale_blocks"] == 1
+
+
+def test_ngram_drafts_of_an_evicted_request_do_not_reach_over_min_tokens():
+    link = InProcessLink()
+    verifier, _ = make(link, on_miss="ngram")
+    target = FakeTarget(verifier)
+    target.next_token = lambda prefix: 7
+    target.start("a", [7] * 6, min_tokens=20)
+    target.round()
+    (opened,) = link.steps[0].events
+    link._drafter.send(Push([], [Evicted("a", opened.epoch)], None))
+    drafted = 0
+    while len(target.tokens["a"]) < 26:
+        target.round()
+        length = len(target.tokens["a"])
+        drafted += len(target.drafts["a"])
+        assert length >= 26 or length + len(target.drafts["a"]) < 26
+    assert drafted > 0
