@@ -160,8 +160,8 @@ class Sessions(Generic[S]):
                     self._metrics.stale_block()
             for evicted in push.evicted:
                 session = self._sessions.get(evicted.request_id)
-                if session is not None and session.epoch == evicted.epoch:
-                    session.generation = -1
+                if session is not None and session.epoch == evicted.epoch and session.generation >= 0:
+                    session.generation = -1  # outcomes under way when it was evicted are answered so, too: once counts
                     session.reopen_round = self._round + (REOPEN_ROUNDS << min(session.evictions, 6))
                     session.evictions += 1
             if push.stats is not None:

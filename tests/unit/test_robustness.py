@@ -6,6 +6,7 @@ from fake_link import InProcessLink
 from test_verifier import FakeTarget, make
 
 from vllm_ssd.protocol import Block, Evicted, Push, pack_ids
+from vllm_ssd.sessions import REOPEN_ROUNDS
 
 
 def test_a_request_id_that_comes_again_does_not_meet_its_old_blocks():
@@ -37,3 +38,18 @@ def test_ngram_drafts_of_an_evicted_request_do_not_reach_over_min_tokens():
         drafted += len(target.drafts["a"])
         assert length >= 26 or length + len(target.drafts["a"]) < 26
     assert drafted > 0
+
+
+def test_an_eviction_that_is_reported_twice_counts_once():
+    """The drafter answers every outcome of a request it has evicted, those that were under way as well."""
+    link = InProcessLink(steps_a_poll=0)
+    verifier, _ = make(link, on_miss="skip")
+    target = FakeTarget(verifier)
+    target.start("a", [1, 2, 3])
+    (opened,) = link.steps[0].events
+    link._drafter.send(Push([], [Evicted("a", opened.epoch)] * 3, None))
+    rounds = 0
+    while len(link.steps) == 1:
+        target.round()
+        rounds += 1
+    assert rounds == REOPEN_ROUNDS + 1
