@@ -58,6 +58,7 @@ class Session:
     drafts: Speculation = field(default_factory=Speculation)  # named to the drafter at `length`
     by_ngram: bool = False  # `drafts` are what followed an earlier n-gram
     blocks: list[Block] = field(default_factory=list)  # pushed for the outcome at `length`, in order
+    heard: bool = False  # since it was opened, a block has come
     evictions: int = 0
     reopen_round: int = 0
 
@@ -70,6 +71,7 @@ class Session:
         if not self.expects(block):
             return False
         self.blocks.append(block)
+        self.heard = True
         return True
 
     def lookup(self, accept_length: int, bonus_token_id: int) -> Speculation:
@@ -139,7 +141,7 @@ class Sessions(Generic[S]):
         """Open `session` anew from all its committed tokens, unless the drafter cannot hold them."""
         session.epoch = next(self._epochs)
         session.length = len(token_ids)
-        session.drafts, session.blocks = Speculation(), []
+        session.drafts, session.blocks, session.heard = Speculation(), [], False
         room = self._link.max_model_len - 2 * self._config.num_speculative_tokens - 2
         if not self._link.connected or len(token_ids) > room:
             session.generation = -1

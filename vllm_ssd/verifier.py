@@ -18,6 +18,10 @@ from vllm_ssd.policy import Adaptation, NgramGain, jit_drafts, jit_gain, ngram_d
 from vllm_ssd.protocol import JIT_TOKEN, Close, Open, Outcome, Push
 from vllm_ssd.sessions import Link, Proposal, Session, Sessions, Speculation
 
+SLOWNESS_KEPT = 0.998
+"""Of the time just-in-time drafts take, at each miss that does not wait for them: a drafter that was slow once is tried
+again, after some hundred misses (a guess)."""
+
 
 class Verifier(Sessions[Session]):
     """Turn outcomes into drafts for one vLLM worker."""
@@ -212,6 +216,8 @@ class Verifier(Sessions[Session]):
         bound_s = self._config.wait_ms / 1e3
         drafts = jit_drafts(num_missed, wanted, self._survival, self._tokens_per_s, first_s, step_s, bound_s)
         if not drafts:
+            self._jit_first_s *= SLOWNESS_KEPT
+            self._jit_step_s *= SLOWNESS_KEPT
             return 0, 0.0
         return drafts, jit_gain(num_missed, drafts, self._survival, self._tokens_per_s, first_s + drafts * step_s)
 
@@ -221,7 +227,7 @@ class Verifier(Sessions[Session]):
         """Wait, boundedly, for the just-in-time speculations of the missed rows, and name what is taken."""
         started = now = time.perf_counter()
         deadline = started + self._config.wait_ms / 1e3
-        first_s = None
+        first_s, ready = None, 0
         while self._link.connected:
             ready = min(len(s.lookup(0, JIT_TOKEN).token_ids) if s.generation >= 0 else jit for _, s in waiting)
             now = time.perf_counter()
@@ -231,11 +237,8 @@ class Verifier(Sessions[Session]):
                 break
             self._answers = False  # until it is heard again, a drafter that stays silent here is not waited for
             self._absorb(self._link.poll(deadline - now))
-        if first_s is not None and now < deadline:
-            step_s = (now - started - first_s) / (jit - 1) if jit > 1 else first_s / 2
-            weight = 0.1 if self._jit_step_s else 1.0
-            self._jit_first_s += weight * (first_s - step_s - self._jit_first_s)
-            self._jit_step_s += weight * (step_s - self._jit_step_s)
+        if self._link.connected and all(s.generation >= 0 and s.heard for _, s in waiting):
+            self._learn_wait(now - started, first_s, ready, jit)  # of drafting, not of reading a new prompt
         self._metrics.waited(now - started)
         events = []
         for i, session in waiting:
@@ -249,6 +252,15 @@ class Verifier(Sessions[Session]):
         self._send(events, wanted)
 
     # ---- measuring -------------------------------------------------------------------------------------
+
+    def _learn_wait(self, waited_s: float, first_s: float | None, ready: int, jit: int) -> None:
+        """Learn from a wait in which `ready` of `jit` drafts came, the first after `first_s` (None: not even that)."""
+        first_s = waited_s if first_s is None else first_s
+        steps = jit - 1 if ready >= jit else ready  # of an unfinished wait, at least so long was the step it ended in
+        step_s = (waited_s - first_s) / steps if steps else first_s / 2
+        weight = 0.1 if self._jit_step_s else 1.0
+        self._jit_first_s += weight * (first_s - step_s - self._jit_first_s)
+        self._jit_step_s += weight * (step_s - self._jit_step_s)
 
     def _observe_round(
         self,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from fake_link import InProcessLink
-from test_verifier import FakeTarget, make
+import time
 
-from vllm_ssd.protocol import Block, Evicted, Push, pack_ids
+import pytest
+from fake_link import InProcessLink
+from test_verifier import PROMPTS, FakeTarget, make
+
+from vllm_ssd.protocol import Block, Evicted, Push, Step, pack_ids
 from vllm_ssd.sessions import REOPEN_ROUNDS
 
 
@@ -53,3 +56,38 @@ def test_an_eviction_that_is_reported_twice_counts_once():
         target.round()
         rounds += 1
     assert rounds == REOPEN_ROUNDS + 1
+
+
+def test_auto_does_not_wait_for_a_drafter_that_always_answers_too_late():
+    link = InProcessLink()
+    poll = link.poll
+    link.poll = lambda timeout_s=0.0: time.sleep(timeout_s) or [] if timeout_s else poll()
+    verifier, metrics = make(link, on_miss="auto", wait_ms=2)
+    target = FakeTarget(verifier)
+    for request_id, prompt in PROMPTS.items():
+        target.start(request_id, prompt)
+    for _ in range(40):
+        target.round()
+    target.check(PROMPTS)
+    assert metrics.counts["misses"] > 10
+    assert 1 <= metrics.counts["waits"] <= 3
+
+
+@pytest.mark.parametrize("on_miss", ["wait", "auto"])
+def test_a_drafter_that_dies_when_it_is_asked_just_in_time(on_miss):
+    link = InProcessLink()
+    verifier, metrics = make(link, on_miss=on_miss)
+    target = FakeTarget(verifier)
+    target.start("a", [1, 2, 3])
+    send = link.send
+
+    def send_and_die(step: Step) -> None:
+        send(step)
+        if any(getattr(event, "jit", 0) for event in step.events):
+            link.die()
+
+    link.send = send_and_die
+    for _ in range(30):
+        target.round()
+    target.check({"a": [1, 2, 3]})
+    assert not link.connected and metrics.counts["waits"] == 1
