@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
 import os
 import select
 import subprocess
@@ -195,7 +196,7 @@ class DrafterProcess:
 
 def _supervise(reference: weakref.ref[DrafterProcess]) -> None:
     """Start drafters for as long as the link lives; the first failure to start is final."""
-    pause_s, started_at = BACKOFF_S[0], 0.0
+    pause_s, lived_since = BACKOFF_S[0], math.inf
     while (link := reference()) is not None:
         wanted, closed = link._wanted, link._closed
         del link
@@ -211,13 +212,14 @@ def _supervise(reference: weakref.ref[DrafterProcess]) -> None:
         wanted.clear()
         first = link.generation == 0
         if not first:
-            pause_s = BACKOFF_S[0] if time.monotonic() - started_at > BACKOFF_S[1] else min(2 * pause_s, BACKOFF_S[1])
+            lived = time.monotonic() - lived_since > BACKOFF_S[1]
+            pause_s, lived_since = BACKOFF_S[0] if lived else min(2 * pause_s, BACKOFF_S[1]), math.inf
             link._kill()
             if closed.wait(pause_s):
                 return
         try:
             link._start()
-            started_at = time.monotonic()
+            lived_since = time.monotonic()
         except Exception as error:  # a thread that dies would leave the target without a drafter, unexplained
             link._kill()
             failure = error if isinstance(error, DrafterFailed) else DrafterFailed(f"the SSD drafter: {error}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 
 import pytest
 
@@ -69,6 +71,39 @@ def test_pauses_of_the_server_are_not_the_drafters_silence(link):
 def test_a_drafter_that_was_told_nothing_may_be_silent(link):
     polls(link, 100)
     assert link.connected
+
+
+def test_the_pause_before_a_restart_doubles_until_a_drafter_lives(link):
+    pauses, lives_s = [], []
+
+    class Wanted(threading.Event):
+        """Set when the drafter that came up has lived its time."""
+
+        def wait(self, timeout=None):
+            link.clock[0] += lives_s.pop() if lives_s else 0
+            return True
+
+    class Closed:
+        """Never set; waiting turns the clock."""
+
+        def is_set(self):
+            return False
+
+        def wait(self, pause_s):
+            pauses.append(pause_s)
+            link.clock[0] += pause_s
+            return len(pauses) == 12
+
+    def start():
+        link.clock[0] += 30  # loading takes its time, whether it ends well or not
+        if len(pauses) != 10:
+            raise launch.DrafterFailed("no memory")
+        lives_s.append(launch.BACKOFF_S[1] + 1)
+
+    link.generation, link._wanted, link._closed, link._start = 1, Wanted(), Closed(), start
+    link._kill = lambda: None
+    launch._supervise(weakref.ref(link))
+    assert pauses == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0, 60.0, 1.0, 2.0]
 
 
 def test_a_closed_socket_is_a_lost_drafter(link):
