@@ -24,6 +24,8 @@ from vllm_ssd.transport.process import socket_pair
 
 HANG_S = 10.0
 """A drafter that was told something and has said nothing for so long, while it was listened to, is taken for hung."""
+EXIT_S = 10.0
+"""A drafter whose socket has closed has this long to end by itself."""
 BACKOFF_S = (1.0, 60.0)
 """First and longest pause before a drafter is started again; doubled with each failure."""
 
@@ -148,8 +150,7 @@ class DrafterProcess:
         """Start one drafter and shake hands; raises `DrafterFailed`."""
         self._kill()
         transport, child_socket = socket_pair()
-        if self._options.cpus:  # of this thread alone, and of the child from its first instruction
-            os.sched_setaffinity(0, self._options.cpus)
+        _run_on(self._options.cpus)
         with child_socket:
             self._process = subprocess.Popen(
                 [
@@ -166,11 +167,12 @@ class DrafterProcess:
         try:
             transport.send(self._hello)
             answers = transport.poll(self._startup_timeout_s)
-        except TransportClosed:
-            status = self._process.wait()
-            raise DrafterFailed(
-                f"the SSD drafter ended with status {status} before it was ready; see its output above"
-            ) from None
+        except TransportClosed as error:
+            try:
+                how = f"ended with status {self._process.wait(EXIT_S)}"
+            except subprocess.TimeoutExpired:
+                how = f"was lost ({error})"
+            raise DrafterFailed(f"the SSD drafter {how} before it was ready; see its output above") from None
         if not answers:
             raise DrafterFailed(
                 f"the SSD drafter was not ready within startup_timeout_s={self._startup_timeout_s:g}; "
@@ -192,6 +194,19 @@ class DrafterProcess:
             welcome.page_size,
             welcome.max_model_len,
         )
+
+
+def _run_on(cpus: list[int]) -> None:
+    """Bind this thread alone, and every child that it starts from its first instruction on; no `cpus` bind nothing."""
+    if not cpus:
+        return
+    try:
+        os.sched_setaffinity(0, cpus)
+        missing = set(cpus) - os.sched_getaffinity(0)
+    except OSError:
+        missing = cpus
+    if missing:
+        raise DrafterFailed(f"drafter_cpus: the SSD drafter may not run on CPU {', '.join(map(str, sorted(missing)))}")
 
 
 def _supervise(reference: weakref.ref[DrafterProcess]) -> None:

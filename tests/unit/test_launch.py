@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 
 import pytest
 
 from vllm_ssd import launch
-from vllm_ssd.protocol import Push, Step
+from vllm_ssd.drafter.options import DrafterOptions
+from vllm_ssd.protocol import Hello, Push, Step
 from vllm_ssd.transport.inproc import pair
 
 STEP = Step([], 1)
@@ -71,6 +73,48 @@ def test_pauses_of_the_server_are_not_the_drafters_silence(link):
 def test_a_drafter_that_was_told_nothing_may_be_silent(link):
     polls(link, 100)
     assert link.connected
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    """Start a link whose drafter is the shell script `drafter`; FD is its socket."""
+    links = []
+
+    def start(drafter: str = "", cpus: list[int] = ()) -> launch.DrafterProcess:
+        script = tmp_path / "drafter"
+        script.write_text(f"#!/bin/bash\nFD=$3\n{drafter}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(launch.sys, "executable", str(script))
+        monkeypatch.setattr(launch, "EXIT_S", 0.2)
+        options = DrafterOptions({}, 1, 1, None, 1, 1, 1, list(cpus), os.getpid())
+        links.append(
+            launch.DrafterProcess(
+                options, Hello(1, 1, 1, ""), environment={}, startup_timeout_s=20, logger=logging.getLogger("test")
+            )
+        )
+        return links[-1]
+
+    yield start
+    for link in links:
+        link.close()
+
+
+def test_a_drafter_that_hangs_up_and_stays_is_not_waited_for(start):
+    link = start('eval "exec $FD>&-"; exec sleep 100')
+    with pytest.raises(launch.DrafterFailed, match="was lost .* before it was ready"):
+        link.wait_until_ready()
+    assert link._process.poll() is not None
+
+
+def test_a_drafter_that_ends_before_it_is_ready_says_how(start):
+    with pytest.raises(launch.DrafterFailed, match="ended with status 7 before it was ready"):
+        start("exit 7").wait_until_ready()
+
+
+@pytest.mark.parametrize("cpus", [[4000], [min(os.sched_getaffinity(0)), 4000]])
+def test_cpus_that_are_not_there_are_named(start, cpus):
+    with pytest.raises(launch.DrafterFailed, match="drafter_cpus.*CPU 4000$"):
+        start(cpus=cpus).wait_until_ready()
 
 
 def test_the_pause_before_a_restart_doubles_until_a_drafter_lives(link):
