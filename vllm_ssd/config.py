@@ -155,6 +155,17 @@ class SSDConfig:
                 f"ssd: fan_out must be a list of num_speculative_tokens + 1 = {num_accept_lengths} entries, "
                 f"got {_shown(self.fan_out)}"
             )
+        if isinstance(self.fan_out, tuple) and not self.fan_out[-1] and self.on_miss == "skip":
+            raise ValueError(
+                "ssd: with on_miss = 'skip' the last entry of fan_out, which serves rounds without drafts too, must be "
+                f"over 0, or there never are any, got {_shown(self.fan_out)}"
+            )
+        shortest = 2 * self.num_speculative_tokens + 3
+        if self.max_model_len is not None and self.max_model_len < shortest:
+            raise ValueError(
+                f"ssd: max_model_len must be at least 2 * num_speculative_tokens + 3 = {shortest}, or no request has "
+                f"room for drafts, got {self.max_model_len}"
+            )
         if self.fan_out is not None and self.branch_budget is not None:
             raise ValueError("ssd: give fan_out or branch_budget, not both: the budget is what fan_out divides")
         if self.ngram_min > self.ngram_max:

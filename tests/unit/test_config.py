@@ -25,7 +25,7 @@ COMMON = {
     "revision": st.none() | NAME,
     "trust_remote_code": st.booleans(),
     "enforce_eager": st.booleans(),
-    "max_model_len": st.none() | st.integers(1, 2**31 - 1),
+    "max_model_len": st.none() | st.integers(2 * 16 + 3, 2**31 - 1),
     "kv_cache_memory": st.none() | st.integers(2**20, 2**50),
     "gpu_memory_utilization": st.none() | st.floats(0, 1, exclude_min=True),
     "top_m": st.integers(1, 4096),
@@ -44,7 +44,7 @@ def user_dicts(draw):
     num_drafts = draw(st.integers(1, 16))
     fan_out = st.integers(1, 64) | st.lists(
         st.integers(0, 64), min_size=num_drafts + 1, max_size=num_drafts + 1
-    ).filter(any)
+    ).filter(lambda counts: counts[-1] or any(counts) and values.get("on_miss") != "skip")
     sizes = draw(
         st.just({})
         | st.builds(lambda value: {"fan_out": value}, fan_out)
@@ -117,6 +117,8 @@ def test_max_branches(values, max_branches):
         ({"fan_out": 2, "branch_budget": 9}, "give fan_out or branch_budget, not both"),
         ({"fan_out": [1, 2]}, r"num_speculative_tokens \+ 1 = 6 entries, got \[1, 2\]"),
         ({"fan_out": [0] * 6}, "not all zero, got"),
+        ({"fan_out": [2] * 5 + [0], "on_miss": "skip"}, "last entry of fan_out.*must be over 0"),
+        ({"max_model_len": 12}, r"max_model_len must be at least 2 \* num_speculative_tokens \+ 3 = 13.*got 12"),
         ({"ngram_min": 5}, "ngram_min must be at most ngram_max = 4, got 5"),
         ({"on_miss": "ask"}, "on_miss must be one of skip, wait, ngram, auto, got 'ask'"),
         ({"num_speculative_tokens": 17}, "num_speculative_tokens must be an integer from 1 to 16, got 17"),
