@@ -104,7 +104,10 @@ class Metrics:
         """Answer Prometheus on 127.0.0.1:`port`; raises OSError when the port is taken."""
         registry = CollectorRegistry()
         registry.register(self)
-        start_http_server(port, addr="127.0.0.1", registry=registry)
+        try:
+            start_http_server(port, addr="127.0.0.1", registry=registry)
+        except OSError as error:
+            raise OSError(f"ssd: metrics_port {port} cannot be served: {error.strerror}") from None
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, for `prometheus_client`."""

@@ -86,6 +86,8 @@ def user_config(vllm_config: VllmConfig) -> SSDConfig:
 def start_drafter(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, DrafterProcess]:
     """Start a drafter for this worker, which loads beside the target, and the counters about it."""
     metrics = Metrics(config.num_speculative_tokens, logger)
+    if config.metrics_port is not None:
+        metrics.serve(config.metrics_port)
     options, environment = place_drafter(config, vllm_config, is_cpu=current_platform.is_cpu())
     drafter = DrafterProcess(
         options,
@@ -95,8 +97,6 @@ def start_drafter(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, 
         logger=logger,
         server_pid=int(os.environ.get(SERVER_PID_ENV, "0")),
     )
-    if config.metrics_port is not None:
-        metrics.serve(config.metrics_port)
     return metrics, drafter
 
 

@@ -6,6 +6,8 @@ import logging
 import socket
 import urllib.request
 
+import pytest
+
 from vllm_ssd.metrics import Metrics
 from vllm_ssd.protocol import DrafterStats
 
@@ -17,6 +19,15 @@ def make() -> Metrics:
     metrics.accepted([3, 3, 0], [2, 0, 0])
     metrics.drafter(DrafterStats(10, 30, 4.0, 100, 2), generation=2)
     return metrics
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"metrics_port {port} cannot be served: Address already in use"):
+            make().serve(port)
 
 
 def test_prometheus_answers_on_loopback_only():
