@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 logger = logging.getLogger("vllm.vllm_ssd")
@@ -84,7 +85,8 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
             user[key] = value
             setattr(engine_args, field, None)
     config = SSDConfig.from_user(user)
-    if config.model.startswith(("/", "./", "../", "~")) and not os.path.isdir(os.path.expanduser(config.model)):
+    config = replace(config, model=os.path.expanduser(config.model))  # no shell does it inside JSON
+    if config.model.startswith(("/", "./", "../", "~")) and not os.path.isdir(config.model):
         raise ValueError(f"ssd: model {config.model!r} is neither a folder nor the name of a model on the Hub")
     engine_args.additional_config = {**(engine_args.additional_config or {}), "ssd": config.to_json()}
     os.environ[RUNTIME_ENV] = config.runtime_json()

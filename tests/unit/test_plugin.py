@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,15 +10,27 @@ import pytest
 
 from vllm_ssd.compat import runner
 from vllm_ssd.compat.version import UnsupportedVLLM
+from vllm_ssd.config import RUNTIME_ENV, SERVER_PID_ENV
 from vllm_ssd.plugin import translate
 
 
-def translated(monkeypatch: pytest.MonkeyPatch, *, v2: bool, runner_type: str = "generate", stages: int = 1) -> Any:
+def translated(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    v2: bool = False,
+    runner_type: str = "generate",
+    stages: int = 1,
+    model: str = "org/draft",
+    extension: str = "",
+    **fields: Any,
+) -> Any:
     monkeypatch.setattr(runner, "is_v2", lambda: v2)
+    for name in (RUNTIME_ENV, SERVER_PID_ENV):
+        monkeypatch.setenv(name, "")  # put back afterwards, whatever `translate` makes of it
     engine_args = SimpleNamespace(
-        speculative_config={"method": "ssd", "model": "org/draft", "ngram-min": 3}, additional_config={"mine": 1}
+        speculative_config={"method": "ssd", "model": model, "ngram-min": 3}, additional_config={"mine": 1}, **fields
     )
-    parallel_config = SimpleNamespace(pipeline_parallel_size=stages, worker_extension_cls="")
+    parallel_config = SimpleNamespace(pipeline_parallel_size=stages, worker_extension_cls=extension)
     translate(engine_args, SimpleNamespace(runner_type=runner_type), parallel_config)
     return SimpleNamespace(**vars(engine_args), worker_extension_cls=parallel_config.worker_extension_cls)
 
@@ -43,6 +56,27 @@ def test_v2(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert found.additional_config["ssd"]["ngram_min"] == 3
     assert found.worker_extension_cls == ""
+
+
+def test_a_draft_model_at_home_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "draft").mkdir()
+    found = translated(monkeypatch, model="~/draft")
+    assert found.additional_config["ssd"]["model"] == str(tmp_path / "draft")
+    with pytest.raises(ValueError, match="absent' is neither a folder nor the name of a model on the Hub"):
+        translated(monkeypatch, model="~/absent")
+
+
+def test_keys_may_come_as_fields_but_not_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = translated(monkeypatch, spec_tokens=2)
+    assert found.spec_tokens is None and found.speculative_config["num_speculative_tokens"] == 2
+    with pytest.raises(ValueError, match="model is given twice, in speculative_config and as spec_model"):
+        translated(monkeypatch, spec_model="m")
+
+
+def test_no_other_worker_extension_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="needs worker_extension_cls, which is set already"):
+        translated(monkeypatch, stages=2, extension="mine.Extension")
 
 
 @pytest.mark.parametrize("v2", [False, True])
