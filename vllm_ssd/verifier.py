@@ -89,7 +89,7 @@ class Verifier(Sessions[Session]):
             self._hand_over(session, speculation.since(0, session.most_drafts(wanted, length)), i, proposed)
             session.blocks = []
             session.length = length
-            if not proposed[i]:
+            if not proposed[i] and session.most_drafts(wanted, length):
                 missed.append((i, session))
             events.append(Outcome(session.request_id, session.epoch, length, emitted, proposed[i]))
         waited = self._answer_misses(missed, events, proposed, token_ids, num_tokens, wanted)
