@@ -99,6 +99,9 @@ class DrafterProcess:
         except TransportClosed as error:
             self._lost(str(error))
             return []
+        if not all(isinstance(push, Push) for push in pushes):
+            self._lost("said what only a handshake says")
+            return []
         now = time.monotonic()
         if pushes or not self._spoken or now - self._polled_at > HANG_S / 2:
             self._silent_since = now  # heard it, asked nothing, or did not listen: a pause of the server's own

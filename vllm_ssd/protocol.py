@@ -129,6 +129,18 @@ class Block(_Message):
         """n."""
         return len(self.outcomes) // 8
 
+    @property
+    def fits(self) -> bool:
+        """Whether the arrays have the sizes that n, d and M ask for; of a sound drafter they always do."""
+        n, tokens, support = self.num_branches, len(self.draft_token_ids), len(self.q_token_ids)
+        return (
+            0 < 8 * n == len(self.outcomes)
+            and 0 < tokens
+            and not tokens % (4 * n)
+            and not support % tokens
+            and support == len(self.q_probs)
+        )
+
     def find(self, accept_length: int, bonus_token_id: int) -> int:
         """The branch that predicts this outcome, or -1."""
         needle = _outcome.pack(accept_length, bonus_token_id)

@@ -63,11 +63,11 @@ class Session:
     reopen_round: int = 0
 
     def expects(self, block: Block) -> bool:
-        """Whether a block answers this committed length, in this epoch."""
-        return block.epoch == self.epoch and block.length == self.length
+        """Whether a block answers this committed length, in this epoch, and is not broken."""
+        return block.epoch == self.epoch and block.length == self.length and block.fits
 
     def take(self, block: Block) -> bool:
-        """Keep a pushed block; False when it answers another committed length or epoch."""
+        """Keep a pushed block; False when it answers another committed length or epoch, or is broken."""
         if not self.expects(block):
             return False
         self.blocks.append(block)

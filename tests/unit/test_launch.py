@@ -11,7 +11,7 @@ import pytest
 
 from vllm_ssd import launch
 from vllm_ssd.drafter.options import DrafterOptions
-from vllm_ssd.protocol import Hello, Push, Step
+from vllm_ssd.protocol import Hello, Push, Refused, Step
 from vllm_ssd.transport.inproc import pair
 
 STEP = Step([], 1)
@@ -68,6 +68,13 @@ def test_pauses_of_the_server_are_not_the_drafters_silence(link):
         assert link.connected
     polls(link, 100)
     assert not link.connected
+
+
+def test_a_drafter_that_says_something_else_than_pushes_is_lost(link):
+    link.drafter.send(PUSH)
+    link.drafter.send(Refused("no"))
+    assert link.poll() == []
+    assert not link.connected and link._wanted.is_set()
 
 
 def test_a_drafter_that_was_told_nothing_may_be_silent(link):

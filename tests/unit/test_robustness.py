@@ -91,3 +91,28 @@ def test_a_drafter_that_dies_when_it_is_asked_just_in_time(on_miss):
         target.round()
     target.check({"a": [1, 2, 3]})
     assert not link.connected and metrics.counts["waits"] == 1
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        (b"", pack_ids([1])),
+        (pack_ids([0, 7]) + b"xyz", pack_ids([2])),
+        (pack_ids([0, 7]), b""),
+        (pack_ids([0, 7]), b"xyz"),
+        (pack_ids([0, 7, 1, 7]), pack_ids([2, 3, 4])),
+        (pack_ids([0, 7]), pack_ids([2, 3]), pack_ids([1, 2, 3]), b"\0" * 12),
+        (pack_ids([0, 7]), pack_ids([2]), pack_ids([2]), b"\0" * 8),
+    ],
+)
+def test_broken_blocks_are_dropped(arrays):
+    link = InProcessLink(steps_a_poll=0)
+    verifier, metrics = make(link, on_miss="skip")
+    target = FakeTarget(verifier)
+    target.next_token = lambda prefix: 7
+    target.start("a", [1, 2, 3])
+    (opened,) = link.steps[0].events
+    whole = Block("a", opened.epoch, 3, 0, pack_ids([1, 7]), pack_ids([2]), pack_ids([2, 3]), b"\0" * 8)
+    link._drafter.send(Push([Block("a", opened.epoch, 3, 0, *arrays), whole], [], None))
+    target.round()
+    assert not target.drafts["a"] and metrics.counts["stale_blocks"] == 1
