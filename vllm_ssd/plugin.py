@@ -19,8 +19,10 @@ def register() -> None:
     try:
         from vllm.engine.arg_utils import EngineArgs
 
+        from vllm_ssd.compat.batches import run_one_batch_at_a_time
         from vllm_ssd.compat.runner import check_runner, install_speculator
 
+        run_one_batch_at_a_time()
         original = EngineArgs.create_speculative_config
         if getattr(original, "_vllm_ssd", False):
             return
