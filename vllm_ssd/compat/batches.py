@@ -12,9 +12,9 @@ def run_one_batch_at_a_time() -> None:
     scheduler takes them for verifiable and schedules their requests again before their bonus tokens are known.
     Idempotent; every process needs it.
     """
-    original = VllmConfig.max_concurrent_batches
-    if getattr(original.fget, "_vllm_ssd", False):
-        return
+    original = vars(VllmConfig).get("max_concurrent_batches")
+    if not isinstance(original, property) or getattr(original.fget, "_vllm_ssd", False):
+        return  # an unsupported vLLM is refused when ssd is asked for, not here
 
     def max_concurrent_batches(self: VllmConfig) -> int:
         speculative, ours = self.speculative_config, self.additional_config
