@@ -138,7 +138,8 @@ class Verifier(Sessions[Session]):
 
         Returns whether just-in-time drafts were waited for.
         """
-        waiting, jit = self._fall_back(missed, proposed, token_ids, num_tokens, wanted)
+        opened = {event.request_id for event in events if isinstance(event, Open)}  # an Open asks for nothing in haste
+        waiting, jit = self._fall_back(missed, opened, proposed, token_ids, num_tokens, wanted)
         if missed:
             named = {session.request_id: session.drafts.token_ids for _, session in missed}
             told_to_hurry = {session.request_id for _, session in waiting}
@@ -155,6 +156,7 @@ class Verifier(Sessions[Session]):
     def _fall_back(
         self,
         missed: list[tuple[int, Session]],
+        opened: set[str],
         proposed: list[list[int]],
         token_ids: np.ndarray,
         num_tokens: np.ndarray,
@@ -170,7 +172,8 @@ class Verifier(Sessions[Session]):
             matches, matched_gain = self._ngram_matches(missed, token_ids, num_tokens, wanted)
         waiting: list[tuple[int, Session]] = []
         if self._config.on_miss in ("wait", "auto") and self._link.connected and self._answers:
-            waiting = [(i, s) for i, s in missed if s.generation == self._link.generation]
+            held = [(i, s) for i, s in missed if s.generation == self._link.generation]
+            waiting = [(i, s) for i, s in held if s.request_id not in opened]
         jit, gain = self._num_jit_drafts(len(waiting), wanted)
         if matches:
             matched = {i for i, *_ in matches}

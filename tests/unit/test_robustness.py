@@ -8,7 +8,7 @@ import pytest
 from fake_link import InProcessLink
 from test_verifier import PROMPTS, FakeTarget, make
 
-from vllm_ssd.protocol import Block, Evicted, Push, Step, pack_ids
+from vllm_ssd.protocol import Block, Evicted, Open, Push, Step, pack_ids
 from vllm_ssd.sessions import REOPEN_ROUNDS
 
 
@@ -116,3 +116,18 @@ def test_broken_blocks_are_dropped(arrays):
     link._drafter.send(Push([Block("a", opened.epoch, 3, 0, *arrays), whole], [], None))
     target.round()
     assert not target.drafts["a"] and metrics.counts["stale_blocks"] == 1
+
+
+@pytest.mark.parametrize("on_miss", ["wait", "auto"])
+def test_a_request_that_is_opened_again_is_not_waited_for(on_miss):
+    link = InProcessLink()
+    verifier, metrics = make(link, on_miss=on_miss, wait_ms=1)
+    target = FakeTarget(verifier)
+    target.start("a", [1, 2, 3])
+    link.die()
+    target.round()
+    link.come_back()
+    waits = metrics.counts["waits"]
+    target.round()
+    assert isinstance(link.steps[-1].events[0], Open)
+    assert metrics.counts["waits"] == waits, "waited for drafts that nobody was asked for"
