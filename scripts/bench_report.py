@@ -16,8 +16,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-MAX_DELAYED_SHARE = 0.03
-"""A round is disturbed when foreign processes kept the cores from any system for more than this share of its turn."""
+MAX_DELAYED_SHARE = 0.08
+"""A round is disturbed when the cores were kept from any system for more than this share of its turn; a drafter that wakes
+for every outcome waits for 4 % by itself."""
 MIN_ROUNDS = 3
 """With fewer undisturbed rounds than this, the disturbed ones are used as well."""
 COLOURS = {"best stock": "#8c8c8c", "ceiling": "#9ecae1", "SSD": "#d9480f"}

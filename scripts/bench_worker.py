@@ -51,7 +51,7 @@ class Request:
 
 @dataclass
 class Turn:
-    """What one request gave, the prefill step and its tokens left out of all times and counts.
+    """What one request gave; times and counts are of the steps in which the whole batch was decoding.
 
     seconds: of all decoding steps; row_rounds: steps times the rows in them; handovers_s: host time from the outcome
     to the drafts, in rounds where every row hit; delayed_s: a core was wanted but taken by another process;
@@ -201,15 +201,17 @@ class Worker:
             emitted[name] = []
             engine.add_request(name, {"prompt_token_ids": prompt}, params)
         prefilled = False
+        full = True  # until the first row is done: rows of unequal luck would otherwise be timed as smaller batches
         started = time.perf_counter()
         while engine.has_unfinished_requests():
             outputs = engine.step()
             now = time.perf_counter()
-            if prefilled:
+            if prefilled and full:
                 turn.steps_s.append(now - started)
                 turn.row_rounds += len(outputs)
                 turn.num_tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
             prefilled = True
+            full = full and not any(output.finished for output in outputs)
             for output in outputs:
                 emitted[output.request_id] += output.outputs[0].token_ids
             started = now
