@@ -3,14 +3,15 @@
     python scripts/bench_decode.py --out results            # everything, about an hour and a half
     python scripts/bench_decode.py --out results --quick    # one point with a dear drafter, a few minutes
 
-Every system is an engine in a process of its own, all on one core, SSD's drafter on the other. They are started together
-and asked in turn, so that whatever changes on the machine hits them alike; ratios are taken within a round of turns. Idle
-ones are stopped: the network threads of an idle vLLM engine take 2 % of a core. The ceiling is SSD's own drafts of that round, replayed at no cost; where text is sampled it is not
-defined. A target of any cost comes from widening the bundled one, a drafter of any cost from deepening.
+Every system is an engine in a process of its own, all on one core, SSD's drafter on the other. They are started
+together and asked in turn, so that whatever changes on the machine hits them alike; ratios are taken within a round
+of turns. Idle ones are stopped: the network threads of an idle vLLM engine take 2 % of a core. The ceiling is SSD's
+own drafts of that round, replayed at no cost; where text is sampled it is not defined. A target of any cost comes
+from widening the bundled one, a drafter of any cost from deepening.
 
 *Dear* means that stock speculation at its best K spends nearly as long drafting as verifying, and that K + 1 of the
-drafter's steps just fit into one verification; *cheap* is one fifth of that. What the sizes below give on this machine is
-measured first and printed.
+drafter's steps just fit into one verification; *cheap* is one fifth of that. What the sizes below give on this
+machine is measured first and printed.
 """
 
 import argparse

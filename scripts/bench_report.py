@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 MAX_DELAYED_SHARE = 0.08
-"""A round is disturbed when the cores were kept from any system for more than this share of its turn; a drafter that wakes
-for every outcome waits for 4 % by itself."""
+"""A round is disturbed when the cores were kept from any system for more than this share of its turn; a drafter that
+wakes for every outcome waits for 4 % by itself."""
 MIN_ROUNDS = 3
 """With fewer undisturbed rounds than this, the disturbed ones are used as well."""
 COLOURS = {"best stock": "#8c8c8c", "ceiling": "#9ecae1", "SSD": "#d9480f"}
@@ -40,7 +40,9 @@ class Round:
         return self.turns[name].num_tokens / self.turns[name].seconds
 
 
-def summarise(drafter: str, batch_size: int, temperature: float, systems: Sequence[System], rounds: list[Round]) -> dict:
+def summarise(
+    drafter: str, batch_size: int, temperature: float, systems: Sequence[System], rounds: list[Round]
+) -> dict:
     """One point of the benchmark, as it is written to JSON."""
     undisturbed = [r for r in rounds if not r.disturbed]
     used = undisturbed if len(undisturbed) >= MIN_ROUNDS else rounds
@@ -53,7 +55,12 @@ def summarise(drafter: str, batch_size: int, temperature: float, systems: Sequen
     best_other = max(best_stock, "plain", key=rates.get)
     ratios = {}
     for name in by_method["ssd"]:
-        others = {"best stock": best_stock, "plain": "plain", "best of both": best_other, "ceiling": f"ceiling of {name}"}
+        others = {
+            "best stock": best_stock,
+            "plain": "plain",
+            "best of both": best_other,
+            "ceiling": f"ceiling of {name}",
+        }
         ratios[name] = {
             other: spread([r.rate(name) / r.rate(system) for r in used])
             for other, system in others.items()
@@ -132,7 +139,17 @@ def print_point(console: Console, point: dict) -> None:
         f"{point['num_rounds']} rounds, {point['num_disturbed']} of them disturbed, {point['num_left_out']} left out",
     )
     table.add_column("")
-    for heading in ("tok/s", "quartiles", "tok/round", "ms/round", "hits", "late", "hand-over µs", "build ms", "identical"):
+    for heading in (
+        "tok/s",
+        "quartiles",
+        "tok/round",
+        "ms/round",
+        "hits",
+        "late",
+        "hand-over µs",
+        "build ms",
+        "identical",
+    ):
         table.add_column(heading, justify="right")
     for name, system in point["systems"].items():
         rate = system["tokens_per_second"]
@@ -167,7 +184,11 @@ def plot(result: dict, path: Path) -> None:
     drafters = list(dict.fromkeys(p["drafter"] for p in points))
     temperatures = list(dict.fromkeys(p["temperature"] for p in points))
     figure, axes = pyplot.subplots(
-        len(temperatures), len(drafters), figsize=(4.6 * len(drafters), 3.4 * len(temperatures)), squeeze=False, sharey=True
+        len(temperatures),
+        len(drafters),
+        figsize=(4.6 * len(drafters), 3.4 * len(temperatures)),
+        squeeze=False,
+        sharey=True,
     )
     systems: dict[str, Callable[[dict], str]] = {
         "ceiling": lambda p: f"ceiling of {p['best_ssd']}",

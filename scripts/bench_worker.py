@@ -82,7 +82,11 @@ class Replay:
         """Nothing to load: vLLM's CPU runner wants the method."""
 
     def propose(
-        self, sampled_token_ids: list[list[int]], num_tokens: np.ndarray, token_ids: np.ndarray, slot_mappings: Any = None
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens: np.ndarray,
+        token_ids: np.ndarray,
+        slot_mappings: Any = None,
     ) -> list[list[int]]:
         """Drafts of each row, by prompt and committed length."""
         return [
@@ -106,7 +110,11 @@ class Recorder:
         self.handovers_s: list[float] = []
 
     def propose(
-        self, sampled_token_ids: list[list[int]], num_tokens: np.ndarray, token_ids: np.ndarray, slot_mappings: Any = None
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens: np.ndarray,
+        token_ids: np.ndarray,
+        slot_mappings: Any = None,
     ) -> list[list[int]]:
         """The proposer's own drafts, recorded."""
         hits = self._counts["hits"]

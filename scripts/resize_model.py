@@ -90,7 +90,9 @@ def write_model(src: str | Path, dst: str | Path, config: dict, weights: Weights
         weights = {name: weight.to(DTYPES[dtype]) for name, weight in weights.items()}
         config = {**config, **{key: dtype for key in ("dtype", "torch_dtype") if key in config}}
     (dst / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, dst / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: weight.contiguous() for name, weight in weights.items()}, dst / "model.safetensors", {"format": "pt"}
+    )
 
 
 def main() -> None:

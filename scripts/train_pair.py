@@ -352,7 +352,9 @@ class Clock:
         return self.step / self.steps if self.steps else self.elapsed() / self.seconds
 
 
-def co_train(args: argparse.Namespace, tokenizer: Tokenizer, corpus: Tensor, held_out: Tensor) -> tuple[Llama, Llama, Clock]:
+def co_train(
+    args: argparse.Namespace, tokenizer: Tokenizer, corpus: Tensor, held_out: Tensor
+) -> tuple[Llama, Llama, Clock]:
     """Train the target on the text and the drafter on the target, writing the pair out as it improves."""
     target, drafter = Llama(TARGET), Llama(DRAFTER)
     drafter.model.embed_tokens.load_state_dict(target.model.embed_tokens.state_dict())
@@ -396,7 +398,9 @@ def distil(args: argparse.Namespace, target: Llama, drafter: Llama, corpus: Tens
 
     while (progress := clock.progress()) < 1:
         if clock.step % 24 == 0 and (not own or progress < 0.9):
-            own = own[-5 * args.rows :] + list(continue_text(target, prompts.batch(args.rows), CONTINUATION, temperature))
+            own = own[-5 * args.rows :] + list(
+                continue_text(target, prompts.batch(args.rows), CONTINUATION, temperature)
+            )
         chosen = torch.stack(random.sample(own, 2 * args.batch))
         imitation = (loss(target, drafter, windows.batch(args.batch)) + loss(target, drafter, chosen)) / 2
         imitation.backward()
@@ -469,7 +473,9 @@ def teacher_forced(target: Llama, drafter: Llama, tokens: Tensor, rows: int | No
 
 
 @torch.no_grad()
-def on_own_continuations(target: Llama, drafter: Llama, tokens: Tensor, new: int = 128, drafted: int = 4) -> dict[str, float]:
+def on_own_continuations(
+    target: Llama, drafter: Llama, tokens: Tensor, new: int = 128, drafted: int = 4
+) -> dict[str, float]:
     """Return agreement, and accepted drafts per round, on greedy continuations of 64 prompts."""
     starts = torch.linspace(0, len(tokens) - PROMPT, 64).long().tolist()
     rows = continue_text(target, torch.stack([tokens[s : s + PROMPT] for s in starts]), PROMPT + new)
@@ -486,12 +492,21 @@ def on_own_continuations(target: Llama, drafter: Llama, tokens: Tensor, new: int
 def write_readme(args: argparse.Namespace, corpus: Tensor, text: dict, own: dict) -> None:
     """Write down what the pair is, how it was made and what was measured."""
     size = sum(f.stat().st_size for name in ("target", "drafter") for f in (args.out / name).iterdir()) / 1e6
-    (args.out / "README.md").write_text(README.format(
-        size=size, history=(args.out / "history.txt").read_text().rstrip(), batch=args.batch,
-        python=platform.python_version(), tokens=len(corpus) / 1e6, loss=text["loss"],
-        perplexity=math.exp(text["loss"]), text=text["agreement"], own=own["agreement"],
-        accepted=own["accepted"], emitted=own["accepted"] + 1,
-    ))
+    (args.out / "README.md").write_text(
+        README.format(
+            size=size,
+            history=(args.out / "history.txt").read_text().rstrip(),
+            batch=args.batch,
+            python=platform.python_version(),
+            tokens=len(corpus) / 1e6,
+            loss=text["loss"],
+            perplexity=math.exp(text["loss"]),
+            text=text["agreement"],
+            own=own["agreement"],
+            accepted=own["accepted"],
+            emitted=own["accepted"] + 1,
+        )
+    )
 
 
 README = """\
