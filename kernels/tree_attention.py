@@ -9,6 +9,7 @@ import triton.language as tl
 from vllm_ssd.kernels.dispatch import require_contiguous, use_triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+MAX_SPLITS = 64
 
 
 def tree_attention(
@@ -40,7 +41,8 @@ def tree_attention(
     A branch reads the trunk up to the page of its base and owns the rest; a token of the spine owns nothing and reads
     the trunk up to itself, so prompts ride along. A query of length 0 gets zeros. sliding_window: the last so many
     positions count, 0 for all; soft_cap: logits become soft_cap * tanh(logits / soft_cap), 0 for none.
-    max_shared_len and max_rows, bounds on shared_lens and on the queries of a request, and num_splits size the launch.
+    max_shared_len and max_rows, bounds on shared_lens and on the queries of a request, and num_splits (at most 64) size
+    the launch.
     """
     if out is None:
         out = torch.empty_like(query)
@@ -68,6 +70,8 @@ def tree_attention(
     num_tiles = num_rows // rows_per_tile + num_requests  # at least one more than whole tiles in every request
     if num_splits is None:
         num_splits = _splits(num_tiles * num_kv_heads, triton.cdiv(max_shared_len, block_t), query.device)
+    elif num_splits > MAX_SPLITS:
+        raise ValueError(f"num_splits must be at most {MAX_SPLITS}, not {num_splits}")
     partial = torch.empty(num_rows, num_heads, num_splits, head_size, dtype=torch.float32, device=query.device)
     lse = torch.empty(num_rows, num_heads, num_splits, dtype=torch.float32, device=query.device)
     common = dict(
@@ -90,7 +94,6 @@ def tree_attention(
         *key_cache.stride()[:3],
         *value_cache.stride()[:3],
         page_tables.stride(0),
-        SPLITS=num_splits,
         ROWS=rows_per_tile,
         BLOCK_M=block_m,
         BLOCK_T=block_t,
@@ -114,8 +117,8 @@ def tree_attention(
         *value_cache.stride()[:3],
         own_pages.stride(0),
         *out.stride()[:2],
-        SPLITS=num_splits,
-        BLOCK_SPLITS=triton.next_power_of_2(num_splits),
+        num_splits,
+        MAX_SPLITS=MAX_SPLITS,
         BLOCK_M=max(16, triton.next_power_of_2(group)),
         BLOCK_T=32,
         **common,
@@ -124,15 +127,11 @@ def tree_attention(
 
 
 def _splits(num_programs: int, num_blocks: int, device: torch.device) -> int:
-    """Runs of context a trunk is cut into, so that twice as many programs as multiprocessors read it.
-
-    A power of two: kernels are compiled for each.
-    """
+    """Runs of context a trunk is cut into, so that twice as many programs as multiprocessors read it."""
     if device.type != "cuda":
         return max(1, min(num_blocks, 3))
     wanted = triton.cdiv(2 * torch.cuda.get_device_properties(device).multi_processor_count, num_programs)
-    most = max(1, min(wanted, triton.cdiv(num_blocks, 4), 64))
-    return 1 << (most.bit_length() - 1)
+    return max(1, min(wanted, triton.cdiv(num_blocks, 4), MAX_SPLITS))
 
 
 def _tree_attention_reference(
@@ -234,7 +233,6 @@ def _trunk_kernel(
     SLIDING_WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -246,7 +244,7 @@ def _trunk_kernel(
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    split, num_splits = tl.program_id(2), tl.num_programs(2)
     low, high = 0, num_requests
     while low < high:  # the last request that starts at this tile or before
         middle = (low + high) // 2
@@ -273,7 +271,7 @@ def _trunk_kernel(
         begin = tl.maximum(shared_len + own_len - SLIDING_WINDOW, 0)
     end = tl.max(shared_len, 0)
     start = tl.minimum(tl.min(tl.where(shared_len > 0, begin, end), 0), end) // BLOCK_T
-    per_split = tl.cdiv(tl.cdiv(end, BLOCK_T) - start, SPLITS)
+    per_split = tl.cdiv(tl.cdiv(end, BLOCK_T) - start, num_splits)
     start = (start + split * per_split) * BLOCK_T
     end = tl.minimum(end, start + per_split * BLOCK_T)
 
@@ -301,7 +299,7 @@ def _trunk_kernel(
             query, keys, values, seen, scale, largest, total, weighted, SOFT_CAP, PRECISION
         )
 
-    at = (row * (tl.num_programs(1) * GROUP) + head) * SPLITS + split
+    at = (row * (tl.num_programs(1) * GROUP) + head) * num_splits + split
     tl.store(lse_ptr + at, largest + tl.log2(total), mask=valid)  # -inf where nothing was seen
     tl.store(
         partial_ptr + at[:, None] * HEAD + d[None, :],
@@ -333,6 +331,7 @@ def _merge_kernel(
     own_stride,
     out_stride_row,
     out_stride_head,
+    num_splits,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -340,8 +339,7 @@ def _merge_kernel(
     SLIDING_WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -378,17 +376,17 @@ def _merge_kernel(
         )
 
     # The largest log-sum-exp first: then the runs add up independently of each other and their loads overlap.
-    at = (row * (tl.num_programs(1) * GROUP) + head) * SPLITS
-    run = tl.arange(0, BLOCK_SPLITS)
+    at = (row * (tl.num_programs(1) * GROUP) + head) * num_splits
+    run = tl.arange(0, MAX_SPLITS)
     lse = tl.load(
-        lse_ptr + at[:, None] + run[None, :], mask=valid[:, None] & (run[None, :] < SPLITS), other=float("-inf")
+        lse_ptr + at[:, None] + run[None, :], mask=valid[:, None] & (run[None, :] < num_splits), other=float("-inf")
     )
     new_largest = tl.maximum(largest, tl.max(lse, 1))
     shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
     rescale = tl.exp2(largest - shift)
     total = total * rescale + tl.sum(tl.exp2(lse - shift[:, None]), 1)
     weighted = weighted * rescale[:, None]
-    for split in tl.range(SPLITS, loop_unroll_factor=4):
+    for split in tl.range(num_splits, loop_unroll_factor=4):
         weight = tl.exp2(tl.load(lse_ptr + at + split, mask=valid, other=float("-inf")) - shift)
         partial = tl.load(
             partial_ptr + (at + split)[:, None] * HEAD + d[None, :],

@@ -155,6 +155,12 @@ def test_any_strides_and_a_given_output():
     assert (out[..., shape.head_size :] == 7).all()
 
 
+def test_too_many_splits_are_refused():
+    case = [argument.to(DEVICE) for argument in make_case(SHAPES["one split"], torch.float32)]
+    with pytest.raises(ValueError, match="at most 64, not 65"):
+        tree_attention(*case, **options(SHAPES["one split"]) | {"num_splits": 65})
+
+
 def test_cache_of_another_dtype_is_refused():
     query, keys, values, *rest = (argument.to(DEVICE) for argument in make_case(SHAPES["soft cap"], torch.float32))
     with pytest.raises(ValueError, match="queries are torch.float32"):
