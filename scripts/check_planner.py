@@ -4,7 +4,8 @@
 
 In every turn each engine of the profile is asked once, then every setting of SSD, plain decoding and stock
 speculation, at each batch size: a machine that slows down for a while does so for predictions and measurements alike.
-The profile knows nothing of the measured settings; its acceptance comes from an engine of its own with other prompts.
+The profile knows nothing of the measured settings; its acceptance comes from an engine of its own, with the same
+prompts: texts differ far more in acceptance than predictions should.
 """
 
 import argparse
@@ -12,14 +13,14 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
-from bench_decode import PAIR, WorkerFailed, held_out_prompts, running
+from bench_decode import PAIR, Fleet, WorkerFailed, held_out_prompts, running
 from bench_report import environment
-from bench_worker import KV_CACHE_BYTES, MAX_MODEL_LEN, PROMPT_TOKENS, Request, System
+from bench_worker import KV_CACHE_BYTES, MAX_MODEL_LEN, PROMPT_TOKENS, Request, System, Turn
 from resize_model import deepen, widen
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,10 +28,6 @@ from rich.table import Table
 
 from vllm_ssd.planner import Prediction, Profile, Setting, predict_plain, predict_sd, predict_ssd
 from vllm_ssd.profiler import Profiler, ProfilerFailed, Subject
-
-PROFILE_PROMPTS = 64
-MAX_DELAYED_SHARE = 0.1
-"""A measurement from whose processes others took more of their cores' time than this is left out."""
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
@@ -55,8 +52,18 @@ def make_systems(target: str, drafter: str, args: argparse.Namespace) -> list[Sy
     return systems
 
 
-def predict(profile: Profile, system: System, batch_size: int) -> Prediction:
-    """What the planner says of one system."""
+def predict(profile: Profile, system: System, rows: float) -> Prediction:
+    """What the planner says of one system, between two whole batch sizes in proportion: requests end one by one."""
+    low = predict_at(profile, system, int(rows))
+    if rows == int(rows):
+        return low
+    high, share = predict_at(profile, system, int(rows) + 1), rows - int(rows)
+    names = ("tokens_per_s", "round_s", "tokens_per_round", "hit_rate")
+    return replace(low, **{n: (1 - share) * getattr(low, n) + share * getattr(high, n) for n in names})
+
+
+def predict_at(profile: Profile, system: System, batch_size: int) -> Prediction:
+    """The same for one batch size."""
     acceptance, config = profile.acceptance_at(0.0), system.speculative_config
     if system.method == "plain":
         return predict_plain(profile, batch_size)
@@ -67,21 +74,25 @@ def predict(profile: Profile, system: System, batch_size: int) -> Prediction:
     return predict_ssd(profile, acceptance, setting)
 
 
-def measure(fleet, systems: Sequence[System], profiler: Profiler, prompts, args: argparse.Namespace) -> dict:
-    """Turns by system and batch size; the first turn warms up."""
-    found: dict[tuple[str, int], list] = {}
+def measure(
+    fleet: Fleet, systems: Sequence[System], profiler: Profiler, prompts: list[list[int]], args: argparse.Namespace
+) -> Iterator[dict[tuple[str, int], list[Turn]]]:
+    """All turns so far by system and batch size, again and again; a first one warms up."""
+    found: dict[tuple[str, int], list[Turn]] = {}
     with console.status("") as status:
         for turn in range(args.turns + 1):
-            profiler.sample(lambda name, turn=turn: status.update(f"turn {turn}: {name}"))
+            if turn:
+                profiler.sample(lambda name, turn=turn: status.update(f"turn {turn}: {name}"))
+            chosen = prompts[turn * args.prompts : (turn + 1) * args.prompts]
             for batch_size in args.batch_sizes:
-                chosen = [next(prompts) for _ in range(max(batch_size, args.prompts))]
                 for system in systems[turn % len(systems) :] + systems[: turn % len(systems)]:
                     status.update(f"turn {turn}: {system.name}, batch {batch_size}")
                     answer = fleet.ask(system.name, Request(chosen, batch_size, args.tokens))
                     answer.drafts = {}
                     if turn:
                         found.setdefault((system.name, batch_size), []).append(answer)
-    return found
+            if turn:
+                yield found
 
 
 def compare(
@@ -92,10 +103,11 @@ def compare(
     for batch_size in args.batch_sizes:
         for system in systems:
             turns = found[system.name, batch_size]
-            calm = [turn for turn in turns if turn.delayed_s <= MAX_DELAYED_SHARE * turn.seconds] or turns
-            counts = {key: sum(turn.counts.get(key, 0) for turn in calm) for key in ("hits", "misses", "late")}
-            predicted = predict(profile, system, batch_size)
-            measured = median(turn.num_tokens / turn.seconds for turn in calm)
+            tokens, seconds = sum(t.num_tokens for t in turns), sum(t.seconds for t in turns)
+            row_rounds, rounds = sum(t.row_rounds for t in turns), sum(len(t.steps_s) for t in turns)
+            counts = {key: sum(turn.counts.get(key, 0) for turn in turns) for key in ("hits", "misses", "late")}
+            predicted = predict(profile, system, row_rounds / rounds)
+            measured = tokens / seconds
             rows.append(
                 {
                     "drafter_layers": layers,
@@ -104,10 +116,11 @@ def compare(
                     "batch_size": batch_size,
                     "measured": measured,
                     "error": predicted.tokens_per_s / measured - 1,
-                    "num_turns": len(calm),
+                    "mean_batch_size": row_rounds / rounds,
                     "rates": [turn.num_tokens / turn.seconds for turn in turns],
-                    "tokens_per_round": sum(t.num_tokens for t in calm) / sum(t.row_rounds for t in calm),
-                    "round_ms": 1e3 * median(s for turn in calm for s in turn.steps_s),
+                    "tokens_per_round": tokens / row_rounds,
+                    "round_ms": 1e3 * seconds / rounds,
+                    "delayed_share": sum(t.delayed_s for t in turns) / seconds,
                     "hit_rate": counts["hits"] / max(sum(counts.values()), 1),
                     "predicted": asdict(predicted),
                 }
@@ -173,25 +186,27 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--on-miss", choices=("skip", "wait", "auto"), default="skip")
     parser.add_argument("--stock-k", type=int, default=3)
-    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--prompts", type=int, default=2, help="least number of prompts a turn")
+    parser.add_argument("--prompts", type=int, default=4, help="a turn; a multiple of all batch sizes")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--cores", nargs=2, type=int, default=[0, 1], help="of the engines, and of the drafters")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
-def check(layers: int, target: Path, folder: Path, args: argparse.Namespace) -> tuple[list[dict], Profile]:
-    """Measure and predict with a drafter of so many layers."""
+def check(layers: int, target: Path, folder: Path, args: argparse.Namespace) -> Iterator[tuple[list[dict], Profile]]:
+    """Measured and predicted points with a drafter of so many layers, and the profile, after every turn."""
     folder.mkdir()
     deepen(PAIR / "drafter", folder / "drafter", layers, dtype=args.dtype)
-    drafter, prompts = str(folder / "drafter"), held_out_prompts(args.seed)
+    drafter = str(folder / "drafter")
+    source = held_out_prompts(args.seed)
+    prompts = [next(source) for _ in range((args.turns + 1) * args.prompts)]
     systems = make_systems(str(target), drafter, args)
     subject = Subject(
         str(target),
         drafter,
-        [next(prompts) for _ in range(PROFILE_PROMPTS)],
+        prompts[args.prompts :],
         {
             "dtype": args.dtype,
             "enforce_eager": True,
@@ -203,12 +218,13 @@ def check(layers: int, target: Path, folder: Path, args: argparse.Namespace) -> 
         args.batch_sizes,
         max(num_drafts for num_drafts, _ in args.points),
         tokens=args.tokens,
+        prompts_a_turn=args.prompts,
         target_cpus=(args.cores[0],),
     )
     with running(systems, args.dtype, args.cores[0], folder) as fleet, Profiler(subject, folder, True) as profiler:
-        found = measure(fleet, systems, profiler, prompts, args)
-        profile = profiler.profile()
-    return compare(layers, profile, systems, found, args), profile
+        for found in measure(fleet, systems, profiler, prompts, args):
+            profile = profiler.profile()
+            yield compare(layers, profile, systems, found, args), profile
 
 
 def main() -> None:
@@ -221,12 +237,13 @@ def main() -> None:
         target = Path(temporary) / "target"
         widen(PAIR / "target", target, args.intermediate_size, dtype=args.dtype)
         for layers in args.drafter_layers:
-            more, profile = check(layers, target, Path(temporary) / str(layers), args)
-            (args.out / f"profile-{layers}.json").write_text(profile.to_json())
-            rows += more
-            result = verdict(rows)
-            report = {"environment": environment(sys.argv), "verdict": result, "points": rows}
-            (args.out / "check_planner.json").write_text(json.dumps(report, indent=1) + "\n")
+            before = rows
+            for points, profile in check(layers, target, Path(temporary) / str(layers), args):
+                rows = before + points
+                result = verdict(rows)
+                report = {"environment": environment(sys.argv), "verdict": result, "points": rows}
+                (args.out / f"profile-{layers}.json").write_text(profile.to_json())
+                (args.out / "check_planner.json").write_text(json.dumps(report, indent=1) + "\n")
     show(rows, result)
 
 

@@ -34,7 +34,7 @@ class FakeEngine:
             with open(self.task.environment[TRACE_ENV], "a") as file:
                 for i in range(40):
                     print(json.dumps([3, 3, 1, True] if i % 2 else [0, 0, 0, False]), file=file)
-            return [0.0156] * 9 + [0.2]
+            return [0.0156] * 9
         drafts = request.prompts[0][0] if self.task.method == "verify" else measure.STOCK_DRAFTS
         seconds = 0.010 + 0.001 * len(request.prompts) * (1 + drafts)
         return [seconds + (2 * 0.003 if self.task.method == "stock" else 0.0)] * 9
@@ -68,13 +68,13 @@ def test_measurements_become_a_profile(fake, tmp_path, together):
     # Rounds of no and of three drafts in turn take 12.5 ms alone, and took 15.6 ms with a hand-over of 0.2 ms.
     assert costs.slowdown == pytest.approx(15.4 / 12.5)
     assert [a.temperature for a in profile.acceptance] == [0.0, 0.8]
-    assert profile.acceptance[0].rounds == 80 * measure.PROMPTS_A_TURN and profile.acceptance[0].accepted[:2] == (
+    assert profile.acceptance[0].rounds == 80 * SUBJECT.prompts_a_turn and profile.acceptance[0].accepted[:2] == (
         0.0,
         1.0,
     )
     assert profile.acceptance[0].undrafted[0] == 1.0 and profile.acceptance[0].after_hit[0] > 0.9
     profiler.write_trace(tmp_path / "copy.jsonl")
-    assert len((tmp_path / "copy.jsonl").read_text().splitlines()) == 160 * measure.PROMPTS_A_TURN
+    assert len((tmp_path / "copy.jsonl").read_text().splitlines()) == 160 * SUBJECT.prompts_a_turn
 
 
 def test_engines_get_what_they_need(fake, tmp_path):

@@ -39,7 +39,7 @@ class Costs:
     one step on a drafter; sync_step: (rows, seconds) of one draft step on the target's own devices (default: a
     drafter's); handover_s: host time by which speculating lengthens a round; latency_s: from an outcome to the
     drafter's next step, and from a push until the target can read it, together; slowdown: of a target round while a
-    drafter computes; spread: relative standard deviation of a round's duration; error: relative error of the medians.
+    drafter computes; spread: relative standard deviation of a round's duration; error: relative error of the means.
     """
 
     verify: tuple[tuple[int, int, float], ...]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from multiprocessing import Pipe
 from pathlib import Path
-from statistics import fmean, median, quantiles, stdev
+from statistics import fmean, quantiles, stdev
 from typing import Any
 
 import psutil
@@ -27,7 +27,6 @@ STARTUP_TIMEOUT_S = 900
 EXIT_TIMEOUT_S = 3
 STOCK_DRAFTS = 2
 COST_TOKENS = 20
-PROMPTS_A_TURN = 3
 LOG_LINES = 20
 BRANCHES = (1, 4, 12, 24, 48, 96, 192)
 MAX_BRANCHES_PER_ROW = 24
@@ -55,6 +54,7 @@ class Subject:
     max_drafts: int = 8
     temperatures: Sequence[float] = (0.0,)
     tokens: int = 256
+    prompts_a_turn: int = 3
     stock: bool = True
     target_cpus: Sequence[int] = ()
     target_devices: int = 1
@@ -150,7 +150,7 @@ class Profiler:
         self._steps: dict[int, list[float]] = {}
         self._ssd_s: list[float] = []
         self._rounds: dict[float, list[tuple[int, int, int | None, bool]]] = {}
-        self._turn = 0
+        self._num_prompts = 0
 
     def __enter__(self) -> Profiler:
         if self._together:
@@ -245,9 +245,9 @@ class Profiler:
         if method == "ssd":
             for temperature in subject.temperatures:
                 before = self._trace.stat().st_size
-                for _ in range(PROMPTS_A_TURN):
-                    self._turn += 1
-                    prompt = subject.prompts[self._turn % len(subject.prompts)]
+                for _ in range(subject.prompts_a_turn):
+                    prompt = subject.prompts[self._num_prompts % len(subject.prompts)]
+                    self._num_prompts += 1
                     self._ssd_s += engine.ask(Decode([prompt], subject.tokens, temperature))
                 with self._trace.open() as file:
                     file.seek(before)
@@ -256,11 +256,11 @@ class Profiler:
             for branches in BRANCHES:
                 rows = -(-branches // MAX_BRANCHES_PER_ROW)
                 request = Steps(rows, branches // rows, max(subject.max_drafts, 4))
-                self._steps.setdefault(branches, []).append(median(engine.ask(request)))
+                self._steps.setdefault(branches, []).append(fmean(engine.ask(request)))
         elif method == "stock":
             for batch_size in subject.batch_sizes:
                 seconds = engine.ask(Decode([_prompt(STOCK_DRAFTS)] * batch_size, 2 * COST_TOKENS))
-                self._stock.setdefault(batch_size, []).append(median(seconds))
+                self._stock.setdefault(batch_size, []).append(fmean(seconds))
         else:
             for batch_size in subject.batch_sizes:
                 for num_drafts in _draft_grid(subject.max_drafts):
@@ -271,23 +271,24 @@ class Profiler:
         """What all measurements so far say; engines that take turns must have run as often."""
         subject = self._subject
         factor = subject.ssd.get("saguaro_c", 1.0)
-        medians = {point: [median(seconds) for seconds in turns] for point, turns in self._verify.items()}
-        verify = tuple((b, m, median(turns)) for (b, m), turns in sorted(medians.items()))
+        # Means, not medians: what now and then takes long counts in tokens per second as well.
+        means = {point: [fmean(seconds) for seconds in turns] for point, turns in self._verify.items()}
+        verify = tuple((b, m, fmean(turns)) for (b, m), turns in sorted(means.items()))
         costs = Costs(
             verify=verify,
-            draft_step=_rising((float(n), median(seconds)) for n, seconds in sorted(self._steps.items())),
+            draft_step=_rising((float(n), fmean(seconds)) for n, seconds in sorted(self._steps.items())),
             handover_s=HANDOVER_S,
             latency_s=LATENCY_S,
             spread=fmean(_scatter(s) for turns in self._verify.values() for s in turns),
-            error=fmean(_error(turns) for turns in medians.values()),
+            error=fmean(_error(turns) for turns in means.values()),
         )
         sync = []
         for batch_size, seconds in sorted(self._stock.items()):
-            step_s = (median(seconds) - costs.verify_s(batch_size, 1 + STOCK_DRAFTS)) / STOCK_DRAFTS
+            step_s = (fmean(seconds) - costs.verify_s(batch_size, 1 + STOCK_DRAFTS)) / STOCK_DRAFTS
             sync.append((float(batch_size), max(step_s, 1e-6)))
         rounds = [r for of_temperature in self._rounds.values() for r in of_temperature]
         mean_s = fmean(costs.verify_s(1, 1 + m) for m, _, _, _ in rounds)
-        slowdown = max((median(self._ssd_s) - HANDOVER_S) / mean_s, 1.0)
+        slowdown = max((fmean(self._ssd_s) - HANDOVER_S) / mean_s, 1.0)
         return Profile(
             target=subject.target,
             drafter=subject.drafter,
@@ -349,5 +350,5 @@ def _scatter(seconds: Sequence[float]) -> float:
 
 
 def _error(turns: Sequence[float]) -> float:
-    """Relative standard error of the median of several turns; a twentieth when there is only one."""
-    return 1.25 * stdev(turns) / median(turns) / len(turns) ** 0.5 if len(turns) > 1 else 0.05
+    """Relative standard error of the mean of several turns; a twentieth when there is only one."""
+    return stdev(turns) / fmean(turns) / len(turns) ** 0.5 if len(turns) > 1 else 0.05

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ class DrafterEngine:
         self._pages = DevicePages if engine_args["tree_attention"] else HostPages
 
     def run(self, request: Steps) -> list[float]:
-        """Median seconds of the steps over all branches, of each of a few trees."""
+        """Mean seconds of the steps over all branches, of each of a few trees."""
         from vllm_ssd.drafter.engine import DraftEngine
         from vllm_ssd.policy import FanOut
 
@@ -161,7 +161,7 @@ class DrafterEngine:
             seed=0,
             pages=self._pages,
         )
-        medians = []
+        means = []
         for _ in range(STEP_TREES):
             for i in range(request.rows):
                 prompt = np.arange(i, i + DRAFTER_PROMPT_TOKENS, dtype=np.int32) % self._model.vocab_size
@@ -173,10 +173,10 @@ class DrafterEngine:
                 num_steps = engine.num_steps - before  # a GPU may take several in one call
                 if num_steps:
                     steps_s.setdefault(alive, []).append((time.perf_counter() - started) / num_steps)
-            medians.append(median(steps_s[max(steps_s)]))
+            means.append(fmean(steps_s[max(steps_s)]))
             for i in range(request.rows):
                 engine.close(str(i))
-        return medians[1:]
+        return means[1:]
 
 
 def serve(connection: Connection) -> None:
