@@ -170,6 +170,25 @@ def show(rows: Sequence[dict], result: dict) -> None:
     console.print_json(data=result)
 
 
+def plot(rows: Sequence[dict], path: Path) -> None:
+    """Predicted against measured tokens per second; between the dotted lines the error is at most 10 %."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for method, colour in (("plain", "black"), ("stock", "#8c8c8c"), ("ssd", "#d9480f")):
+        points = [row for row in rows if row["method"] == method]
+        predicted = [row["predicted"]["tokens_per_s"] for row in points]
+        axis.scatter([row["measured"] for row in points], predicted, color=colour, label=method, s=18)
+    ends = [0.9 * min(row["measured"] for row in rows), 1.1 * max(row["measured"] for row in rows)]
+    for factor, style in ((1, "-"), (1.1, ":"), (0.9, ":")):
+        axis.plot(ends, [factor * end for end in ends], style, color="black", linewidth=0.8)
+    axis.set(xscale="log", yscale="log", xlabel="measured tok/s", ylabel="predicted tok/s")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,6 +264,7 @@ def main() -> None:
                 (args.out / f"profile-{layers}.json").write_text(profile.to_json())
                 (args.out / "check_planner.json").write_text(json.dumps(report, indent=1) + "\n")
     show(rows, result)
+    plot(rows, args.out / "check_planner.png")
 
 
 if __name__ == "__main__":
