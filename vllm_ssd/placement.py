@@ -60,6 +60,7 @@ def place_drafter(
             "OMP_PLACES": f"{{{places}}}",
             "OMP_PROC_BIND": "true",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "TRITON_INTERPRET": None,  # a target on the V2 runner may need it; here it would only be slow
             "VLLM_CPU_KVCACHE_SPACE": None,  # the target's; it would override kv_cache_memory_bytes
         }
     else:
