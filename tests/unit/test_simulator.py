@@ -1,6 +1,10 @@
 """The event simulator: bookkeeping, published numbers, and agreement with the closed predictions."""
 
 import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -117,3 +121,20 @@ def test_more_drafters_help_a_large_batch_and_adaptation_a_bad_start():
     }
     assert rates[8, True] > rates[8, False]
     assert rates[8, True] > 0.9 * max(rates.values())
+
+
+def test_the_script_plays_recorded_outcomes(tmp_path):
+    trace, out = tmp_path / "trace.jsonl", tmp_path / "reports.json"
+    trace.write_text(
+        "".join(f"{json.dumps(r)}\n" for r in [(4, 4, 0, True), (4, 1, 0, True), (0, 0, None, False)] * 20)
+    )
+    script = Path(__file__).parents[2] / "scripts" / "simulate.py"
+    options = ["--trace", trace, "--json", out, "--batch-sizes", 2, "--tokens", 40, "--drafts", 4, "--drafters", 1, 2]
+    subprocess.run([sys.executable, str(script), *map(str, options)], check=True, capture_output=True)
+    reports = {(r["system"], r["drafters"]): r for r in json.loads(out.read_text())}
+    assert set(reports) == {("plain", 1), ("sd", 1)} | {
+        (system, n) for system in ("ask", "push", "uniform", "adaptive") for n in (1, 2)
+    }
+    assert all(report["tokens"] == 2 * 4 * 40 for report in reports.values())
+    assert 0.5 < reports["ask", 1]["hits"] / reports["ask", 1]["row_rounds"] < 1
+    assert reports["push", 1]["tokens_per_s"] > reports["plain", 1]["tokens_per_s"]
