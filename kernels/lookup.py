@@ -25,6 +25,22 @@ class Speculation:
     q_probs: torch.Tensor
     num_drafts: torch.Tensor
 
+    @classmethod
+    def empty(cls, num_requests: int, num_drafts: int, top_m: int, device: torch.device | str) -> Speculation:
+        """No drafts."""
+        shape = (num_requests, num_drafts)
+        return cls(
+            torch.full(shape, -1, dtype=torch.int32, device=device),
+            torch.zeros(*shape, top_m, dtype=torch.int32, device=device),
+            torch.zeros(*shape, top_m, device=device),
+            torch.zeros(num_requests, dtype=torch.int32, device=device),
+        )
+
+    def __getitem__(self, rows: torch.Tensor) -> Speculation:
+        """The speculations of some requests, in the order of `rows` [R'] int64."""
+        fields = self.draft_token_ids, self.q_token_ids, self.q_probs, self.num_drafts
+        return Speculation(*(field[rows] for field in fields))
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -112,48 +128,35 @@ def _lookup_reference(
     bonus_token_ids: torch.Tensor,
     old: Speculation,
 ) -> Found:
-    num_branches = blocks.depths.shape[2]
-    branches = torch.full_like(slots, -1)
+    num_branches, num_drafts = blocks.draft_token_ids.shape[2:]
+    headers = blocks.headers[slots]
+    whole = (headers[..., 1] == epochs[:, None]) & (headers[..., 2] == lengths[:, None]) & (headers[..., 0] % 2 == 0)
+    version, half = torch.where(whole, headers[..., 0], -1).max(1)
+    outcomes = torch.stack((accept_lengths, bonus_token_ids), 1)
+    depths = blocks.depths[slots, half]
+    match = (blocks.outcomes[slots, half] == outcomes[:, None]).all(2) & (depths > 0)
+    row = match.int().argmax(1)
+    token_ids = blocks.draft_token_ids[slots, half, row]
+    q_token_ids, q_probs = blocks.q_token_ids[slots, half, row], blocks.q_probs[slots, half, row]
+    unmoved = blocks.headers[slots, half, 0] == version
+    is_hit = (match.any(1) & whole.any(1) & unmoved)[:, None]
+
+    k, num_old = accept_lengths[:, None].long(), old.num_drafts[:, None]
+    bonus_at, positions = k.clamp(max=num_drafts - 1), torch.arange(num_drafts, device=slots.device)
+    is_rest = (k < num_old) & (old.draft_token_ids.gather(1, bonus_at) == bonus_token_ids[:, None])
+    rest = (k + 1 + positions).clamp(max=num_drafts - 1)
+    rest_q = rest[:, :, None].expand_as(old.q_probs)
+    depth = torch.where(is_hit, depths.gather(1, row[:, None]), 0)
+    num_found = torch.where(is_rest, num_old - k.int() - 1, depth)
+    is_draft = positions < num_found
+    is_q, is_rest_q = is_draft[:, :, None], is_rest[:, :, None]
     speculation = Speculation(
-        torch.full_like(old.draft_token_ids, -1),
-        torch.zeros_like(old.q_token_ids),
-        torch.zeros_like(old.q_probs),
-        torch.zeros_like(old.num_drafts),
+        torch.where(is_draft, torch.where(is_rest, old.draft_token_ids.gather(1, rest), token_ids), -1),
+        torch.where(is_q, torch.where(is_rest_q, old.q_token_ids.gather(1, rest_q), q_token_ids), 0),
+        torch.where(is_q, torch.where(is_rest_q, old.q_probs.gather(1, rest_q), q_probs), 0),
+        num_found[:, 0],
     )
-
-    def answer(i: int, draft_token_ids: torch.Tensor, q_token_ids: torch.Tensor, q_probs: torch.Tensor) -> None:
-        n = len(draft_token_ids)
-        speculation.num_drafts[i] = n
-        speculation.draft_token_ids[i, :n] = draft_token_ids
-        speculation.q_token_ids[i, :n] = q_token_ids
-        speculation.q_probs[i, :n] = q_probs
-
-    for i, slot in enumerate(slots.tolist()):
-        k, bonus = int(accept_lengths[i]), int(bonus_token_ids[i])
-        rest = slice(k + 1, int(old.num_drafts[i]))
-        if k < rest.stop and old.draft_token_ids[i, k] == bonus:
-            branches[i] = num_branches
-            answer(i, old.draft_token_ids[i, rest], old.q_token_ids[i, rest], old.q_probs[i, rest])
-            continue
-        whole = [
-            (version, half)
-            for half, (version, epoch, length) in enumerate(blocks.headers[slot].tolist())
-            if version % 2 == 0 and epoch == epochs[i] and length == lengths[i]
-        ]
-        if not whole:
-            continue
-        _, half = max(whole)
-        rows = (blocks.outcomes[slot, half] == torch.tensor([k, bonus])).all(1) & (blocks.depths[slot, half] > 0)
-        if rows.any():
-            row = int(rows.int().argmax())
-            depth = int(blocks.depths[slot, half, row])
-            branches[i] = row
-            answer(
-                i,
-                blocks.draft_token_ids[slot, half, row, :depth],
-                blocks.q_token_ids[slot, half, row, :depth],
-                blocks.q_probs[slot, half, row, :depth],
-            )
+    branches = torch.where(is_rest, num_branches, torch.where(is_hit, row[:, None], -1))[:, 0].to(slots.dtype)
     return Found(speculation.num_drafts > 0, branches, speculation)
 
 

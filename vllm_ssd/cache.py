@@ -6,52 +6,19 @@ waits for the other. Of two blocks a request one is whole while the other is wri
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from vllm_ssd.kernels import Blocks, Speculation, lookup
 from vllm_ssd.protocol import Block
 
 
-@dataclass(frozen=True, slots=True)
-class Speculation:
-    """Up to K drafts for each of R requests, and the proposals they were drawn from.
-
-    draft_token_ids [R, K] int32, q_token_ids [R, K, M] int32, q_probs [R, K, M] float32, num_drafts [R] int32. Entries
-    beyond the last draft mean nothing.
-    """
-
-    draft_token_ids: torch.Tensor
-    q_token_ids: torch.Tensor
-    q_probs: torch.Tensor
-    num_drafts: torch.Tensor
-
-    @classmethod
-    def empty(cls, num_requests: int, num_drafts: int, top_m: int, device: torch.device) -> Speculation:
-        """No drafts."""
-        shape = (num_requests, num_drafts)
-        return cls(
-            torch.zeros(shape, dtype=torch.int32, device=device),
-            torch.zeros(*shape, top_m, dtype=torch.int32, device=device),
-            torch.zeros(*shape, top_m, device=device),
-            torch.zeros(num_requests, dtype=torch.int32, device=device),
-        )
-
-    def __getitem__(self, rows: torch.Tensor) -> Speculation:
-        """The speculations of some requests, in the order of `rows` [R'] int64."""
-        return Speculation(
-            self.draft_token_ids[rows], self.q_token_ids[rows], self.q_probs[rows], self.num_drafts[rows]
-        )
-
-
 class SpeculationCache:
-    """Two blocks for each of S request slots, N branches of up to K drafts each.
+    """Two blocks for each of S request slots (`kernels.Blocks`), N branches of up to K drafts each.
 
-    headers [S * 2, 3] int64: version, serial number of the request, committed length that the block answers; a version
-    is odd while its block is being written, and grows. outcomes [S * 2, N, 2] int32: accept length and bonus token;
-    depths [S * 2, N] int32: drafts of a branch; draft_token_ids [S * 2, N, K] int32; q_token_ids [S * 2, N, K, M] int32
-    and q_probs [S * 2, N, K, M] float32: their proposals, unused where the request is greedy.
+    A block's epoch is the serial number of its request. On the host there is a copy of the newest block of each slot.
     """
 
     def __init__(
@@ -71,15 +38,7 @@ class SpeculationCache:
         self._versions = np.zeros(num_slots, np.int64)
         self._dirty: set[int] = set()
 
-        def twice(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(np.repeat(array, 2, axis=0)).to(self.device)
-
-        self.headers = twice(np.full((num_slots, 3), -1, np.int64))
-        self.outcomes = twice(self._outcomes)
-        self.depths = twice(self._depths)
-        self.draft_token_ids = twice(self._draft_token_ids)
-        self.q_token_ids = twice(self._q_token_ids)
-        self.q_probs = twice(self._q_probs)
+        self.blocks = Blocks.empty(num_slots, max_branches, num_drafts, top_m, self.device)
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -127,16 +86,16 @@ class SpeculationCache:
         sampled = self._sampled[slots]
         with torch.cuda.stream(self._stream):  # None changes nothing
             rows, headers = self._to_device(halves), self._to_device(headers)
-            self.headers.index_copy_(0, rows, headers)
-            self.outcomes.index_copy_(0, rows, self._to_device(self._outcomes[slots]))
-            self.depths.index_copy_(0, rows, self._to_device(self._depths[slots]))
-            self.draft_token_ids.index_copy_(0, rows, self._to_device(self._draft_token_ids[slots]))
+            _write(self.blocks.headers, rows, headers)
+            _write(self.blocks.outcomes, rows, self._to_device(self._outcomes[slots]))
+            _write(self.blocks.depths, rows, self._to_device(self._depths[slots]))
+            _write(self.blocks.draft_token_ids, rows, self._to_device(self._draft_token_ids[slots]))
             if sampled.any():
-                q_rows = self._to_device(halves[sampled])
-                self.q_token_ids.index_copy_(0, q_rows, self._to_device(self._q_token_ids[slots[sampled]]))
-                self.q_probs.index_copy_(0, q_rows, self._to_device(self._q_probs[slots[sampled]]))
+                slots, rows_q = slots[sampled], self._to_device(halves[sampled])
+                _write(self.blocks.q_token_ids, rows_q, self._to_device(self._q_token_ids[slots]))
+                _write(self.blocks.q_probs, rows_q, self._to_device(self._q_probs[slots]))
             headers[:, 0] += 1
-            self.headers.index_copy_(0, rows, headers)
+            _write(self.blocks.headers, rows, headers)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
@@ -156,46 +115,18 @@ class SpeculationCache:
         """What was speculated for the outcomes of R requests, without the host reading anything.
 
         slots, serials, lengths [R] int64: each request's place, its serial number and the committed length at which the
-        decided round began; a block of another serial number or length never matches. accept_lengths,
-        bonus_token_ids [R] int32: the outcome. old: what had been speculated for that round, of which fewer may have
-        been verified: when the bonus token is the next of them, the rest of them stands. A block that is overwritten
-        during the read counts as missing.
+        decided round began. accept_lengths, bonus_token_ids [R] int32: the outcome; an accept length of -1 says that
+        there was none. old: what had been speculated for that round. See `kernels.lookup`.
 
         -> whether there is a block for the round [R] bool, the drafts of the next one.
         """
-        headers = self.headers.view(-1, 2, 3)[slots]
-        whole = (
-            (headers[..., 0] % 2 == 0) & (headers[..., 1] == serials[:, None]) & (headers[..., 2] == lengths[:, None])
-        )
-        versions, half = torch.where(whole, headers[..., 0], -1).max(1)
-        at = 2 * slots + half
-        outcome = torch.stack((accept_lengths, bonus_token_ids), 1)
-        depths = self.depths[at]
-        match = (self.outcomes[at] == outcome[:, None]).all(2) & (depths > 0)
-        branch = match.int().argmax(1)
-        found = Speculation(
-            self.draft_token_ids[at, branch],
-            self.q_token_ids[at, branch],
-            self.q_probs[at, branch],
-            depths.gather(1, branch[:, None])[:, 0],
-        )
-        present = whole.any(1) & (self.headers[at, 0] == versions)
-        return present, _rest_or(found, present & match.any(1), outcome, old)
+        headers = self.blocks.headers[slots]
+        present = ((headers[..., 1] == serials[:, None]) & (headers[..., 2] == lengths[:, None])).any(1)
+        at_least_0 = accept_lengths.clamp(min=0)
+        found = lookup(self.blocks, slots.int(), serials, lengths, at_least_0, bonus_token_ids, old).speculation
+        return present, replace(found, num_drafts=torch.where(accept_lengths < 0, 0, found.num_drafts))
 
 
-def _rest_or(found: Speculation, hit: torch.Tensor, outcome: torch.Tensor, old: Speculation) -> Speculation:
-    """`found` where `hit` [R] says so, or the rest of `old` where the bonus token is its next draft."""
-    num_drafts = old.draft_token_ids.shape[1]
-    first = outcome[:, :1].long() + 1  # of the rest
-    bonus_at = (first - 1).clamp(0, num_drafts - 1)
-    is_rest = (first <= old.num_drafts[:, None]) & (old.draft_token_ids.gather(1, bonus_at) == outcome[:, 1:])
-    is_rest &= first > 0  # an accept length of -1: nothing was decided
-    at = (first + torch.arange(num_drafts, device=first.device)).clamp(max=num_drafts - 1)
-    wide = at[:, :, None].expand_as(old.q_token_ids)
-    rest = (is_rest & (first < old.num_drafts[:, None]))[:, 0]
-    return Speculation(
-        torch.where(rest[:, None], old.draft_token_ids.gather(1, at), found.draft_token_ids),
-        torch.where(rest[:, None, None], old.q_token_ids.gather(1, wide), found.q_token_ids),
-        torch.where(rest[:, None, None], old.q_probs.gather(1, wide), found.q_probs),
-        torch.where(rest, old.num_drafts - first[:, 0].int(), torch.where(hit & ~is_rest[:, 0], found.num_drafts, 0)),
-    )
+def _write(blocks: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Overwrite rows 2 * slot + half of `blocks` [S, 2, ...]."""
+    blocks.flatten(0, 1).index_copy_(0, rows, values)

@@ -11,9 +11,10 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 
-from vllm_ssd.cache import Speculation, SpeculationCache
+from vllm_ssd.cache import SpeculationCache
 from vllm_ssd.compat.runner_v2 import V2Speculator, install, ngram_drafts, ngram_speculator
 from vllm_ssd.courier import HIT, MISS, Courier
+from vllm_ssd.kernels import Speculation
 from vllm_ssd.proposer import logger, start_drafter, user_config
 
 

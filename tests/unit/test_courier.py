@@ -13,9 +13,10 @@ import pytest
 import torch
 from fake_link import InProcessLink, K
 
-from vllm_ssd.cache import Speculation, SpeculationCache
+from vllm_ssd.cache import SpeculationCache
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.courier import HIT, LATE, MISS, Courier
+from vllm_ssd.kernels import Speculation
 from vllm_ssd.metrics import Metrics
 from vllm_ssd.protocol import Close, Evicted, Open, Push
 
@@ -47,7 +48,7 @@ class Device:
         self.requests: dict[str, tuple[int, int]] = {}  # serial number and slot
         self.tokens: dict[str, list[int]] = {}
         self.drafts: dict[str, list[int]] = {}
-        self.verifying = Speculation.empty(SLOTS, K, 5, torch.device("cpu"))
+        self.verifying = Speculation.empty(SLOTS, K, 5, "cpu")
         self.num_started = 0
 
     def start(self, name: str, token_ids: list[int]) -> None:
