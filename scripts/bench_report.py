@@ -198,6 +198,9 @@ def plot(result: dict, path: Path) -> None:
     for row, temperature in zip(axes, temperatures):
         for axis, drafter in zip(row, drafters):
             chosen = [p for p in points if p["drafter"] == drafter and p["temperature"] == temperature]
+            if not chosen:
+                axis.set_axis_off()
+                continue
             for label, pick in systems.items():
                 shown = [(p, pick(p)) for p in chosen if pick(p) in p["systems"]]
                 if not shown:
