@@ -7,6 +7,8 @@ than the V1 runner's on a CPU: runs are short, and every block is there in time.
 from __future__ import annotations
 
 import random
+import re
+import signal
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +19,16 @@ from host_reads import HostReads
 
 Prompts = Callable[..., list[list[int]]]
 
+HANG_S = 3.0
+RESTART_S = 90.0
+CODE = r"def [a-z_]{3,8}\(self, [a-z]{1,8}\):\n    return [a-z]{1,8}\n"
+
 
 @pytest.fixture(scope="module")
 def engine(start_engine: Callable[..., Engine]) -> Iterator[Engine]:
     engine = start_engine(
         speculative={"branch_budget": 12},
+        patches={"vllm_ssd.launch.HANG_S": HANG_S, "vllm_ssd.launch.BACKOFF_S": (0.2, 1.0)},
         environment=ON_V2,
     )
     assert engine.call("is_async")
@@ -50,6 +57,46 @@ def test_text_is_that_of_the_target_alone(engine: Engine, target_alone: Engine, 
     assert len(run.seconds) < len(expected.seconds), "inconclusive: speculation saved no round"
 
 
+def test_sampling_parameters_and_greedy_rows_beside_sampled_ones(
+    engine: Engine, target_alone: Engine, prompts: Prompts
+) -> None:
+    params = [
+        {"regex": CODE, "ignore_eos": False},  # drafts are copied to the host, checked and cut
+        {"temperature": 0.8},  # the interpreter has no top-p
+        {"repetition_penalty": 1.3, "min_tokens": 10},
+        {"stop": ["\n\n", "return"]},
+        {"abort_after": 9},
+        {"temperature": 0.7, "n": 2, "seed": 1},
+    ]
+    requests = [
+        request(prompt, max_tokens=40, **params[i]) for i, prompt in enumerate(prompts(len(params), 20, 60, seed=2))
+    ]
+    run, expected = engine.generate(requests), target_alone.generate([r | {"abort_after": None} for r in requests])
+    for i, ((tokens, *_), (plain, *_)) in enumerate(zip(texts(run), texts(expected))):
+        if requests[i]["params"]["temperature"] == 0:
+            assert tokens == (plain[: len(tokens)] if requests[i]["abort_after"] else plain), params[i]
+    assert re.fullmatch(CODE, run.outputs[0].samples[0].text)
+    assert run.counts["host_reads"] == 0
+    assert run.counts["known_q"] >= 20, f"inconclusive: {run.counts}"
+    assert_conclusive(run, hits=20, accepted=20)
+
+
+@pytest.mark.parametrize("ends_by", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_drafter_dies(
+    engine: Engine, target_alone: Engine, requests: list[dict[str, Any]], ends_by: signal.Signals
+) -> None:
+    """The text stays, the drafter comes back, hits resume."""
+    assert engine.call("wait_for_drafter", generation=1, timeout_s=RESTART_S)
+    before = engine.call("drafter")
+    some = requests[:6]
+    expected = target_alone.generate(some)
+    run = engine.generate(some, signals={8: ends_by})
+    assert texts(run) == texts(expected)
+    assert engine.call("wait_for_drafter", generation=before.generation + 1, timeout_s=RESTART_S)
+    assert engine.call("drafter").pid != before.pid
+    assert_same(engine.generate(some), expected, hits=20, accepted=20)
+
+
 def test_chunked_prefill_preemption_and_ngram(
     start_engine: Callable[..., Engine], target_alone: Engine, corpus: list[int]
 ) -> None:
@@ -76,6 +123,24 @@ def test_chunked_prefill_preemption_and_ngram(
     assert texts(run) == texts(target_alone.generate(requests))
     assert run.counts["vllm:num_preemptions"] > 0, "inconclusive: nothing was preempted"
     assert_conclusive(run, hits=20, misses=5, accepted=30)
+
+
+def test_tensor_parallel(start_engine: Callable[..., Engine], target_alone: Engine, prompts: Prompts) -> None:
+    greedy = [request(prompt, max_tokens=30) for prompt in prompts(3, 10, 60, seed=40)]
+    sampled = request(greedy[0]["prompt"], max_tokens=30, temperature=0.8)
+    engine = start_engine(
+        tensor_parallel_size=2,
+        max_model_len=256,
+        speculative={"branch_budget": 12},
+        environment=ON_V2 | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"},
+    )
+    try:
+        run = engine.generate([*greedy, sampled])
+    finally:
+        engine.close()
+    assert texts(run)[:3] == texts(target_alone.generate(greedy))
+    assert len(texts(run)[3][0]) == 30
+    assert run.counts["vllm:spec_decode_num_accepted_tokens"] >= 30, f"inconclusive: {run.counts}"
 
 
 def test_the_watch_sees_host_reads() -> None:
