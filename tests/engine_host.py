@@ -119,11 +119,8 @@ class EngineHost:
         return False
 
     def distort_q(self, exponent: float | None) -> None:
-        """From now on claim q ** exponent, renormalised, to be what the drafts were drawn from; None: the truth."""
-        if V2:
-            self._distort_draft_logits(exponent)
-        else:
-            self._see_proposals(exponent)
+        """On the V1 runner, from now on claim q ** exponent, renormalised, to be what the drafts were drawn from; None: the truth."""
+        self._see_proposals(exponent)
 
     def _see_proposals(self, distort: float | None) -> None:
         verifier = self._proposer._verifier
@@ -153,16 +150,6 @@ class EngineHost:
 
         self._seen["host_reads"] = 0
         speculator.propose = propose
-
-    def _distort_draft_logits(self, exponent: float | None) -> None:
-        speculator, runner = self._proposer, type(self._proposer)
-
-        def write(slots, is_draft, q_token_ids, q_probs, temperature):
-            powers = q_probs if exponent is None else q_probs**exponent
-            probs = powers / powers.sum(-1, keepdim=True)
-            runner._write_draft_logits(speculator, slots, is_draft, q_token_ids, probs, temperature)
-
-        speculator._write_draft_logits = write
 
     def _see_ngram_drafts(self) -> None:
         from vllm_ssd import verifier
