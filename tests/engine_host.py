@@ -119,7 +119,7 @@ class EngineHost:
         return False
 
     def distort_q(self, exponent: float | None) -> None:
-        """On the V1 runner, from now on claim q ** exponent, renormalised, to be what the drafts were drawn from; None: the truth."""
+        """On V1, claim q ** exponent, renormalised, to be what drafts are drawn from from now on; None: the truth."""
         self._see_proposals(exponent)
 
     def _see_proposals(self, distort: float | None) -> None:
