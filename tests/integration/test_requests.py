@@ -183,7 +183,7 @@ def test_prompts_too_long_for_the_drafter(small_drafter: Engine, target_alone: E
     run = small_drafter.generate(requests, min_seconds=ROUND_S)
     assert texts(run) == texts(target_alone.generate(requests))
     assert run.counts["vllm:generation_tokens"] == 8 * 40
-    assert run.counts["hits"] == run.counts["vllm:spec_decode_num_draft_tokens"] == 0
+    assert run.counts["hits"] == 0, "the drafter cannot hold them: whatever was drafted came from n-grams"
 
 
 def test_requests_that_outgrow_the_drafter(small_drafter: Engine, target_alone: Engine, prompts: Prompts) -> None:
