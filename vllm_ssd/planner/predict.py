@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from math import comb, erf, sqrt
 from typing import Literal
 
 from vllm_ssd.planner.profile import Acceptance, Costs, Profile
-from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, BranchBudget, allocate, jit_drafts
+from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, BranchBudget, allocate, jit_drafts, survival
 
 Fallback = Literal["skip", "wait", "auto"]
 MODEL_ERROR = 0.08
@@ -170,7 +169,7 @@ class _Chain:
             sum(p * acceptance.covered(m, k, f) for k, (p, f) in enumerate(zip(shares, self._fan_out(m, True, n))))
             for n in range(setting.branch_budget + 1)
         ]
-        self.survival = list(accumulate(shares[:0:-1]))[::-1]
+        self.survival = survival(shares)
 
     def advance(self, branches: int, reach: _Reach, rounds: int = 6) -> None:
         """`rounds` rounds under the same conditions."""
@@ -195,10 +194,7 @@ class _Chain:
     def wait_s(self, costs: Costs, round_s: float) -> float:
         """Mean time that a round waits for just-in-time drafts; remembers how many each number of missed rows gets."""
         setting, missing = self._setting, 1 - self.hit_rate
-        survival, alive = [], 1.0
-        for prob in self._accept_probs(setting.num_drafts, False)[:-1]:
-            alive -= prob
-            survival.append(alive)
+        accepted = survival(self._accept_probs(setting.num_drafts, False))
         rate = setting.batch_size * self.tokens / round_s
         self._jit, mean_s = [0], 0.0
         for missed in range(1, setting.batch_size + 1):
@@ -208,7 +204,7 @@ class _Chain:
             if setting.on_miss == "wait" and not setting.padded:
                 drafts = setting.num_drafts
             elif setting.on_miss == "auto" and not setting.padded:
-                drafts = jit_drafts(missed, setting.num_drafts, survival, rate, first_s, step_s, setting.wait_s)
+                drafts = jit_drafts(missed, setting.num_drafts, accepted, rate, first_s, step_s, setting.wait_s)
             self._jit.append(drafts)
             chance = _binomial(setting.batch_size, missed, missing)
             mean_s += chance * min(first_s + drafts * step_s, setting.wait_s) * (drafts > 0)

@@ -364,10 +364,7 @@ class Simulation:
         if scenario.on_miss == "wait":
             return self._wanted
         fan_out = self._drafters[0].fan_out
-        survival, alive = [], 1.0
-        for prob in fan_out.accept_probs(self._wanted, False)[:-1]:
-            alive -= prob
-            survival.append(alive)
+        survival = fan_out.survival(self._wanted, False)
         step_s = self.costs.draft_step_s(-(-len(missed) // scenario.num_drafters))
         first_s = self.costs.latency_s + 0.5 * step_s
         return jit_drafts(len(missed), self._wanted, survival, rate, first_s, step_s, scenario.wait_s)

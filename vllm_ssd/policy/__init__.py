@@ -3,7 +3,7 @@
 from vllm_ssd.policy.adaptation import Adaptation
 from vllm_ssd.policy.budget import BranchBudget
 from vllm_ssd.policy.fallback import NgramGain, jit_drafts, jit_gain, ngram_drafts
-from vllm_ssd.policy.fan_out import MAX_LEARNED_FAN_OUT, FanOut, allocate, geometric_fan_out
+from vllm_ssd.policy.fan_out import MAX_LEARNED_FAN_OUT, FanOut, allocate, geometric_fan_out, survival
 from vllm_ssd.policy.saguaro import saguaro
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "jit_gain",
     "ngram_drafts",
     "saguaro",
+    "survival",
 ]

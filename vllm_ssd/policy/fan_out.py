@@ -33,6 +33,11 @@ def geometric_fan_out(num_drafts: int, budget: float, acceptance: float, r: floa
     return [scale * weight for weight in weights]
 
 
+def survival(accept_probs: Sequence[float]) -> list[float]:
+    """Chance that at least 1, 2, … m drafts of a round are accepted, of P(k) `[m + 1]`."""
+    return list(accumulate(accept_probs[:0:-1]))[::-1]
+
+
 def allocate(
     budget: int, accept_probs: Sequence[float], miss: Callable[[int, int], float], most: int | None = None
 ) -> list[int]:
@@ -158,7 +163,7 @@ class FanOut:
 
     def survival(self, num_drafts: int, after_hit: bool) -> list[float]:
         """Estimated chance that at least 1, 2, … `num_drafts` drafts of a round are accepted."""
-        return list(accumulate(self.accept_probs(num_drafts, after_hit)[:0:-1]))[::-1]
+        return survival(self.accept_probs(num_drafts, after_hit))
 
     def accept_probs(self, num_drafts: int, after_hit: bool) -> list[float]:
         """Estimated P(k) of a round with num_drafts drafts: num_drafts + 1 numbers that sum to 1."""
