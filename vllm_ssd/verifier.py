@@ -175,6 +175,9 @@ class Verifier(Sessions[Session]):
             held = [(i, s) for i, s in missed if s.generation == self._link.generation]
             waiting = [(i, s) for i, s in held if s.request_id not in opened]
         jit, gain = self._num_jit_drafts(len(waiting), wanted)
+        if waiting and not jit:
+            self._jit_first_s *= SLOWNESS_KEPT
+            self._jit_step_s *= SLOWNESS_KEPT
         if matches:
             matched = {i for i, *_ in matches}
             others = [(i, s) for i, s in waiting if i not in matched]
@@ -219,8 +222,6 @@ class Verifier(Sessions[Session]):
         bound_s = self._config.wait_ms / 1e3
         drafts = jit_drafts(num_missed, wanted, self._survival, self._tokens_per_s, first_s, step_s, bound_s)
         if not drafts:
-            self._jit_first_s *= SLOWNESS_KEPT
-            self._jit_step_s *= SLOWNESS_KEPT
             return 0, 0.0
         return drafts, jit_gain(num_missed, drafts, self._survival, self._tokens_per_s, first_s + drafts * step_s)
 
