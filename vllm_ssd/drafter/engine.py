@@ -408,26 +408,22 @@ class DraftEngine:
     def _worth_a_push(self) -> np.ndarray:
         """Branches whose new drafts the target should have now.
 
-        A tree that will be whole before its outcome is expected travels in one message. Of one that may be late,
-        branches are pushed as they reach depth 1, 2, 4, … and K.
+        A tree that will be whole before its outcome is expected travels in one message, one that may be late with
+        every step.
         """
         branches = self.branches
         depth = np.minimum(branches.computed, branches.num_drafts)
         rows = np.flatnonzero(branches.alive & (depth > branches.sent))
         if not len(rows):
             return rows
-        owners, depth = branches.owner[rows], depth[rows]
-        missing = branches.num_drafts[rows] - depth
-        milestone = ((depth & (depth - 1)) == 0) | (missing == 0)
+        owners = branches.owner[rows]
         now, push = time.perf_counter(), np.zeros(len(rows), bool)
         for slot in set(owners.tolist()):
             sequence, of_slot = self._by_slot[slot], owners == slot
             waiting = branches.num_drafts[sequence.rows] - branches.computed[sequence.rows]
             steps = max(int(waiting.max()), 0) + (sequence.request_id in self._unfinished)
-            if not steps:
+            if not steps or sequence.jit or not self._budget.in_time(now - sequence.decided_at, steps):
                 push |= of_slot
-            elif sequence.jit or not self._budget.in_time(now - sequence.decided_at, steps):
-                push |= of_slot & milestone
         return rows[push]
 
     def _blocks(self, rows: np.ndarray) -> list[Block]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import comb, erf, sqrt
 from typing import Literal
 
@@ -147,10 +148,7 @@ class _Reach:
         """Chance of each depth 0..K that the target finds, when the branch could start after delay_s."""
         busy = 1 - self.finished
         at_least = [1.0, *(self._surely(delay_s + j * self._step_s, busy) for j in range(1, self._max_depth + 1)), 0.0]
-        chances = [0.0] * (self._max_depth + 1)
-        for depth in range(self._max_depth + 1):
-            chances[pushed_depth(depth, self._max_depth)] += at_least[depth] - at_least[depth + 1]
-        return chances
+        return [more - fewer for more, fewer in pairwise(at_least)]
 
 
 class _Chain:
@@ -260,11 +258,6 @@ class _Chain:
                 branches, self._accept_probs(m, after_hit), lambda k, f: 1 - covered(m, k, f), MAX_LEARNED_FAN_OUT
             )
         return self._counts[key]
-
-
-def pushed_depth(depth: int, num_drafts: int) -> int:
-    """How much of a branch of `depth` the target has: it is pushed at 1, 2, 4, … and all drafts."""
-    return depth if depth in (0, num_drafts) else 1 << (depth.bit_length() - 1)
 
 
 def _branches(costs: Costs, setting: Setting, rows: int, round_s: float, chain: _Chain) -> int:

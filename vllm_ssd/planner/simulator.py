@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vllm_ssd.planner.outcomes import Outcomes
-from vllm_ssd.planner.predict import Fallback, pushed_depth
+from vllm_ssd.planner.predict import Fallback
 from vllm_ssd.planner.profile import Costs
 from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, Adaptation, BranchBudget, FanOut, jit_drafts
 
@@ -188,7 +188,7 @@ class _Drafter:
                 continue
             for k, depth in tree.grown.items():
                 if tree.counts[k]:
-                    tree.row.depth.setdefault(k, []).append((arrival, pushed_depth(depth, tree.num_drafts)))
+                    tree.row.depth.setdefault(k, []).append((arrival, depth))
         self._simulation.after(0.0, self._step)
 
 
