@@ -8,6 +8,7 @@ can be killed. Each message is a pickled (method of EngineHost, keyword argument
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import signal
 import sys
@@ -93,6 +94,21 @@ class EngineHost:
         if self._proposer is not None:
             counts |= self._proposer._metrics.counts | self._seen
         return counts
+
+    def set_drafts(self, counts: list[int]) -> None:
+        """On the V2 runner with `adaptive`: let rounds carry `counts` drafts in turn, whatever pays."""
+        adaptation = self._engine.engine_core.engine_core.scheduler._adaptation
+        wanted = itertools.cycle(counts)
+        adaptation.choose = lambda batch_size: next(wanted)
+
+    def drafts_learned(self) -> dict[int, float]:
+        """On the V2 runner with `adaptive`: the rounds learned from, by number of drafts."""
+        buckets = self._engine.engine_core.engine_core.scheduler._adaptation._buckets.values()
+        rounds: dict[int, float] = {}
+        for bucket in buckets:
+            for k, arm in enumerate(bucket._arms):
+                rounds[k] = rounds.get(k, 0) + arm.rounds
+        return {k: number for k, number in rounds.items() if number}
 
     def is_async(self) -> bool:
         """Whether the scheduler is a step ahead of the results."""

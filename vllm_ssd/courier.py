@@ -68,6 +68,7 @@ class Courier(Sessions[RemoteSession]):
         self._logger = logger
         self._tasks: deque[Callable[[], list[Event]]] = deque()
         self._undecided: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._wanted = config.num_speculative_tokens
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopped = False
 
@@ -85,6 +86,10 @@ class Courier(Sessions[RemoteSession]):
     def finish(self, serial: int) -> None:
         """Request `serial` has left its slot."""
         self._leave(functools.partial(self._finish, serial))
+
+    def want(self, num_drafts: int) -> None:
+        """Rounds carry `num_drafts` drafts from now on; with 0 the drafter is left in peace."""
+        self._leave(functools.partial(self._want, num_drafts))
 
     def decided(self, serials: list[int], rows: torch.Tensor, copied: torch.cuda.Event | None) -> None:
         """A round of requests `serials`, decided once `copied` has happened.
@@ -137,17 +142,21 @@ class Courier(Sessions[RemoteSession]):
         while self._tasks:
             events += self._tasks.popleft()()
         if events:
-            self._send(events)
+            self._send(events, self._wanted)
         self._metrics.log()
 
     def _start(self, serial: int, slot: int, token_ids: Sequence[int], temperature: float) -> list[Event]:
         session = RemoteSession(str(serial), temperature, len(token_ids), slot=slot, token_ids=list(token_ids))
         self._sessions[session.request_id] = session
-        return [*self._open(session, token_ids)]
+        return [*self._open(session, token_ids)] if self._wanted else []
 
     def _finish(self, serial: int) -> list[Event]:
         session = self._sessions.pop(str(serial))
         return [Close(session.request_id)] if session.generation == self._link.generation else []
+
+    def _want(self, num_drafts: int) -> list[Event]:
+        self._wanted = num_drafts
+        return []
 
     def _decide(self, serials: list[int], rows: torch.Tensor) -> list[Event]:
         self._round += 1
@@ -162,17 +171,17 @@ class Courier(Sessions[RemoteSession]):
             accepted.append(num_emitted - 1)
             session.token_ids += emitted
             session.verifying = drafts[:num_drafts]
-            length = len(session.token_ids)
+            if not self._wanted:
+                continue
             if session.generation != self._link.generation:
                 opened = self._reopen(session, session.token_ids)
                 events += opened
                 if not opened or not session.verifying:
                     continue
-                emitted = []
             else:
                 self._metrics.outcome(hit=found == HIT, block=found != LATE)
-            session.length = length
-            events.append(Outcome(session.request_id, session.epoch, length, emitted, session.verifying))
+            unheard, session.length = session.token_ids[session.length :], len(session.token_ids)
+            events.append(Outcome(session.request_id, session.epoch, session.length, unheard, session.verifying))
         self._metrics.accepted(offered, accepted)
         return events
 

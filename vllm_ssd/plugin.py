@@ -6,7 +6,10 @@ import functools
 import logging
 import os
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_ssd.config import SSDConfig
 
 logger = logging.getLogger("vllm.vllm_ssd")
 
@@ -98,11 +101,28 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
             raise ValueError("ssd: pipeline parallelism needs worker_extension_cls, which is set already")
         parallel_config.worker_extension_cls = PIPELINE_EXTENSION
     if runner.is_v2():
-        disguise = {
-            "method": runner.METHOD_ON_V2,
-            "prompt_lookup_min": config.ngram_min,
-            "prompt_lookup_max": config.ngram_max,
-        }
+        disguise = on_v2(config, engine_args, parallel_config)
     else:
         disguise = {"method": "custom_class", "model": PROPOSER}
     engine_args.speculative_config = disguise | {"num_speculative_tokens": config.num_speculative_tokens}
+
+
+def on_v2(config: SSDConfig, engine_args: Any, parallel_config: Any) -> dict[str, Any]:
+    """What vLLM takes us for on the V2 runner; with `adaptive` its scheduler becomes ours where that can be."""
+    from vllm_ssd.compat import runner
+
+    disguise = {
+        "method": runner.METHOD_ON_V2,
+        "prompt_lookup_min": config.ngram_min,
+        "prompt_lookup_max": config.ngram_max,
+    }
+    if not config.adaptive:
+        return disguise
+    num_drafts = config.num_speculative_tokens
+    obstacle = runner.why_not_adaptive(engine_args, parallel_config)
+    if obstacle is not None:
+        logger.warning("SSD: `adaptive` has no effect, every round carries %d drafts: %s", num_drafts, obstacle)
+        return disguise
+    engine_args.scheduler_cls = runner.SCHEDULER
+    table = runner.drafts_by_batch_size(num_drafts, engine_args.max_num_seqs)
+    return disguise | {"num_speculative_tokens_per_batch_size": table}

@@ -79,6 +79,11 @@ class SSDSpeculator(V2Speculator):
             if self._courier is not None:
                 self._courier.finish(serial)
 
+    def want(self, num_drafts: int) -> None:
+        """Let the drafter grow what rounds carry, and rest while they carry nothing."""
+        if self._courier is not None:
+            self._courier.want(num_drafts)
+
     def speculate(
         self, batch: Any, num_sampled: torch.Tensor, bonus: torch.Tensor, temperature: torch.Tensor, wanted: int
     ) -> torch.Tensor:

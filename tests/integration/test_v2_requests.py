@@ -27,11 +27,12 @@ CODE = r"def [a-z_]{3,8}\(self, [a-z]{1,8}\):\n    return [a-z]{1,8}\n"
 @pytest.fixture(scope="module")
 def engine(start_engine: Callable[..., Engine]) -> Iterator[Engine]:
     engine = start_engine(
-        speculative={"branch_budget": 12},
+        speculative={"branch_budget": 12, "adaptive": True},
         patches={"vllm_ssd.launch.HANG_S": HANG_S, "vllm_ssd.launch.BACKOFF_S": (0.2, 1.0)},
         environment=ON_V2,
     )
     assert engine.call("is_async")
+    engine.call("set_drafts", counts=[5])  # a round takes longer or shorter with the interpreter's mood
     yield engine
     engine.close()
 
@@ -55,6 +56,19 @@ def test_text_is_that_of_the_target_alone(engine: Engine, target_alone: Engine, 
     run, expected = engine.generate(requests), target_alone.generate(requests)
     assert_same(run, expected, hits=50, misses=5, accepted=50)
     assert len(run.seconds) < len(expected.seconds), "inconclusive: speculation saved no round"
+
+
+def test_the_number_of_drafts_changes(engine: Engine, target_alone: Engine, requests: list[dict[str, Any]]) -> None:
+    """Between all and none, for requests that decode and requests that join meanwhile."""
+    some = requests[:5]
+    engine.call("set_drafts", counts=[5] * 6 + [0] * 6 + [2] * 6 + [0] * 2)
+    try:
+        run = engine.generate(some)
+    finally:
+        engine.call("set_drafts", counts=[5])
+    assert_same(run, target_alone.generate(some), hits=5, accepted=10)
+    learned = engine.call("drafts_learned")
+    assert {0, 2, 5} <= learned.keys() and learned[0] >= 3, f"inconclusive: {learned}"
 
 
 def test_sampling_parameters_and_greedy_rows_beside_sampled_ones(

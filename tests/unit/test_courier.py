@@ -6,6 +6,7 @@ import logging
 import random
 import select
 import threading
+from dataclasses import replace
 
 import fake_model
 import numpy as np
@@ -50,6 +51,11 @@ class Device:
         self.drafts: dict[str, list[int]] = {}
         self.verifying = Speculation.empty(SLOTS, K, 5, "cpu")
         self.num_started = 0
+        self.wanted = K
+
+    def want(self, num_drafts: int) -> None:
+        self.wanted = num_drafts
+        self.courier.want(num_drafts)
 
     def start(self, name: str, token_ids: list[int]) -> None:
         slot = min(set(range(SLOTS)) - {slot for _, slot in self.requests.values()})
@@ -80,6 +86,7 @@ class Device:
         bonus = torch.tensor([new[-1] for new in emitted], dtype=torch.int32)
         old = self.verifying[slots]
         present, found = self.cache.lookup(slots, serials, lengths, num_emitted - 1, bonus, old)
+        found = replace(found, num_drafts=found.num_drafts.clamp(max=self.wanted))
         self.verifying.num_drafts[slots] = found.num_drafts
         self.verifying.draft_token_ids[slots] = found.draft_token_ids
         status = torch.where(present, torch.where(found.num_drafts > 0, HIT, MISS), LATE).int()
@@ -185,6 +192,27 @@ def test_an_evicted_request_is_opened_again_later() -> None:
     opened = [event for step in link.steps for event in step.events if isinstance(event, Open)]
     assert [event.epoch for event in opened] == [1, 2]
     assert_right(device.tokens["a"], PROMPTS["a"])
+
+
+def test_the_drafter_rests_while_rounds_carry_no_drafts() -> None:
+    link = Link()
+    device = Device(link)
+    device.start("a", PROMPTS["a"])
+    assert_finds_what_is_speculated(device)
+    device.want(0)
+    device.courier.work()
+    told, outcomes = len(link.steps), sum(device.metrics.counts[name] for name in ("hits", "misses", "late"))
+    device.start("b", PROMPTS["b"])
+    for _ in range(8):
+        device.round()
+        device.courier.work()
+    assert len(link.steps) == told and not link.engine.has_work
+    assert sum(device.metrics.counts[name] for name in ("hits", "misses", "late")) == outcomes
+    device.want(2)
+    assert_finds_what_is_speculated(device)
+    assert {step.num_speculative_tokens for step in link.steps[told:]} == {2}
+    for name in "ab":
+        assert_right(device.tokens[name], PROMPTS[name])
 
 
 def test_the_threads_end_and_close_the_link() -> None:

@@ -19,7 +19,7 @@ ALLOWED = {
     "planner": {"policy"},
     "transport": {"protocol"},
     "metrics": {"protocol"},
-    "compat": {"kernels"},
+    "compat": {"kernels", "policy"},
     "drafter": {"kernels", "policy", "protocol", "compat", "transport"},
     "sessions": {"config", "protocol", "metrics"},
     "verifier": {"config", "protocol", "policy", "metrics", "sessions"},

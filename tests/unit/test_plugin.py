@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import SpeculativeConfig
 
 from vllm_ssd.compat import runner
 from vllm_ssd.compat.version import UnsupportedVLLM
 from vllm_ssd.config import RUNTIME_ENV, SERVER_PID_ENV
 from vllm_ssd.plugin import translate
+
+ON_V2 = {
+    "method": "ngram_gpu",
+    "prompt_lookup_min": 3,
+    "prompt_lookup_max": 4,
+    "num_speculative_tokens": 5,
+}
+newest = pytest.mark.skipif(
+    not hasattr(SpeculativeConfig, "uses_dynamic_speculative_decoding"), reason="vLLM 0.30: ssd uses the V1 runner"
+)
 
 
 def translated(
@@ -22,15 +34,19 @@ def translated(
     stages: int = 1,
     model: str = "org/draft",
     extension: str = "",
+    replicas: int = 1,
+    adaptive: bool = True,
     **fields: Any,
 ) -> Any:
     monkeypatch.setattr(runner, "is_v2", lambda: v2)
     for name in (RUNTIME_ENV, SERVER_PID_ENV):
         monkeypatch.setenv(name, "")  # put back afterwards, whatever `translate` makes of it
-    engine_args = SimpleNamespace(
-        speculative_config={"method": "ssd", "model": model, "ngram-min": 3}, additional_config={"mine": 1}, **fields
+    user = {"method": "ssd", "model": model, "ngram-min": 3, "adaptive": adaptive}
+    defaults = {"additional_config": {"mine": 1}, "scheduler_cls": None, "max_num_seqs": None}
+    engine_args = SimpleNamespace(speculative_config=user, **(defaults | fields))
+    parallel_config = SimpleNamespace(
+        pipeline_parallel_size=stages, data_parallel_size=replicas, worker_extension_cls=extension
     )
-    parallel_config = SimpleNamespace(pipeline_parallel_size=stages, worker_extension_cls=extension)
     translate(engine_args, SimpleNamespace(runner_type=runner_type), parallel_config)
     return SimpleNamespace(**vars(engine_args), worker_extension_cls=parallel_config.worker_extension_cls)
 
@@ -47,15 +63,38 @@ def test_v1(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_v2(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = translated(monkeypatch, v2=True, stages=2)
-    assert found.speculative_config == {
-        "method": "ngram_gpu",
-        "prompt_lookup_min": 3,
-        "prompt_lookup_max": 4,
-        "num_speculative_tokens": 5,
-    }
+    found = translated(monkeypatch, v2=True, stages=2, adaptive=False)
+    assert found.speculative_config == ON_V2
     assert found.additional_config["ssd"]["ngram_min"] == 3
-    assert found.worker_extension_cls == ""
+    assert found.worker_extension_cls == "" and found.scheduler_cls is None
+
+
+@newest
+def test_the_number_of_drafts_adapts_on_v2(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = translated(monkeypatch, v2=True)
+    table = [[1, 1, 0], [2, 2, 1], [3, 3, 2], [4, 4, 4], [5, 5, 5]]
+    assert found.speculative_config == ON_V2 | {"num_speculative_tokens_per_batch_size": table}
+    assert found.scheduler_cls == "vllm_ssd.compat.scheduler.scheduler"
+    few = translated(monkeypatch, v2=True, max_num_seqs=2)
+    assert few.speculative_config["num_speculative_tokens_per_batch_size"] == [[1, 1, 0], [2, 2, 5]]
+
+
+@newest
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"replicas": 2}, "data-parallel"),
+        ({"scheduler_cls": "mine.Scheduler"}, "scheduler_cls is set already"),
+        ({"max_num_seqs": 1}, "max_num_seqs is 1"),
+    ],
+)
+def test_it_is_said_when_it_cannot(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fields: dict[str, Any], reason: str
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    found = translated(monkeypatch, v2=True, **fields)
+    assert found.speculative_config == ON_V2 and found.scheduler_cls == fields.get("scheduler_cls")
+    assert "every round carries 5 drafts" in caplog.text and reason in caplog.text
 
 
 def test_a_draft_model_at_home_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

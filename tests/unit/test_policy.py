@@ -449,7 +449,7 @@ def best_rate(target: Target, max_drafts: int) -> float:
     return max(target.rate(wanted) for wanted in range(max_drafts + 1))
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [0, 1, 2])
 @pytest.mark.parametrize(
     "target",
     [
@@ -523,6 +523,19 @@ def test_adaptation_bears_a_batch_size_that_changes_every_round():
     record = simulate(lambda i: targets[sizes[i]], 5000, 5, seed=0)[500:]
     oracle = sum(seconds * best_rate(targets[size], 5) for size, (_, _, seconds) in zip(sizes[500:], record))
     assert sum(tokens for _, tokens, _ in record) >= 0.97 * oracle
+
+
+def test_adaptation_keeps_to_its_choices():
+    """As many drafts as are captured in CUDA graphs; with two of them left, the better one."""
+    for choices, most in (({0, 1, 2, 4, 6}, 6), ({0, 6}, 6), ({0, 1}, 1)):
+        adaptation, target, rng = Adaptation(most, choices), Target(8, 10, 0.4, 0.6), random.Random(0)
+        record = []
+        for _ in range(1500):
+            wanted = adaptation.choose(8)
+            adaptation.observe(8, wanted, *target.round(wanted, rng))
+            record.append((wanted, *target.expected(wanted)))
+        assert {wanted for wanted, _, _ in record} == choices
+        assert rate(record[500:]) >= 0.97 * max(target.rate(wanted) for wanted in choices)
 
 
 def test_a_new_batch_size_starts_from_its_neighbour():

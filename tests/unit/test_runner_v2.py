@@ -38,6 +38,7 @@ def test_what_is_wrapped_is_called_as_we_expect() -> None:
         "self._remove_request(req_id)",
         "self.rejection_sampler(\n",
         "self.speculator.draft_logits,\n                invalid_drafts,",
+        "num_speculative_tokens=num_spec_tokens,\n",
     ):
         assert call in source, call
 
@@ -45,7 +46,7 @@ def test_what_is_wrapped_is_called_as_we_expect() -> None:
 def test_our_speculator_is_asked_as_vllm_asks_its_own() -> None:
     assert parameters(V2Speculator.propose) == parameters(BaseSpeculator.propose)
     assert parameters(NgramGPUSpeculator.propose) == parameters(BaseSpeculator.propose)
-    abstract = {"speculate", "on_target_loaded", "add_request", "remove_request"}
+    abstract = {"speculate", "want", "on_target_loaded", "add_request", "remove_request"}
     assert V2Speculator.__abstractmethods__ == abstract, "vLLM wants more of a speculator than we have"
 
 

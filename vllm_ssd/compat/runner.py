@@ -1,4 +1,4 @@
-"""Which of vLLM's two model runners a configuration gets, and how the newer one gets our speculator."""
+"""Which of vLLM's two model runners a configuration gets, and how the newer one gets our speculator and scheduler."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 METHOD_ON_V2 = "ngram_gpu"
 """What vLLM takes us for: a method that the V2 runner has, under asynchronous scheduling, and that loads no model."""
 
+SCHEDULER = "vllm_ssd.compat.scheduler.scheduler"
+"""What vLLM's engine schedules with on the V2 runner where the number of drafts adapts."""
+
 
 def is_v2() -> bool:
     """Whether vLLM will use the V2 runner, as far as can be told before it has built its configuration."""
@@ -26,6 +29,31 @@ def is_v2() -> bool:
 
     asked = envs.VLLM_USE_V2_MODEL_RUNNER
     return HAS_TRITON if asked is None else asked
+
+
+def drafts_by_batch_size(num_speculative_tokens: int, max_num_seqs: int | None) -> list[list[int]]:
+    """vLLM's `num_speculative_tokens_per_batch_size` with 0, 1, 2, 4, ... and all drafts, one batch size each.
+
+    vLLM captures CUDA graphs for the numbers that occur; fewer do when there are fewer batch sizes.
+    """
+    powers = [1 << i for i in range(num_speculative_tokens.bit_length())]
+    counts = list(dict.fromkeys((num_speculative_tokens, 0, *powers)))[:max_num_seqs]
+    return [[i, i, count] for i, count in enumerate(sorted(counts), start=1)]
+
+
+def why_not_adaptive(engine_args: Any, parallel_config: Any) -> str | None:
+    """What keeps the number of drafts from following the load on the V2 runner; None when nothing does."""
+    from vllm.config import SpeculativeConfig
+
+    if not hasattr(SpeculativeConfig, "uses_dynamic_speculative_decoding"):
+        return "this vLLM has one number of drafts for all batch sizes"
+    if parallel_config.data_parallel_size > 1:
+        return "vLLM wants the same number of drafts on all data-parallel ranks"
+    if engine_args.scheduler_cls is not None:
+        return "scheduler_cls is set already"
+    if engine_args.max_num_seqs == 1:
+        return "vLLM tells numbers of drafts by batch size, and max_num_seqs is 1"
+    return None
 
 
 def has_ssd(config: VllmConfig) -> bool:

@@ -29,6 +29,7 @@ class V2Speculator(BaseSpeculator):
     supports_mm_inputs = False
     draft_logits: torch.Tensor
     num_drafts: torch.Tensor
+    _wanted: int | None = None
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing to capture: drafting is a lookup."""
@@ -61,12 +62,16 @@ class V2Speculator(BaseSpeculator):
         num_reqs, num_drafts = input_batch.num_reqs, self.draft_logits.shape[1]
         if dummy_run:
             return num_sampled.new_zeros((num_reqs, num_drafts), dtype=torch.int64)
+        wanted = num_drafts if num_speculative_tokens is None else num_speculative_tokens
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self.want(wanted)
         return self.speculate(
             input_batch,
             num_sampled[:num_reqs].int(),
             last_sampled.view(-1)[input_batch.idx_mapping],
             temperature[input_batch.idx_mapping],
-            num_drafts if num_speculative_tokens is None else num_speculative_tokens,
+            wanted,
         )
 
     @abstractmethod
@@ -78,6 +83,10 @@ class V2Speculator(BaseSpeculator):
         num_sampled [B] int32: tokens each row emitted, 0 in a prefill chunk; bonus [B] int64: the last of them;
         temperature [B] float32; wanted: drafts that the next round may carry.
         """
+
+    @abstractmethod
+    def want(self, num_drafts: int) -> None:
+        """Rounds carry `num_drafts` drafts from the next one on; called when that changes."""
 
     @abstractmethod
     def on_target_loaded(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MEMORY_ROUNDS = 256
@@ -33,13 +33,15 @@ OPTIMISM = 0.3
 class Adaptation:
     """Number of drafts with the most tokens per second, learned per batch size.
 
-    Batch sizes share a bucket up to the next power of two. A bucket's arms are 0 to num_speculative_tokens drafts: it
-    predicts a row's tokens and a round's seconds for each, uses the best, and probes another for a few rounds when the
-    time that earlier probes lost is at most 1 % of all.
+    Batch sizes share a bucket up to the next power of two. A bucket's arms are `choices`, among them 0 and
+    num_speculative_tokens, by default every number from one to the other: it predicts a row's tokens and a round's
+    seconds for each, uses the best, and probes another for a few rounds when the time that earlier probes lost is at
+    most 1 % of all.
     """
 
-    def __init__(self, num_speculative_tokens: int) -> None:
+    def __init__(self, num_speculative_tokens: int, choices: Iterable[int] | None = None) -> None:
         self._max_drafts = num_speculative_tokens
+        self._choices = set(range(num_speculative_tokens + 1) if choices is None else choices)
         self._buckets: dict[int, Bucket] = {}
 
     def observe(
@@ -65,7 +67,7 @@ class Adaptation:
         if bucket is None:
             near = min(self._buckets, key=lambda other: abs(other - key), default=None)
             start = self._max_drafts if near is None else self._buckets[near].settled
-            bucket = self._buckets[key] = Bucket(self._max_drafts, start)
+            bucket = self._buckets[key] = Bucket(self._max_drafts, start, self._choices)
         return bucket
 
 
@@ -96,8 +98,9 @@ class Bucket:
     `settled` is the number of drafts believed best, `choice` the one to use now: another one during a probe.
     """
 
-    def __init__(self, max_drafts: int, start: int) -> None:
+    def __init__(self, max_drafts: int, start: int, choices: set[int]) -> None:
         self.settled = self.choice = start
+        self._choices = choices
         self._arms = [Arm() for _ in range(max_drafts + 1)]
         # Row-rounds that could, and that did, accept draft j + 1 after draft j.
         self._tried = [0.0] * max_drafts
@@ -188,12 +191,12 @@ class Bucket:
         if not self._num_probes:
             return
         self._settle(rates)
-        best = max(range(len(rates)), key=rates.__getitem__)
+        best = max(self._choices, key=rates.__getitem__)
         if rates[best] > HYSTERESIS * rates[self.settled] and self._num_rounds >= self._debt_end:
             self._start_probe(best)
 
     def _settle(self, rates: list[float]) -> None:
-        known = [k for k, arm in enumerate(self._arms) if arm.rounds >= KNOWN_ROUNDS * self._weight]
+        known = [k for k in self._choices if self._arms[k].rounds >= KNOWN_ROUNDS * self._weight]
         best = max(known, key=rates.__getitem__, default=self.settled)
         if rates[best] > HYSTERESIS * rates[self.settled]:
             self.settled = best
@@ -204,11 +207,11 @@ class Bucket:
         """Alternately the least known arm of a grid (0, 1, 2, 4, … and all drafts) and the likeliest to be best."""
         most = len(self._arms) - 1
         if self._num_probes % 2 == 0:
-            grid = {0, *(1 << i for i in range(most.bit_length())), most} - {self.settled}
-            return min(grid, key=lambda k: self._arms[k].rounds)
+            grid = {0, *(1 << i for i in range(most.bit_length())), most} & self._choices
+            return min(grid - {self.settled}, key=lambda k: self._arms[k].rounds)
         rates = self._rates()
         hopes = [OPTIMISM / (1 + arm.rounds / self._weight) ** 0.5 for arm in self._arms]
-        return max(set(range(most + 1)) - {self.settled}, key=lambda k: rates[k] * (1 + hopes[k]))
+        return max(self._choices - {self.settled}, key=lambda k: rates[k] * (1 + hopes[k]))
 
     def _start_probe(self, k: int) -> None:
         self._rate_to_beat = self._rates()[self.settled]

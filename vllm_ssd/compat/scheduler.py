@@ -1,0 +1,68 @@
+"""The seam with vLLM's scheduler, which decides how many drafts the rounds of the V2 model runner carry.
+
+It looks that number up by batch size in a table, for whose numbers vLLM has captured CUDA graphs. Asynchronous, it is a
+step ahead of the results: a choice takes effect two rounds later.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_ssd.policy import Adaptation
+
+
+class Choices:
+    """The table, as an `Adaptation` would have it now."""
+
+    def __init__(self, adaptation: Adaptation) -> None:
+        self._adaptation = adaptation
+
+    def __getitem__(self, batch_size: int) -> int:
+        return self._adaptation.choose(batch_size)
+
+
+class Adaptive(Scheduler):
+    """A scheduler whose rounds carry as many drafts as pay."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._adaptation = Adaptation(self.num_spec_tokens, self.dynamic_sd_lookup[1:])
+        self.dynamic_sd_lookup = Choices(self._adaptation)
+        # When each of the batches that are in flight at once was decided last.
+        self._decided: deque[tuple[float, set[str]]] = deque(maxlen=self.parallel_config.pipeline_parallel_size)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Learn from the round, then what vLLM does."""
+        self._observe(time.perf_counter(), scheduler_output, model_runner_output)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _observe(self, now: float, scheduler_output: Any, model_runner_output: Any) -> None:
+        """Learn from a round of pure decoding that followed directly on another of the same requests."""
+        scheduled, drafts = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_spec_decode_tokens
+        request_ids = set(scheduled)
+        decided_at = next((at for at, ids in self._decided if ids == request_ids), None)
+        self._decided.append((now, request_ids))
+        sampled, row = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
+        if decided_at is None or not scheduled or not sampled:
+            return
+        offered = [len(drafts.get(request_id, ())) for request_id in scheduled]
+        accepted = [len(sampled[row[request_id]]) - 1 for request_id in scheduled]
+        decoded = all(tokens == 1 + m for tokens, m in zip(scheduled.values(), offered))
+        if decoded and min(accepted) >= 0:
+            self._adaptation.observe(len(scheduled), max(offered), offered, accepted, now - decided_at)
+
+
+class AsyncAdaptive(Adaptive, AsyncScheduler):
+    """The same, a step ahead of the results."""
+
+
+def scheduler(vllm_config: VllmConfig, **arguments: Any) -> Adaptive:
+    """What `scheduler_cls` names: asynchronous where vLLM decided so."""
+    chosen = AsyncAdaptive if vllm_config.scheduler_config.async_scheduling else Adaptive
+    return chosen(vllm_config=vllm_config, **arguments)
