@@ -11,13 +11,14 @@ from fake_model import FakePagedModel, reference_drafts, reference_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_ssd.drafter import device_steps
 from vllm_ssd.drafter.device_pages import DevicePages
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.forward import Sampler
 from vllm_ssd.drafter.pages import HostPages
 from vllm_ssd.drafter.server import warm_up
 from vllm_ssd.policy import FanOut
-from vllm_ssd.protocol import JIT_TOKEN, Push
+from vllm_ssd.protocol import JIT_TOKEN, Block, Push
 
 K = 3
 
@@ -100,10 +101,12 @@ class Target:
         self.drafts: dict[str, list[int]] = {}
         self.blocks: dict[str, dict[tuple[int, int], list[int]]] = {}
         self.epoch: dict[str, int] = {}
-        self.hits = self.evicted = 0
+        self.temperature: dict[str, float] = {}
+        self.evicted = 0
 
     def open(self, request_id: str, tokens: list[int], temperature: float = 0.0) -> None:
         self.epoch[request_id] = self.epoch.get(request_id, 0) + 1
+        self.temperature[request_id] = temperature
         self.tokens[request_id], self.drafts[request_id], self.blocks[request_id] = list(tokens), [], {}
         self.engine.open(request_id, self.epoch[request_id], np.array(tokens, np.int32), temperature, K)
         check_conservation(self.engine)
@@ -126,7 +129,10 @@ class Target:
                     drafts = self.drafts[block.request_id]
                     assert drafts[accept_length : accept_length + 1] != [bonus]
                     prefix += drafts[:accept_length] + [bonus]
-                assert known == reference_drafts(prefix, len(known)), "a draft read the wrong prefix"
+                if self.temperature[block.request_id]:
+                    check_proposals(block, i, prefix + known[: block.offset], self.temperature[block.request_id])
+                else:
+                    assert known == reference_drafts(prefix, len(known)), "a draft read the wrong prefix"
         for evicted in push.evicted if push else []:
             self.evicted += 1
             if self.epoch.get(evicted.request_id) == evicted.epoch:
@@ -143,6 +149,17 @@ class Target:
         self.engine.close(request_id)
         self.tokens.pop(request_id, None)
         check_conservation(self.engine)
+
+
+def check_proposals(block: Block, i: int, prefix: list[int], temperature: float) -> None:
+    """The drafts of a branch after `prefix` were drawn from what they carry: the likeliest tokens' softmax."""
+    for token, (ids, probs) in zip(block.drafts(i), block.proposals(i), strict=True):
+        logits = reference_logits(prefix).numpy() / temperature
+        order = np.argsort(-logits)[: len(ids)]
+        weights = np.exp(logits[order] - logits[order].max())
+        assert ids.tolist() == order.tolist() and token in ids
+        assert np.allclose(probs, weights / weights.sum(), atol=1e-5)
+        prefix = prefix + [token]
 
 
 def grow(target: Target) -> None:
@@ -256,25 +273,69 @@ def test_too_long_requests_are_refused_and_long_ones_let_go():
 
 
 def test_sampled_branches_carry_the_distribution_they_were_drawn_from():
-    engine = make_engine()
-    engine.open("a", 1, np.array([1, 2, 3], np.int32), 0.8, K)
-    seen = 0
-    while engine.has_work:
-        push = engine.speculate()
-        for block in push.blocks if push else []:
-            for i, (accept_length, bonus) in enumerate(np.frombuffer(block.outcomes, "<i4").reshape(-1, 2).tolist()):
-                row = engine.branches.find(engine.sequences["a"].rows, accept_length, bonus)
-                for depth, (token, (ids, probs)) in enumerate(zip(block.drafts(i), block.proposals(i), strict=True)):
-                    assert probs.shape == (5,) and np.isclose(probs.sum(), 1, atol=1e-6)
-                    assert token in ids
-                    prefix = [1, 2, 3, *engine.branches.tokens[row, : block.offset + depth + 1].tolist()]
-                    logits = reference_logits(prefix).numpy() / 0.8
-                    order = np.argsort(-logits)[:5]
-                    expected = np.exp(logits[order] - logits[order].max())
-                    assert ids.tolist() == order.tolist()
-                    assert np.allclose(probs, expected / expected.sum(), atol=1e-5)
-                    seen += 1
-    assert seen == 2 * K
+    target = Target(make_engine())
+    target.open("a", [1, 2, 3], temperature=0.8)
+    grow(target)
+    assert [len(drafts) for drafts in target.blocks["a"].values()] == [K, K]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_every_step_is_pushed_while_the_next_ones_run(monkeypatch, temperature):
+    """On the device, a step is launched before the host looks at what the one before it drew."""
+    order: list[tuple[str, int]] = []
+    for name in ("launch", "drawn"):
+        original = getattr(device_steps._Bucket, name)
+
+        def logged(self, step, *arguments, name=name, original=original):
+            order.append((name, step))
+            return original(self, step, *arguments)
+
+        monkeypatch.setattr(device_steps._Bucket, name, logged)
+    target = Target(make_engine())
+    target.open("a", [1, 2, 3, 4, 5], temperature)
+    target.step()
+    for depth in range(1, K + 1):
+        target.step()
+        assert {len(drafts) for drafts in target.blocks["a"].values()} == {depth}
+    target.step()
+    assert not target.engine.has_work
+    if PAGES is DevicePages:
+        launched = [("launch", 0)]
+        for step in range(K):
+            launched += [("launch", step + 1), ("drawn", step)]
+        assert order == launched + [("drawn", K)]
+
+
+def test_an_outcome_between_steps_takes_what_was_launched():
+    """The winner's tail was under way when its outcome came: its KV and its candidates are kept. Others go on."""
+    target = Target(make_engine())
+    target.open("a", [1, 2, 3, 4, 5])
+    target.open("b", [2, 3])
+    target.step()
+    target.step()
+    (_, bonus), speculation = next(iter(target.blocks["a"].items()))
+    assert len(speculation) == 1
+    target.advance("a", [bonus], list(speculation))
+    ahead = PAGES is DevicePages
+    sequence = target.engine.sequences["a"]
+    assert sequence.is_computed == ahead and len(sequence.rows) == (4 if ahead else 2)
+    grow(target)
+    assert {k for k, _ in target.blocks["a"]} == {0, 1}
+    assert {len(drafts) for name in "ab" for drafts in target.blocks[name].values()} == {K}
+    assert target.engine.num_steps == target.engine._model.num_forwards
+
+
+def test_an_end_between_steps_leaves_the_others_growing():
+    target = Target(make_engine(max_num_seqs=2))
+    for name in "ab":
+        target.open(name, [5, ord(name) % 13])
+    target.step()
+    target.step()
+    target.close("a")
+    target.open("c", [1, 2, 3])  # in the place of "a", and its branches in those of "a"
+    grow(target)
+    for name in "bc":
+        assert [len(drafts) for drafts in target.blocks[name].values()] == [K, K]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -290,7 +351,9 @@ def test_random_operations_conserve_pages_and_read_the_right_prefix(data):
         if action == "open" and len(live) < 3:
             shared = target.tokens[live[0]] if live and data.draw(st.booleans()) else []
             target.open(
-                data.draw(st.sampled_from("abc")), shared[:30] + data.draw(st.lists(token, min_size=1, max_size=9))
+                data.draw(st.sampled_from("abc")),
+                shared[:30] + data.draw(st.lists(token, min_size=1, max_size=9)),
+                data.draw(st.sampled_from([0.0, 0.8])),
             )
             continue
         if action == "step":

@@ -1,4 +1,4 @@
-"""Several steps of the branches with nothing of the host's between them; on a GPU, replayed from CUDA graphs."""
+"""Steps of the branches launched ahead of what is read of them; on a GPU, replayed from CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from vllm_ssd.kernels import sample
 
 MAX_TOP_M = 256
 """Widest proposal that `kernels.sample` keeps in registers; wider ones are drawn by the host, step by step."""
-ROWS_PER_BUCKET = 8
+STEPS_AHEAD = 1
+"""Steps launched beyond the one whose draws are waited for: the device works while the host reads and pushes those.
+An outcome that comes meanwhile waits for them."""
 SHORTEST_BUCKET = 1024
 """Context, in tokens, of the smallest bucket; each larger one is twice as long."""
+MAX_BUCKETS = 64
+"""Buckets that are kept, the latest used; a graph takes a megabyte or two."""
 
 
 class DeviceSteps:
     """Feeds every drawn token back on the device: forward, sample, next token, next slot.
+
+    The host copies what a step drew while the next one runs, so that nothing of its own lies between two steps.
 
     Batches are padded to buckets of branches, requests and context. A bucket's buffers never move, so that on a GPU one
     step is captured when the bucket is first used, and replayed as often as steps are wanted. Elsewhere the same step
@@ -34,37 +40,45 @@ class DeviceSteps:
         self._num_candidates = num_candidates
         self._sampling = {"top_m": top_m, "factor": saguaro_c}
         self._random = np.random.default_rng(seed)
-        self._buckets: dict[tuple[int, int, int], _Bucket] = {}
+        self._buckets: dict[tuple[int, int, int], _Bucket] = {}  # longest unused first
+        self._memory = torch.cuda.graph_pool_handle() if torch.device(model.device).type == "cuda" else None
 
-    def run(self, branches: Branches, rows: np.ndarray, temperatures: np.ndarray, fan_out: np.ndarray) -> list[Draw]:
+    def start(self, branches: Branches, rows: np.ndarray, temperatures: np.ndarray, fan_out: np.ndarray) -> Run:
         """The next token of every branch in `rows` [n], and so on, for as many steps as `fan_out` [steps, n] has.
 
         temperatures [n] float32, 0 for greedy branches. fan_out: how many of the likeliest tokens of each step are
         down-weighted. Every call seeds the noise of each row anew: draws are independent between branches and rounds.
+        Until the run is done no other may start, and nothing may be asked of the pages.
         """
         pages = self._pages
         pages.carry_out()
         order = np.argsort(branches.owner[rows], kind="stable")  # the branches of a request side by side
-        rows, n = rows[order], len(rows)
-        requests, counts = np.unique(branches.owner[rows], return_counts=True)
-        context = int(branches.base[rows].max())
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        ordered, n = rows[order], len(rows)
+        requests, counts = np.unique(branches.owner[ordered], return_counts=True)
+        context = int(branches.base[ordered].max())
+        unit = max(8, (1 << n.bit_length()) // 16)  # of all but small batches, an eighth at most is padding
         key = (
-            -(-n // ROWS_PER_BUCKET) * ROWS_PER_BUCKET,
+            -(-n // unit) * unit,
             1 << (len(requests) - 1).bit_length(),
             max(SHORTEST_BUCKET, 1 << context.bit_length()),
         )
-        bucket = self._buckets.get(key)
+        bucket = self._buckets.pop(key, None)
         if bucket is None:
-            bucket = self._buckets[key] = _Bucket(self._model, pages, self._sampling, *key)
-        step, base = branches.computed[rows], branches.base[rows]
+            if len(self._buckets) == MAX_BUCKETS:
+                del self._buckets[next(iter(self._buckets))]
+            bucket = _Bucket(self._model, pages, self._sampling, self._memory, *key)
+        self._buckets[key] = bucket
+        step, base = branches.computed[ordered], branches.base[ordered]
         shared = base // pages.page_size * pages.page_size
         bucket.load(
-            token_ids=branches.tokens[rows, step],
+            token_ids=branches.tokens[ordered, step],
             positions=base + step,
             requests=requests,
             starts=np.cumsum([0, *counts]),
-            owners=branches.owner[rows],
-            indices=pages.index(rows),
+            owners=branches.owner[ordered],
+            indices=pages.index(ordered),
             steps=step,
             shared_lens=shared,
             own_lens=base + step + 1 - shared,
@@ -72,32 +86,65 @@ class DeviceSteps:
             seeds=self._random.integers(1 << 63, size=n),
             fan_out=fan_out[:, order],
         )
-        token_ids, q_token_ids, q_probs = bucket.run(len(fan_out))
-        place = np.argsort(order)
-        token_ids, q_token_ids, q_probs = token_ids[:, place], q_token_ids[:, place], q_probs[:, place]
-        sampled = temperatures.any()
-        return [
-            Draw(
-                q_token_ids[i, :, : self._num_candidates],
-                token_ids[i],
-                q_token_ids[i] if sampled else None,
-                q_probs[i] if sampled else None,
-            )
-            for i in range(len(fan_out))
-        ]
+        return Run(bucket, rows, place, len(fan_out), self._num_candidates, bool(temperatures.any()))
+
+
+class Run:
+    """Steps of `rows` under way: `take` them one after the other, until it `is_done`."""
+
+    def __init__(
+        self, bucket: _Bucket, rows: np.ndarray, place: np.ndarray, num_steps: int, num_candidates: int, sampled: bool
+    ) -> None:
+        self.rows = rows
+        self._bucket = bucket
+        self._place = place  # of each row in the bucket
+        self._num_steps, self._num_launched, self._num_taken = num_steps, 0, 0
+        self._num_candidates = num_candidates
+        self._sampled = sampled
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every step was taken."""
+        return self._num_taken == self._num_steps
+
+    def take(self) -> Draw:
+        """What the next step drew after `rows`, once it is done; as many as allowed are launched ahead of it."""
+        step, bucket = self._num_taken, self._bucket
+        while self._num_launched < min(step + 1 + STEPS_AHEAD, self._num_steps):
+            bucket.launch(self._num_launched, self._sampled)
+            self._num_launched += 1
+        token_ids, q_token_ids, q_probs = (drawn[self._place] for drawn in bucket.drawn(step))
+        self._num_taken += 1
+        return Draw(
+            q_token_ids[:, : self._num_candidates],
+            token_ids,
+            q_token_ids if self._sampled else None,
+            q_probs if self._sampled else None,
+        )
+
+    def stop(self) -> None:
+        """Launch no more steps; those that were launched are still to be taken."""
+        self._num_steps = self._num_launched
 
 
 class _Bucket:
     """Buffers for up to `num_rows` branches of `num_requests` requests, and one step over them."""
 
     def __init__(
-        self, model: PagedModel, pages: DevicePages, sampling: dict, num_rows: int, num_requests: int, context: int
+        self,
+        model: PagedModel,
+        pages: DevicePages,
+        sampling: dict,
+        memory: tuple[int, int] | None,
+        num_rows: int,
+        num_requests: int,
+        context: int,
     ) -> None:
-        self._model, self._trees, self._sampling = model, pages.trees, sampling
+        self._model, self._trees, self._sampling, self._memory = model, pages.trees, sampling, memory
         self._context, self._num_rows, self._num_requests = context, num_rows, num_requests
         device = self._device = torch.device(model.device)
         _, most_branches, most_steps = pages.trees.slots.shape
-        self._max_rows = min(num_rows, most_branches + ROWS_PER_BUCKET - 1)  # of one request, with all the padding
+        self._max_rows = min(num_rows, most_branches + max(8, num_rows // 8))  # of one request, with all the padding
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -117,12 +164,17 @@ class _Bucket:
         }
         self._fan_out = zeros(most_steps, num_rows, dtype=torch.int32)
         self._done = zeros(1)  # steps since the last load
-        top_m = sampling["top_m"]
-        self._token_ids = zeros(most_steps, num_rows, dtype=torch.int32)
-        self._q_token_ids = zeros(most_steps, num_rows, top_m, dtype=torch.int32)
-        self._q_probs = zeros(most_steps, num_rows, top_m, dtype=torch.float32)
+        top_m, on_gpu = sampling["top_m"], device.type == "cuda"
+        self._drawn = (  # token ids, q's token ids, q's probabilities
+            zeros(most_steps, num_rows, dtype=torch.int32),
+            zeros(most_steps, num_rows, top_m, dtype=torch.int32),
+            zeros(most_steps, num_rows, top_m, dtype=torch.float32),
+        )
+        self._on_host = [torch.empty_like(drawn, device="cpu", pin_memory=on_gpu) for drawn in self._drawn]
+        self._copied = [torch.cuda.Event() for _ in range(most_steps)] if on_gpu else []
+        self._copies = torch.cuda.Stream(device) if on_gpu else None
         self._down_weighted = False  # whether `_fan_out` holds anything
-        self._graph = self._capture() if device.type == "cuda" else None
+        self._graph = self._capture() if on_gpu else None
 
     def load(self, *, fan_out: np.ndarray, **inputs: np.ndarray) -> None:
         """Fill the buffers; rows and requests beyond the given ones are padding, which reads and writes no KV."""
@@ -144,16 +196,31 @@ class _Bucket:
         host = torch.from_numpy(values).to(buffer.dtype)
         buffer.copy_(host.pin_memory() if self._graph else host, non_blocking=True)
 
-    def run(self, num_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`num_steps` steps of what was loaded: token ids [steps, n], q's token ids and probabilities [steps, n, M]."""
-        for _ in range(num_steps):
-            if self._graph:
-                self._graph.replay()
-            else:
-                self._step()
-        outputs = self._token_ids, self._q_token_ids, self._q_probs
-        first, second, third = (output[:num_steps, : self._num_loaded].cpu().numpy() for output in outputs)
-        return first, second, third
+    def launch(self, step: int, sampled: bool) -> None:
+        """The next step of what was loaded, number `step`, and the copy of what it draws, beside the step after it."""
+        if self._graph:
+            self._graph.replay()
+        else:
+            self._step()
+        buffers = list(zip(self._drawn, self._on_host))[: 3 if sampled else 2]
+        if not self._copied:
+            for drawn, on_host in buffers:
+                on_host[step] = drawn[step]
+            return
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copies):
+            for drawn, on_host in buffers:
+                on_host[step].copy_(drawn[step], non_blocking=True)
+            self._copied[step].record()
+
+    def drawn(self, step: int) -> tuple[np.ndarray, ...]:
+        """Token ids [B], q's token ids and probabilities [B, M] of a launched step, once they are there.
+
+        The arrays are views that a later run overwrites.
+        """
+        if self._copied:
+            self._copied[step].synchronize()
+        return tuple(on_host[step].numpy() for on_host in self._on_host)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """One step as a graph. The buffers hold padding only, so that warming up touches no KV."""
@@ -165,7 +232,7 @@ class _Bucket:
             self._done.zero_()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._memory):  # shared: never do two graphs run at once
             self._step()
         return graph
 
@@ -193,9 +260,8 @@ class _Bucket:
         )
         fan_out = self._fan_out.index_select(0, self._done)[0]
         drawn = sample(logits, of["temperatures"], of["seeds"], positions, fan_out, **self._sampling)
-        self._token_ids.index_copy_(0, self._done, drawn.token_ids[None])
-        self._q_token_ids.index_copy_(0, self._done, drawn.q_token_ids[None])
-        self._q_probs.index_copy_(0, self._done, drawn.q_probs[None])
+        for buffer, values in zip(self._drawn, (drawn.token_ids, drawn.q_token_ids, drawn.q_probs)):
+            buffer.index_copy_(0, self._done, values[None])
         of["token_ids"].copy_(drawn.token_ids)
         for counter in (positions, of["steps"], own_lens):
             counter += alive.to(counter.dtype)

@@ -15,18 +15,16 @@ import numpy as np
 from vllm_ssd.compat.paged import PagedModel
 from vllm_ssd.drafter.branches import Branches
 from vllm_ssd.drafter.device_pages import DevicePages
-from vllm_ssd.drafter.device_steps import MAX_TOP_M, DeviceSteps
+from vllm_ssd.drafter.device_steps import MAX_TOP_M, DeviceSteps, Run
 from vllm_ssd.drafter.forward import Draw, Sampler, step_tokens
 from vllm_ssd.drafter.pages import HostPages
+from vllm_ssd.drafter.pushes import JUST_IN_TIME, due_rows, take_blocks
 from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
 from vllm_ssd.policy import BranchBudget, FanOut
-from vllm_ssd.protocol import JIT_TOKEN, Block, DrafterStats, Evicted, Push, common_prefix, pack_ids
+from vllm_ssd.protocol import DrafterStats, Evicted, Push, common_prefix
 
 PREFILL_TOKENS_PER_STEP = 256
 """Prompt tokens forwarded beside one step of the branches, so that a long prompt delays nobody for long."""
-
-JUST_IN_TIME = -1
-"""Accept length under which the just-in-time branch is kept: it starts at the last committed token."""
 
 
 class DraftEngine:
@@ -63,7 +61,9 @@ class DraftEngine:
         capacity = max_num_seqs * (max_branches + 1)
         self.branches = Branches(capacity, num_speculative_tokens, num_candidates, top_m)
         self.pages = pages(model, max_num_seqs, max_branches, num_speculative_tokens, num_candidates)
-        self._steps = None
+        self._steps: DeviceSteps | None = None
+        self._run: Run | None = None  # under way; every verb that changes its branches takes what it launched first
+        self._step_began = 0.0
         if isinstance(self.pages, DevicePages) and top_m <= MAX_TOP_M:
             self._steps = DeviceSteps(model, self.pages, num_candidates, top_m, seed, saguaro_c)
         self.sequences: dict[str, Sequence] = {}  # least recently advanced first
@@ -82,6 +82,7 @@ class DraftEngine:
 
     def open(self, request_id: str, epoch: int, token_ids: np.ndarray, temperature: float, num_drafts: int) -> None:
         """Start a request from all its committed tokens, `token_ids` `[L]` int32; replaces an earlier epoch."""
+        self._settle()
         self.close(request_id)
         if len(token_ids) + num_drafts + 1 >= self._model.max_model_len or not len(token_ids):
             self._evicted.append(Evicted(request_id, epoch))
@@ -117,6 +118,7 @@ class DraftEngine:
                 self.close(request_id)
                 self._evicted.append(Evicted(request_id, epoch))
             return
+        self._settle()
         path = emitted + draft_token_ids
         if length + len(draft_token_ids) + num_drafts + 1 >= self._model.max_model_len:
             self._evict(sequence)
@@ -143,6 +145,7 @@ class DraftEngine:
         sequence = self.sequences.pop(request_id, None)
         if sequence is None:
             return
+        self._settle()
         self._unfinished.pop(request_id, None)
         self.branches.remove(sequence.rows)
         self.pages.close(sequence.slot, sequence.rows)
@@ -160,23 +163,21 @@ class DraftEngine:
     def speculate(self) -> Push | None:
         """One forward: uncomputed spines, and the next token of every branch that wants one.
 
-        With pages on the device, branches that are alone take all the steps they have in common at once.
+        With pages on the device, steps of branches alone are launched ahead: this takes what the next one drew.
         Only when nothing else is wanted are finished branches run once more, over their last draft: then all
         fork points of the next round are known before its outcome is.
         """
+        if self._run is not None:
+            return self._take_step(self._run)
         branches, started = self.branches, time.perf_counter()
         spines = self._schedule_spines()
-        rows = np.flatnonzero(branches.alive & (branches.computed < branches.num_drafts))
+        growing = self._growing()
+        finished = branches.alive & (branches.computed == branches.num_drafts)
+        rows = np.flatnonzero(growing if growing.any() or spines else finished)
         if not len(rows) and not spines:
-            if self._growing_since:
-                self.build_s = time.perf_counter() - self._growing_since
-                self._growing_since = 0.0
-            rows = np.flatnonzero(branches.alive & (branches.computed == branches.num_drafts))
-        if not len(rows) and not spines:
-            return self._report([])
+            return self._report()
         if self._steps is not None and not spines:
-            self._run_steps(self._steps, rows)
-            return self._report(self._blocks(self._worth_a_push()))
+            return self._take_step(self._start_run(self._steps, rows, alone=not (growing.any() and finished.any())))
         tokens = step_tokens(branches, spines, rows)
         spine_logits = tokens.spine_logits
         batch = self.pages.batch(branches, spines, rows, tokens)
@@ -188,10 +189,9 @@ class DraftEngine:
         self.num_steps += 1
         self._extend_branches(rows, draw, len(spine_logits))
         self._extend_spines(spines, spine_logits, draw)
-        news = self._report(self._blocks(self._worth_a_push()))
         if not spines:
             self._budget.observe_step(len(rows), time.perf_counter() - started)
-        return news
+        return self._report()
 
     # ---- outcomes --------------------------------------------------------------------------------------
 
@@ -248,7 +248,7 @@ class DraftEngine:
             self._fan_out.survival(num_drafts, True),
         )
         sequence.fan_out = self._fan_out.counts(num_named, sequence.after_hit, self._num_branches)
-        if sequence.computed < len(sequence.tokens):
+        if not sequence.is_computed:
             self._unfinished[sequence.request_id] = sequence
         else:
             self._unfinished.pop(sequence.request_id, None)
@@ -344,18 +344,44 @@ class DraftEngine:
             prepared[of_k] = counts[branches.computed[rows[of_k]] + ahead]
         return np.concatenate([np.zeros(num_spine_logits, np.int64), prepared])
 
-    def _run_steps(self, steps: DeviceSteps, rows: np.ndarray) -> None:
-        """The steps that no branch in `rows` is done before, nothing of the host's between them."""
-        branches, started = self.branches, time.perf_counter()
-        num_steps = max(int((branches.num_drafts[rows] - branches.computed[rows]).min()), 1)
+    def _start_run(self, steps: DeviceSteps, rows: np.ndarray, alone: bool) -> Run:
+        """The steps that no branch in `rows` is done before; the last one too, if they finish at once and are alone."""
+        branches = self.branches
+        missing = branches.num_drafts[rows] - branches.computed[rows]
+        num_steps = max(int(missing.min()), 1)
+        if alone and (missing == num_steps).all():
+            num_steps += 1
         temperatures = self._temperatures[branches.owner[rows]]
         fan_out = np.zeros((num_steps, len(rows)), np.int64)
         if self._saguaro_c < 1 and temperatures.any():
             fan_out = np.stack([self._prepared(rows, 0, step) for step in range(num_steps)])
-        for draw in steps.run(branches, rows, temperatures, fan_out):
-            self._extend_branches(rows, draw, 0)
-        self.num_steps += num_steps
-        self._budget.observe_step(len(rows), (time.perf_counter() - started) / num_steps)
+        self._step_began = time.perf_counter()
+        self._run = steps.start(branches, rows, temperatures, fan_out)
+        return self._run
+
+    def _take_step(self, run: Run) -> Push | None:
+        """Store what the next step of `run` drew, and report it."""
+        self._extend_branches(run.rows, run.take(), 0)
+        self.num_steps += 1
+        now = time.perf_counter()
+        self._budget.observe_step(len(run.rows), now - self._step_began)
+        self._step_began = now
+        if run.is_done:
+            self._run = None
+        return self._report()
+
+    def _growing(self) -> np.ndarray:
+        """Which branches want another draft, [capacity] bool."""
+        return self.branches.alive & (self.branches.computed < self.branches.num_drafts)
+
+    def _settle(self) -> None:
+        """End the run under way with the steps that it has launched, whose draws and KV are as good as any."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.stop()
+            while not run.is_done:
+                self._extend_branches(run.rows, run.take(), 0)
+                self.num_steps += 1
 
     def _extend_branches(self, rows: np.ndarray, draw: Draw, first: int) -> None:
         """Store what was drawn after `rows`, whose logits start at `first`."""
@@ -380,7 +406,7 @@ class DraftEngine:
             if self.sequences.get(sequence.request_id) is not sequence:
                 continue  # evicted just now, for the branches of one before it
             sequence.computed += n
-            if sequence.computed == len(sequence.tokens):
+            if sequence.is_computed:
                 del self._unfinished[sequence.request_id]
             self._fork(sequence)
         for i, (sequence, position) in enumerate(spine_logits):
@@ -405,57 +431,13 @@ class DraftEngine:
 
     # ---- news ------------------------------------------------------------------------------------------
 
-    def _worth_a_push(self) -> np.ndarray:
-        """Branches whose new drafts the target should have now.
-
-        A tree that will be whole before its outcome is expected travels in one message, one that may be late with
-        every step.
-        """
+    def _report(self) -> Push | None:
+        """What the target should hear now."""
         branches = self.branches
-        depth = np.minimum(branches.computed, branches.num_drafts)
-        rows = np.flatnonzero(branches.alive & (depth > branches.sent))
-        if not len(rows):
-            return rows
-        owners = branches.owner[rows]
-        now, push = time.perf_counter(), np.zeros(len(rows), bool)
-        for slot in set(owners.tolist()):
-            sequence, of_slot = self._by_slot[slot], owners == slot
-            waiting = branches.num_drafts[sequence.rows] - branches.computed[sequence.rows]
-            steps = max(int(waiting.max()), 0) + (sequence.request_id in self._unfinished)
-            if not steps or sequence.jit or not self._budget.in_time(now - sequence.decided_at, steps):
-                push |= of_slot
-        return rows[push]
-
-    def _blocks(self, rows: np.ndarray) -> list[Block]:
-        """What `rows` have grown since they were last pushed; one block for rows that grew alike."""
-        branches = self.branches
-        depths = np.minimum(branches.computed[rows], branches.num_drafts[rows])
-        groups: dict[tuple[int, int, int], list[int]] = {}
-        for row, slot, offset, depth in zip(rows, branches.owner[rows], branches.sent[rows], depths):
-            groups.setdefault((int(slot), int(offset), int(depth)), []).append(int(row))
-        branches.sent[rows] = depths
-        return [self._block(self._by_slot[slot], alike, *span) for (slot, *span), alike in groups.items()]
-
-    def _block(self, sequence: Sequence, rows: list[int], offset: int, depth: int) -> Block:
-        branches = self.branches
-        outcomes = np.stack([branches.accept_length[rows], branches.tokens[rows, 0]], axis=1)
-        outcomes[outcomes[:, 0] == JUST_IN_TIME] = (0, JIT_TOKEN)
-        q_token_ids = q_probs = b""
-        if sequence.temperature > 0:
-            q_token_ids = pack_ids(branches.q_token_ids[rows, offset:depth])
-            q_probs = branches.q_probs[rows, offset:depth].astype("<f4").tobytes()
-        return Block(
-            sequence.request_id,
-            sequence.epoch,
-            sequence.length,
-            offset,
-            pack_ids(outcomes),
-            pack_ids(branches.tokens[rows, offset + 1 : depth + 1]),
-            q_token_ids,
-            q_probs,
-        )
-
-    def _report(self, blocks: list[Block]) -> Push | None:
+        if self._growing_since and not (self._unfinished or self._growing().any()):
+            self.build_s = time.perf_counter() - self._growing_since
+            self._growing_since = 0.0
+        blocks = take_blocks(branches, self._by_slot, due_rows(branches, self._by_slot, self._budget))
         evicted, self._evicted = self._evicted, []
         return Push(blocks, evicted, None) if blocks or evicted else None
 

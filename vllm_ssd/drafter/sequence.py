@@ -29,3 +29,8 @@ class Sequence:
     jit: int = 0
     after_hit: bool = False
     decided_at: float = 0.0  # when its last outcome came
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the whole spine has its KV."""
+        return self.computed == len(self.tokens)

@@ -1,0 +1,66 @@
+"""Which new drafts the target should have now, and the blocks that carry them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+
+from vllm_ssd.drafter.branches import Branches
+from vllm_ssd.drafter.sequence import Sequence
+from vllm_ssd.policy import BranchBudget
+from vllm_ssd.protocol import JIT_TOKEN, Block, pack_ids
+
+JUST_IN_TIME = -1
+"""Accept length under which the just-in-time branch is kept: it starts at the last committed token."""
+
+
+def due_rows(branches: Branches, by_slot: SequenceOf[Sequence | None], budget: BranchBudget) -> np.ndarray:
+    """Branches whose new drafts the target should have now, [n] int64.
+
+    A tree that will be whole before its outcome is expected travels in one message, one that may be late with
+    every step.
+    """
+    depth = np.minimum(branches.computed, branches.num_drafts)
+    rows = np.flatnonzero(branches.alive & (depth > branches.sent))
+    if not len(rows):
+        return rows
+    owners = branches.owner[rows]
+    now, due = time.perf_counter(), np.zeros(len(rows), bool)
+    for slot in set(owners.tolist()):
+        sequence, of_slot = by_slot[slot], owners == slot
+        waiting = branches.num_drafts[sequence.rows] - branches.computed[sequence.rows]
+        steps = max(int(waiting.max()), 0) + (not sequence.is_computed)
+        if not steps or sequence.jit or not budget.in_time(now - sequence.decided_at, steps):
+            due |= of_slot
+    return rows[due]
+
+
+def take_blocks(branches: Branches, by_slot: SequenceOf[Sequence | None], rows: np.ndarray) -> list[Block]:
+    """What `rows` have grown since they were last pushed, which now they are; one block for rows that grew alike."""
+    depths = np.minimum(branches.computed[rows], branches.num_drafts[rows])
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for row, slot, offset, depth in zip(rows, branches.owner[rows], branches.sent[rows], depths):
+        groups.setdefault((int(slot), int(offset), int(depth)), []).append(int(row))
+    branches.sent[rows] = depths
+    return [_block(branches, by_slot[slot], alike, *span) for (slot, *span), alike in groups.items()]
+
+
+def _block(branches: Branches, sequence: Sequence, rows: list[int], offset: int, depth: int) -> Block:
+    outcomes = np.stack([branches.accept_length[rows], branches.tokens[rows, 0]], axis=1)
+    outcomes[outcomes[:, 0] == JUST_IN_TIME] = (0, JIT_TOKEN)
+    q_token_ids = q_probs = b""
+    if sequence.temperature > 0:
+        q_token_ids = pack_ids(branches.q_token_ids[rows, offset:depth])
+        q_probs = branches.q_probs[rows, offset:depth].astype("<f4").tobytes()
+    return Block(
+        sequence.request_id,
+        sequence.epoch,
+        sequence.length,
+        offset,
+        pack_ids(outcomes),
+        pack_ids(branches.tokens[rows, offset + 1 : depth + 1]),
+        q_token_ids,
+        q_probs,
+    )
