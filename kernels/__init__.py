@@ -1,6 +1,7 @@
 """The operations of a speculation round on the device, each a PyTorch reference and a Triton kernel of one meaning.
 
-Imports torch and triton only. Round of the drafter: `reserve` pages for tokens nobody predicted, `expand` outcomes into
+Imports torch and triton only. Round of the drafter: `share` the pages of a prompt that another request has computed,
+`reserve` pages for tokens nobody predicted, `expand` outcomes into
 branches, `copy_pages` their shared tail pages, then K + 1 steps of the model with `tree_attention` and `sample`; when
 the outcome is known, `commit` the winner. On the target: `lookup` the outcome. docs/kernels.md has the picture.
 """
@@ -12,6 +13,7 @@ from vllm_ssd.kernels.expand import expand
 from vllm_ssd.kernels.lookup import Found, Speculation, lookup
 from vllm_ssd.kernels.reserve import reserve
 from vllm_ssd.kernels.sample import Sample, sample
+from vllm_ssd.kernels.share import share
 from vllm_ssd.kernels.tree_attention import tree_attention
 from vllm_ssd.kernels.trees import DevicePool, Trees
 
@@ -31,5 +33,6 @@ __all__ = [
     "lookup",
     "reserve",
     "sample",
+    "share",
     "tree_attention",
 ]

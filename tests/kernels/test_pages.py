@@ -9,10 +9,10 @@ import torch
 from cases import DEVICE, check_conservation, ints, make_trees, random_outcomes, reference, same_state, to
 from triton.runtime.interpreter import interpreter_builder
 
-from vllm_ssd.kernels import CLOSE, MISS, SKIP, DevicePool, Trees, commit, copy_pages, expand, reserve
+from vllm_ssd.kernels import CLOSE, MISS, SKIP, DevicePool, Trees, commit, copy_pages, expand, reserve, share
 
 
-def run_both(op, pool: DevicePool, trees: Trees, *arguments: torch.Tensor) -> tuple[DevicePool, Trees]:
+def run_both(op, pool: DevicePool, trees: Trees, *arguments: torch.Tensor, shared: int = 0) -> tuple[DevicePool, Trees]:
     """The state after the reference, which the kernel must have reached too; the given state stays as it is."""
     on_device = to(pool, DEVICE), to(trees, DEVICE)
     op(*on_device, *(argument.to(DEVICE) for argument in arguments))
@@ -20,7 +20,7 @@ def run_both(op, pool: DevicePool, trees: Trees, *arguments: torch.Tensor) -> tu
     with reference():
         op(pool, trees, *arguments)
     same_state(on_device, (pool, trees))
-    check_conservation(*on_device)
+    check_conservation(*on_device, shared=shared)
     return pool, trees
 
 
@@ -140,6 +140,21 @@ def test_reserve(num_tokens):
     assert trees.num_pages.tolist() == [max(-(-n // 4), 1) if n < 400 else 1 for n in num_tokens]
 
 
+@pytest.mark.parametrize("num_pages", ([0, 2, 0], [0, 140, 3], [0, 0, 0], [0, 1, 1]))
+def test_share(num_pages):
+    """Two empty spines begin with pages of the first one's, more of them than a block; or one does, or none."""
+    pool, trees = make_trees([577, 0, 0], branches=2, num_drafts=3, page_size=4, num_pages=170, spine_tokens=0)
+    shared = run_both(share, pool, trees, ints([2, 0, 0]), ints(num_pages), shared=max(num_pages))
+    assert shared[1].num_pages.tolist() == [145, *num_pages[1:]]
+    for r, n in enumerate(num_pages):
+        assert torch.equal(shared[1].page_tables[r, :n], trees.page_tables[0, :n])
+    with reference():
+        reserve(*shared, ints([0, 4 * num_pages[1] + 9, 0]))
+    closed = run_both(commit, *shared, ints([CLOSE, SKIP, SKIP]), shared=min(num_pages[1:]))
+    assert torch.equal(closed[1].page_tables[1, : num_pages[1]], trees.page_tables[0, : num_pages[1]])
+    assert int(run_both(commit, *closed, ints([MISS, CLOSE, CLOSE]))[0].num_free) == 170
+
+
 def started_trees(page_size: int = 4) -> tuple[DevicePool, Trees]:
     lengths = [9, 15, 4]
     pool, trees = make_trees(lengths, branches=9, num_drafts=3, page_size=page_size, num_pages=150, spine_tokens=3)
@@ -191,16 +206,24 @@ def test_commit_leaves_pages_that_another_request_reads():
 
 
 def test_pages_are_conserved_over_a_thousand_rounds():
-    """Random opens, forks, hits, misses and closes of two requests in a pool that is often too small.
+    """Random opens, shares, forks, hits, misses and closes of two requests in a pool that is often too small.
 
     The kernels alone, checked after every round; every 50th round both the kernels and the references.
     """
     rng, num_drafts, page_size, requests = random.Random(3), 2, 3, 2
     pool, trees = make_trees([0] * requests, branches=5, num_drafts=2, page_size=3, num_pages=24, spine_tokens=0)
     pool, trees = to(pool, DEVICE), to(trees, DEVICE)
-    lengths, seen, ran_out = [0] * requests, set(), 0
+    lengths, seen, ran_out, most_shared = [0] * requests, set(), 0, 0
     for round_number in range(1000):
         wanted = [length + num_drafts + 1 if length else rng.choice([0, rng.randint(1, 9)]) for length in lengths]
+        reader = next((r for r in range(requests) if not trees.num_pages[r] and lengths[1 - r]), None)
+        if reader is not None and wanted[reader]:
+            num_shared = rng.randint(0, lengths[1 - reader] // page_size)
+            wanted[reader] += num_shared * page_size
+            arguments = ints([1, 0]), ints([num_shared if r == reader else 0 for r in range(requests)])
+            if round_number % 5 == 0:
+                run_both(share, pool, trees, *arguments, shared=num_shared)
+            share(pool, trees, *(argument.to(DEVICE) for argument in arguments))
         reserve(pool, trees, ints(wanted).to(DEVICE))
         room = (trees.num_pages * page_size).tolist()
         lengths = [
@@ -212,7 +235,7 @@ def test_pages_are_conserved_over_a_thousand_rounds():
         forks = ints([[0, last + 1] for last in last_fork])
         arguments = (ints(lengths), drafts, candidates, fan_out, forks)
         if round_number % 50 == 0:
-            run_both(expand, pool, trees, *arguments)
+            run_both(expand, pool, trees, *arguments, shared=shared_by_both(trees))
         expand(pool, trees, *(argument.to(DEVICE) for argument in arguments))
         accept_lengths = trees.accept_lengths.tolist()
         ran_out += sum(len(row) - row.count(-1) for row in accept_lengths) < sum(
@@ -236,11 +259,22 @@ def test_pages_are_conserved_over_a_thousand_rounds():
             elif choice == "close":
                 lengths[r] = 0
         if round_number % 50 == 0:
-            run_both(commit, pool, trees, ints(winners))
+            pool_then, trees_then = to(pool, "cpu"), to(trees, "cpu")
+            with reference():
+                commit(pool_then, trees_then, ints(winners))
+            run_both(commit, pool, trees, ints(winners), shared=shared_by_both(trees_then))
         commit(pool, trees, ints(winners).to(DEVICE))
-        check_conservation(pool, trees)
+        read_by_both = shared_by_both(trees)
+        check_conservation(pool, trees, shared=read_by_both)
+        most_shared = max(most_shared, read_by_both)
     assert seen == {"hit", "miss", "skip", "close"}
-    assert ran_out > 20
+    assert ran_out > 20 and most_shared > 3
+
+
+def shared_by_both(trees: Trees) -> int:
+    """Pages that two spines read."""
+    one, other = (set(table[:n].tolist()) for table, n in zip(trees.page_tables, trees.num_pages.tolist()))
+    return len(one & other)
 
 
 @pytest.mark.parametrize("layout", ("slots outside heads", "heads outside slots", "keys beside values"))

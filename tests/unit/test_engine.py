@@ -76,13 +76,16 @@ def check_device_pages(engine: DraftEngine) -> None:
     """What the host counted is what the kernels did, once they have done it."""
     kept = engine.pages
     kept.carry_out()
-    pool, trees = kept.pool, kept.trees
+    pool, trees = kept.device_pool, kept.trees
     assert int(pool.num_free) == kept.num_free
     assert trees.num_pages.tolist() == kept.num_pages.tolist()
     spines = [table[:n] for table, n in zip(trees.page_tables, trees.num_pages.tolist())]
     held = torch.cat([*spines, trees.branch_pages[trees.branch_pages >= 0]]).long()
     assert torch.equal(torch.bincount(held, minlength=len(pool.holders)), pool.holders.long())
-    assert pool.holders.max() <= 1 and kept.num_free == (pool.holders == 0).sum()
+    assert kept.num_free == (pool.holders == 0).sum()
+    assert (pool.holders[trees.branch_pages[trees.branch_pages >= 0].long()] == 1).all(), "a branch's page is shared"
+    standing_in = np.concatenate([table[:n] for table, n in zip(kept.tables, kept.num_pages)])
+    assert kept.pool.holders(standing_in).tolist() == pool.holders[torch.cat(spines).long()].tolist()
     assert not pool.holders[pool.free[: kept.num_free].long()].any()
     for slot, sequence in enumerate(engine._by_slot):
         rows = sequence.rows.tolist() if sequence else []
@@ -227,8 +230,7 @@ def test_just_in_time_speculation_becomes_the_spine():
     assert {k for k, _ in target.blocks["a"]} == set(range(K + 1))
 
 
-def test_shared_prompts_share_pages(monkeypatch):
-    monkeypatch.setitem(globals(), "PAGES", HostPages)
+def test_shared_prompts_share_pages():
     engine = make_engine(num_pages=40)
     target = Target(engine)
     prompt = [3] * 17
@@ -240,6 +242,27 @@ def test_shared_prompts_share_pages(monkeypatch):
     assert free == engine.pages.num_free
     grow(target)
     assert set(target.blocks["a"]) == set(target.blocks["b"])
+
+
+def test_pages_that_are_shared_before_the_device_knows():
+    """Nothing is carried out between the verbs: a second spine reads the first, a third the second, the first ends."""
+    pages, nobody = PAGES(FakePagedModel(20), 4, 2, K, 3), np.empty(0, np.int64)
+    pages.reserve(0, 30)
+    pages.share(1, 0, 5)
+    pages.share(2, 1, 3)
+    pages.reserve(2, 13)
+    assert pages.num_free == 20 - 8 - 1
+    pages.close(0, nobody)
+    assert pages.num_free == 20 - 5 - 1
+    pages.close(1, nobody)
+    pages.reserve(0, 1)
+    assert pages.num_free == 20 - 4 - 1
+    if PAGES is DevicePages:
+        pages.carry_out()
+        trees = pages.trees
+        assert int(pages.device_pool.num_free) == pages.num_free
+        assert trees.num_pages.tolist() == pages.num_pages.tolist() == [1, 0, 4, 0]
+        assert not set(trees.page_tables[0, :1].tolist()) & set(trees.page_tables[2, :4].tolist())
 
 
 def test_warming_up_leaves_nothing_behind():

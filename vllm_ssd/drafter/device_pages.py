@@ -10,34 +10,34 @@ import torch
 from vllm_ssd.compat.paged import PagedModel, TreeBatch
 from vllm_ssd.drafter.branches import Branches
 from vllm_ssd.drafter.forward import StepTokens
+from vllm_ssd.drafter.pages import NO_PAGES, SpinePages
 from vllm_ssd.drafter.sequence import Sequence
-from vllm_ssd.kernels import CLOSE, MISS, SKIP, DevicePool, Trees, commit, expand, reserve
+from vllm_ssd.kernels import CLOSE, MISS, SKIP, DevicePool, Trees, commit, expand, reserve, share
 
 
-class DevicePages:
+class DevicePages(SpinePages):
     """The verbs of `HostPages` over `kernels.Trees`: page ids never come to the host.
 
-    What is asked for is collected and carried out before the next forward, one launch of `commit`, `reserve`, `expand`
-    and `copy_pages` for all requests. How many pages are free is known here all the same, because every operation's
-    need is; so nothing waits for the device. Prefixes are not shared between requests.
+    What is asked for is collected and carried out before the next forward, one launch of `commit`, `share`, `reserve`,
+    `expand` and `copy_pages` for all requests. How many pages are free is known here all the same, because every
+    operation's need is, and `tables` hold stand-ins that are shared as the pages are; so nothing waits for the device.
     """
 
     def __init__(
         self, model: PagedModel, max_num_seqs: int, max_branches: int, num_speculative_tokens: int, num_candidates: int
     ) -> None:
-        self._model = model
-        self.page_size = model.page_size
-        self.num_free = model.num_pages
-        self.num_pages = np.zeros(max_num_seqs, np.int64)
+        super().__init__(model, max_num_seqs)
         self._num_drafts = k = num_speculative_tokens
-        device, width = model.device, model.max_model_len // model.page_size + 3
-        self.pool = DevicePool.full(model.num_pages, device)
-        self.trees = Trees.empty(max_num_seqs, max_branches + 1, k, model.page_size, width, device)
+        self.device_pool = DevicePool.full(model.num_pages, model.device)
+        self.trees = Trees.empty(max_num_seqs, max_branches + 1, k, model.page_size, self.tables.shape[1], model.device)
         rows = max_num_seqs * (max_branches + 1)
         self._index = np.zeros(rows, np.int64)  # of each row among its request's
         self._num_branch_pages = np.zeros(rows, np.int64)
-        # What is due, by slot; `_fan_out` and `_num_rows` also hold what was carried out.
+        self._held_by_branches = 0
+        # What is due, by slot; `_fan_out` also holds what was carried out.
         self._winners = np.full(max_num_seqs, SKIP, np.int32)
+        self._sources = np.zeros(max_num_seqs, np.int32)
+        self._num_shared = np.zeros(max_num_seqs, np.int32)
         self._num_tokens = np.zeros(max_num_seqs, np.int32)
         self._lengths = np.zeros(max_num_seqs, np.int32)
         self._forks = np.zeros((max_num_seqs, 2), np.int32)
@@ -45,21 +45,23 @@ class DevicePages:
         self._candidates = np.full((max_num_seqs, k + 1, num_candidates + 1), -1, np.int32)
         self._filled_base: set[int] = set()  # slots whose branch also copies the slot of its base
 
-    def missing(self, slot: int, num_tokens: int) -> int:
-        """Pages that a spine lacks to hold `num_tokens`."""
-        return max(-(-num_tokens // self.page_size) - int(self.num_pages[slot]), 0)
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody holds, once all is carried out."""
+        return self.pool.num_free - self._held_by_branches
 
     def reserve(self, slot: int, num_tokens: int) -> None:
         """Give a spine the pages it lacks; as many must be free."""
-        missing = self.missing(slot, num_tokens)
-        if missing:
-            self.num_free -= missing
-            self.num_pages[slot] += missing
+        if self.missing(slot, num_tokens):
+            super().reserve(slot, num_tokens)
             self._num_tokens[slot] = num_tokens
 
-    def share(self, slot: int, other: int, num_pages: int) -> int:
-        """Prefixes are not shared: 0 pages are."""
-        return 0
+    def share(self, slot: int, other: int, num_pages: int) -> None:
+        """Begin the empty spine of `slot` with the first pages of another's, all of them full."""
+        if self._num_tokens[other] or self._num_shared[other]:
+            self.carry_out()  # the other's pages must be there first
+        super().share(slot, other, num_pages)
+        self._sources[slot], self._num_shared[slot] = other, num_pages
 
     def per_branch(self, base: int, num_drafts: int) -> int:
         """Pages that a branch from position `base` owns, room for all K drafts in it."""
@@ -83,7 +85,7 @@ class DevicePages:
         k = max(accept_length, 0)
         self._index[rows] = self._fan_out[slot].sum() + np.arange(len(rows))
         self._num_branch_pages[rows] = self.per_branch(base, num_drafts)
-        self.num_free -= int(self._num_branch_pages[rows].sum())
+        self._held_by_branches += int(self._num_branch_pages[rows].sum())
         self._lengths[slot] = base - k
         begin, end = self._forks[slot]
         self._forks[slot] = (begin if begin < end else k, k + 1)
@@ -101,33 +103,35 @@ class DevicePages:
         if not len(rows):
             return
         self._before_commit(slot)
-        self.num_free += int(self._num_branch_pages[rows].sum())
+        self._held_by_branches -= int(self._num_branch_pages[rows].sum())
         if winner >= 0:
-            kept = base // self.page_size + int(self._num_branch_pages[winner])
-            self.num_free += int(self.num_pages[slot]) - kept
-            self.num_pages[slot] = kept
+            self._relink(slot, base // self.page_size, self.pool.allocate(int(self._num_branch_pages[winner])))
         self._winners[slot] = self._index[winner] if winner >= 0 else MISS
         self._fan_out[slot] = 0
 
     def close(self, slot: int, rows: np.ndarray) -> None:
         """Free a spine and its branches."""
         self._before_commit(slot)
-        self.num_free += int(self._num_branch_pages[rows].sum() + self.num_pages[slot])
-        self.num_pages[slot] = 0
+        self._held_by_branches -= int(self._num_branch_pages[rows].sum())
+        self._relink(slot, 0, NO_PAGES)
         self._winners[slot] = CLOSE
         self._fan_out[slot] = 0
 
     def _before_commit(self, slot: int) -> None:
         """Carry out what was asked of this slot since its last commit, which must not come after the next one."""
-        if self._num_tokens[slot] or self._forks[slot, 0] < self._forks[slot, 1]:
+        is_due = self._num_tokens[slot] or self._forks[slot, 0] < self._forks[slot, 1] or self._num_shared[slot]
+        if is_due or slot in self._sources[self._num_shared > 0]:
             self.carry_out()
 
     def carry_out(self) -> None:
         """Launch what is due; `batch` does so before every forward."""
-        pool, trees = self.pool, self.trees
+        pool, trees = self.device_pool, self.trees
         if (self._winners != SKIP).any():
             commit(pool, trees, self._to_device(self._winners))
             self._winners[:] = SKIP
+        if self._num_shared.any():
+            share(pool, trees, self._to_device(self._sources), self._to_device(self._num_shared))
+            self._num_shared[:] = 0
         if self._num_tokens.any():
             reserve(pool, trees, self._to_device(self._num_tokens))
             self._num_tokens[:] = 0
@@ -138,7 +142,7 @@ class DevicePages:
         trees, to_device = self.trees, self._to_device
         no_drafts = to_device(np.full((len(self._lengths), self._num_drafts), -1, np.int32))
         expand(
-            self.pool,
+            self.device_pool,
             trees,
             to_device(self._lengths),
             no_drafts,  # the host has left them out of the candidates

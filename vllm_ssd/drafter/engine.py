@@ -297,7 +297,8 @@ class DraftEngine:
                 if pages > best_pages:
                     best, best_pages = other, pages
         if best is not None:
-            sequence.computed = self.pages.share(sequence.slot, best.slot, best_pages) * self._page_size
+            self.pages.share(sequence.slot, best.slot, best_pages)
+            sequence.computed = best_pages * self._page_size
 
     def _grow_table(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give the spine pages for `num_tokens`, evicting the least recently advanced requests if needed."""

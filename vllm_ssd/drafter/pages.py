@@ -12,31 +12,21 @@ from vllm_ssd.drafter.forward import StepTokens
 from vllm_ssd.drafter.pool import PagePool
 from vllm_ssd.drafter.sequence import Sequence
 
+NO_PAGES = np.empty(0, np.int32)
 
-class HostPages:
-    """Page tables of the spines in `max_num_seqs` slots, and own pages of `max_branches` branches (and one) for each.
 
-    A spine's pages may be shared with other requests. A branch reads its spine's full pages before its base and owns
-    the pages from there on, allocated whole when it starts.
+class SpinePages:
+    """Which pages the spines in `max_num_seqs` slots hold; `HostPages` and `DevicePages` add those of the branches.
+
+    tables [S, W] int32 and num_pages [S] int64: the pages of each spine, of `pool`. Full pages may be shared.
     """
 
-    def __init__(
-        self, model: PagedModel, max_num_seqs: int, max_branches: int, num_speculative_tokens: int, num_candidates: int
-    ) -> None:
-        capacity = max_num_seqs * (max_branches + 1)
+    def __init__(self, model: PagedModel, max_num_seqs: int) -> None:
         self._model = model
-        self.page_size = size = model.page_size
+        self.page_size = model.page_size
         self.pool = PagePool(model.num_pages)
-        self.tables = np.zeros((max_num_seqs, model.max_model_len // size + 3), np.int32)
+        self.tables = np.zeros((max_num_seqs, model.max_model_len // model.page_size + 3), np.int32)
         self.num_pages = np.zeros(max_num_seqs, np.int64)
-        self.branch_pages = np.zeros((capacity, (num_speculative_tokens + size - 1) // size + 1), np.int32)
-        self.num_branch_pages = np.zeros(capacity, np.int64)
-        self._copies: dict[int, int] = {}  # destination page -> source page, before the next forward
-
-    @property
-    def num_free(self) -> int:
-        """Pages that nobody holds."""
-        return self.pool.num_free
 
     def missing(self, slot: int, num_tokens: int) -> int:
         """Pages that a spine lacks to hold `num_tokens`."""
@@ -48,13 +38,40 @@ class HostPages:
         self.tables[slot, have : have + missing] = self.pool.allocate(missing)
         self.num_pages[slot] += missing
 
-    def share(self, slot: int, other: int, num_pages: int) -> int:
-        """Begin the empty spine of `slot` with the first pages of another's; returns how many are shared."""
+    def share(self, slot: int, other: int, num_pages: int) -> None:
+        """Begin the empty spine of `slot` with the first pages of another's, all of them full."""
         shared = self.tables[other, :num_pages]
         self.pool.share(shared)
         self.tables[slot, :num_pages] = shared
         self.num_pages[slot] = num_pages
-        return num_pages
+
+    def _relink(self, slot: int, first: int, pages: np.ndarray) -> None:
+        """Put `pages` in the place of a spine's from its page `first` on."""
+        self.pool.release(self.tables[slot, first : self.num_pages[slot]])
+        self.tables[slot, first : first + len(pages)] = pages
+        self.num_pages[slot] = first + len(pages)
+
+
+class HostPages(SpinePages):
+    """Page tables of the spines in `max_num_seqs` slots, and own pages of `max_branches` branches (and one) for each.
+
+    A spine's pages may be shared with other requests. A branch reads its spine's full pages before its base and owns
+    the pages from there on, allocated whole when it starts.
+    """
+
+    def __init__(
+        self, model: PagedModel, max_num_seqs: int, max_branches: int, num_speculative_tokens: int, num_candidates: int
+    ) -> None:
+        super().__init__(model, max_num_seqs)
+        capacity, size = max_num_seqs * (max_branches + 1), self.page_size
+        self.branch_pages = np.zeros((capacity, (num_speculative_tokens + size - 1) // size + 1), np.int32)
+        self.num_branch_pages = np.zeros(capacity, np.int64)
+        self._copies: dict[int, int] = {}  # destination page -> source page, before the next forward
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody holds."""
+        return self.pool.num_free
 
     def per_branch(self, base: int, num_drafts: int) -> int:
         """Pages that a branch of `num_drafts` from position `base` owns."""
@@ -89,11 +106,7 @@ class HostPages:
     def commit(self, slot: int, rows: np.ndarray, winner: int = -1, base: int = 0) -> None:
         """Free the branches in `rows`; a `winner` among them becomes the spine from the page of its base on."""
         if winner >= 0:
-            first = base // self.page_size
-            self.pool.release(self.tables[slot, first : self.num_pages[slot]])
-            pages = self.branch_pages[winner, : self.num_branch_pages[winner]]
-            self.tables[slot, first : first + len(pages)] = pages
-            self.num_pages[slot] = first + len(pages)
+            self._relink(slot, base // self.page_size, self.branch_pages[winner, : self.num_branch_pages[winner]])
             self.num_branch_pages[winner] = 0
         self.pool.release(self.owned(rows))
         self.num_branch_pages[rows] = 0
@@ -101,8 +114,7 @@ class HostPages:
     def close(self, slot: int, rows: np.ndarray) -> None:
         """Free a spine and its branches."""
         self.commit(slot, rows)
-        self.pool.release(self.tables[slot, : self.num_pages[slot]])
-        self.num_pages[slot] = 0
+        self._relink(slot, 0, NO_PAGES)
 
     def owned(self, rows: np.ndarray) -> np.ndarray:
         """Pages of the branches in `rows`, flat int32."""
