@@ -13,6 +13,8 @@ RUNTIME_ENV = "VLLM_SSD_RUNTIME"
 """Environment variable that carries `runtime_json()` to the workers."""
 SERVER_PID_ENV = "VLLM_SSD_SERVER_PID"
 """Environment variable with the process id of the server, whose end the drafter must not outlive."""
+REPLICAS_ENV = "VLLM_SSD_REPLICAS"
+"""Environment variable with the number of data-parallel replicas on this node, which vLLM's workers are not told."""
 
 RUNTIME_FIELDS = ("wait_ms", "startup_timeout_s", "metrics_port")
 """Fields kept out of `to_json()`: its result enters vLLM's compile-cache key, and these change nothing compiled."""
@@ -109,7 +111,7 @@ class SSDConfig:
     top_m: support of the proposal distribution when sampling
     saguaro_c: weight of the predicted bonus tokens in the proposal when sampling; 1 leaves it as it is
     tree_attention: on a GPU, read each trunk once for all branches, with pages kept on the device
-    metrics_port: None serves no metrics
+    metrics_port: None serves no metrics; each further data-parallel replica takes the next port
     """
 
     model: str = _name("the name or path of a draft model", MISSING)

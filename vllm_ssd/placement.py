@@ -1,13 +1,18 @@
-"""Where the drafter runs and what vLLM is told there: cores or device, memory, environment."""
+"""Where the drafter runs and what vLLM is told there: cores or device, memory, environment.
+
+Each data-parallel replica of the target has a drafter of its own.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vllm_ssd.config import SSDConfig, parse_cpus
+from vllm_ssd.config import REPLICAS_ENV, SSDConfig, parse_cpus
 from vllm_ssd.drafter.options import DrafterOptions
 
 if TYPE_CHECKING:
@@ -29,7 +34,9 @@ def place_drafter(
         raise ValueError(f"ssd: drafter_device must be 'cpu' when the target runs on the CPU, got {device!r}")
     if device == "cpu" and not is_cpu:
         raise ValueError("ssd: drafter_device 'cpu' needs a CPU build of vLLM; this one is built for a GPU")
-    scheduler = vllm_config.scheduler_config
+    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+    replica = parallel.data_parallel_rank_local or 0
+    num_replicas = max(int(os.environ.get(REPLICAS_ENV, "1")), replica + 1)
     max_model_len = config.max_model_len
     engine_args = {
         "model": config.model,
@@ -52,7 +59,7 @@ def place_drafter(
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # torch.distributed listens even in a world of one
     cpus: list[int] = []
     if is_cpu:
-        cpus = list(parse_cpus(config.drafter_cpus)) if config.drafter_cpus else default_cpus()
+        cpus = share(parse_cpus(config.drafter_cpus) if config.drafter_cpus else default_cpus(), replica, num_replicas)
         engine_args["kv_cache_memory_bytes"] = config.kv_cache_memory or CPU_KV_CACHE_BYTES
         places = ",".join(map(str, cpus))
         environment |= {
@@ -65,14 +72,14 @@ def place_drafter(
         }
     else:
         environment["CUDA_VISIBLE_DEVICES"] = visible_device(
-            device, vllm_config.parallel_config.world_size, os.environ.get("CUDA_VISIBLE_DEVICES")
+            device, num_replicas * parallel.world_size + replica, os.environ.get("CUDA_VISIBLE_DEVICES")
         )
         if config.kv_cache_memory:
             engine_args["kv_cache_memory_bytes"] = config.kv_cache_memory
         if config.gpu_memory_utilization:
             engine_args["gpu_memory_utilization"] = config.gpu_memory_utilization
         if config.drafter_cpus:
-            cpus = list(parse_cpus(config.drafter_cpus))
+            cpus = share(parse_cpus(config.drafter_cpus), replica, num_replicas)
     options = DrafterOptions(
         engine_args={key: value for key, value in engine_args.items() if value is not None},
         num_speculative_tokens=config.num_speculative_tokens,
@@ -89,13 +96,22 @@ def place_drafter(
     return options, environment
 
 
-def default_cpus() -> list[int]:
-    """Cores for the drafter: those the server may use and vLLM has not bound this worker's threads to.
+def share(cpus: Sequence[int], replica: int, num_replicas: int) -> list[int]:
+    """The replica's part of cores that are for all drafters; all of them where there are fewer than drafters."""
+    return list(cpus[replica::num_replicas] if len(cpus) >= num_replicas else cpus)
 
-    vLLM's workers name their cores in OMP_PLACES; where it says nothing, the last core is taken.
+
+def default_cpus() -> list[int]:
+    """Cores for drafters: those the server may use and vLLM has bound no worker's threads to.
+
+    vLLM's workers name their own cores in OMP_PLACES, and a user may name those of all in VLLM_CPU_OMP_THREADS_BIND;
+    where neither says anything, the last core is taken.
     """
     allowed = sorted(_allowed_cpus())
     bound = {int(core) for core in re.findall(r"\d+", os.environ.get("OMP_PLACES", ""))}
+    for part in os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "").split("|"):
+        with contextlib.suppress(ValueError):  # "auto", "nobind" or nothing
+            bound |= set(parse_cpus(part))
     return [core for core in allowed if core not in bound] if bound and not bound >= set(allowed) else allowed[-1:]
 
 
@@ -108,10 +124,9 @@ def _allowed_cpus() -> set[int]:
         return own
 
 
-def visible_device(device: str | None, target_world_size: int, visible: str | None) -> str:
-    """CUDA_VISIBLE_DEVICES of the drafter: `device` ("cuda:N") of the server's devices, by default the first
-    after those that the target takes."""
-    index = int(device.partition(":")[2] or 0) if device else target_world_size
+def visible_device(device: str | None, default: int, visible: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES of the drafter: `device` ("cuda:N") of the server's devices, else number `default`."""
+    index = int(device.partition(":")[2] or 0) if device else default
     if visible:
         devices = visible.split(",")
         if index >= len(devices):

@@ -76,7 +76,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
 
     from vllm_ssd.compat import runner
     from vllm_ssd.compat.version import check_vllm_version
-    from vllm_ssd.config import RUNTIME_ENV, SERVER_PID_ENV, SSDConfig
+    from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV, SSDConfig
 
     check_vllm_version(vllm.__version__)
     if model_config.runner_type == "pooling":
@@ -96,6 +96,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     engine_args.additional_config = {**(engine_args.additional_config or {}), "ssd": config.to_json()}
     os.environ[RUNTIME_ENV] = config.runtime_json()
     os.environ[SERVER_PID_ENV] = str(os.getpid())
+    os.environ[REPLICAS_ENV] = str(parallel_config.data_parallel_size_local)
     if parallel_config.pipeline_parallel_size > 1 and not runner.is_v2():
         if parallel_config.worker_extension_cls not in ("", PIPELINE_EXTENSION):
             raise ValueError("ssd: pipeline parallelism needs worker_extension_cls, which is set already")

@@ -87,7 +87,7 @@ def start_drafter(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, 
     """Start a drafter for this worker, which loads beside the target, and the counters about it."""
     metrics = Metrics(config.num_speculative_tokens, logger)
     if config.metrics_port is not None:
-        metrics.serve(config.metrics_port)
+        metrics.serve(config.metrics_port + vllm_config.parallel_config.data_parallel_index)
     options, environment = place_drafter(config, vllm_config, is_cpu=current_platform.is_cpu())
     drafter = DrafterProcess(
         options,

@@ -12,7 +12,7 @@ from vllm.config import SpeculativeConfig
 
 from vllm_ssd.compat import runner
 from vllm_ssd.compat.version import UnsupportedVLLM
-from vllm_ssd.config import RUNTIME_ENV, SERVER_PID_ENV
+from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV
 from vllm_ssd.plugin import translate
 
 ON_V2 = {
@@ -39,13 +39,16 @@ def translated(
     **fields: Any,
 ) -> Any:
     monkeypatch.setattr(runner, "is_v2", lambda: v2)
-    for name in (RUNTIME_ENV, SERVER_PID_ENV):
+    for name in (REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV):
         monkeypatch.setenv(name, "")  # put back afterwards, whatever `translate` makes of it
     user = {"method": "ssd", "model": model, "ngram-min": 3, "adaptive": adaptive}
     defaults = {"additional_config": {"mine": 1}, "scheduler_cls": None, "max_num_seqs": None}
     engine_args = SimpleNamespace(speculative_config=user, **(defaults | fields))
     parallel_config = SimpleNamespace(
-        pipeline_parallel_size=stages, data_parallel_size=replicas, worker_extension_cls=extension
+        pipeline_parallel_size=stages,
+        data_parallel_size=replicas,
+        data_parallel_size_local=replicas,
+        worker_extension_cls=extension,
     )
     translate(engine_args, SimpleNamespace(runner_type=runner_type), parallel_config)
     return SimpleNamespace(**vars(engine_args), worker_extension_cls=parallel_config.worker_extension_cls)

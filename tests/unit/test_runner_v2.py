@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+import torch
 from vllm.config import VllmConfig
 from vllm.config.speculative import NgramGPUTypes
 
@@ -48,6 +49,20 @@ def test_our_speculator_is_asked_as_vllm_asks_its_own() -> None:
     assert parameters(NgramGPUSpeculator.propose) == parameters(BaseSpeculator.propose)
     abstract = {"speculate", "want", "on_target_loaded", "add_request", "remove_request"}
     assert V2Speculator.__abstractmethods__ == abstract, "vLLM wants more of a speculator than we have"
+
+
+def test_a_dummy_run_drafts_nothing() -> None:
+    """vLLM makes one to measure memory, to capture graphs, and where a data-parallel rank is idle."""
+
+    class Speculator(V2Speculator):
+        speculate = want = on_target_loaded = add_request = remove_request = None
+
+    speculator = object.__new__(Speculator)
+    speculator.draft_logits = torch.zeros(4, 5, 7)
+    arguments = dict.fromkeys(parameters(V2Speculator.propose)[1:])
+    batch = SimpleNamespace(num_reqs=3)
+    drafts = speculator.propose(**arguments | {"input_batch": batch, "num_sampled": torch.ones(4), "dummy_run": True})
+    assert drafts.shape == (3, 5) and drafts.dtype == torch.int64 and not drafts.any()
 
 
 def test_vllm_builds_ours_where_ssd_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
