@@ -15,6 +15,7 @@ from triton.backends import backends
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)  # vLLM looks for it
 
 from vllm.platforms.cpu import CpuPlatform  # noqa: E402
+from vllm.v1.sample.ops import topk_topp_sampler  # noqa: E402
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils  # noqa: E402
 
 
@@ -31,6 +32,7 @@ def keep_async_scheduling(config: Any) -> None:
     config.scheduler_config.async_scheduling = asked
 
 
+topk_topp_sampler.HAS_TRITON = False  # its Triton kernel does not run interpreted: take what vLLM has for a CPU
 rejection_sampler_utils.tldevice = SimpleNamespace(log1p=log1p)
 check_and_update_config = CpuPlatform.check_and_update_config
 CpuPlatform.check_and_update_config = staticmethod(keep_async_scheduling)

@@ -54,12 +54,17 @@ def sample(
     return run, SimpleNamespace(tokens=generated.flatten(), probs=probs.flatten(0, 1), contexts=contexts)
 
 
-def target_probs(logits: torch.Tensor, temperature: float, top_k: int = VOCAB_SIZE, **_: Any) -> torch.Tensor:
+def target_probs(
+    logits: torch.Tensor, temperature: float, top_k: int = VOCAB_SIZE, top_p: float = 1.0, **_: Any
+) -> torch.Tensor:
     """What vLLM samples from, `logits` [T, VOCAB_SIZE] -> the same; all on the likeliest token at temperature 0."""
     if not temperature:
         return torch.nn.functional.one_hot(logits.argmax(-1), VOCAB_SIZE).double()
     smallest = logits.topk(top_k).values[:, -1:]
-    return torch.softmax(logits.masked_fill(logits < smallest, -torch.inf) / temperature, dim=-1)
+    probs = torch.softmax(logits.masked_fill(logits < smallest, -torch.inf) / temperature, dim=-1)
+    ranked, token_ids = probs.sort(descending=True)
+    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+    return torch.zeros_like(probs).scatter(-1, token_ids, ranked / ranked.sum(-1, keepdim=True))
 
 
 def p_value(samples: SimpleNamespace) -> float:

@@ -76,7 +76,7 @@ def test_sampling_parameters_and_greedy_rows_beside_sampled_ones(
 ) -> None:
     params = [
         {"regex": CODE, "ignore_eos": False},  # drafts are copied to the host, checked and cut
-        {"temperature": 0.8},  # the interpreter has no top-p
+        {"temperature": 0.8, "top_p": 0.9},
         {"repetition_penalty": 1.3, "min_tokens": 10},
         {"stop": ["\n\n", "return"]},
         {"abort_after": 9},
@@ -139,22 +139,29 @@ def test_chunked_prefill_preemption_and_ngram(
     assert_conclusive(run, hits=20, misses=5, accepted=30)
 
 
-def test_tensor_parallel(start_engine: Callable[..., Engine], target_alone: Engine, prompts: Prompts) -> None:
-    greedy = [request(prompt, max_tokens=30) for prompt in prompts(3, 10, 60, seed=40)]
-    sampled = request(greedy[0]["prompt"], max_tokens=30, temperature=0.8)
+@pytest.mark.parametrize("parallelism", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_workers(
+    start_engine: Callable[..., Engine], target_alone: Engine, prompts: Prompts, parallelism: str
+) -> None:
+    """One of them has the drafter. Of two pipeline stages each has a batch at a time; rounds carry drafts or none."""
+    greedy = [request(prompt, max_tokens=24, join_step=i) for i, prompt in enumerate(prompts(3, 10, 60, seed=40))]
+    sampled = request(greedy[0]["prompt"], max_tokens=24, temperature=0.8)
     engine = start_engine(
-        tensor_parallel_size=2,
         max_model_len=256,
-        speculative={"branch_budget": 12},
+        speculative={"branch_budget": 12, "adaptive": True},
         environment=ON_V2 | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"},
+        **{parallelism: 2},
     )
     try:
+        engine.call("set_drafts", counts=[5] * 6 + [0] * 3)
         run = engine.generate([*greedy, sampled])
+        learned = engine.call("drafts_learned")
     finally:
         engine.close()
     assert texts(run)[:3] == texts(target_alone.generate(greedy))
-    assert len(texts(run)[3][0]) == 30
-    assert run.counts["vllm:spec_decode_num_accepted_tokens"] >= 30, f"inconclusive: {run.counts}"
+    assert len(texts(run)[3][0]) == 24
+    assert run.counts["vllm:spec_decode_num_accepted_tokens"] >= 20, f"inconclusive: {run.counts}"
+    assert {0, 5} <= learned.keys(), f"inconclusive: {learned}"
 
 
 def test_the_watch_sees_host_reads() -> None:
