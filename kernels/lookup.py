@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_ssd.kernels.blocks import Blocks
-from vllm_ssd.kernels.dispatch import require_contiguous, use_triton
+from vllm_ssd.kernels.dispatch import power_of_2, require_contiguous, use_triton
+
+OUTCOME_COLUMNS = 5
+"""Numbers that `lookup` tells of each outcome before the drafts."""
+
+
+class Found(IntEnum):
+    """What there was for an outcome."""
+
+    LATE = 0  # no block for its round
+    MISS = 1  # none in the block
+    HIT = 2  # drafts
 
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """Up to `K` drafts for each of `R` requests, and the proposals they were drawn from.
+    """Up to `K` drafts for each of `S` requests, and the proposals they were drawn from.
 
-    draft_token_ids [R, K] int32, -1 beyond the last; q_token_ids [R, K, M] int32 and q_probs [R, K, M] float32, 0
-    beyond it; num_drafts [R] int32.
+    draft_token_ids [S, K] int32, -1 beyond the last; num_drafts [S] int32; q_token_ids [S, K, M] int32 and
+    q_probs [S, K, M] float32, which mean nothing beyond the last draft and where decoding is greedy.
     """
 
     draft_token_ids: torch.Tensor
@@ -36,55 +48,59 @@ class Speculation:
             torch.zeros(num_requests, dtype=torch.int32, device=device),
         )
 
-    def __getitem__(self, rows: torch.Tensor) -> Speculation:
-        """The speculations of some requests, in the order of `rows` [R'] int64."""
-        fields = self.draft_token_ids, self.q_token_ids, self.q_probs, self.num_drafts
-        return Speculation(*(field[rows] for field in fields))
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """hits [R] bool: whether there is a draft; branches [R] int32: row in the block, N for the rest of the old
-    speculation, -1 for neither; speculation: the drafts of the next round."""
-
-    hits: torch.Tensor
-    branches: torch.Tensor
-    speculation: Speculation
-
 
 def lookup(
     blocks: Blocks,
+    verifying: Speculation,
     slots: torch.Tensor,
+    num_sampled: torch.Tensor,
     epochs: torch.Tensor,
-    lengths: torch.Tensor,
-    accept_lengths: torch.Tensor,
-    bonus_token_ids: torch.Tensor,
-    old: Speculation,
-) -> Found:
-    """Look the outcomes of `R` requests up; one launch, no host.
+    total_lens: torch.Tensor,
+    last_sampled: torch.Tensor,
+    temperatures: torch.Tensor,
+    wanted: int,
+    drafts: torch.Tensor,
+    outcomes: torch.Tensor,
+    ngram: torch.Tensor | None = None,
+) -> None:
+    """Replace what was verified for the outcomes of `B` requests by what was speculated for them.
 
-    slots [R] int32: each request's place in `blocks`. epochs, lengths [R] int64: its epoch and the committed length at
-    which the decided round began; a block of another epoch or length never matches. accept_lengths, bonus_token_ids
-    [R] int32: the outcome. old: what had been speculated for that round, of which fewer may have been verified.
+    slots [B] int64: each request's place in all that goes by slot, negative for padding; num_sampled [B] int32: tokens
+    that its round emitted, 0 where the prompt goes on. By slot: epochs [S] int64, total_lens [S] int32 with the emitted
+    tokens, last_sampled [S] int64 the last of them, temperatures [S] float32, `blocks`, and `verifying`, whose rows of
+    these requests are replaced (fewer of the old drafts may have been verified than are there).
 
-    When the bonus token is the next old draft (the scheduler had cut it off), the rest of the old speculation stands.
-    Otherwise the newest whole block answers. A block that is overwritten during the read counts as a miss.
+    When the last token is the next old draft (the scheduler had cut it off), the rest of the old drafts stands.
+    Otherwise the newest whole block of the request's epoch and of the length at which the round began answers; one that
+    is overwritten during the read is a miss. Drafts without q are none at a temperature above 0. At most `wanted`
+    drafts are taken. ngram [B, K] int64: drafts for requests that emitted something and have none, their q one-hot.
+
+    drafts [>= B, 1 + K] int64 gets the number of drafts and the drafts, the last token repeated where there is none.
+    outcomes [>= B, 5 + K] int32, which may be pinned memory of the host, gets num_sampled, the last token, `Found`, the
+    branch (row in the block, N for the rest of the old drafts, -1 for neither), the number of drafts, and the drafts,
+    -1 beyond the last. In place, one launch, no host.
     """
-    if not use_triton(blocks.headers):
-        return _lookup_reference(blocks, slots, epochs, lengths, accept_lengths, bonus_token_ids, old)
-    require_contiguous(slots, epochs, lengths, accept_lengths, bonus_token_ids)
-    require_contiguous(old.draft_token_ids, old.q_token_ids, old.q_probs, old.num_drafts)
     num_branches, num_drafts, top_m = blocks.q_probs.shape[2:]
-    found = Found(
-        torch.empty_like(slots, dtype=torch.bool),
-        torch.empty_like(slots),
-        Speculation(
-            torch.empty_like(old.draft_token_ids),
-            torch.empty_like(old.q_token_ids),
-            torch.empty_like(old.q_probs),
-            torch.empty_like(old.num_drafts),
-        ),
-    )
+    wanted = min(wanted, num_drafts)
+    if not use_triton(blocks.headers):
+        _lookup_reference(
+            blocks,
+            verifying,
+            slots,
+            num_sampled,
+            epochs,
+            total_lens,
+            last_sampled.flatten(),
+            temperatures,
+            wanted,
+            drafts,
+            outcomes,
+            ngram,
+        )
+        return
+    require_contiguous(slots, num_sampled, epochs, total_lens, last_sampled, temperatures, drafts, outcomes)
+    if ngram is not None:
+        require_contiguous(ngram)
     if len(slots):
         _lookup_kernel[(len(slots),)](
             blocks.headers,
@@ -93,74 +109,112 @@ def lookup(
             blocks.draft_token_ids,
             blocks.q_token_ids,
             blocks.q_probs,
+            verifying.draft_token_ids,
+            verifying.q_token_ids,
+            verifying.q_probs,
+            verifying.num_drafts,
             slots,
+            num_sampled,
             epochs,
-            lengths,
-            accept_lengths,
-            bonus_token_ids,
-            old.draft_token_ids,
-            old.q_token_ids,
-            old.q_probs,
-            old.num_drafts,
-            found.hits,
-            found.branches,
-            found.speculation.draft_token_ids,
-            found.speculation.q_token_ids,
-            found.speculation.q_probs,
-            found.speculation.num_drafts,
+            total_lens,
+            last_sampled,
+            temperatures,
+            wanted,
+            drafts,
+            outcomes,
+            ngram,
             N=num_branches,
             K=num_drafts,
             M=top_m,
-            BLOCK_N=triton.next_power_of_2(num_branches),
-            BLOCK_K=triton.next_power_of_2(num_drafts),
-            BLOCK_KM=triton.next_power_of_2(num_drafts * max(top_m, 1)),
+            BLOCK_N=power_of_2(num_branches),
+            BLOCK_K=power_of_2(num_drafts),
+            BLOCK_KM=min(512, power_of_2(num_drafts * max(top_m, 1))),
             num_warps=1,  # threads of several warps might read different headers
         )
-    return found
 
 
 def _lookup_reference(
     blocks: Blocks,
+    verifying: Speculation,
     slots: torch.Tensor,
+    num_sampled: torch.Tensor,
     epochs: torch.Tensor,
-    lengths: torch.Tensor,
-    accept_lengths: torch.Tensor,
-    bonus_token_ids: torch.Tensor,
-    old: Speculation,
-) -> Found:
+    total_lens: torch.Tensor,
+    last_sampled: torch.Tensor,
+    temperatures: torch.Tensor,
+    wanted: int,
+    drafts: torch.Tensor,
+    outcomes: torch.Tensor,
+    ngram: torch.Tensor | None,
+) -> None:
     num_branches, num_drafts = blocks.draft_token_ids.shape[2:]
+    drafts[: len(slots)], outcomes[: len(slots)] = 0, 0
+    rows = (slots >= 0).nonzero().flatten()
+    slots, num_sampled = slots[rows], num_sampled[rows].long()
+    decided, k = num_sampled > 0, num_sampled - 1
+    last, lengths = last_sampled[slots], total_lens[slots] - num_sampled
+
     headers = blocks.headers[slots]
-    whole = (headers[..., 1] == epochs[:, None]) & (headers[..., 2] == lengths[:, None]) & (headers[..., 0] % 2 == 0)
-    version, half = torch.where(whole, headers[..., 0], -1).max(1)
-    outcomes = torch.stack((accept_lengths, bonus_token_ids), 1)
+    answers = (headers[..., 1] == epochs[slots, None]) & (headers[..., 2] == lengths[:, None])
+    whole = answers & (headers[..., 0] % 2 == 0)
+    half = torch.where(whole, headers[..., 0], -1).argmax(1)
     depths = blocks.depths[slots, half]
-    match = (blocks.outcomes[slots, half] == outcomes[:, None]).all(2) & (depths > 0)
-    row = match.int().argmax(1)
-    token_ids = blocks.draft_token_ids[slots, half, row]
-    q_token_ids, q_probs = blocks.q_token_ids[slots, half, row], blocks.q_probs[slots, half, row]
-    unmoved = blocks.headers[slots, half, 0] == version
-    is_hit = (match.any(1) & whole.any(1) & unmoved)[:, None]
+    match = (blocks.outcomes[slots, half] == torch.stack((k, last), 1)[:, None]).all(2) & (depths > 0)
+    branch = match.int().argmax(1)
 
-    k, num_old = accept_lengths[:, None].long(), old.num_drafts[:, None]
-    bonus_at, positions = k.clamp(max=num_drafts - 1), torch.arange(num_drafts, device=slots.device)
-    is_rest = (k < num_old) & (old.draft_token_ids.gather(1, bonus_at) == bonus_token_ids[:, None])
-    rest = (k + 1 + positions).clamp(max=num_drafts - 1)
-    rest_q = rest[:, :, None].expand_as(old.q_probs)
-    depth = torch.where(is_hit, depths.gather(1, row[:, None]), 0)
-    num_found = torch.where(is_rest, num_old - k.int() - 1, depth)
-    is_draft = positions < num_found
-    is_q, is_rest_q = is_draft[:, :, None], is_rest[:, :, None]
-    speculation = Speculation(
-        torch.where(is_draft, torch.where(is_rest, old.draft_token_ids.gather(1, rest), token_ids), -1),
-        torch.where(is_q, torch.where(is_rest_q, old.q_token_ids.gather(1, rest_q), q_token_ids), 0),
-        torch.where(is_q, torch.where(is_rest_q, old.q_probs.gather(1, rest_q), q_probs), 0),
-        num_found[:, 0],
-    )
-    branches = torch.where(is_rest, num_branches, torch.where(is_hit, row[:, None], -1))[:, 0].to(slots.dtype)
-    return Found(speculation.num_drafts > 0, branches, speculation)
+    positions = torch.arange(num_drafts, device=slots.device)
+    num_old, old_token_ids = verifying.num_drafts[slots], verifying.draft_token_ids[slots]
+    next_old = old_token_ids.gather(1, k.clamp(0, num_drafts - 1)[:, None])[:, 0]
+    is_rest = decided & (k < num_old) & (next_old == last)
+    is_hit = decided & whole.any(1) & match.any(1) & ~is_rest
+    rest = (k[:, None] + 1 + positions).clamp(max=num_drafts - 1)
+    num_found = torch.where(is_rest, num_old - k - 1, 0)
+    num_found = torch.where(is_hit, depths.gather(1, branch[:, None])[:, 0], num_found)
+
+    def found(of_blocks: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        old = old[slots[:, None], rest]
+        return torch.where(is_rest.view(-1, *[1] * (old.ndim - 1)), old, of_blocks[slots, half, branch])
+
+    token_ids = found(blocks.draft_token_ids, verifying.draft_token_ids)
+    q_token_ids = found(blocks.q_token_ids, verifying.q_token_ids)
+    q_probs = found(blocks.q_probs, verifying.q_probs)
+    is_sampled = temperatures[slots] > 0
+    num_found = torch.where(is_sampled & ~(q_probs[:, 0, :1] > 0).any(1), 0, num_found)
+    branches = torch.where(is_rest, num_branches, branch).where(num_found > 0, -1)
+    answered = torch.where(num_found > 0, Found.HIT, Found.MISS)
+    taken = num_found.clamp(max=wanted)
+    if ngram is not None:
+        none = decided & (taken == 0)
+        taken = torch.where(none, wanted, taken)
+        token_ids = torch.where(none[:, None], ngram[rows], token_ids).int()
+        q_token_ids = torch.where(none[:, None, None], token_ids[:, :, None], q_token_ids)
+        one_hot = torch.arange(q_probs.shape[2], device=slots.device) == 0
+        q_probs = torch.where(none[:, None, None], one_hot.float(), q_probs)
+
+    is_draft = positions < taken[:, None]
+    drafts[rows] = torch.cat((taken[:, None], torch.where(is_draft, token_ids, last[:, None])), 1)
+    token_ids = torch.where(is_draft, token_ids, -1)
+    columns = (num_sampled, last, torch.where(answers.any(1), answered, Found.LATE), branches, taken)
+    outcomes[rows] = torch.cat((torch.stack(columns, 1), token_ids), 1).int()
+    verifying.num_drafts[slots] = taken.int()
+    verifying.draft_token_ids[slots] = token_ids
+    verifying.q_token_ids[slots[is_sampled]] = q_token_ids[is_sampled]
+    verifying.q_probs[slots[is_sampled]] = q_probs[is_sampled]
 
 
-@triton.jit
+# What is read one number at a time needs no variant for wanted == 1 or for unaligned tensors, which the first request
+# to bring one would have to wait for.
+@triton.jit(
+    do_not_specialize=["wanted"],
+    do_not_specialize_on_alignment=[
+        "slots_ptr",
+        "num_sampled_ptr",
+        "epochs_ptr",
+        "total_lens_ptr",
+        "last_sampled_ptr",
+        "temperatures_ptr",
+    ],
+)
 def _lookup_kernel(
     headers_ptr,
     outcomes_ptr,
@@ -168,21 +222,20 @@ def _lookup_kernel(
     draft_token_ids_ptr,
     q_token_ids_ptr,
     q_probs_ptr,
+    verifying_token_ids_ptr,
+    verifying_q_token_ids_ptr,
+    verifying_q_probs_ptr,
+    verifying_num_drafts_ptr,
     slots_ptr,
+    num_sampled_ptr,
     epochs_ptr,
-    lengths_ptr,
-    accept_lengths_ptr,
-    bonus_token_ids_ptr,
-    old_draft_token_ids_ptr,
-    old_q_token_ids_ptr,
-    old_q_probs_ptr,
-    old_num_drafts_ptr,
-    hits_ptr,
-    branches_ptr,
-    found_draft_token_ids_ptr,
-    found_q_token_ids_ptr,
-    found_q_probs_ptr,
-    found_num_drafts_ptr,
+    total_lens_ptr,
+    last_sampled_ptr,
+    temperatures_ptr,
+    wanted,
+    out_drafts_ptr,
+    out_outcomes_ptr,
+    ngram_ptr,
     N: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
@@ -190,30 +243,45 @@ def _lookup_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_KM: tl.constexpr,
 ):
-    """One program a request. What it gathers stays in registers until the version is seen not to have moved."""
+    """One program a request. No draft counts until the version of the block it came from is seen not to have moved."""
     i = tl.program_id(0).to(tl.int64)
-    k = tl.load(accept_lengths_ptr + i)
-    bonus = tl.load(bonus_token_ids_ptr + i)
-    num_old = tl.load(old_num_drafts_ptr + i)
-    old_draft = tl.load(old_draft_token_ids_ptr + i * K + k, mask=k < num_old, other=-1)
-    is_rest = (k < num_old) & (old_draft == bonus)
+    slot = tl.load(slots_ptr + i).to(tl.int64)
+    draft = tl.arange(0, BLOCK_K)
+    out_drafts_ptr += i * (K + 1)
+    out_outcomes_ptr += i * (K + 5)
+    if slot < 0:
+        tl.store(out_drafts_ptr, tl.zeros((), tl.int64))
+        tl.store(out_drafts_ptr + 1 + draft, tl.zeros((BLOCK_K,), tl.int64), mask=draft < K)
+        column = tl.arange(0, 8)
+        tl.store(out_outcomes_ptr + column, tl.zeros((8,), tl.int32), mask=column < 5)
+        tl.store(out_outcomes_ptr + 5 + draft, tl.zeros((BLOCK_K,), tl.int32), mask=draft < K)
+        return
+    num_sampled = tl.load(num_sampled_ptr + i).to(tl.int32)
+    last = tl.load(last_sampled_ptr + slot).to(tl.int32)
+    is_sampled = tl.load(temperatures_ptr + slot) > 0
+    decided = num_sampled > 0
+    k = num_sampled - 1
+    num_old = tl.load(verifying_num_drafts_ptr + slot)
+    is_old = decided & (k < num_old)
+    is_rest = is_old & (tl.load(verifying_token_ids_ptr + slot * K + k, mask=is_old, other=-1) == last)
 
     # The newer whole block of this epoch and length. Atomic reads with acquire order at system scope: the writer may
     # be another stream, the host or another GPU.
-    epoch = tl.load(epochs_ptr + i)
-    length = tl.load(lengths_ptr + i)
-    half = tl.load(slots_ptr + i).to(tl.int64) * 2
+    epoch = tl.load(epochs_ptr + slot)
+    length = (tl.load(total_lens_ptr + slot) - num_sampled).to(tl.int64)
+    half = slot * 2
     header = headers_ptr + half * 3
     version = tl.atomic_add(header, 0, sem="acquire", scope="sys")
     other_version = tl.atomic_add(header + 3, 0, sem="acquire", scope="sys")
-    usable = (version % 2 == 0) & (tl.load(header + 1, volatile=True) == epoch)
-    usable = usable & (tl.load(header + 2, volatile=True) == length)
-    other_usable = (other_version % 2 == 0) & (tl.load(header + 4, volatile=True) == epoch)
-    other_usable = other_usable & (tl.load(header + 5, volatile=True) == length)
+    answers = (tl.load(header + 1, volatile=True) == epoch) & (tl.load(header + 2, volatile=True) == length)
+    other_answers = (tl.load(header + 4, volatile=True) == epoch) & (tl.load(header + 5, volatile=True) == length)
+    has_block = answers | other_answers
+    usable = answers & (version % 2 == 0)
+    other_usable = other_answers & (other_version % 2 == 0)
     if other_usable & ((other_version > version) | (usable == 0)):
         version = other_version
         half += 1
-    usable = (usable | other_usable) & (is_rest == 0)
+    usable = (usable | other_usable) & decided & (is_rest == 0)
 
     row = tl.arange(0, BLOCK_N)
     at = half * N + row
@@ -222,41 +290,68 @@ def _lookup_kernel(
     depths = tl.load(depths_ptr + at, mask=in_block, other=0, cache_modifier=".cg")
     match = (
         (tl.load(outcome, mask=in_block, other=-1, cache_modifier=".cg") == k)
-        & (tl.load(outcome + 1, mask=in_block, other=-1, cache_modifier=".cg") == bonus)
+        & (tl.load(outcome + 1, mask=in_block, other=-1, cache_modifier=".cg") == last)
         & (depths > 0)
     )
     branch = tl.min(tl.where(match, row, N), 0)
     is_hit = branch < N
     depth = tl.sum(tl.where(row == branch, depths, 0), 0)
-    num_drafts = tl.where(is_rest, num_old - k - 1, tl.where(is_hit, depth, 0))
+    num_found = tl.where(is_rest, num_old - k - 1, tl.where(is_hit, depth, 0))
 
-    first = tl.where(is_rest, i * K + k + 1, (half * N + branch) * K)  # draft, of the old ones or of the block
-    draft = tl.arange(0, BLOCK_K)
-    from_old = is_rest & (draft < num_drafts)
-    from_block = is_hit & (draft < num_drafts)
+    first = tl.where(is_rest, slot * K + k + 1, (half * N + branch) * K)  # draft, of the old ones or of the block
+    from_old = is_rest & (draft < num_found)
+    from_block = is_hit & (draft < num_found)
     token_ids = tl.load(draft_token_ids_ptr + first + draft, mask=from_block, other=-1, cache_modifier=".cg")
-    token_ids = tl.where(from_old, tl.load(old_draft_token_ids_ptr + first + draft, mask=from_old), token_ids)
+    old_token_ids = tl.load(verifying_token_ids_ptr + first + draft, mask=from_old, other=-1)
+    token_ids = tl.where(from_old, old_token_ids, token_ids)
+    has_q = is_sampled == 0
     if M > 0:
-        entry = tl.arange(0, BLOCK_KM)
-        old_entry = is_rest & (entry < num_drafts * M)
-        block_entry = is_hit & (entry < num_drafts * M)
-        at_entry = first * M + entry
-        q_ids = tl.load(q_token_ids_ptr + at_entry, mask=block_entry, other=0, cache_modifier=".cg")
-        q_ids = tl.where(old_entry, tl.load(old_q_token_ids_ptr + at_entry, mask=old_entry), q_ids)
-        q_probs = tl.load(q_probs_ptr + at_entry, mask=block_entry, other=0.0, cache_modifier=".cg")
-        q_probs = tl.where(old_entry, tl.load(old_q_probs_ptr + at_entry, mask=old_entry), q_probs)
+        if is_sampled:
+            old_prob = tl.load(verifying_q_probs_ptr + first * M, mask=is_rest & (num_found > 0), other=0.0)
+            prob = tl.load(q_probs_ptr + first * M, mask=is_hit, other=0.0, cache_modifier=".cg")
+            has_q = tl.where(is_rest, old_prob, prob) > 0
+            for start in range(0, K * M, BLOCK_KM):
+                entry = start + tl.arange(0, BLOCK_KM)
+                old_entry = is_rest & (entry < num_found * M)
+                block_entry = is_hit & (entry < num_found * M)
+                at_entry = first * M + entry
+                q_ids = tl.load(q_token_ids_ptr + at_entry, mask=block_entry, other=0, cache_modifier=".cg")
+                old_q_ids = tl.load(verifying_q_token_ids_ptr + at_entry, mask=old_entry, other=0)
+                q_probs = tl.load(q_probs_ptr + at_entry, mask=block_entry, other=0.0, cache_modifier=".cg")
+                old_q_probs = tl.load(verifying_q_probs_ptr + at_entry, mask=old_entry, other=0.0)
+                tl.debug_barrier()  # every thread has read what the others overwrite
+                to_entry = slot * K * M + entry
+                q_ids, q_probs = tl.where(old_entry, old_q_ids, q_ids), tl.where(old_entry, old_q_probs, q_probs)
+                tl.store(verifying_q_token_ids_ptr + to_entry, q_ids, mask=entry < num_found * M)
+                tl.store(verifying_q_probs_ptr + to_entry, q_probs, mask=entry < num_found * M)
 
     tl.debug_barrier()  # every thread has read what it reads of the block before one looks at the version again
     unmoved = tl.atomic_add(headers_ptr + half * 3, 0, sem="acq_rel", scope="sys") == version
-    is_hit = is_hit & unmoved
-    num_drafts = tl.where(is_rest | is_hit, num_drafts, 0)
-    tl.store(hits_ptr + i, num_drafts > 0)
-    tl.store(branches_ptr + i, tl.where(is_rest, N, tl.where(is_hit, branch, -1)))
-    tl.store(found_num_drafts_ptr + i, num_drafts)
-    token_ids = tl.where(draft < num_drafts, token_ids, -1)
-    tl.store(found_draft_token_ids_ptr + i * K + draft, token_ids, mask=draft < K)
-    if M > 0:
-        q_ids = tl.where(entry < num_drafts * M, q_ids, 0)
-        q_probs = tl.where(entry < num_drafts * M, q_probs, 0.0)
-        tl.store(found_q_token_ids_ptr + i * K * M + entry, q_ids, mask=entry < K * M)
-        tl.store(found_q_probs_ptr + i * K * M + entry, q_probs, mask=entry < K * M)
+    num_found = tl.where((is_rest | (is_hit & unmoved)) & has_q, num_found, 0)
+    num_drafts = tl.minimum(num_found, wanted)
+    if ngram_ptr is not None:
+        if decided & (num_drafts == 0):
+            num_drafts = wanted.to(tl.int32)
+            token_ids = tl.load(ngram_ptr + i * K + draft, mask=draft < K, other=-1).to(tl.int32)
+            if M > 0:
+                if is_sampled:
+                    for start in range(0, K * M, BLOCK_KM):
+                        entry = start + tl.arange(0, BLOCK_KM)
+                        in_q = entry < K * M
+                        q_ids = tl.load(ngram_ptr + i * K + entry // M, mask=in_q, other=0).to(tl.int32)
+                        to_entry = slot * K * M + entry
+                        tl.store(verifying_q_token_ids_ptr + to_entry, q_ids, mask=in_q)
+                        tl.store(verifying_q_probs_ptr + to_entry, tl.where(entry % M == 0, 1.0, 0.0), mask=in_q)
+
+    is_draft = draft < num_drafts
+    tl.store(verifying_num_drafts_ptr + slot, num_drafts)
+    tl.store(out_drafts_ptr, num_drafts.to(tl.int64))
+    tl.store(out_drafts_ptr + 1 + draft, tl.where(is_draft, token_ids, last).to(tl.int64), mask=draft < K)
+    token_ids = tl.where(is_draft, token_ids, -1)
+    tl.store(verifying_token_ids_ptr + slot * K + draft, token_ids, mask=draft < K)
+    tl.store(out_outcomes_ptr, num_sampled)
+    tl.store(out_outcomes_ptr + 1, last)
+    tl.store(out_outcomes_ptr + 2, tl.where(has_block, tl.where(num_found > 0, 2, 1), 0))
+    tl.store(out_outcomes_ptr + 3, tl.where(num_found > 0, tl.where(is_rest, N, branch), -1))
+    tl.store(out_outcomes_ptr + 4, num_drafts)
+    tl.store(out_outcomes_ptr + 5 + draft, token_ids, mask=draft < K)

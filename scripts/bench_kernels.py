@@ -25,6 +25,7 @@ import triton
 
 from vllm_ssd.kernels import (
     MISS,
+    OUTCOME_COLUMNS,
     Blocks,
     DevicePool,
     Speculation,
@@ -36,6 +37,7 @@ from vllm_ssd.kernels import (
     reserve,
     sample,
     tree_attention,
+    write_draft_logits,
 )
 
 HEADS = {"Llama-3.2-1B": (32, 8, 64), "Qwen3-0.6B": (16, 8, 128)}
@@ -273,25 +275,38 @@ def bench_pages(num_requests: int) -> dict[str, object]:
 
 
 def bench_lookup(num_requests: int) -> dict[str, object]:
-    """All requests hit a block of 24 branches with 64 proposal tokens a draft."""
+    """All requests sample and hit a block of 24 branches, 64 proposal tokens a draft; then 128k logits a draft."""
     branches, top_m = 24, 64
     blocks = Blocks.empty(num_requests, branches, NUM_DRAFTS, top_m, "cuda")
     for half in (0, 1):
         blocks.headers[:, half] = torch.tensor([2 * half, half - 1, half - 1], device="cuda")
     blocks.outcomes[..., 0], blocks.depths[:] = 0, NUM_DRAFTS
     blocks.outcomes[..., 1] = torch.arange(branches, device="cuda")
-    zeros = torch.zeros(num_requests, dtype=torch.int32, device="cuda")
-    slots = torch.arange(num_requests, dtype=torch.int32, device="cuda")
-    old = Speculation(
-        torch.zeros(num_requests, NUM_DRAFTS, dtype=torch.int32, device="cuda"),
-        torch.zeros(num_requests, NUM_DRAFTS, top_m, dtype=torch.int32, device="cuda"),
-        torch.zeros(num_requests, NUM_DRAFTS, top_m, device="cuda"),
-        zeros,
-    )
-    arguments = (blocks, slots, zeros.long(), zeros.long(), zeros, zeros + 17, old)
-    if lookup(*arguments).branches.tolist() != [17] * num_requests:
+    blocks.q_token_ids[:] = torch.arange(top_m, device="cuda")
+    blocks.q_probs[:] = 1 / top_m
+    verifying = Speculation.empty(num_requests, NUM_DRAFTS, top_m, "cuda")
+    slots = torch.arange(num_requests, device="cuda")
+    ones = torch.ones(num_requests, dtype=torch.int32, device="cuda")
+    drafts = torch.zeros(num_requests, 1 + NUM_DRAFTS, dtype=torch.int64, device="cuda")
+    outcomes = torch.zeros(num_requests, OUTCOME_COLUMNS + NUM_DRAFTS, dtype=torch.int32, pin_memory=True)
+    by_slot = (0 * slots, ones, 0 * slots + 17, ones.float())
+    arguments = (blocks, verifying, slots, ones, *by_slot, NUM_DRAFTS, drafts, outcomes)
+    lookup(*arguments)
+    torch.cuda.synchronize()
+    if outcomes[:, 3].tolist() != [17] * num_requests:
         raise SystemExit("bench_kernels: lookup missed; nothing is timed")
-    return {"requests": num_requests, "branches": branches, "us": median_us(lambda: lookup(*arguments))}
+    logits = torch.full((num_requests, NUM_DRAFTS, 128256), -torch.inf, device="cuda")
+    columns = torch.zeros(num_requests, NUM_DRAFTS, top_m, dtype=torch.int32, device="cuda")
+    of_logits = (logits, columns, verifying, slots, ones.float())
+    write_draft_logits(*of_logits)
+    if not torch.allclose(logits.softmax(2)[:, :, :top_m], verifying.q_probs):
+        raise SystemExit("bench_kernels: the logits are not those of q; nothing is timed")
+    return {
+        "requests": num_requests,
+        "branches": branches,
+        "us": median_us(lambda: lookup(*arguments)),
+        "write_draft_logits_us": median_us(lambda: write_draft_logits(*of_logits)),
+    }
 
 
 def bench_sample(rows: int) -> dict[str, object]:

@@ -7,6 +7,7 @@ can be killed. Each message is a pickled (method of EngineHost, keyword argument
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import os
@@ -21,6 +22,7 @@ from typing import Any
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 if V2:  # also in the worker processes, which import this module anew
     import interpreted_v2  # noqa: F401
+    from launches import Launches, interpreted_kernels
 
 
 class EngineHost:
@@ -29,6 +31,7 @@ class EngineHost:
     def __init__(self) -> None:
         self._engine = self._proposer = None
         self._seen = {"known_q": 0, "ngram_drafts": 0}
+        self._launched_at_start: list[str] = []
         self._adapters: dict[str, int] = {}  # number of each folder: vLLM tells adapters apart by it
 
     def start(self, *, patches: dict[str, Any] | None = None, **engine_args: Any) -> None:
@@ -41,7 +44,8 @@ class EngineHost:
         for path, value in (patches or {}).items():
             module, _, name = path.rpartition(".")
             setattr(importlib.import_module(module), name, value)
-        llm = LLM(**engine_args)
+        with interpreted_kernels(self._launched_at_start) if V2 else contextlib.nullcontext():
+            llm = LLM(**engine_args)
         self._engine = llm.llm_engine
         worker = getattr(self._engine.engine_core.engine_core.model_executor, "driver_worker", None)
         if "speculative_config" in engine_args and worker is not None:
@@ -81,7 +85,7 @@ class EngineHost:
             seconds.append(time.perf_counter() - began)
             time.sleep(max(0.0, min_seconds - seconds[-1]))
             step += 1
-        counts = {name: value - before[name] for name, value in self.counts().items()}
+        counts = {name: value - before.get(name, 0) for name, value in self.counts().items()}
         return SimpleNamespace(outputs=outputs, counts=counts, seconds=seconds, total_s=time.perf_counter() - started)
 
     def counts(self) -> dict[str, int]:
@@ -109,6 +113,10 @@ class EngineHost:
             for k, arm in enumerate(bucket._arms):
                 rounds[k] = rounds.get(k, 0) + arm.rounds
         return {k: number for k, number in rounds.items() if number}
+
+    def launched_at_start(self) -> list[str]:
+        """Triton kernels that ran before the first request."""
+        return self._launched_at_start
 
     def is_async(self) -> bool:
         """Whether the scheduler is a step ahead of the results."""
@@ -151,21 +159,34 @@ class EngineHost:
         verifier.proposals = proposals
 
     def _see_lookups(self) -> None:
-        """On the V2 runner: drafts with a known q, and tensors that the host read to draft."""
+        """On the V2 runner: drafts with a known q, tensors that the host read, steps and what they launched."""
         from host_reads import HostReads
 
         speculator, runner = self._proposer, type(self._proposer)
+        self._seen |= dict.fromkeys(("host_reads", "proposals", "sampled_proposals", "verifications"), 0)
+
+        def watched(method, *args, **kwargs):
+            with Launches() as launches, HostReads() as reads:
+                result = method(speculator, *args, **kwargs)
+            self._seen["host_reads"] += len(reads.found)
+            for name in launches.names:
+                self._seen[f"launch {name}"] = self._seen.get(f"launch {name}", 0) + 1
+            return result
 
         def propose(input_batch, *args, **kwargs):
-            with HostReads() as reads:
-                drafts = runner.propose(speculator, input_batch, *args, **kwargs)
-            self._seen["host_reads"] += len(reads.found)
             slots = input_batch.idx_mapping_np
-            self._seen["known_q"] += int(speculator.num_drafts[slots].numpy()[speculator._sampled[slots]].sum())
+            sampled = speculator._sampled[slots]
+            drafts = watched(runner.propose, input_batch, *args, **kwargs)
+            self._seen["proposals"] += 1
+            self._seen["sampled_proposals"] += bool(sampled.any())
+            self._seen["known_q"] += int(speculator.num_drafts[slots].numpy()[sampled].sum())
             return drafts
 
-        self._seen["host_reads"] = 0
-        speculator.propose = propose
+        def invalid_drafts(batch):
+            self._seen["verifications"] += 1
+            return watched(runner.invalid_drafts, batch)
+
+        speculator.propose, speculator.invalid_drafts = propose, invalid_drafts
 
     def _see_ngram_drafts(self) -> None:
         from vllm_ssd import verifier

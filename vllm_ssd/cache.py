@@ -1,17 +1,16 @@
 """Speculation blocks in the target's device memory: written as they arrive, read where the outcome is known.
 
-The writer is a thread with a stream of its own, the reader a kernel that vLLM's thread launched long before: neither
-waits for the other. Of two blocks a request one is whole while the other is written, and a version tells which.
+The writer is a thread with a stream of its own, the reader a kernel (`kernels.lookup`) that vLLM's thread launched long
+before: neither waits for the other. Of two blocks a request one is whole while the other is written, and a version
+tells which.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
-from vllm_ssd.kernels import Blocks, Speculation, lookup
+from vllm_ssd.kernels import Blocks
 from vllm_ssd.protocol import Block
 
 
@@ -42,8 +41,6 @@ class SpeculationCache:
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-
-    # ---- writing ---------------------------------------------------------------------------------------
 
     def put(self, slot: int, serial: int, block: Block) -> None:
         """Keep a pushed block for request `serial` in `slot`; readers see it after `flush`.
@@ -100,31 +97,6 @@ class SpeculationCache:
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._stream is None else tensor.pin_memory().to(self.device, non_blocking=True)
-
-    # ---- reading ---------------------------------------------------------------------------------------
-
-    def lookup(
-        self,
-        slots: torch.Tensor,
-        serials: torch.Tensor,
-        lengths: torch.Tensor,
-        accept_lengths: torch.Tensor,
-        bonus_token_ids: torch.Tensor,
-        old: Speculation,
-    ) -> tuple[torch.Tensor, Speculation]:
-        """What was speculated for the outcomes of R requests, without the host reading anything.
-
-        slots, serials, lengths [R] int64: each request's place, its serial number and the committed length at which the
-        decided round began. accept_lengths, bonus_token_ids [R] int32: the outcome; an accept length of -1 says that
-        there was none. old: what had been speculated for that round. See `kernels.lookup`.
-
-        -> whether there is a block for the round [R] bool, the drafts of the next one.
-        """
-        headers = self.blocks.headers[slots]
-        present = ((headers[..., 1] == serials[:, None]) & (headers[..., 2] == lengths[:, None])).any(1)
-        at_least_0 = accept_lengths.clamp(min=0)
-        found = lookup(self.blocks, slots.int(), serials, lengths, at_least_0, bonus_token_ids, old).speculation
-        return present, replace(found, num_drafts=torch.where(accept_lengths < 0, 0, found.num_drafts))
 
 
 def _write(blocks: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:

@@ -21,14 +21,15 @@ import torch
 
 from vllm_ssd.cache import SpeculationCache
 from vllm_ssd.config import SSDConfig
+from vllm_ssd.kernels import OUTCOME_COLUMNS, Found
 from vllm_ssd.metrics import Metrics
 from vllm_ssd.protocol import Block, Close, Open, Outcome
 from vllm_ssd.sessions import Link, Session, Sessions
 
-LATE, MISS, HIT = range(3)
-"""What a lookup found: no block for the round, none for the outcome in it, or drafts."""
-
 Event = Open | Outcome | Close
+
+NUM_BUFFERS = 4
+"""Buffers for outcomes made at the start: vLLM's thread is a step or two ahead of the device."""
 
 HEARTBEAT_S = 0.25
 """How often a drafter is looked at that says nothing, so that its death or hang is noticed."""
@@ -41,6 +42,17 @@ class WaitableLink(Link, Protocol):
         """Return when the drafter has said something, the descriptor `wakeup` is readable, or the time is over."""
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeBuffer:
+    """Where the device leaves the outcomes of one round: rows [S, 5 + K] int32 of `kernels.lookup` on the host.
+
+    Beside a CUDA device they are pinned memory, which its kernels write to; `written` happens when they have.
+    """
+
+    rows: torch.Tensor
+    written: torch.cuda.Event | None
 
 
 @dataclass(slots=True)
@@ -67,7 +79,8 @@ class Courier(Sessions[RemoteSession]):
         self._cache = cache
         self._logger = logger
         self._tasks: deque[Callable[[], list[Event]]] = deque()
-        self._undecided: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._undecided: queue.SimpleQueue[tuple[list[int], OutcomeBuffer] | None] = queue.SimpleQueue()
+        self._buffers = deque(self._new_buffer() for _ in range(NUM_BUFFERS))
         self._wanted = config.num_speculative_tokens
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopped = False
@@ -91,17 +104,22 @@ class Courier(Sessions[RemoteSession]):
         """Rounds carry `num_drafts` drafts from now on; with 0 the drafter is left in peace."""
         self._leave(functools.partial(self._want, num_drafts))
 
-    def decided(self, serials: list[int], rows: torch.Tensor, copied: torch.cuda.Event | None) -> None:
-        """A round of requests `serials`, decided once `copied` has happened.
+    def outcome_buffer(self) -> OutcomeBuffer:
+        """A buffer for `decided`, used again once its rows were read; one more when all are under way."""
+        try:
+            return self._buffers.popleft()
+        except IndexError:
+            return self._new_buffer()
 
-        rows [B, 4 + K] int32 on the host: number of tokens emitted, the last of them, what the lookup found (LATE, MISS
-        or HIT), number of drafts that are now being verified, and these.
-        """
-        decision = functools.partial(self._decide, serials, rows)
-        if copied is None:
-            self._leave(decision)
+    def decided(self, serials: list[int], outcomes: OutcomeBuffer) -> None:
+        """A round of requests `serials`, whose outcomes the current stream writes to the first rows of a buffer."""
+        if self._stopped:
+            self._buffers.append(outcomes)
+        elif outcomes.written is None:
+            self._leave(functools.partial(self._decide, serials, outcomes))
         else:
-            self._undecided.put((copied.synchronize, decision))
+            outcomes.written.record()
+            self._undecided.put((serials, outcomes))
 
     def stop(self) -> None:
         """End the threads and the drafter."""
@@ -113,14 +131,20 @@ class Courier(Sessions[RemoteSession]):
         self._tasks.append(task)
         os.eventfd_write(self._wakeup, 1)
 
+    def _new_buffer(self) -> OutcomeBuffer:
+        num_slots, _, _, num_drafts = self._cache.blocks.draft_token_ids.shape
+        on_cuda = self._cache.device.type == "cuda"
+        rows = torch.zeros(num_slots, OUTCOME_COLUMNS + num_drafts, dtype=torch.int32, pin_memory=on_cuda)
+        return OutcomeBuffer(rows, torch.cuda.Event(blocking=True) if on_cuda else None)
+
     # ---- the threads -----------------------------------------------------------------------------------
 
     def _await_decisions(self) -> None:
         """Waiting for the device and waiting for the drafter take two threads."""
         while (item := self._undecided.get()) is not None:
-            synchronize, decision = item
-            synchronize()
-            self._leave(decision)
+            serials, outcomes = item
+            outcomes.written.synchronize()
+            self._leave(functools.partial(self._decide, serials, outcomes))
 
     def _carry(self) -> None:
         try:
@@ -130,6 +154,7 @@ class Courier(Sessions[RemoteSession]):
         except Exception:  # the target must not end with its helper
             self._logger.exception("SSD: the thread between target and drafter failed; decoding goes on without drafts")
         finally:
+            self._stopped = True
             self._link.close()
 
     def work(self) -> None:
@@ -158,11 +183,13 @@ class Courier(Sessions[RemoteSession]):
         self._wanted = num_drafts
         return []
 
-    def _decide(self, serials: list[int], rows: torch.Tensor) -> list[Event]:
+    def _decide(self, serials: list[int], outcomes: OutcomeBuffer) -> list[Event]:
         self._round += 1
         events: list[Event] = []
         offered, accepted = [], []
-        for serial, (num_emitted, last, found, num_drafts, *drafts) in zip(serials, rows.tolist()):
+        rows = outcomes.rows[: len(serials)].tolist()
+        self._buffers.append(outcomes)
+        for serial, (num_emitted, last, found, _, num_drafts, *drafts) in zip(serials, rows):
             session = self._sessions.get(str(serial))
             if session is None or not num_emitted:  # it has left since, or its prompt is not through
                 continue
@@ -179,7 +206,7 @@ class Courier(Sessions[RemoteSession]):
                 if not opened or not session.verifying:
                     continue
             else:
-                self._metrics.outcome(hit=found == HIT, block=found != LATE)
+                self._metrics.outcome(hit=found == Found.HIT, block=found != Found.LATE)
             unheard, session.length = session.token_ids[session.length :], len(session.token_ids)
             events.append(Outcome(session.request_id, session.epoch, session.length, unheard, session.verifying))
         self._metrics.accepted(offered, accepted)

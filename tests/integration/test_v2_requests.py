@@ -32,6 +32,8 @@ def engine(start_engine: Callable[..., Engine]) -> Iterator[Engine]:
         environment=ON_V2,
     )
     assert engine.call("is_async")
+    launched = engine.call("launched_at_start")
+    assert {"_lookup_kernel", "_write_draft_logits_kernel"} <= set(launched), "the first request waits for compilers"
     engine.call("set_drafts", counts=[5])  # a round takes longer or shorter with the interpreter's mood
     yield engine
     engine.close()
@@ -48,8 +50,25 @@ def requests(prompts: Prompts) -> list[dict[str, Any]]:
 
 def assert_same(run: SimpleNamespace, expected: SimpleNamespace, **conclusive: int) -> None:
     assert texts(run) == texts(expected)
-    assert run.counts["host_reads"] == 0, "the host waited for the device"
+    assert_is_light(run)
     assert_conclusive(run, **conclusive)
+
+
+def assert_is_light(run: SimpleNamespace, ngram: bool = False) -> None:
+    """A step reads nothing, launches one kernel to draft, one more if a request samples, and two ops to verify."""
+    counts = run.counts
+    assert counts["host_reads"] == 0, "the host waited for the device"
+    assert counts["proposals"] >= counts["verifications"] > 0
+    expected = {
+        "_lookup_kernel": counts["proposals"],
+        "_write_draft_logits_kernel": counts["sampled_proposals"],
+        "_ngram_scan_kernel": ngram * counts["proposals"],  # vLLM's own
+        "_ngram_finalize_kernel": ngram * counts["proposals"],
+        "aten.index.Tensor": counts["verifications"],
+        "aten.gt.Tensor": counts["verifications"],
+    }
+    launched = {name.removeprefix("launch "): n for name, n in counts.items() if name.startswith("launch ") and n}
+    assert launched == {name: n for name, n in expected.items() if n}
 
 
 def test_text_is_that_of_the_target_alone(engine: Engine, target_alone: Engine, requests: list[dict[str, Any]]) -> None:
@@ -90,7 +109,8 @@ def test_sampling_parameters_and_greedy_rows_beside_sampled_ones(
         if requests[i]["params"]["temperature"] == 0:
             assert tokens == (plain[: len(tokens)] if requests[i]["abort_after"] else plain), params[i]
     assert re.fullmatch(CODE, run.outputs[0].samples[0].text)
-    assert run.counts["host_reads"] == 0
+    assert_is_light(run)
+    assert run.counts["sampled_proposals"] > 0
     assert run.counts["known_q"] >= 20, f"inconclusive: {run.counts}"
     assert_conclusive(run, hits=20, accepted=20)
 
@@ -136,6 +156,7 @@ def test_chunked_prefill_preemption_and_ngram(
         engine.close()
     assert texts(run) == texts(target_alone.generate(requests))
     assert run.counts["vllm:num_preemptions"] > 0, "inconclusive: nothing was preempted"
+    assert_is_light(run, ngram=True)
     assert_conclusive(run, hits=20, misses=5, accepted=30)
 
 

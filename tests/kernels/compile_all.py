@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from vllm_ssd.kernels import (
+    OUTCOME_COLUMNS,
     Blocks,
     DevicePool,
     Speculation,
@@ -25,6 +26,7 @@ from vllm_ssd.kernels import (
     sample,
     share,
     tree_attention,
+    write_draft_logits,
 )
 
 ATTENTION = [
@@ -56,16 +58,18 @@ class NoLaunch:
 def compile_all(capability: int) -> None:
     """Call every op on CPU tensors as if they were on a GPU of this compute capability."""
     triton.runtime.driver.set_active(NoLaunch(capability))
-    run = triton.JITFunction.run
+    run, hashes = triton.JITFunction.run, set()
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         size, shared = len(kernel.asm["cubin"]), kernel.metadata.shared
         print(json.dumps({"kernel": self.__name__, "cubin": size, "shared": shared}))
+        hashes.add(kernel.hash)
         return kernel
 
     triton.JITFunction.run = compile_only
-    for name in ("commit", "copy_pages", "expand", "lookup", "reserve", "sample", "share", "tree_attention"):
+    names = ("commit", "copy_pages", "draft_logits", "expand", "lookup", "reserve", "sample", "share", "tree_attention")
+    for name in names:
         sys.modules[f"vllm_ssd.kernels.{name}"].use_triton = lambda tensor: True
 
     requests, branches, drafts, candidates = 8, 24, 5, 17
@@ -80,15 +84,13 @@ def compile_all(capability: int) -> None:
     commit(pool, trees, some)
     caches = [torch.zeros(64, 16, 8, 64, dtype=torch.bfloat16) for _ in range(4)]
     copy_pages(caches, trees.copy_sources, trees.branch_pages[:, :, 0].contiguous(), trees.copy_lens)
-    for top_m in (0, 64):
-        old = Speculation(
-            torch.zeros(requests, drafts, dtype=torch.int32),
-            torch.zeros(requests, drafts, top_m, dtype=torch.int32),
-            torch.zeros(requests, drafts, top_m),
-            some,
-        )
-        blocks = Blocks.empty(requests, branches, drafts, top_m, "cpu")
-        lookup(blocks, some, some.long(), some.long(), some, some, old)
+    for top_m in (0, 1, 64, 4096):
+        for has_ngram in (False, True):
+            step_of_the_target(top_m, has_ngram=has_ngram)
+        warm = set(hashes)
+        for batch, start, wanted in ((1, 0, 1), (1, 1, 0), (16, 0, 16), (17, 3, 5), (32, 1, 16)):
+            step_of_the_target(top_m, batch, start, wanted, has_ngram=batch > 16)
+        assert hashes == warm, "a request would wait for a compiler"
     logits = torch.zeros(requests, 128256, dtype=torch.bfloat16)
     sample(logits, some.float(), some.long(), some.long(), some, top_m=64)
     rows = requests * branches
@@ -114,6 +116,24 @@ def compile_all(capability: int) -> None:
             soft_cap=soft_cap,
             num_splits=8,
         )
+
+
+def step_of_the_target(top_m: int, batch: int = 1, start: int = 0, wanted: int = 5, *, has_ngram: bool = False) -> None:
+    """What V2's speculator launches, its rows `start` after an aligned address."""
+    slots, drafts = 64, 5
+
+    def zeros(size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(start + size, dtype=dtype)[start:]
+
+    blocks = Blocks.empty(slots, 24, drafts, top_m, "cpu")
+    verifying = Speculation.empty(slots, drafts, top_m, "cpu")
+    rows, temperatures = zeros(batch, torch.int64), zeros(slots, torch.float32)
+    by_slot = zeros(slots, torch.int64), zeros(slots, torch.int32), zeros(slots, torch.int64)[:, None]
+    out = torch.zeros(slots, 1 + drafts, dtype=torch.int64), torch.zeros(slots, OUTCOME_COLUMNS + drafts).int()
+    ngram = torch.zeros(slots, drafts, dtype=torch.int64)[:batch] if has_ngram else None
+    lookup(blocks, verifying, rows, zeros(batch, torch.int32), *by_slot, temperatures, wanted, *out, ngram)
+    columns, logits = torch.zeros(slots, drafts, top_m, dtype=torch.int32), torch.zeros(slots, drafts, 8192)
+    write_draft_logits(logits, columns, verifying, rows, temperatures)
 
 
 if __name__ == "__main__":

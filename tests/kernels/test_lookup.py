@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import DEVICE, ints, reference, to
 
-from vllm_ssd.kernels import Blocks, Found, Speculation, lookup
+from vllm_ssd.kernels import OUTCOME_COLUMNS, Blocks, Found, Speculation, lookup
 
 S, N, K = 5, 6, 3
+FILLER = 7
 
 
 def block(rng: random.Random, n: int, top_m: int, depth: int = K) -> tuple[torch.Tensor, ...]:
@@ -23,7 +25,7 @@ def block(rng: random.Random, n: int, top_m: int, depth: int = K) -> tuple[torch
         torch.full((n,), depth, dtype=torch.int32),
         torch.randint(0, 50, (n, depth), dtype=torch.int32, generator=generator),
         torch.randint(0, 50, (n, depth, top_m), dtype=torch.int32, generator=generator),
-        torch.rand(n, depth, top_m, generator=generator),
+        torch.rand(n, depth, top_m, generator=generator) + 0.1,
     )
 
 
@@ -32,31 +34,91 @@ def speculation(rng: random.Random, rows: int, top_m: int) -> Speculation:
     return Speculation(
         torch.randint(10, 20, (rows, K), dtype=torch.int32, generator=generator),
         torch.randint(0, 50, (rows, K, top_m), dtype=torch.int32, generator=generator),
-        torch.rand(rows, K, top_m, generator=generator),
+        torch.rand(rows, K, top_m, generator=generator) + 0.1,
         ints([rng.randint(0, K) for _ in range(rows)]),
     )
 
 
-def look_up(blocks: Blocks, queries: list[tuple[int, int, int, int, int]], old: Speculation) -> Found:
-    """`queries` of (slot, epoch, length, accept length, bonus token); the kernel must agree with the reference."""
-    columns = ints(queries, torch.int64).reshape(-1, 5).unbind(1)
-    columns = [(column if i in (1, 2) else column.int()).contiguous() for i, column in enumerate(columns)]
-    got = lookup(to(blocks, DEVICE), *(column.to(DEVICE) for column in columns), to(old, DEVICE))
-    with reference():
-        want = lookup(blocks, *columns, old)
-    for one, other in zip(leaves(got), leaves(want)):
-        assert torch.equal(one.cpu(), other)
-    return want
-
-
-def leaves(found: Found) -> list[torch.Tensor]:
-    fields = [getattr(found.speculation, f.name) for f in dataclasses.fields(found.speculation)]
-    return [found.hits, found.branches, *fields]
-
-
 def nothing(rows: int, top_m: int) -> Speculation:
-    old = speculation(random.Random(0), rows, top_m)
-    return dataclasses.replace(old, num_drafts=torch.zeros(rows, dtype=torch.int32))
+    return dataclasses.replace(speculation(random.Random(0), rows, top_m), num_drafts=ints([0] * rows))
+
+
+def look_up(
+    blocks: Blocks,
+    queries: list[tuple[int, int, int, int, int]],
+    old: Speculation,
+    *,
+    temperature: float = 1.0,
+    wanted: int = K,
+    ngram: torch.Tensor | None = None,
+) -> SimpleNamespace:
+    """`queries` of (slot, epoch, length, accept length, last token); the kernel must agree with the reference.
+
+    Each query gets a slot of its own, with a copy of the slot's blocks, in an order that is not the batch's; after them
+    comes a row of padding. found, branches, num_drafts, drafts (without filler) and q are in the batch's order.
+    """
+    n = len(queries)
+    order = random.Random(n).sample(range(n + 1), n + 1)  # the last one stays empty
+    place = torch.tensor(order[:n], dtype=torch.int64)
+    source = torch.zeros(n + 1, dtype=torch.int64)
+    source[place] = ints([query[0] for query in queries], torch.int64)
+    fields = [getattr(blocks, f.name) for f in dataclasses.fields(blocks) if f.name != "_versions"]
+    blocks = Blocks(*(field[source] for field in fields), [])
+    epochs, lengths, accept_lengths, last = ints([query[1:] for query in queries], torch.int64).reshape(n, 4).unbind(1)
+    num_sampled = (accept_lengths + 1).int()
+
+    def by_slot(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        field = torch.zeros(n + 1, *values.shape[1:], dtype=dtype)
+        field[place] = values.to(dtype)
+        return field
+
+    verifying = Speculation(
+        *(by_slot(getattr(old, f.name), getattr(old, f.name).dtype) for f in dataclasses.fields(old))
+    )
+    rest = dict(
+        slots=torch.cat((place, torch.tensor([-1]))),
+        num_sampled=torch.cat((num_sampled, ints([2]))),
+        epochs=by_slot(epochs, torch.int64),
+        total_lens=by_slot(lengths + num_sampled, torch.int32),
+        last_sampled=by_slot(last, torch.int64)[:, None],
+        temperatures=torch.full((n + 1,), temperature),
+        drafts=torch.full((n + 2, 1 + K), 99, dtype=torch.int64),
+        outcomes=torch.full((n + 2, OUTCOME_COLUMNS + K), 99, dtype=torch.int32),
+        ngram=None if ngram is None else torch.cat((ngram, ngram.new_zeros(1, K))),
+    )
+
+    def call(device: str) -> tuple[torch.Tensor, torch.Tensor, Speculation]:
+        tensors = {k: v if v is None else v.to(device, copy=True) for k, v in rest.items()}
+        state = to(verifying, device)
+        lookup(to(blocks, device), state, wanted=wanted, **tensors)
+        return tensors["drafts"].cpu(), tensors["outcomes"].cpu(), to(state, "cpu")
+
+    got = call(DEVICE)
+    with reference():
+        want = call("cpu")
+    (drafts, outcomes, state), means = want, torch.arange(K) < want[2].num_drafts[:, None]
+    for one, other in zip(
+        (*got[:2], got[2].num_drafts, got[2].draft_token_ids), (*want[:2], state.num_drafts, state.draft_token_ids)
+    ):
+        assert torch.equal(one, other)
+    for name in ("q_token_ids", "q_probs"):
+        assert torch.equal(getattr(got[2], name)[means], getattr(state, name)[means])
+
+    assert not drafts[n].any() and not outcomes[n].any() and (drafts[n + 1 :] == 99).all()
+    assert torch.equal(state.num_drafts[place], drafts[:n, 0].int()) and not state.num_drafts[order[n]]
+    assert torch.equal(outcomes[:n, :2], torch.stack((num_sampled, last.int()), 1))
+    assert torch.equal(outcomes[:n, 4], state.num_drafts[place])
+    assert torch.equal(outcomes[:n, OUTCOME_COLUMNS:], state.draft_token_ids[place])
+    filled = torch.where(means[place], state.draft_token_ids[place], last[:, None])
+    assert torch.equal(drafts[:n, 1:], filled)
+    return SimpleNamespace(
+        found=outcomes[:n, 2].tolist(),
+        branches=outcomes[:n, 3].tolist(),
+        num_drafts=drafts[:n, 0].tolist(),
+        drafts=[row[1 : 1 + row[0]] for row in drafts[:n].tolist()],
+        q_token_ids=state.q_token_ids[place],
+        q_probs=state.q_probs[place],
+    )
 
 
 @pytest.mark.parametrize("top_m", (0, 1, 5))
@@ -76,11 +138,17 @@ def test_hits_and_misses(top_m):
     ]
     wrong = [tuple(x + (i == column) for i, x in enumerate(query)) for query in right for column in range(1, 5)]
     wrong += [((slot + 1) % S, *rest) for slot, *rest in right]
-    found = look_up(blocks, right + wrong, nothing(len(right) + len(wrong), top_m))
-    assert len(right) == 16 and found.hits[:16].all()
-    assert all(query in right for query, hit in zip(right + wrong, found.hits.tolist()) if hit)
-    assert set(found.speculation.num_drafts.tolist()) == {0, 1, 2, 3}
-    look_up(blocks, right + wrong, speculation(rng, len(right) + len(wrong), top_m))
+    temperature = 0.7 if top_m else 0.0
+    queries = right + wrong
+    found = look_up(blocks, queries, nothing(len(queries), top_m), temperature=temperature)
+    assert len(right) == 16 and found.found[:16] == [Found.HIT] * 16
+    for query, status in zip(queries, found.found):
+        answered = any(
+            (slot, *header[1:]) == query[:3] for slot in range(S) for header in blocks.headers[slot].tolist()
+        )
+        assert (status == Found.HIT) == (query in right) and (status == Found.LATE) == (not answered)
+    assert set(found.num_drafts) == {0, 1, 2, 3}
+    look_up(blocks, queries, speculation(rng, len(queries), top_m), temperature=temperature, wanted=2)
 
 
 def test_a_deeper_block_of_the_same_round_wins():
@@ -91,9 +159,8 @@ def test_a_deeper_block_of_the_same_round_wins():
         depths = torch.full((N,), depth, dtype=torch.int32)
         blocks.write(0, 0, 8, keys, depths, drafts[:, :depth], q_token_ids[:, :depth], q_probs[:, :depth])
         found = look_up(blocks, [(0, 0, 8, *keys[4].tolist())], nothing(1, 2))
-        assert found.branches.tolist() == [4] and found.speculation.num_drafts.tolist() == [depth]
-        assert torch.equal(found.speculation.draft_token_ids[0, :depth], drafts[4, :depth])
-        assert torch.equal(found.speculation.q_probs[0, :depth], q_probs[4, :depth])
+        assert found.branches == [4] and found.drafts == [drafts[4, :depth].tolist()]
+        assert torch.equal(found.q_probs[0, :depth], q_probs[4, :depth])
 
 
 def test_the_previous_block_is_whole_while_the_next_is_written():
@@ -110,12 +177,13 @@ def test_the_previous_block_is_whole_while_the_next_is_written():
     torn = to(blocks, "cpu")
     torn.headers[0, half, 0] -= 1  # as `write` leaves it until it is done
     key = next(key for key in second[0].tolist() if key not in first[0].tolist())
-    assert not look_up(torn, [(0, 0, 8, *key)], nothing(1, 2)).hits.any()
-    assert look_up(torn, [(0, 0, 8, *first[0][2].tolist())], nothing(1, 2)).branches.tolist() == [2]
-    assert look_up(blocks, [(0, 0, 8, *key)], nothing(1, 2)).hits.all()
+    assert look_up(torn, [(0, 0, 8, *key)], nothing(1, 2)).found == [Found.MISS]
+    assert look_up(torn, [(0, 0, 8, *first[0][2].tolist())], nothing(1, 2)).branches == [2]
+    assert look_up(blocks, [(0, 0, 8, *key)], nothing(1, 2)).found == [Found.HIT]
 
 
-def test_a_block_that_is_overwritten_during_the_read_is_a_miss(monkeypatch):
+@pytest.mark.parametrize("temperature", (0.0, 1.0))
+def test_a_block_that_is_overwritten_during_the_read_is_a_miss(monkeypatch, temperature):
     """The version moves between the two looks that the kernel takes at it."""
     if DEVICE == "cuda":
         pytest.skip("a writer is put inside the interpreted kernel; on a GPU nothing can be put there")
@@ -125,46 +193,137 @@ def test_a_block_that_is_overwritten_during_the_read_is_a_miss(monkeypatch):
     blocks = Blocks.empty(1, N, K, 2, "cpu")
     written = block(rng, N, 2)
     blocks.write(0, 0, 8, *written)
-    columns = [ints([0]), ints([0], torch.int64), ints([8], torch.int64), written[0][1, :1], written[0][1, 1:]]
-    assert lookup(blocks, *columns, nothing(1, 2)).hits.all()
+    k, token = written[0][1].tolist()
+    num_sampled = k + 1
+    drafts, outcomes = torch.zeros(1, 1 + K, dtype=torch.int64), torch.zeros(1, OUTCOME_COLUMNS + K, dtype=torch.int32)
+    columns = [ints([0], torch.int64), ints([num_sampled]), ints([0], torch.int64), ints([8 + num_sampled])]
+    columns += [ints([token], torch.int64), torch.tensor([temperature])]
+
+    def status() -> list[int]:
+        verifying = nothing(1, 2)
+        lookup(blocks, verifying, *columns, K, drafts, outcomes)
+        assert verifying.num_drafts.tolist() == drafts[:, 0].tolist()
+        return outcomes[0, 2:].tolist()
+
+    assert status() == [Found.HIT, 1, K, *written[2][1].tolist()]
 
     def write_meanwhile() -> None:  # in place of a barrier, which means nothing in an interpreter
         blocks.write(0, 0, 9, *block(rng, N, 2))
         blocks.write(0, 0, 10, *block(rng, N, 2))
 
     monkeypatch.setattr(tl, "debug_barrier", write_meanwhile)
-    found = lookup(blocks, *columns, nothing(1, 2))
-    assert not found.hits.any() and found.branches.tolist() == [-1]
-    assert found.speculation.draft_token_ids.tolist() == [[-1] * K]
-    assert not found.speculation.q_probs.any()
+    assert status() == [Found.MISS, -1, 0, *[-1] * K]
+    assert drafts.tolist() == [[0, *[token] * K]]
 
 
-def test_the_rest_of_a_trimmed_speculation_stands():
+@pytest.mark.parametrize("top_m", (2, 300))  # the kernel moves q in pieces
+def test_the_rest_of_a_trimmed_speculation_stands(top_m):
     """The scheduler cut the drafts after k and the target then emitted the very next one."""
     rng = random.Random(4)
-    blocks = Blocks.empty(1, N, K, 2, "cpu")
-    keys, *content = block(rng, N, 2)
-    old = speculation(rng, 4, 2)
+    blocks = Blocks.empty(1, N, K, top_m, "cpu")
+    keys, *content = block(rng, N, top_m)
+    old = speculation(rng, 4, top_m)
     old = dataclasses.replace(old, num_drafts=ints([3, 3, 2, 1]))
     keys[0] = ints([0, int(old.draft_token_ids[0, 0])])  # the block must not be asked
     blocks.write(0, 0, 8, keys, *content)
     queries = [(0, 0, 8, k, int(old.draft_token_ids[i, k])) for i, k in enumerate((0, 1, 1, 1))]
     found = look_up(blocks, queries, old)
-    assert found.branches.tolist() == [N, N, N, -1]
-    assert found.speculation.num_drafts.tolist() == [2, 1, 0, 0]
-    assert found.hits.tolist() == [True, True, False, False]
-    assert torch.equal(found.speculation.draft_token_ids[0, :2], old.draft_token_ids[0, 1:])
-    assert torch.equal(found.speculation.q_probs[1, :1], old.q_probs[1, 2:])
+    assert found.branches == [N, N, -1, -1]
+    assert found.num_drafts == [2, 1, 0, 0]
+    assert found.found == [Found.HIT, Found.HIT, Found.MISS, Found.MISS]
+    assert found.drafts[0] == old.draft_token_ids[0, 1:].tolist()
+    assert torch.equal(found.q_probs[0, :2], old.q_probs[0, 1:])
+    assert torch.equal(found.q_token_ids[1, :1], old.q_token_ids[1, 2:])
+
+
+@pytest.mark.parametrize("wanted", range(K + 2))
+def test_no_more_drafts_than_wanted(wanted):
+    rng = random.Random(5)
+    blocks = Blocks.empty(1, N, K, 2, "cpu")
+    written = block(rng, N, 2)
+    blocks.write(0, 0, 8, *written)
+    found = look_up(blocks, [(0, 0, 8, *written[0][3].tolist())], nothing(1, 2), wanted=wanted)
+    assert found.drafts == [written[2][3, :wanted].tolist()] and found.found == [Found.HIT]
+
+
+def test_a_prompt_that_goes_on_gets_no_drafts():
+    """Nothing was emitted: neither the block, nor the old drafts, nor n-grams speak."""
+    rng = random.Random(6)
+    blocks = Blocks.empty(1, N, K, 2, "cpu")
+    keys, *content = block(rng, N, 2)
+    keys[0] = ints([-1, FILLER])
+    blocks.write(0, 0, 8, keys, *content)
+    old = dataclasses.replace(speculation(rng, 1, 2), num_drafts=ints([K]))
+    for ngram in (None, torch.full((1, K), 5)):
+        found = look_up(blocks, [(0, 0, 8, -1, FILLER)], old, ngram=ngram)
+        assert found.num_drafts == [0] and found.branches == [-1]
+
+
+def test_a_greedy_request_leaves_q_alone():
+    rng = random.Random(7)
+    blocks = Blocks.empty(1, N, K, 2, "cpu")
+    written = block(rng, N, 2)
+    blocks.write(0, 0, 8, *written)
+    old = nothing(1, 2)
+    found = look_up(blocks, [(0, 0, 8, *written[0][0].tolist())], old, temperature=0.0)
+    assert found.found == [Found.HIT]
+    assert torch.equal(found.q_probs, old.q_probs) and torch.equal(found.q_token_ids, old.q_token_ids)
+
+
+@pytest.mark.parametrize("top_m", (0, 2))
+def test_drafts_without_q_are_none_where_requests_sample(top_m):
+    rng = random.Random(8)
+    blocks = Blocks.empty(1, N, K, top_m, "cpu")
+    keys, depths, drafts, q_token_ids, q_probs = block(rng, N, top_m)
+    blocks.write(0, 0, 8, keys, depths, drafts, q_token_ids, 0 * q_probs)
+    queries = [(0, 0, 8, *keys[0].tolist())]
+    assert look_up(blocks, queries, nothing(1, top_m)).found == [Found.MISS]
+    assert look_up(blocks, queries, nothing(1, top_m), temperature=0.0).found == [Found.HIT]
+
+
+@pytest.mark.parametrize(("top_m", "temperature"), [(0, 0.0), (2, 0.0), (2, 0.7), (300, 0.7)])
+@pytest.mark.parametrize("wanted", (0, 2, K))
+def test_ngram_drafts_where_there_are_no_others(top_m, temperature, wanted):
+    rng = random.Random(9)
+    blocks = Blocks.empty(1, N, K, top_m, "cpu")
+    written = block(rng, N, top_m)
+    blocks.write(0, 0, 8, *written)
+    hit = (0, 0, 8, *written[0][2].tolist())
+    ngram = torch.tensor([[40, 41, 42], [43, 44, 45]])
+    found = look_up(
+        blocks, [hit, (0, 0, 9, 0, 1)], nothing(2, top_m), temperature=temperature, wanted=wanted, ngram=ngram
+    )
+    assert found.found == [Found.HIT, Found.LATE] and found.branches == [2, -1]
+    assert found.drafts == [written[2][2, :wanted].tolist(), ngram[1, :wanted].tolist()]
+    if temperature and wanted:
+        assert found.q_token_ids[1, :wanted, 0].tolist() == ngram[1, :wanted].tolist()
+        assert found.q_probs[1, :wanted].sum(1).tolist() == [1] * wanted == found.q_probs[1, :wanted, 0].tolist()
 
 
 def test_empty_batch():
-    found = look_up(Blocks.empty(1, N, K, 2, "cpu"), [], nothing(0, 2))
-    assert found.speculation.draft_token_ids.shape == (0, K)
+    assert look_up(Blocks.empty(1, N, K, 2, "cpu"), [], nothing(0, 2)).drafts == []
 
 
 def test_columns_of_a_wider_tensor_are_refused():
     wide = torch.zeros(2, 5, dtype=torch.int64, device=DEVICE)
     some = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    blocks = to(Blocks.empty(1, N, K, 2, "cpu"), DEVICE)
-    with pytest.raises(ValueError, match="not contiguous"):
-        lookup(blocks, some, wide[:, 1], wide[:, 2], some, some, to(nothing(2, 2), DEVICE))
+    blocks = to(Blocks.empty(2, N, K, 2, "cpu"), DEVICE)
+    drafts, outcomes = (
+        wide[:, : 1 + K].contiguous(),
+        torch.zeros(2, OUTCOME_COLUMNS + K, dtype=torch.int32, device=DEVICE),
+    )
+    for slots, rows in ((wide[:, 1], drafts), (wide[:, 1].contiguous(), wide[:, 1:])):
+        with pytest.raises(ValueError, match="not contiguous"):
+            lookup(
+                blocks,
+                to(nothing(2, 2), DEVICE),
+                slots,
+                some,
+                some.long(),
+                some,
+                some.long(),
+                some.float(),
+                K,
+                rows,
+                outcomes,
+            )

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from vllm_ssd.cache import SpeculationCache
-from vllm_ssd.kernels import Speculation
+from vllm_ssd.kernels import OUTCOME_COLUMNS, Found, Speculation, lookup
 from vllm_ssd.protocol import Block, pack_ids
 
 SLOTS, N, K, M = 3, 6, 4, 5
-NO_DRAFTS = Speculation.empty(1, K, M, "cpu")
 
 
 def make_cache() -> SpeculationCache:
@@ -30,18 +29,32 @@ def make_block(length: int, offset: int, branches: dict[tuple[int, int], list[in
 
 
 def look_up(
-    cache: SpeculationCache, slot: int, serial: int, length: int, k: int, bonus: int, old: Speculation = NO_DRAFTS
-) -> tuple[bool, list[int], Speculation]:
-    """Whether there is a block for the round, the drafts after the outcome, and the speculation itself."""
-    present, found = cache.lookup(
+    cache: SpeculationCache,
+    slot: int,
+    serial: int,
+    length: int,
+    k: int,
+    bonus: int,
+    verifying: Speculation | None = None,
+    temperature: float = 0.0,
+) -> tuple[bool, list[int]]:
+    """Whether there is a block for the round, and the drafts after the outcome; `verifying` [SLOTS] becomes those."""
+    outcomes = torch.zeros(1, OUTCOME_COLUMNS + K, dtype=torch.int32)
+    lookup(
+        cache.blocks,
+        Speculation.empty(SLOTS, K, M, "cpu") if verifying is None else verifying,
         torch.tensor([slot]),
-        torch.tensor([serial]),
-        torch.tensor([length]),
-        torch.tensor([k], dtype=torch.int32),
-        torch.tensor([bonus], dtype=torch.int32),
-        old,
+        torch.tensor([k + 1], dtype=torch.int32),
+        torch.full((SLOTS,), serial),
+        torch.full((SLOTS,), length + k + 1, dtype=torch.int32),
+        torch.full((SLOTS,), bonus),
+        torch.full((SLOTS,), temperature),
+        K,
+        torch.zeros(1, 1 + K, dtype=torch.int64),
+        outcomes,
     )
-    return bool(present), found.draft_token_ids[0, : int(found.num_drafts)].tolist(), found
+    _, _, found, _, num_drafts, *drafts = outcomes[0].tolist()
+    return found != Found.LATE, drafts[:num_drafts]
 
 
 def test_random_rounds_against_a_dictionary() -> None:
@@ -70,12 +83,12 @@ def test_random_rounds_against_a_dictionary() -> None:
             branches |= {outcome: grown[outcome] + more[outcome] for outcome in more}
             cache.flush()
         outcome = rng.randrange(K), rng.randrange(5)
-        present, drafts, _ = look_up(cache, slot, serials[slot], lengths[slot], *outcome)
+        present, drafts = look_up(cache, slot, serials[slot], lengths[slot], *outcome)
         assert present == bool(branches)
         assert drafts == branches.get(outcome, [])
         hits, partial = hits + bool(drafts), partial + (0 < len(drafts) < K)
-        assert look_up(cache, slot, serials[slot] + 1, lengths[slot], *outcome)[:2] == (False, [])
-        assert look_up(cache, slot, serials[slot], lengths[slot] + 1, *outcome)[:2] == (False, [])
+        assert look_up(cache, slot, serials[slot] + 1, lengths[slot], *outcome) == (False, [])
+        assert look_up(cache, slot, serials[slot], lengths[slot] + 1, *outcome) == (False, [])
     assert hits > 300 and partial > 100
 
 
@@ -94,10 +107,11 @@ def test_a_proposal_travels_with_its_draft() -> None:
     cache.put(2, 1, make_block(10, 0, {(0, 3): [11, 12], (1, 4): [21, 22]}, sampled=True))
     cache.put(2, 1, make_block(10, 2, {(1, 4): [23]}, sampled=True))
     cache.flush()
-    _, drafts, found = look_up(cache, 2, 1, 10, 1, 4)
+    found = Speculation.empty(SLOTS, K, M, "cpu")
+    _, drafts = look_up(cache, 2, 1, 10, 1, 4, found, temperature=0.7)
     assert drafts == [21, 22, 23]
-    assert found.q_token_ids[0, :3].tolist() == [list(range(draft, draft + M)) for draft in drafts]
-    torch.testing.assert_close(found.q_probs[0, :3], torch.tensor([[0.5, 0.2, 0.1, 0.1, 0.1]] * 3))
+    assert found.q_token_ids[2, :3].tolist() == [list(range(draft, draft + M)) for draft in drafts]
+    torch.testing.assert_close(found.q_probs[2, :3], torch.tensor([[0.5, 0.2, 0.1, 0.1, 0.1]] * 3))
 
 
 @pytest.mark.parametrize(
@@ -115,14 +129,15 @@ def test_the_rest_of_the_old_drafts(k: int, bonus: int, expected: list[int]) -> 
     cache = make_cache()
     cache.put(0, 1, make_block(10, 0, {(1, 5): [55], (3, 0): [56]}, sampled=True))
     cache.flush()
-    old = Speculation.empty(1, K, M, "cpu")
-    old.draft_token_ids[0, :3] = torch.tensor([30, 31, 32])
-    old.q_token_ids[0] = torch.arange(K)[:, None]
-    old.num_drafts[0] = 3
-    _, drafts, found = look_up(cache, 0, 1, 10, k, bonus, old)
+    verifying = Speculation.empty(SLOTS, K, M, "cpu")
+    verifying.draft_token_ids[0, :3] = torch.tensor([30, 31, 32])
+    verifying.q_token_ids[0] = torch.arange(K)[:, None]
+    verifying.q_probs[0] = 1 / M
+    verifying.num_drafts[0] = 3
+    _, drafts = look_up(cache, 0, 1, 10, k, bonus, verifying, temperature=0.7)
     assert drafts == expected
     if expected[-1:] == [32]:
-        assert found.q_token_ids[0, : len(drafts), 0].tolist() == list(range(3 - len(drafts), 3))
+        assert verifying.q_token_ids[0, : len(drafts), 0].tolist() == list(range(3 - len(drafts), 3))
 
 
 def test_a_block_that_is_being_written_is_not_read() -> None:

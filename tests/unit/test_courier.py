@@ -6,7 +6,6 @@ import logging
 import random
 import select
 import threading
-from dataclasses import replace
 
 import fake_model
 import numpy as np
@@ -16,8 +15,8 @@ from fake_link import InProcessLink, K
 
 from vllm_ssd.cache import SpeculationCache
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.courier import HIT, LATE, MISS, Courier
-from vllm_ssd.kernels import Speculation
+from vllm_ssd.courier import NUM_BUFFERS, Courier
+from vllm_ssd.kernels import Speculation, lookup
 from vllm_ssd.metrics import Metrics
 from vllm_ssd.protocol import Close, Evicted, Open, Push
 
@@ -71,9 +70,8 @@ class Device:
 
     def round(self) -> None:
         names = list(self.requests)
-        serials, slots = (torch.tensor(column) for column in zip(*self.requests.values()))
+        serials, slots = zip(*self.requests.values())
         emitted = []
-        lengths = torch.tensor([len(self.tokens[name]) for name in names])
         for name in names:
             new: list[int] = []
             for draft in [*self.drafts[name], None]:
@@ -82,18 +80,27 @@ class Device:
                     break
             self.tokens[name] += new
             emitted.append(new)
-        num_emitted = torch.tensor([len(new) for new in emitted], dtype=torch.int32)
-        bonus = torch.tensor([new[-1] for new in emitted], dtype=torch.int32)
-        old = self.verifying[slots]
-        present, found = self.cache.lookup(slots, serials, lengths, num_emitted - 1, bonus, old)
-        found = replace(found, num_drafts=found.num_drafts.clamp(max=self.wanted))
-        self.verifying.num_drafts[slots] = found.num_drafts
-        self.verifying.draft_token_ids[slots] = found.draft_token_ids
-        status = torch.where(present, torch.where(found.num_drafts > 0, HIT, MISS), LATE).int()
-        columns = torch.stack((num_emitted, bonus, status, found.num_drafts), 1)
-        self.courier.decided(serials.tolist(), torch.cat((columns, found.draft_token_ids), 1), None)
-        for name, drafts, n in zip(names, found.draft_token_ids.tolist(), found.num_drafts.tolist()):
-            self.drafts[name] = drafts[:n]
+        by_slot = torch.zeros(3, SLOTS, dtype=torch.int64)
+        totals = [len(self.tokens[name]) for name in names]
+        by_slot[:, slots] = torch.tensor([serials, totals, [new[-1] for new in emitted]])
+        outcomes = self.courier.outcome_buffer()
+        drafts = torch.zeros(SLOTS, 1 + K, dtype=torch.int64)
+        lookup(
+            self.cache.blocks,
+            self.verifying,
+            torch.tensor(slots),
+            torch.tensor([len(new) for new in emitted], dtype=torch.int32),
+            by_slot[0],
+            by_slot[1].int(),
+            by_slot[2],
+            torch.zeros(SLOTS),
+            self.wanted,
+            drafts,
+            outcomes.rows,
+        )
+        self.courier.decided(list(serials), outcomes)
+        for name, (num_drafts, *row) in zip(names, drafts.tolist()):
+            self.drafts[name] = row[:num_drafts]
 
 
 def next_token(prefix: list[int]) -> int:
@@ -213,6 +220,21 @@ def test_the_drafter_rests_while_rounds_carry_no_drafts() -> None:
     assert {step.num_speculative_tokens for step in link.steps[told:]} == {2}
     for name in "ab":
         assert_right(device.tokens[name], PROMPTS[name])
+
+
+def test_a_buffer_is_used_again_once_it_was_read() -> None:
+    device = Device(Link())
+    device.start("a", PROMPTS["a"])
+    used = [device.courier.outcome_buffer() for _ in range(NUM_BUFFERS)]
+    device.round()  # with one that had to be made
+    for outcomes in used:
+        device.courier.decided([], outcomes)
+    device.courier.work()
+    again = [device.courier.outcome_buffer() for _ in range(NUM_BUFFERS + 1)]
+    assert {id(outcomes) for outcomes in used} < {id(outcomes) for outcomes in again}
+    device.courier.stop()
+    device.courier.decided([], again[0])  # nobody will read it
+    assert device.courier.outcome_buffer() is again[0]
 
 
 def test_the_threads_end_and_close_the_link() -> None:

@@ -66,22 +66,16 @@ class V2Speculator(BaseSpeculator):
         if wanted != self._wanted:
             self._wanted = wanted
             self.want(wanted)
-        return self.speculate(
-            input_batch,
-            num_sampled[:num_reqs].int(),
-            last_sampled.view(-1)[input_batch.idx_mapping],
-            temperature[input_batch.idx_mapping],
-            wanted,
-        )
+        return self.speculate(input_batch, num_sampled, last_sampled, temperature, wanted)
 
     @abstractmethod
     def speculate(
-        self, batch: Any, num_sampled: torch.Tensor, bonus: torch.Tensor, temperature: torch.Tensor, wanted: int
+        self, batch: Any, num_sampled: torch.Tensor, last_sampled: torch.Tensor, temperatures: torch.Tensor, wanted: int
     ) -> torch.Tensor:
         """Drafts [B, K] int64 after a round of vLLM's `InputBatch` `batch`.
 
-        num_sampled [B] int32: tokens each row emitted, 0 in a prefill chunk; bonus [B] int64: the last of them;
-        temperature [B] float32; wanted: drafts that the next round may carry.
+        num_sampled [B] int32: tokens each row emitted, 0 in a prefill chunk; last_sampled [S, 1] int64, by slot: the
+        last of them; temperatures [S] float32, by slot; wanted: drafts that the next round may carry.
         """
 
     @abstractmethod

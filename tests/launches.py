@@ -1,0 +1,52 @@
+"""A watch for what a step costs the host and the target's stream: launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
+
+
+@contextmanager
+def interpreted_kernels(names: list[str]) -> Iterator[None]:
+    """Append the name of every Triton kernel that its interpreter runs to `names`."""
+    call = GridExecutor.__call__
+
+    def launch(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        names.append(executor.fn.__name__)
+        with _disable_current_modes():  # what the interpreter does stands for the device
+            call(executor, *args, **kwargs)
+
+    GridExecutor.__call__ = launch
+    try:
+        yield
+    finally:
+        GridExecutor.__call__ = call
+
+
+class Launches(TorchDispatchMode):
+    """Names, in `names`, every Triton kernel and every ATen op but views that the calling thread ran.
+
+    Allocations count as well: they take the host's time. Triton's kernels are those of its interpreter.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __enter__(self) -> Launches:
+        self._kernels = interpreted_kernels(self.names)
+        self._kernels.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._kernels.__exit__(*exception)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
