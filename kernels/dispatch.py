@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from triton import knobs
+
+_references_wanted = False
+
+
+@contextmanager
+def reference_ops() -> Iterator[None]:
+    """Within this context every op runs as its PyTorch reference."""
+    global _references_wanted
+    before, _references_wanted = _references_wanted, True
+    try:
+        yield
+    finally:
+        _references_wanted = before
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
     """Whether ops on `tensor` run as Triton kernels: on a GPU, or under Triton's interpreter.
 
-    Everywhere else the op's PyTorch reference runs. The interpreter needs `TRITON_INTERPRET=1` from before Triton was
-    imported.
+    Everywhere else, and within `reference_ops`, the op's PyTorch reference runs. The interpreter needs
+    `TRITON_INTERPRET=1` from before Triton was imported.
     """
-    return tensor.is_cuda or knobs.runtime.interpret
+    return not _references_wanted and (tensor.is_cuda or knobs.runtime.interpret)
 
 
 def power_of_2(size: int) -> int:

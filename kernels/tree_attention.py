@@ -150,8 +150,8 @@ def _tree_attention_reference(
     page_size = key_cache.shape[1]
     group = query.shape[1] // key_cache.shape[2]
     lens = shared_lens + own_lens
-    position = torch.arange(int(lens.max()) if len(lens) else 0)
-    request = torch.repeat_interleave(torch.arange(len(page_tables)), query_start_loc.diff())
+    position = torch.arange(int(lens.max()) if len(lens) else 0, device=query.device)
+    request = torch.arange(len(page_tables), device=query.device).repeat_interleave(query_start_loc.diff())
     in_trunk = position < shared_lens[:, None]
     read = position < lens[:, None]
     if sliding_window:

@@ -1,4 +1,7 @@
-"""`python grow_trees.py FOLDER tree|vllm`: what a real drafter speculates through a script of outcomes, as JSON."""
+"""`python grow_trees.py FOLDER tree|vllm`: what a real drafter speculates through a script of outcomes, as JSON.
+
+With tree attention, also what the check at start says of the drafter as it is, and once attention misses own pages.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ import random
 import sys
 
 import numpy as np
+import torch
 
+from vllm_ssd.compat import tree_backend
 from vllm_ssd.compat.draft_model import DraftModel
 from vllm_ssd.drafter.device_pages import DevicePages
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.pages import HostPages
+from vllm_ssd.drafter.self_check import WrongTrees, check_trees
 from vllm_ssd.policy import FanOut
 
 K = 4
@@ -69,7 +75,27 @@ def main(folder: str, attention: str) -> None:
                 emitted, drafts[name] = named[:1] + [rng.randrange(model.vocab_size)], []
             tokens[name] = tokens[name] + emitted
             engine.advance(name, 0, len(tokens[name]), emitted, drafts[name], num_drafts=K)
-    print(json.dumps({"backend": type(model._metadata_builder).__module__, "steps": engine.num_steps, "grown": grown}))
+    result = {"backend": type(model._metadata_builder).__module__, "steps": engine.num_steps, "grown": grown}
+    if attention == "tree":
+        for name in tokens:
+            engine.close(name)
+        check_trees(engine, model, K)
+        result["fault"] = fault_without_own_pages(engine, model)
+    print(json.dumps(result))
+
+
+def fault_without_own_pages(engine: DraftEngine, model: DraftModel) -> str | None:
+    """What is noticed when no branch sees its own tokens; prompts have none, so that they are read as ever."""
+    attend = tree_backend.tree_attention
+
+    def broken(*arguments, **options) -> torch.Tensor:
+        return attend(*arguments[:-1], torch.zeros_like(arguments[-1]), **options)
+
+    tree_backend.tree_attention = broken
+    try:
+        check_trees(engine, model, K)
+    except WrongTrees as error:
+        return str(error)
 
 
 if __name__ == "__main__":

@@ -31,5 +31,6 @@ def test_trees_on_the_device_equal_sequences_on_the_host(tmp_path):
     tree, plain = results["tree"], results["vllm"]
     assert tree["backend"] == "vllm_ssd.compat.tree_backend" and plain["backend"].startswith("vllm.")
     assert tree["grown"] == plain["grown"] and tree["steps"] == plain["steps"]
+    assert "standard deviations" in tree["fault"]
     drafts = [drafts for blocks in tree["grown"] for block in blocks.values() for _, drafts in block]
     assert len(drafts) > 200 and all(len(branch) == 4 for branch in drafts)

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-from triton import knobs
 
 from vllm_ssd.kernels import DevicePool, Trees, reserve
+from vllm_ssd.kernels import reference_ops as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def reference() -> Iterator[None]:
-    """Ops on CPU tensors take their PyTorch reference."""
-    with knobs.runtime.scope():
-        knobs.runtime.interpret = False
-        yield
 
 
 def to(state, device: str):

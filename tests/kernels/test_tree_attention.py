@@ -140,6 +140,17 @@ def test_tree_attention(name, dtype):
     torch.testing.assert_close(got.cpu().double(), want, atol=tolerance, rtol=tolerance)
 
 
+def test_the_reference_makes_its_tensors_where_its_arguments_are():
+    """So that it runs on a GPU as well: what it made on the default device here would not mix with them."""
+    shape = SHAPES["ragged requests"]
+    case = make_case(shape, torch.float32)
+    with reference():
+        want = tree_attention(*case, **options(shape))
+        with torch.device("meta"):
+            assert torch.arange(1).is_meta
+            assert torch.equal(tree_attention(*case, **options(shape)), want)
+
+
 def test_any_strides_and_a_given_output():
     """vLLM hands over queries cut from a wider projection, and caches with heads outside slots."""
     shape = SHAPES["ragged requests"]

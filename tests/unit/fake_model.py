@@ -19,6 +19,7 @@ class FakePagedModel:
 
     vocab_size = 13
     page_size = 4
+    dtype = torch.float32
     device = torch.device("cpu")
 
     def __init__(self, num_pages: int, max_model_len: int = 200) -> None:

@@ -16,7 +16,7 @@ from vllm_ssd.drafter.device_pages import DevicePages
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.forward import Sampler
 from vllm_ssd.drafter.pages import HostPages
-from vllm_ssd.drafter.server import warm_up
+from vllm_ssd.drafter.self_check import check_trees
 from vllm_ssd.policy import FanOut
 from vllm_ssd.protocol import JIT_TOKEN, Block, Push
 
@@ -265,13 +265,49 @@ def test_pages_that_are_shared_before_the_device_knows():
         assert not set(trees.page_tables[0, :1].tolist()) & set(trees.page_tables[2, :4].tolist())
 
 
-def test_warming_up_leaves_nothing_behind():
-    """All that a first request would compile runs: an opening, branches, a hit, an end."""
+def test_the_check_at_start_leaves_nothing_behind():
+    """It takes requests through openings, shared pages, branches, a hit and their ends, and finds no fault."""
     engine = make_engine()
-    warm_up(engine, K)
+    check_trees(engine, engine._model, K)
     check_conservation(engine)
     assert not engine.sequences and engine.pages.num_free == engine._model.num_pages
     assert engine.num_steps > K + 1
+
+
+@pytest.mark.parametrize("options", [{"fan_out": [0, 0, 2, 1]}, {"max_num_seqs": 1}, {"num_pages": 3}])
+def test_the_check_at_start_takes_what_little_it_gets(options):
+    """No branch after an opening; one request at a time; no room for any tree."""
+    engine = make_engine(**options)
+    check_trees(engine, engine._model, K)
+    assert not engine.sequences and engine.pages.num_free == engine._model.num_pages
+
+
+def nothing_copied(model, engine):
+    model.copy_slots = model.copy_pages = lambda *copies: None
+    model.kv[:] = 0  # of a token, so that the fake does not notice by itself
+
+
+def flat_logits(model, engine):
+    """Of branches alone, which a prompt computed at once does not show."""
+    forward = model.forward
+    model.forward = lambda batch: forward(batch) * (0 if len(batch.token_ids) > 1 and is_branch(batch) else 1)
+
+
+def is_branch(batch) -> bool:
+    return bool(batch.own_lens.any()) if hasattr(batch, "own_lens") else len(batch.seq_lens) > 1
+
+
+def nan_logits(model, engine):
+    forward = model.forward
+    model.forward = lambda batch: forward(batch) * (float("nan") if is_branch(batch) else 1)
+
+
+@pytest.mark.parametrize("break_it", [nothing_copied, flat_logits, nan_logits])
+def test_the_check_at_start_notices_what_is_broken(break_it):
+    engine = make_engine()
+    break_it(engine._model, engine)
+    with pytest.raises(RuntimeError):  # `WrongTrees`, or torch's of drawing from NaN
+        check_trees(engine, engine._model, K)
 
 
 def test_unknown_and_inconsistent_outcomes_are_evictions():

@@ -56,6 +56,7 @@ class DraftModel:
         self._layer_names = attention_group.layer_names
         self._metadata_builder = attention_group.get_metadata_builder()
         self.device = runner.device
+        self.dtype = self.vllm_config.model_config.dtype
         self.page_size = groups[0].kv_cache_spec.block_size
         self.num_pages = runner.kv_cache_config.num_blocks
         self._kv_caches = [half for cache in runner.kv_caches for half in _split_by_page(cache, self.num_pages)]

@@ -57,6 +57,8 @@ class PagedModel(Protocol):
     max_model_len: int
     page_size: int
     num_pages: int
+    dtype: torch.dtype  # of activations and KV
+    device: torch.device
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits `[n, vocab]` at `batch.logit_indices`; KV of every token lands in its slot."""

@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from vllm_ssd.compat.paged import TreeBatch
 from vllm_ssd.kernels import tree_attention
+from vllm_ssd.kernels.dispatch import use_triton
 
 
 def register() -> str:
@@ -132,7 +133,7 @@ class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
     ) -> None:
         """Write keys and values `[T, num_kv_heads, head_size]` into their slots; negative slots are left out."""
         key_cache, value_cache = split_cache(kv_cache)
-        if kv_cache.is_cuda:
+        if kv_cache.is_cuda and use_triton(kv_cache):
             from vllm._custom_ops import reshape_and_cache_flash
 
             reshape_and_cache_flash(

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
+import sys
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 import msgspec
-import numpy as np
 
 from vllm_ssd.compat.paged import PagedModel
 from vllm_ssd.drafter.device_pages import DevicePages
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.options import DrafterOptions
 from vllm_ssd.drafter.pages import HostPages
+from vllm_ssd.drafter.self_check import check_trees
 from vllm_ssd.drafter.trace import TRACE_ENV, TracedFanOut
 from vllm_ssd.policy import FanOut
 from vllm_ssd.protocol import (
@@ -30,6 +34,8 @@ from vllm_ssd.protocol import (
     unpack_ids,
 )
 from vllm_ssd.transport import Transport, TransportClosed
+
+logger = logging.getLogger("vllm.vllm_ssd")
 
 STATS_INTERVAL_S = 1.0
 """A drafter that was spoken to says something at least this often: silence means it hangs."""
@@ -81,18 +87,23 @@ def run(fd: int, options: DrafterOptions) -> int:
     from vllm_ssd.transport.process import ProcessTransport
 
     transport = ProcessTransport.from_fd(fd, "drafter")
+    environment = dict(os.environ)  # vLLM's start adds to it
     try:
         from vllm_ssd.compat.draft_model import DraftModel
 
         model = DraftModel(tree_attention=options.tree_attention, **options.engine_args)
         tokenizer = fingerprint(model.tokenizer_vocab())
         if options.tree_attention:
-            warm_up(_engine(model, options), options.num_speculative_tokens)
+            plain = msgspec.structs.replace(options, saguaro_c=1.0)
+            check_trees(_engine(model, plain, FanOut), model, options.num_speculative_tokens)
     except Exception as error:  # whatever vLLM's start-up raises is the reason the target reports
+        if options.tree_attention:
+            _start_over(fd, options, environment, error)
         transport.send(Refused(f"{type(error).__name__}: {error}"))
         transport.poll(0.0)
         raise
-    engine = _engine(model, options)
+    trace = os.environ.get(TRACE_ENV)
+    engine = _engine(model, options, functools.partial(TracedFanOut, trace) if trace else FanOut)
     welcome = Welcome(
         PROTOCOL_VERSION, model.vocab_size, tokenizer, model.max_model_len, model.num_pages, model.page_size
     )
@@ -107,25 +118,18 @@ def run(fd: int, options: DrafterOptions) -> int:
     return 0
 
 
-def warm_up(engine: DraftEngine, num_drafts: int) -> None:
-    """Take `engine` through an opening, a hit and an end: what its kernels compile, no request shall wait for."""
-    prompt = np.zeros(2 * num_drafts, np.int32)
-    engine.open("warm-up", 0, prompt, 1.0, num_drafts)
-    blocks = []
-    while engine.has_work:
-        push = engine.speculate()
-        blocks += push.blocks if push else []
-    if blocks:
-        (_, bonus), drafts = unpack_ids(blocks[0].outcomes)[:2].tolist(), blocks[0].drafts(0)
-        engine.advance("warm-up", 0, len(prompt) + 1, [bonus], drafts, num_drafts=num_drafts)
-        while engine.has_work:
-            engine.speculate()
-    engine.close("warm-up")
+def _start_over(fd: int, options: DrafterOptions, environment: dict[str, str], error: Exception) -> NoReturn:
+    """Become a drafter with vLLM's own attention; what failed may have left the device unusable to this process."""
+    reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    logger.warning("SSD: the drafter does without its own attention, which failed here (%s)", reason)
+    logger.debug("SSD: what failed", exc_info=error)
+    options = msgspec.structs.replace(options, tree_attention=False)
+    os.set_inheritable(fd, True)
+    arguments = ["-m", "vllm_ssd.drafter", str(fd), msgspec.json.encode(options).decode()]
+    os.execve(sys.executable, [sys.executable, *arguments], environment)
 
 
-def _engine(model: PagedModel, options: DrafterOptions) -> DraftEngine:
-    trace = os.environ.get(TRACE_ENV)
-    learner = functools.partial(TracedFanOut, trace) if trace else FanOut
+def _engine(model: PagedModel, options: DrafterOptions, learner: Callable[..., FanOut]) -> DraftEngine:
     return DraftEngine(
         model,
         learner(options.num_speculative_tokens, options.fan_out, options.branch_budget),

@@ -1,0 +1,116 @@
+"""A drafter whose own attention fails starts over with vLLM's; one that cannot start says why."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+
+import msgspec
+import pytest
+from fake_model import FakePagedModel
+
+from vllm_ssd.drafter import server
+from vllm_ssd.drafter.options import DrafterOptions
+from vllm_ssd.protocol import PROTOCOL_VERSION, Hello, Refused, Welcome, fingerprint
+from vllm_ssd.transport.process import socket_pair
+
+OPTIONS = DrafterOptions(
+    engine_args={"model": "fake"},
+    num_speculative_tokens=3,
+    fan_out=2,
+    branch_budget=None,
+    max_num_seqs=2,
+    max_branches=8,
+    top_m=5,
+    cpus=[],
+    parent_pid=1,
+    tree_attention=True,
+)
+
+
+class FakeDraftModel(FakePagedModel):
+    """As `DraftModel`, which boots vLLM."""
+
+    def __init__(self, *, tree_attention: bool, model: str) -> None:
+        super().__init__(num_pages=60)
+
+    def tokenizer_vocab(self) -> dict[str, int]:
+        return {"a": 0}
+
+
+class Broken(FakeDraftModel):
+    """Branches read what was in their pages before."""
+
+    def copy_slots(self, *copies) -> None:
+        self.kv[:] = 0
+
+
+class Unsupported(FakeDraftModel):
+    """As vLLM when it refuses a backend."""
+
+    def __init__(self, *, tree_attention: bool, model: str) -> None:
+        if tree_attention:
+            raise NotImplementedError("no sinks\nsecond line")
+        raise ValueError("no such model")
+
+
+class StartedOver(Exception):
+    """In place of a process that becomes another."""
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """`start(model, options)` -> what is executed in the drafter's place, if anything; `start.target` is its target."""
+    executed: list[list[str]] = []
+
+    def execve(path: str, arguments: list[str], environment: dict[str, str]) -> None:
+        executed.append(arguments)
+        raise StartedOver
+
+    def start(model: type, options: DrafterOptions) -> list[list[str]]:
+        module = types.SimpleNamespace(DraftModel=model)
+        monkeypatch.setitem(sys.modules, "vllm_ssd.compat.draft_model", module)
+        monkeypatch.setattr(server.os, "execve", execve)
+        monkeypatch.setattr(server.gc, "freeze", lambda: None)
+        start.target, child = socket_pair()
+        start.thread = threading.Thread(target=run, args=(child.detach(), options))
+        start.thread.start()
+        if options.tree_attention and model is not FakeDraftModel:
+            start.thread.join()
+        return executed
+
+    def run(fd: int, options: DrafterOptions) -> None:
+        try:
+            server.run(fd, options)
+        except (StartedOver, ValueError):
+            pass
+
+    yield start
+    start.target.close()
+    start.thread.join()
+
+
+@pytest.mark.parametrize(
+    "model, reason", [(Broken, "WrongTrees: proposals differ"), (Unsupported, "NotImplementedError: no sinks)")]
+)
+def test_a_drafter_whose_attention_fails_starts_over_without_it(start, caplog, model, reason):
+    ((_, *arguments),) = start(model, OPTIONS)
+    assert arguments[:2] == ["-m", "vllm_ssd.drafter"]
+    options = msgspec.json.decode(arguments[3], type=DrafterOptions)
+    assert options == msgspec.structs.replace(OPTIONS, tree_attention=False)
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert reason in warning.getMessage() and "second line" not in warning.getMessage()
+
+
+def test_a_sound_drafter_keeps_its_attention(start):
+    executed = start(FakeDraftModel, OPTIONS)
+    start.target.send(Hello(PROTOCOL_VERSION, FakePagedModel.vocab_size, 3, fingerprint({"a": 0})))
+    (welcome,) = start.target.poll(20.0)
+    assert isinstance(welcome, Welcome) and not executed
+
+
+def test_what_fails_without_it_too_is_the_reason_given(start):
+    executed = start(Unsupported, msgspec.structs.replace(OPTIONS, tree_attention=False))
+    (refused,) = start.target.poll(20.0)
+    assert refused == Refused("ValueError: no such model") and not executed
