@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +25,8 @@ from vllm_ssd.transport.process import socket_pair
 
 HANG_S = 10.0
 """A drafter that was told something and has said nothing for so long, while it was listened to, is taken for hung."""
+CRASH_S = 2.0
+"""A drafter that crashed has this long to end, until it is taken for hung."""
 EXIT_S = 10.0
 """A drafter whose socket has closed has this long to end by itself."""
 BACKOFF_S = (1.0, 60.0)
@@ -142,6 +145,16 @@ class DrafterProcess:
         self._transport.close()
         self._wanted.set()
 
+    def _do_without_trees(self) -> None:
+        """Start no drafter with its own attention again if the one that was lost crashed, perhaps in it."""
+        if not self._options.tree_attention:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(CRASH_S)
+        if self._process.returncode not in (None, 0, -signal.SIGKILL, -signal.SIGTERM):
+            self._logger.warning("SSD: the drafter crashed; it is started again with vLLM's attention")
+            self._options = msgspec.structs.replace(self._options, tree_attention=False)
+
     def _kill(self) -> None:
         process = self._process
         if process is not None:
@@ -231,6 +244,8 @@ def _supervise(reference: weakref.ref[DrafterProcess]) -> None:
         first = link.generation == 0
         if not first:
             lived = time.monotonic() - lived_since > BACKOFF_S[1]
+            if lived_since < math.inf:
+                link._do_without_trees()
             pause_s, lived_since = BACKOFF_S[0] if lived else min(2 * pause_s, BACKOFF_S[1]), math.inf
             link._kill()
             if closed.wait(pause_s):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import weakref
 
 import pytest
 
 from vllm_ssd import launch
 from vllm_ssd.drafter.options import DrafterOptions
-from vllm_ssd.protocol import Hello, Push, Refused, Step
+from vllm_ssd.protocol import Hello, Push, Refused, Step, Welcome, encode
 from vllm_ssd.transport.inproc import pair
+from vllm_ssd.transport.process import PREFIX_BYTES
 
 STEP = Step([], 1)
 PUSH = Push([], [], None)
@@ -87,13 +89,13 @@ def start(monkeypatch, tmp_path):
     """Start a link whose drafter is the shell script `drafter`; FD is its socket."""
     links = []
 
-    def start(drafter: str = "", cpus: list[int] = ()) -> launch.DrafterProcess:
+    def start(drafter: str = "", cpus: list[int] = (), **more) -> launch.DrafterProcess:
         script = tmp_path / "drafter"
         script.write_text(f"#!/bin/bash\nFD=$3\n{drafter}\n")
         script.chmod(0o755)
         monkeypatch.setattr(launch.sys, "executable", str(script))
         monkeypatch.setattr(launch, "EXIT_S", 0.2)
-        options = DrafterOptions({}, 1, 1, None, 1, 1, 1, list(cpus), os.getpid())
+        options = DrafterOptions({}, 1, 1, None, 1, 1, 1, list(cpus), os.getpid(), **more)
         links.append(
             launch.DrafterProcess(
                 options, Hello(1, 1, 1, ""), environment={}, startup_timeout_s=20, logger=logging.getLogger("test")
@@ -116,6 +118,23 @@ def test_a_drafter_that_hangs_up_and_stays_is_not_waited_for(start):
 def test_a_drafter_that_ends_before_it_is_ready_says_how(start):
     with pytest.raises(launch.DrafterFailed, match="ended with status 7 before it was ready"):
         start("exit 7").wait_until_ready()
+
+
+@pytest.mark.parametrize("end, trees", [("exit 1", "false"), ("kill -ABRT $$", "false"), ("kill -KILL $$", "true")])
+def test_a_drafter_that_crashes_is_not_given_its_own_attention_again(start, monkeypatch, tmp_path, end, trees):
+    """It may have crashed there. One that was killed is started again as it was."""
+    monkeypatch.setattr(launch, "BACKOFF_S", (0.01, 0.05))
+    welcome, started = encode(Welcome(1, 1, "", 1, 1, 1)), tmp_path / "started"
+    (tmp_path / "welcome").write_bytes(len(welcome).to_bytes(PREFIX_BYTES, "little") + welcome)
+    once = f"if [ $(wc -l <{started}) = 1 ]; then sleep 0.2; {end}; fi"
+    link = start(f"echo $4 >>{started}; cat {tmp_path}/welcome >&$FD; {once}; exec sleep 100", tree_attention=True)
+    link.wait_until_ready()
+    deadline = time.monotonic() + 10
+    while link.generation < 2 and time.monotonic() < deadline:
+        link.poll(0.01)
+    assert link.connected and link.generation == 2
+    first, second = started.read_text().splitlines()
+    assert '"tree_attention":true' in first and f'"tree_attention":{trees}' in second
 
 
 @pytest.mark.parametrize("cpus", [[4000], [min(os.sched_getaffinity(0)), 4000]])
@@ -152,7 +171,7 @@ def test_the_pause_before_a_restart_doubles_until_a_drafter_lives(link):
         lives_s.append(launch.BACKOFF_S[1] + 1)
 
     link.generation, link._wanted, link._closed, link._start = 1, Wanted(), Closed(), start
-    link._kill = lambda: None
+    link._kill = link._do_without_trees = lambda: None
     launch._supervise(weakref.ref(link))
     assert pauses == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0, 60.0, 1.0, 2.0]
 
