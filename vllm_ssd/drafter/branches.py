@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from vllm_ssd.drafter.forward import Draw
 
 
 class Branches:
@@ -37,6 +42,16 @@ class Branches:
         """Branches that can still be added."""
         return len(self._free)
 
+    @property
+    def growing(self) -> np.ndarray:
+        """Which branches want another draft, [capacity] bool."""
+        return self.alive & (self.computed < self.num_drafts)
+
+    @property
+    def finished(self) -> np.ndarray:
+        """Which branches have all their drafts, but not what may follow the last one, [capacity] bool."""
+        return self.alive & (self.computed == self.num_drafts)
+
     def add(self, owner: int, accept_length: int, base: int, num_drafts: int, first_tokens: np.ndarray) -> np.ndarray:
         """Rows `[n]` int64 of new branches, one for each of `first_tokens` `[n]`."""
         rows = np.array([self._free.pop() for _ in first_tokens], np.int64)
@@ -49,6 +64,18 @@ class Branches:
         self.alive[rows] = True
         self.tokens[rows, 0] = first_tokens
         return rows
+
+    def extend(self, rows: np.ndarray, draw: Draw, first: int = 0) -> None:
+        """Store what was drawn after `rows` [n], whose logits rows start at `first`: all growing, or all finished."""
+        step, drawn = self.computed[rows], slice(first, first + len(rows))
+        self.candidates[rows, step] = draw.candidates[drawn]
+        self.computed[rows] = step + 1
+        if not len(rows) or step[0] == self.num_drafts[rows[0]]:
+            return
+        self.tokens[rows, step + 1] = draw.drawn[drawn]
+        if draw.q_probs is not None:
+            self.q_token_ids[rows, step] = draw.q_token_ids[drawn]
+            self.q_probs[rows, step] = draw.q_probs[drawn]
 
     def find(self, rows: np.ndarray, accept_length: int, first_token: int) -> int:
         """The row among `rows` that predicts this outcome, or -1."""

@@ -155,10 +155,7 @@ class DraftEngine:
     @property
     def has_work(self) -> bool:
         """Whether `speculate` would run a forward or has something to report."""
-        branches = self.branches
-        return bool(
-            self._unfinished or self._evicted or (branches.alive & (branches.computed <= branches.num_drafts)).any()
-        )
+        return bool(self._unfinished or self._evicted or self.branches.growing.any() or self.branches.finished.any())
 
     def speculate(self) -> Push | None:
         """One forward: uncomputed spines, and the next token of every branch that wants one.
@@ -171,8 +168,7 @@ class DraftEngine:
             return self._take_step(self._run)
         branches, started = self.branches, time.perf_counter()
         spines = self._schedule_spines()
-        growing = self._growing()
-        finished = branches.alive & (branches.computed == branches.num_drafts)
+        growing, finished = branches.growing, branches.finished
         rows = np.flatnonzero(growing if growing.any() or spines else finished)
         if not len(rows) and not spines:
             return self._report()
@@ -187,7 +183,7 @@ class DraftEngine:
         fan_out = self._prepared(rows, len(spine_logits)) if down_weighted else None
         draw = self._sampler.draw(self._model.forward(batch), temperatures, fan_out)
         self.num_steps += 1
-        self._extend_branches(rows, draw, len(spine_logits))
+        branches.extend(rows, draw, len(spine_logits))
         self._extend_spines(spines, spine_logits, draw)
         if not spines:
             self._budget.observe_step(len(rows), time.perf_counter() - started)
@@ -362,7 +358,7 @@ class DraftEngine:
 
     def _take_step(self, run: Run) -> Push | None:
         """Store what the next step of `run` drew, and report it."""
-        self._extend_branches(run.rows, run.take(), 0)
+        self.branches.extend(run.rows, run.take())
         self.num_steps += 1
         now = time.perf_counter()
         self._budget.observe_step(len(run.rows), now - self._step_began)
@@ -371,31 +367,14 @@ class DraftEngine:
             self._run = None
         return self._report()
 
-    def _growing(self) -> np.ndarray:
-        """Which branches want another draft, [capacity] bool."""
-        return self.branches.alive & (self.branches.computed < self.branches.num_drafts)
-
     def _settle(self) -> None:
         """End the run under way with the steps that it has launched, whose draws and KV are as good as any."""
         run, self._run = self._run, None
         if run is not None:
             run.stop()
             while not run.is_done:
-                self._extend_branches(run.rows, run.take(), 0)
+                self.branches.extend(run.rows, run.take())
                 self.num_steps += 1
-
-    def _extend_branches(self, rows: np.ndarray, draw: Draw, first: int) -> None:
-        """Store what was drawn after `rows`, whose logits start at `first`."""
-        branches = self.branches
-        step = branches.computed[rows]
-        branches.candidates[rows, step] = draw.candidates[first:]
-        branches.computed[rows] = step + 1
-        if not len(rows) or step[0] == branches.num_drafts[rows[0]]:
-            return  # finished branches run alone, for their last candidates
-        branches.tokens[rows, step + 1] = draw.drawn[first:]
-        if draw.q_probs is not None:
-            branches.q_token_ids[rows, step] = draw.q_token_ids[first:]
-            branches.q_probs[rows, step] = draw.q_probs[first:]
 
     def _extend_spines(
         self, spines: list[tuple[Sequence, int]], spine_logits: list[tuple[Sequence, int]], draw: Draw
@@ -422,20 +401,14 @@ class DraftEngine:
             sequence, JUST_IN_TIME, base, sequence.jit, np.array([sequence.tokens[base]]), sequence.length
         )
         if len(rows):
-            branches = self.branches
-            branches.computed[rows] = 1
-            branches.candidates[rows, 0] = draw.candidates[i]
-            branches.tokens[rows, 1] = draw.drawn[i]
-            if draw.q_probs is not None:
-                branches.q_token_ids[rows, 0] = draw.q_token_ids[i]
-                branches.q_probs[rows, 0] = draw.q_probs[i]
+            self.branches.extend(rows, draw, i)
 
     # ---- news ------------------------------------------------------------------------------------------
 
     def _report(self) -> Push | None:
         """What the target should hear now."""
         branches = self.branches
-        if self._growing_since and not (self._unfinished or self._growing().any()):
+        if self._growing_since and not (self._unfinished or branches.growing.any()):
             self.build_s = time.perf_counter() - self._growing_since
             self._growing_since = 0.0
         blocks = take_blocks(branches, self._by_slot, due_rows(branches, self._by_slot, self._budget))
