@@ -1,9 +1,7 @@
 """One vLLM engine in a process of its own, which generates when `bench_decode.py` asks it to and sleeps otherwise."""
 
-import ctypes
 import gc
 import os
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from vllm_ssd.drafter.lifetime import die_with
+from vllm_ssd.profiler.worker import decode
+
 PROMPT_TOKENS = 64
 MAX_MODEL_LEN = 1024
 MAX_NUM_SEQS = 16
 KV_CACHE_BYTES = 192 << 20
-PR_SET_PDEATHSIG = 1
 COUNTERS = ("hits", "misses", "late", "waits", "draft_tokens", "accepted_tokens", "evictions", "restarts")
 
 Drafts = dict[tuple[bytes, int], list[int]]
@@ -193,36 +193,22 @@ class Worker:
 
     def _decode(self, prompts: Sequence[list[int]], request: Request, turn: Turn) -> None:
         """Generate for one batch, all of whose requests start together; adds to `turn`."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            temperature=request.temperature,
-            max_tokens=request.max_tokens,
-            ignore_eos=True,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        engine, emitted = self._engine, {}
+        named = {}
         for prompt in prompts:
             self._num_requests += 1
-            name = str(self._num_requests)
-            emitted[name] = []
-            engine.add_request(name, {"prompt_token_ids": prompt}, params)
+            named[str(self._num_requests)] = {"prompt_token_ids": prompt}
+        emitted = {name: [] for name in named}
         prefilled = False
         full = True  # until the first row is done: rows of unequal luck would otherwise be timed as smaller batches
-        started = time.perf_counter()
-        while engine.has_unfinished_requests():
-            outputs = engine.step()
-            now = time.perf_counter()
+        for seconds, outputs in decode(self._engine, named, request.max_tokens, request.temperature):
             if prefilled and full:
-                turn.steps_s.append(now - started)
+                turn.steps_s.append(seconds)
                 turn.row_rounds += len(outputs)
                 turn.num_tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
             prefilled = True
             full = full and not any(output.finished for output in outputs)
             for output in outputs:
                 emitted[output.request_id] += output.outputs[0].token_ids
-            started = now
         turn.token_ids += emitted.values()
         turn.seconds = sum(turn.steps_s)
 
@@ -240,7 +226,7 @@ def serve(connection: Connection, system: System, dtype: str, core: int, log: Pa
     The first message is the list of process ids, or the text of the exception that prevented the start. Workers are
     stopped while they are idle, so the kernel must end them should the benchmark be killed.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with(os.getppid())
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

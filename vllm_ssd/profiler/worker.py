@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
-import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from statistics import fmean
@@ -16,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-PR_SET_PDEATHSIG = 1
+from vllm_ssd.drafter.lifetime import die_with
+
 DRAFTER_PROMPT_TOKENS = 64
 STEP_TREES = 6
 
@@ -84,6 +83,26 @@ class Junk:
         return [[1] * min(int(token_ids[i, 0]), self._most) if s else [] for i, s in enumerate(sampled_token_ids)]
 
 
+def decode(
+    engine: Any, prompts: Mapping[str, Any], max_tokens: int, temperature: float
+) -> Iterator[tuple[float, list[Any]]]:
+    """Generate for all `prompts`, as vLLM takes them, by request id, at once: seconds and outputs of each step."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        temperature=temperature, max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, params)
+    started = time.perf_counter()
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter()
+        yield now - started, outputs
+        started = now
+
+
 class TargetEngine:
     """vLLM's engine in this process."""
 
@@ -111,26 +130,13 @@ class TargetEngine:
 
     def run(self, request: Decode) -> list[float]:
         """Seconds of every step in which all rows decoded, but for the first two."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            temperature=request.temperature,
-            max_tokens=request.max_tokens,
-            ignore_eos=True,
-            output_kind=RequestOutputKind.DELTA,
-        )
+        prompts = {}
         for prompt in request.prompts:
             self._num_requests += 1
             text = prompt if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)}
-            self._engine.add_request(str(self._num_requests), text, params)
-        steps_s, started = [], time.perf_counter()
-        while self._engine.has_unfinished_requests():
-            outputs = self._engine.step()
-            now = time.perf_counter()
-            if len(outputs) == len(request.prompts):
-                steps_s.append(now - started)
-            started = now
+            prompts[str(self._num_requests)] = text
+        steps = decode(self._engine, prompts, request.max_tokens, request.temperature)
+        steps_s = [seconds for seconds, outputs in steps if len(outputs) == len(prompts)]
         return steps_s[2:]
 
 
@@ -170,9 +176,8 @@ class DrafterEngine:
             while engine.has_work:
                 alive, before, started = int(engine.branches.alive.sum()), engine.num_steps, time.perf_counter()
                 engine.speculate()
-                num_steps = engine.num_steps - before  # a GPU may take several in one call
-                if num_steps:
-                    steps_s.setdefault(alive, []).append((time.perf_counter() - started) / num_steps)
+                if engine.num_steps > before:
+                    steps_s.setdefault(alive, []).append(time.perf_counter() - started)
             means.append(fmean(steps_s[max(steps_s)]))
             for i in range(request.rows):
                 engine.close(str(i))
@@ -185,10 +190,9 @@ def serve(connection: Connection) -> None:
     What goes wrong is answered as text.
     """
     task: Task = connection.recv()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if task.cpus:
-            os.sched_setaffinity(0, task.cpus)
+    die_with(os.getppid())
+    if task.cpus and sys.platform == "linux":
+        os.sched_setaffinity(0, task.cpus)
     try:
         engine = (DrafterEngine if task.method == "steps" else TargetEngine)(task.engine_args)
         connection.send(engine.placement() if isinstance(engine, TargetEngine) else None)
