@@ -23,6 +23,7 @@ from vllm_ssd.cache import SpeculationCache
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.kernels import OUTCOME_COLUMNS, Found
 from vllm_ssd.metrics import Metrics
+from vllm_ssd.policy import NgramGain
 from vllm_ssd.protocol import Block, Close, Open, Outcome
 from vllm_ssd.sessions import Link, Session, Sessions
 
@@ -30,6 +31,9 @@ Event = Open | Outcome | Close
 
 NUM_BUFFERS = 4
 """Buffers for outcomes made at the start: vLLM's thread is a step or two ahead of the device."""
+
+NGRAM_LOSS = 0.1
+"""Tokens that an n-gram draft costs in later hits, the drafter having more places to fork at (a guess)."""
 
 HEARTBEAT_S = 0.25
 """How often a drafter is looked at that says nothing, so that its death or hang is noticed."""
@@ -82,6 +86,9 @@ class Courier(Sessions[RemoteSession]):
         self._undecided: queue.SimpleQueue[tuple[list[int], OutcomeBuffer] | None] = queue.SimpleQueue()
         self._buffers = deque(self._new_buffer() for _ in range(NUM_BUFFERS))
         self._wanted = config.num_speculative_tokens
+        self._ngram_gain = NgramGain(config.num_speculative_tokens)
+        self.wants_ngram = config.on_miss in ("ngram", "auto")
+        """Whether rows without drafts should have n-gram drafts instead; vLLM's thread reads it."""
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopped = False
 
@@ -186,7 +193,7 @@ class Courier(Sessions[RemoteSession]):
     def _decide(self, serials: list[int], outcomes: OutcomeBuffer) -> list[Event]:
         self._round += 1
         events: list[Event] = []
-        offered, accepted = [], []
+        offered, accepted, missed = [], [], False
         rows = outcomes.rows[: len(serials)].tolist()
         self._buffers.append(outcomes)
         for serial, (num_emitted, last, found, _, num_drafts, *drafts) in zip(serials, rows):
@@ -196,6 +203,10 @@ class Courier(Sessions[RemoteSession]):
             emitted = [*session.verifying[: num_emitted - 1], last]
             offered.append(len(session.verifying))
             accepted.append(num_emitted - 1)
+            if session.by_ngram:
+                self._ngram_gain.observe(len(session.verifying), num_emitted - 1)
+            missed = missed or found != Found.HIT
+            session.by_ngram = num_drafts > 0 and found != Found.HIT
             session.token_ids += emitted
             session.verifying = drafts[:num_drafts]
             if not self._wanted:
@@ -210,6 +221,8 @@ class Courier(Sessions[RemoteSession]):
             unheard, session.length = session.token_ids[session.length :], len(session.token_ids)
             events.append(Outcome(session.request_id, session.epoch, session.length, unheard, session.verifying))
         self._metrics.accepted(offered, accepted)
+        if missed and self._config.on_miss == "auto":
+            self.wants_ngram = self._ngram_gain.drafts(self._config.num_speculative_tokens, NGRAM_LOSS)[0] > 0
         return events
 
     def _take(self, session: RemoteSession, block: Block) -> bool:

@@ -50,10 +50,10 @@ class SSDSpeculator(V2Speculator):
         if config.on_miss == "wait":
             logger.warning("SSD: nothing waits for the drafter on vLLM's V2 runner; on_miss 'wait' acts like 'skip'")
         if self._group.rank_in_group == 0:
-            self._ngram = ngram_speculator(vllm_config, device, req_states) if config.on_miss == "ngram" else None
             self._cache = SpeculationCache(num_slots, config.max_branches, num_drafts, top_m, device)
             self._metrics, self._drafter = start_drafter(config, vllm_config)
             self._courier = Courier(config, self._drafter, self._metrics, self._cache, logger)
+            self._ngram = ngram_speculator(vllm_config, device, req_states) if self._courier.wants_ngram else None
             weakref.finalize(self, self._courier.stop)
 
     def on_target_loaded(self) -> None:
@@ -111,7 +111,9 @@ class SSDSpeculator(V2Speculator):
         """Launch what chooses the drafts: one kernel, one more if `sampled`, and what n-grams and other ranks take."""
         slots = batch.idx_mapping
         if self._courier is not None:
-            ngram = None if self._ngram is None else ngram_drafts(self._ngram, batch, num_sampled, self._req_states)
+            ngram = None
+            if self._ngram is not None and self._courier.wants_ngram and wanted:
+                ngram = ngram_drafts(self._ngram, batch, num_sampled, self._req_states)
             lookup(
                 self._cache.blocks,
                 self._verifying,

@@ -27,7 +27,7 @@ CODE = r"def [a-z_]{3,8}\(self, [a-z]{1,8}\):\n    return [a-z]{1,8}\n"
 @pytest.fixture(scope="module")
 def engine(start_engine: Callable[..., Engine]) -> Iterator[Engine]:
     engine = start_engine(
-        speculative={"branch_budget": 12, "adaptive": True},
+        speculative={"branch_budget": 12, "adaptive": True, "on_miss": "skip"},
         patches={"vllm_ssd.launch.HANG_S": HANG_S, "vllm_ssd.launch.BACKOFF_S": (0.2, 1.0)},
         environment=ON_V2,
     )
@@ -55,15 +55,20 @@ def assert_same(run: SimpleNamespace, expected: SimpleNamespace, **conclusive: i
 
 
 def assert_is_light(run: SimpleNamespace, ngram: bool = False) -> None:
-    """A step reads nothing, launches one kernel to draft, one more if a request samples, and two ops to verify."""
+    """A step reads nothing, launches one kernel to draft, one more if a request samples, and two ops to verify.
+
+    With `ngram`, vLLM's own two kernels match n-grams in steps that are to have such drafts.
+    """
     counts = run.counts
+    matched = counts["launch _ngram_scan_kernel"] if ngram else 0
+    assert bool(matched) == ngram and matched <= counts["proposals"]
     assert counts["host_reads"] == 0, "the host waited for the device"
     assert counts["proposals"] >= counts["verifications"] > 0
     expected = {
         "_lookup_kernel": counts["proposals"],
         "_write_draft_logits_kernel": counts["sampled_proposals"],
-        "_ngram_scan_kernel": ngram * counts["proposals"],  # vLLM's own
-        "_ngram_finalize_kernel": ngram * counts["proposals"],
+        "_ngram_scan_kernel": matched,
+        "_ngram_finalize_kernel": matched,
         "aten.index.Tensor": counts["verifications"],
         "aten.gt.Tensor": counts["verifications"],
     }
@@ -147,7 +152,7 @@ def test_chunked_prefill_preemption_and_ngram(
         enable_prefix_caching=True,
         block_size=32,
         num_gpu_blocks_override=12,
-        speculative={"branch_budget": 12, "on_miss": "ngram"},
+        speculative={"branch_budget": 12, "on_miss": "auto"},
         environment=ON_V2,
     )
     try:

@@ -6,6 +6,8 @@ import logging
 import random
 import select
 import threading
+import time
+from collections.abc import Callable
 
 import fake_model
 import numpy as np
@@ -51,6 +53,7 @@ class Device:
         self.verifying = Speculation.empty(SLOTS, K, 5, "cpu")
         self.num_started = 0
         self.wanted = K
+        self.ngram: Callable[[list[int]], list[int]] = lambda token_ids: token_ids[-1:] * K
 
     def want(self, num_drafts: int) -> None:
         self.wanted = num_drafts
@@ -97,6 +100,7 @@ class Device:
             self.wanted,
             drafts,
             outcomes.rows,
+            torch.tensor([self.ngram(self.tokens[name]) for name in names]) if self.courier.wants_ngram else None,
         )
         self.courier.decided(list(serials), outcomes)
         for name, (num_drafts, *row) in zip(names, drafts.tolist()):
@@ -237,6 +241,46 @@ def test_a_buffer_is_used_again_once_it_was_read() -> None:
     assert device.courier.outcome_buffer() is again[0]
 
 
+def test_ngram_drafts_are_made_while_they_pay() -> None:
+    """No block ever comes; drafts that are never right are given up, tried again now and then, and come back."""
+
+    def right(token_ids: list[int]) -> list[int]:
+        tokens = list(token_ids)
+        for _ in range(K):
+            tokens.append(next_token(tokens))
+        return tokens[-K:]
+
+    def rounds(number: int) -> int:
+        made = 0
+        for _ in range(number):
+            made += device.courier.wants_ngram
+            device.round()
+            device.courier.work()
+        return made
+
+    device = Device(Link(steps_a_poll=0), on_miss="auto")
+    device.ngram = lambda token_ids: [(token + 1) % 13 for token in right(token_ids)]
+    device.start("a", PROMPTS["a"])
+    assert rounds(60) >= 15, "given up before anything was known"
+    assert 1 <= rounds(100) <= 10
+    device.ngram = right
+    before = device.metrics.counts["accepted_tokens"]
+    assert rounds(100) >= 20
+    assert device.metrics.counts["accepted_tokens"] - before >= 20 * K
+    assert_right(device.tokens["a"], PROMPTS["a"])
+
+
+@pytest.mark.parametrize(("on_miss", "expected"), [("ngram", True), ("skip", False), ("wait", False)])
+def test_other_fallbacks_do_not_depend_on_what_pays(on_miss: str, expected: bool) -> None:
+    device = Device(Link(steps_a_poll=0), on_miss=on_miss)
+    device.ngram = lambda token_ids: [12 - next_token(token_ids)] * K
+    device.start("a", PROMPTS["a"])
+    for _ in range(80):
+        assert device.courier.wants_ngram is expected
+        device.round()
+        device.courier.work()
+
+
 def test_the_threads_end_and_close_the_link() -> None:
     link = Link()
     device = Device(link)
@@ -244,6 +288,9 @@ def test_the_threads_end_and_close_the_link() -> None:
     device.courier.run()
     device.start("a", PROMPTS["a"])
     device.finish("a")
+    deadline = time.monotonic() + 10
+    while device.courier._tasks and time.monotonic() < deadline:
+        time.sleep(0.01)
     device.courier.stop()
     for thread in threading.enumerate():
         if thread.name in ("ssd-courier", "ssd-outcomes"):

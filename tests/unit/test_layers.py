@@ -24,7 +24,7 @@ ALLOWED = {
     "sessions": {"config", "protocol", "metrics"},
     "verifier": {"config", "protocol", "policy", "metrics", "sessions"},
     "cache": {"kernels", "protocol"},
-    "courier": {"cache", "config", "kernels", "metrics", "protocol", "sessions"},
+    "courier": {"cache", "config", "kernels", "metrics", "policy", "protocol", "sessions"},
     "launch": {"drafter", "protocol", "transport"},
     "placement": {"config", "drafter"},
     "proposer": {"compat", "config", "launch", "metrics", "placement", "protocol", "sessions", "verifier"},
