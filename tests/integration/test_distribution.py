@@ -27,8 +27,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 SAMPLING = {
-    "0.7": [{"temperature": 0.7}],
-    "1.0": [{"temperature": 1.0}],
+    "alike": [{"temperature": 0.7}, {"temperature": 1.0}],
     "mixed": [
         {"temperature": 0.0},
         {"temperature": 0.7, "top_k": 5},
@@ -66,8 +65,7 @@ def engine(
 @pytest.mark.parametrize(
     ("engine", "sampling"),
     [
-        ("wait", "0.7"),
-        pytest.param("wait", "1.0", marks=pytest.mark.compat),
+        pytest.param("wait", "alike", marks=pytest.mark.compat),
         ("wait", "mixed"),
         ("ngram", "mixed"),
     ],
@@ -81,11 +79,10 @@ def test_samples_have_the_distribution_of_the_target(engine: Engine, pair: tuple
 
 
 @pytest.mark.parametrize("engine", ["wait"], indirect=True)
-@pytest.mark.parametrize("exponent", [0.5, 2.0], ids=["flattened", "sharpened"])
-def test_a_wrong_q_is_noticed(engine: Engine, pair: tuple[Path, Path], exponent: float) -> None:
-    engine.call("distort_q", exponent=exponent)
+def test_a_wrong_q_is_noticed(engine: Engine, pair: tuple[Path, Path]) -> None:
+    engine.call("distort_q", exponent=2.0)
     try:
-        run, samples = sample(engine, pair[0], SAMPLING["1.0"], **RUN)
+        run, samples = sample(engine, pair[0], [{"temperature": 1.0}], **RUN)
     finally:
         engine.call("distort_q", exponent=None)
     assert_populated(engine, run, samples)
