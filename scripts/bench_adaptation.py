@@ -11,7 +11,6 @@ each time it gets as many rounds again before it is measured.
 import argparse
 import json
 import os
-import random
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,16 +19,12 @@ from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
 
-from bench_decode import PAIR, Fleet, WorkerFailed, held_out_prompts, running
+from bench_decode import PAIR, Fleet, console, held_out_prompts, prompt_windows, run_script, running, ssd_system
 from bench_report import environment, spread
-from bench_worker import PROMPT_TOKENS, Request, System, Turn
+from bench_worker import Request, System, Turn
 from resize_model import deepen, widen
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
-
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass(frozen=True)
@@ -43,32 +38,16 @@ class Phase:
 
 def english_prompts(seed: int) -> Iterator[list[int]]:
     """Windows of the descriptions of all installed packages, shuffled."""
-    tokenizer = Tokenizer.from_file(str(PAIR / "target" / "tokenizer.json"))
     texts = {d.name: d.metadata.get_payload() for d in distributions() if isinstance(d.metadata.get_payload(), str)}
-    encoded = tokenizer.encode_batch([text for _, text in sorted(texts.items())])
-    windows = [
-        encoding.ids[start : start + PROMPT_TOKENS]
-        for encoding in encoded
-        for start in range(0, len(encoding.ids) - PROMPT_TOKENS, PROMPT_TOKENS)
-    ]
-    random.Random(seed).shuffle(windows)
-    yield from windows
+    yield from prompt_windows([text for _, text in sorted(texts.items())], seed)
 
 
 def make_systems(target: Path, drafter: Path, args: argparse.Namespace) -> tuple[System, list[System]]:
     """The adaptive one, and what it is measured against."""
 
     def ssd(name: str, num_drafts: int, adaptive: bool) -> System:
-        config = {
-            "method": "ssd",
-            "model": str(drafter),
-            "dtype": args.dtype,
-            "drafter_cpus": str(args.cores[1]),
-            "kv_cache_memory": "192MiB",
-            "num_speculative_tokens": num_drafts,
-            "adaptive": adaptive,
-        }
-        return System(name, "ssd", str(target), config)
+        options = {"num_speculative_tokens": num_drafts, "adaptive": adaptive}
+        return ssd_system(name, target, drafter, options, args)
 
     static = [System("plain", "plain", str(target)), *(ssd(f"static K={k}", k, False) for k in args.static_k)]
     return ssd(f"adaptive, from K={args.start_k}", args.start_k, True), static
@@ -221,10 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except WorkerFailed as failure:
-        console.print(str(failure), markup=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

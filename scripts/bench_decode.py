@@ -22,7 +22,7 @@ import random
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -143,13 +143,33 @@ def running(systems: Sequence[System], dtype: str, core: int, folder: Path) -> I
 
 def held_out_prompts(seed: int) -> Iterator[list[int]]:
     """Windows of the files that the bundled pair was not trained on, each of another place."""
-    tokenizer = Tokenizer.from_file(str(PAIR / "target" / "tokenizer.json"))
     _, texts = read_sources(0)
+    yield from prompt_windows(texts, seed)
+
+
+def prompt_windows(texts: Sequence[str], seed: int) -> Iterator[list[int]]:
+    """Prompts cut from `texts`, each of another place, shuffled."""
+    tokenizer = Tokenizer.from_file(str(PAIR / "target" / "tokenizer.json"))
     tokens = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     places = [(i, start) for i, ids in enumerate(tokens) for start in range(0, len(ids) - PROMPT_TOKENS, PROMPT_TOKENS)]
     random.Random(seed).shuffle(places)
     for i, start in places:
         yield tokens[i][start : start + PROMPT_TOKENS]
+
+
+def ssd_system(
+    name: str, target: str | Path, drafter: str | Path, options: dict[str, object], args: argparse.Namespace
+) -> System:
+    """SSD with a drafter on the second core; `options` are further keys of its speculative_config."""
+    config = {
+        "method": "ssd",
+        "model": str(drafter),
+        "dtype": args.dtype,
+        "drafter_cpus": str(args.cores[1]),
+        "kv_cache_memory": "192MiB",
+        **options,
+    }
+    return System(name, "ssd", str(target), config)
 
 
 def make_systems(target: Path, drafter: Path, args: argparse.Namespace) -> list[System]:
@@ -170,15 +190,7 @@ def make_systems(target: Path, drafter: Path, args: argparse.Namespace) -> list[
     for options in args.ssd:
         k = options["num_speculative_tokens"]
         more = [f"{key}={value}" for key, value in options.items() if key != "num_speculative_tokens"]
-        config = {
-            "method": "ssd",
-            "model": str(drafter),
-            "dtype": args.dtype,
-            "drafter_cpus": str(args.cores[1]),
-            "kv_cache_memory": "192MiB",
-            **options,
-        }
-        systems.append(system(" ".join([f"SSD K={k}", *more]), "ssd", config))
+        systems.append(ssd_system(" ".join([f"SSD K={k}", *more]), target, drafter, options, args))
     longest = max([*args.stock_k, *(options["num_speculative_tokens"] for options in args.ssd)])
     replay = {"method": "custom_class", "model": "bench_worker.Replay", "num_speculative_tokens": longest}
     return [*systems, system("ceiling", "ceiling", replay)]
@@ -302,11 +314,16 @@ def main() -> None:
     console.print(f"written to {args.out}")
 
 
-if __name__ == "__main__":
+def run_script(main: Callable[[], None], *failures: type[Exception]) -> None:
+    """Run a benchmark; an engine that fails, or what else is named, is its last word, without a traceback."""
     try:
         main()
-    except WorkerFailed as failure:
+    except (WorkerFailed, *failures) as failure:
         console.print(str(failure), markup=False)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_script(main)

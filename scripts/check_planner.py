@@ -18,18 +18,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
-from bench_decode import PAIR, Fleet, WorkerFailed, held_out_prompts, running
+from bench_decode import PAIR, Fleet, console, held_out_prompts, run_script, running, ssd_system
 from bench_report import environment
 from bench_worker import KV_CACHE_BYTES, MAX_MODEL_LEN, PROMPT_TOKENS, Request, System, Turn
 from resize_model import deepen, widen
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from vllm_ssd.planner import Prediction, Profile, Setting, predict_plain, predict_sd, predict_ssd
 from vllm_ssd.profiler import Profiler, ProfilerFailed, Subject
-
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 def make_systems(target: str, drafter: str, args: argparse.Namespace) -> list[System]:
@@ -37,18 +34,13 @@ def make_systems(target: str, drafter: str, args: argparse.Namespace) -> list[Sy
     stock = {"method": "draft_model", "model": drafter, "num_speculative_tokens": args.stock_k}
     systems = [System("plain", "plain", target), System(f"stock K={args.stock_k}", "stock", target, stock)]
     for num_drafts, budget in args.points:
-        config = {
-            "method": "ssd",
-            "model": drafter,
-            "dtype": args.dtype,
-            "drafter_cpus": str(args.cores[1]),
-            "kv_cache_memory": "192MiB",
+        options = {
             "num_speculative_tokens": num_drafts,
             "branch_budget": budget,
             "on_miss": args.on_miss,
             "adaptive": False,
         }
-        systems.append(System(f"SSD K={num_drafts} N={budget}", "ssd", target, config))
+        systems.append(ssd_system(f"SSD K={num_drafts} N={budget}", target, drafter, options, args))
     return systems
 
 
@@ -268,10 +260,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ProfilerFailed, WorkerFailed) as failure:
-        console.print(str(failure), markup=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main, ProfilerFailed)

@@ -36,8 +36,10 @@ def drafts_by_batch_size(num_speculative_tokens: int, max_num_seqs: int | None) 
 
     vLLM captures CUDA graphs for the numbers that occur; fewer do when there are fewer batch sizes.
     """
-    powers = [1 << i for i in range(num_speculative_tokens.bit_length())]
-    counts = list(dict.fromkeys((num_speculative_tokens, 0, *powers)))[:max_num_seqs]
+    from vllm_ssd.policy import draft_grid
+
+    *fewer, most = draft_grid(num_speculative_tokens)
+    counts = [most, *fewer][:max_num_seqs]
     return [[i, i, count] for i, count in enumerate(sorted(counts), start=1)]
 
 

@@ -30,6 +30,11 @@ OPTIMISM = 0.3
 """Relative rate credited to an arm that was never measured when a probe is chosen."""
 
 
+def draft_grid(most: int) -> list[int]:
+    """Numbers of drafts that stand for all from 0 to `most` >= 1: 0, 1, 2, 4, … and `most`."""
+    return sorted({0, *(1 << i for i in range(most.bit_length())), most})
+
+
 class Adaptation:
     """Number of drafts with the most tokens per second, learned per batch size.
 
@@ -207,8 +212,8 @@ class Bucket:
         """Alternately the least known arm of a grid (0, 1, 2, 4, … and all drafts) and the likeliest to be best."""
         most = len(self._arms) - 1
         if self._num_probes % 2 == 0:
-            grid = {0, *(1 << i for i in range(most.bit_length())), most} & self._choices
-            return min(grid - {self.settled}, key=lambda k: self._arms[k].rounds)
+            grid = self._choices.intersection(draft_grid(most)) - {self.settled}
+            return min(grid, key=lambda k: self._arms[k].rounds)
         rates = self._rates()
         hopes = [OPTIMISM / (1 + arm.rounds / self._weight) ** 0.5 for arm in self._arms]
         return max(self._choices - {self.settled}, key=lambda k: rates[k] * (1 + hopes[k]))

@@ -21,6 +21,7 @@ import psutil
 
 from vllm_ssd.drafter.trace import TRACE_ENV
 from vllm_ssd.planner import Acceptance, Costs, Profile
+from vllm_ssd.policy import draft_grid
 from vllm_ssd.profiler.worker import Decode, Steps, Task
 
 STARTUP_TIMEOUT_S = 900
@@ -263,7 +264,7 @@ class Profiler:
                 self._stock.setdefault(batch_size, []).append(fmean(seconds))
         else:
             for batch_size in subject.batch_sizes:
-                for num_drafts in _draft_grid(subject.max_drafts):
+                for num_drafts in draft_grid(subject.max_drafts):
                     seconds = engine.ask(Decode([_prompt(num_drafts)] * batch_size, COST_TOKENS))
                     self._verify.setdefault((batch_size, 1 + num_drafts), []).append(seconds)
 
@@ -329,10 +330,6 @@ def _lines(path: str) -> list[str]:
 def _prompt(num_drafts: int) -> list[int]:
     """Its first token tells `Junk` how many drafts to hand over."""
     return [num_drafts, *range(2, 34)]
-
-
-def _draft_grid(most: int) -> list[int]:
-    return sorted({0, *(1 << i for i in range(most.bit_length())), most})
 
 
 def _rising(points: Iterator[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
