@@ -130,6 +130,7 @@ class DraftEngine:
                 self._budget.observe_window(now - sequence.decided_at)
             sequence.decided_at = now
         self._observe(sequence, emitted)
+        sequence.waited = bool(jit) or (sequence.waited and not emitted)
         self._follow(sequence, path)
         sequence.length = length
         sequence.candidates = {i: c for i, c in sequence.candidates.items() if i >= length - 1}
@@ -222,11 +223,15 @@ class DraftEngine:
         sequence.rows = NO_ROWS
 
     def _observe(self, sequence: Sequence, emitted: list[int]) -> None:
-        """Tell the fan-out policy where the outcome fell, when it was that of one round."""
+        """Tell the policies where the outcome fell, when it was that of one round."""
         drafts = sequence.tokens[sequence.length :]
         k = common_prefix(emitted, drafts)
+        if k != len(emitted) - 1:
+            return
+        if sequence.waited or not sequence.after_hit:
+            self._budget.observe_miss(0 if sequence.waited else k)
         candidates = sequence.candidates.get(sequence.length - 1 + k)
-        if k != len(emitted) - 1 or candidates is None:
+        if candidates is None:
             return
         others = [t for t in candidates.tolist() if k == len(drafts) or t != drafts[k]]
         rank = others.index(emitted[k]) if emitted[k] in others else None

@@ -28,6 +28,7 @@ class Sequence:
     num_drafts: int = 0
     jit: int = 0
     after_hit: bool = False
+    waited: bool = False  # the round now under verification was held up for just-in-time drafts
     decided_at: float = 0.0  # when its last outcome came
 
     @property

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-DECAY = 0.98
-REFRESH_CALLS = 32
-"""Calls between two looks for the best number."""
+DECAY = 0.998
+MIN_VARIANCE = 1.0
+"""In branches squared: steps that differ less say little of what a branch costs; the answer before weighs as much."""
+REFRESH_CALLS, REFRESH_CALLS_UNMEASURED = 32, 4
+"""Calls between two looks for the best number. The last of them gets half as many, so that steps keep differing."""
+MISS_DECAY, MISS_PRIOR = 0.98, 8.0
+"""Of the rounds after a miss, which are taken to accept nothing until so many were seen."""
 PUNCTUALITY = 4
 """A depth that takes longer than the window by a factor x is still there in time with chance x^-4: times scatter."""
 
@@ -15,14 +19,16 @@ class BranchBudget:
     """Branches for every request, from measured step times t_d(N) = a + b N and the time between outcomes.
 
     More branches hit more often, but make every step dearer, so that fewer of the K + 1 steps of a tree are done when
-    the outcome comes. N maximises the expected drafts handed over and accepted, p(N) times the sum of the s_j whose
-    depth j is there in time (planner.md, section 2).
+    the outcome comes. N maximises the expected drafts accepted: p(N) times the sum of the s_j whose depth j is there in
+    time (planner.md, section 2), and 1 - p(N) times what a round after a miss accepts all the same, of n-gram drafts.
     """
 
     def __init__(self, max_branches: int) -> None:
         self._max_branches = max_branches
         self._weight = self._n = self._t = self._nn = self._nt = 0.0
+        self._per_branch_s: float | None = None
         self._window_s = self._deviation_s = 0.0
+        self._misses = self._miss_accepted = 0.0
         self._cache: dict[tuple[int, int], tuple[int, int]] = {}  # (K, requests) -> (branches, calls left)
 
     def observe_step(self, num_branches: int, seconds: float) -> None:
@@ -42,6 +48,11 @@ class BranchBudget:
         self._deviation_s += 0.05 * (abs(seconds - self._window_s) - self._deviation_s) if self._window_s else 0.0
         self._window_s += weight * (seconds - self._window_s)
 
+    def observe_miss(self, num_accepted: int) -> None:
+        """The outcome of a round after a miss: drafts accepted that nobody waited for."""
+        self._misses = MISS_DECAY * self._misses + 1
+        self._miss_accepted = MISS_DECAY * self._miss_accepted + num_accepted
+
     def in_time(self, elapsed_s: float, num_steps: int) -> bool:
         """Whether `num_steps` more steps will surely be done when the next outcome comes."""
         if not self._weight or not self._window_s:
@@ -60,15 +71,19 @@ class BranchBudget:
         most = min(self._max_branches // num_requests, len(hit_chances) - 1)
         branches, calls_left = self._cache.get((num_drafts, num_requests), (most, 0))
         if not calls_left:
-            calls_left = REFRESH_CALLS
-            step = self.step_cost()
+            step = self._step_cost()
+            calls_left = REFRESH_CALLS_UNMEASURED if step is None else REFRESH_CALLS
             if step is not None and self._window_s:
+                after_miss = self._miss_accepted / (self._misses + MISS_PRIOR)
 
                 def drafts(n: int) -> float:
-                    return hit_chances[n] * self._timely_drafts(step[0] + step[1] * n * num_requests, survival)
+                    timely = self._timely_drafts(step[0] + step[1] * n * num_requests, survival)
+                    return hit_chances[n] * timely + (1 - hit_chances[n]) * after_miss
 
                 branches = max(range(1, most + 1), key=drafts)
         self._cache[num_drafts, num_requests] = branches, calls_left - 1
+        if calls_left == 1 and self._window_s:
+            branches = branches // 2 or 2
         return min(branches, most)
 
     def _timely_drafts(self, step_s: float, survival: Sequence[float]) -> float:
@@ -76,14 +91,16 @@ class BranchBudget:
         steps = self._window_s / step_s
         return sum(s * min(1.0, (steps / (j + 1)) ** PUNCTUALITY) for j, s in enumerate(survival, start=1))
 
-    def step_cost(self) -> tuple[float, float] | None:
+    def _step_cost(self) -> tuple[float, float] | None:
         """(a, b) in seconds and seconds a branch by decayed least squares; None while too little varied."""
         if self._weight < 10:
             return None
         mean_n, mean_t = self._n / self._weight, self._t / self._weight
         variance = self._nn / self._weight - mean_n * mean_n
-        if variance < 0.25:
+        covariance = self._nt / self._weight - mean_n * mean_t
+        if self._per_branch_s is not None:
+            variance, covariance = variance + MIN_VARIANCE, covariance + MIN_VARIANCE * self._per_branch_s
+        elif variance < MIN_VARIANCE:
             return None
-        per_branch_s = (self._nt / self._weight - mean_n * mean_t) / variance
-        per_branch_s = min(max(per_branch_s, 1e-7), mean_t / mean_n)
-        return max(mean_t - per_branch_s * mean_n, 1e-6), per_branch_s
+        self._per_branch_s = min(max(covariance / variance, 1e-7), mean_t / mean_n)
+        return max(mean_t - self._per_branch_s * mean_n, 1e-6), self._per_branch_s
