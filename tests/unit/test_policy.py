@@ -378,6 +378,45 @@ def test_a_longer_window_never_takes_branches_away(fixed_s, per_branch_s, window
     assert many >= few
 
 
+def test_branches_follow_what_a_miss_still_gets():
+    """When n-gram drafts are accepted anyway, depth is worth more than hits; a miss that had to wait gains nothing."""
+
+    def branches_after(accepted: list[int]) -> int:
+        budget = BranchBudget(24)
+        for i in range(40):
+            n = 1 + i % 24
+            budget.observe_step(n, 1e-3 + 0.2e-3 * n)
+            budget.observe_window(10e-3)
+        for k in accepted:
+            budget.observe_miss(k)
+        return budget.branches(3, 1, [1 - 0.6 * n**-0.8 if n else 0.0 for n in range(25)], [0.8, 0.6, 0.5])
+
+    numbers = [branches_after([k] * 100) for k in range(4)]
+    assert branches_after([]) == numbers[0] == 7
+    assert numbers == sorted(numbers, reverse=True) and numbers[-1] == 1
+
+
+def test_branches_are_never_settled_for_good():
+    """The number used now and then differs, so that the cost of a branch stays known when all trees look alike."""
+    budget, chances = BranchBudget(24), [1 - 0.6 * n**-0.8 if n else 0.0 for n in range(25)]
+
+    def settled(per_branch_s: float) -> int:
+        used = []
+        for _ in range(400):
+            n = budget.branches(3, 1, chances, [0.8, 0.6, 0.5])
+            budget.observe_window(10e-3)
+            for _ in range(4):
+                budget.observe_step(n, 1e-3 + per_branch_s * n)
+            used.append(n)
+        assert len(set(used[-100:])) > 1
+        return max(used[-100:], key=used.count)
+
+    assert settled(0.2e-3) in (7, 8)
+    assert settled(1e-3) <= 2
+    assert settled(1e-6) == 24
+    assert settled(0.2e-3) in (7, 8)
+
+
 # ---- adaptation: a simulated target ----------------------------------------------------------------------
 
 
@@ -502,6 +541,22 @@ def test_adaptation_follows_a_change(before, after):
     record = simulate(lambda i: before if i < 1000 else after, 3500, 8, seed=0)
     assert rate(record[500:1000]) >= 0.96 * best_rate(before, 8)
     assert rate(record[1500:]) >= 0.96 * best_rate(after, 8)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_adaptation_bears_text_that_changes_all_the_while(batch_size):
+    """Acceptance is drawn anew every 10 to 100 rounds: a probe of a few rounds sees one stretch of the text."""
+    ratios = []
+    for seed in range(8):
+        rng, acceptance = random.Random(seed), []
+        while len(acceptance) < 2000:
+            acceptance += [min(max(rng.gauss(0.7, 0.2), 0.05), 0.98)] * rng.randint(10, 100)
+        text = [Target(batch_size, 14, 0.5, mean) for mean in acceptance[:2000]]
+        record = simulate(text.__getitem__, 2000, 10, seed)[500:]
+        best = max(rate([(k, *target.expected(k)) for target in text[500:]]) for k in range(11))
+        ratios.append(rate(record) / best)
+    assert sum(ratios) / len(ratios) >= 0.95
+    assert min(ratios) >= 0.9
 
 
 def test_adaptation_keeps_batch_sizes_apart():

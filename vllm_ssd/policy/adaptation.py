@@ -13,14 +13,21 @@ HYSTERESIS = 1.02
 """Predicted gain in tokens per second that a switch takes."""
 KNOWN_ROUNDS = 2.0
 """Decayed rounds an arm needs to be switched to without a probe."""
+STALE_ROUNDS = 0.5
+"""Decayed rounds below which even an arm that promises little is probed again: it may have been unlucky."""
 FORGOTTEN_ROUNDS = 1e-6
 """Decayed rounds at which an arm counts as never measured."""
-PRIOR_ROWS = 16.0
-"""Row-rounds that acceptance by draft position weighs against what an arm's own rows accepted."""
+PRIOR_ACCEPTANCE, PRIOR_TRIES = 0.5, 4.0
+"""Chance that a first draft is accepted. A later one does like the one before it, until it was tried more often."""
+PRIOR_CARRIED = 16.0
+"""Row-rounds that the drafts carried under other arms weigh against those under an arm itself."""
+PRIOR_ROWS = 512.0
+"""Row-rounds that all this weighs against what an arm's own rows accepted."""
 STRAGGLER = 2.0
 """A round that took this many times what was expected is dropped, or counts as that when the one before did too."""
-CHANGE, CHANGE_ROUNDS, FORGET = 1.3, 32, 16.0
-"""Durations or tokens this far off for so many rounds are a changed environment: older rounds lose that much weight."""
+CHANGE, CHANGE_ROUNDS, CHANGE_ROWS, FORGET = 1.3, 32, 256, 16.0
+"""Durations or tokens this far off for so many rounds and row-rounds are a changed environment: older rounds lose that
+much weight."""
 PROBE_ROUNDS, PROBE_ROUNDS_OFF, MAX_PROBE_ROUNDS = 4, 8, 64
 """Rounds of a probe during speculation, during plain decoding (the drafter has to catch up), and while it does well."""
 MIN_PROBE_GAP, MAX_PROBE_GAP = 16, 256
@@ -56,7 +63,7 @@ class Adaptation:
 
         wanted: the drafts asked for; offered, accepted [batch_size]: drafts verified and accepted; seconds: duration.
         """
-        self._bucket(batch_size).observe(batch_size, wanted, sum(offered), accepted, seconds)
+        self._bucket(batch_size).observe(wanted, offered, accepted, seconds)
 
     def choose(self, batch_size: int) -> int:
         """Number of drafts for the next round; 0 is plain decoding."""
@@ -77,24 +84,54 @@ class Adaptation:
 
 
 @dataclass(slots=True)
-class Arm:
-    """Weighted sums over rounds that wanted the same number of drafts."""
+class Sums:
+    """Weighted sums over rounds."""
 
     rounds: float = 0.0
     rows: float = 0.0
-    drafts: float = 0.0
-    accepted: float = 0.0
+    tokens: float = 0.0
     seconds: float = 0.0
 
-    def add(self, weight: float, rows: int, drafts: int, accepted: int, seconds: float) -> None:
+    def add(self, weight: float, rows: int, tokens: int, seconds: float) -> None:
         self.rounds += weight
         self.rows += weight * rows
-        self.drafts += weight * drafts
-        self.accepted += weight * accepted
+        self.tokens += weight * tokens
         self.seconds += weight * seconds
 
-    def scaled(self, factor: float) -> Arm:
-        return Arm(*(factor * getattr(self, name) for name in self.__slots__))
+
+class Arm(Sums):
+    """Sums over rounds that wanted the same number of drafts.
+
+    carried[j], accepted[j]: rows that carried, and that accepted, more than j drafts; rejected[j]: rows that rejected
+    the draft after j accepted ones.
+    """
+
+    __slots__ = ("carried", "accepted", "rejected")
+
+    def __init__(self, max_drafts: int) -> None:
+        super().__init__()
+        self.carried, self.accepted, self.rejected = ([0.0] * max_drafts for _ in range(3))
+
+    def count(self, weight: float, offered: Sequence[int], accepted: Sequence[int]) -> None:
+        """Drafts offered and accepted in every row of a round, [B]."""
+        for drafts, k in zip(offered, accepted):
+            for j in range(drafts):
+                self.carried[j] += weight
+            for j in range(k):
+                self.accepted[j] += weight
+            if k < drafts:
+                self.rejected[k] += weight
+
+    def scale(self, factor: float) -> None:
+        self.rounds, self.rows = factor * self.rounds, factor * self.rows
+        self.tokens, self.seconds = factor * self.tokens, factor * self.seconds
+        for sums in (self.carried, self.accepted, self.rejected):
+            sums[:] = [factor * value for value in sums]
+
+    @property
+    def width(self) -> float:
+        """Tokens in the target's forward."""
+        return self.rows + sum(self.carried)
 
 
 class Bucket:
@@ -106,10 +143,8 @@ class Bucket:
     def __init__(self, max_drafts: int, start: int, choices: set[int]) -> None:
         self.settled = self.choice = start
         self._choices = choices
-        self._arms = [Arm() for _ in range(max_drafts + 1)]
-        # Row-rounds that could, and that did, accept draft j + 1 after draft j.
-        self._tried = [0.0] * max_drafts
-        self._passed = [0.0] * max_drafts
+        self._max_drafts = max_drafts
+        self._arms = [Arm(max_drafts) for _ in range(max_drafts + 1)]
         # The weight of the newest round: it grows, so that older rounds decay without being touched.
         self._weight = 1.0
         # (tokens in the target's forward, seconds) of every measured arm, in order.
@@ -117,22 +152,22 @@ class Bucket:
         self._slow = False
         self._num_rounds = 0
         self._ignored = 2  # rounds not to learn from, the first ones of a new arm
-        self._window, self._window_expected_s = Arm(), 0.0
-        self._probe: Arm | None = None
+        self._window, self._window_expected_s = Sums(), 0.0
+        self._probe: Sums | None = None
         self._probe_start = self._num_probes = 0
         self._probe_gap = self._next_probe = self._debt_end = MIN_PROBE_GAP
         self._rate_to_beat = 0.0
 
-    def observe(self, batch_size: int, wanted: int, drafts: int, accepted: Sequence[int], seconds: float) -> None:
+    def observe(self, wanted: int, offered: Sequence[int], accepted: Sequence[int], seconds: float) -> None:
         """Learn from a round, then follow the probe, start one, or evaluate when it is time."""
         self._num_rounds += 1
-        expected_s = interpolate(self._points, batch_size + drafts) if self._points else seconds
+        expected_s = interpolate(self._points, len(offered) + sum(offered)) if self._points else seconds
         limit_s = STRAGGLER * expected_s
         was_slow, self._slow = self._slow, seconds > limit_s
         if self._ignored and wanted == self.choice:
             self._ignored -= 1
         elif was_slow or not self._slow:
-            self._learn(batch_size, wanted, drafts, accepted, min(seconds, limit_s), expected_s)
+            self._learn(wanted, offered, accepted, min(seconds, limit_s), expected_s)
         if self._probe:
             self._follow_probe(self._probe)
         elif self._num_rounds >= self._next_probe:
@@ -148,47 +183,41 @@ class Bucket:
         return max(y1 - y0, 0.0) / (x1 - x0) if x1 > x0 else 0.0
 
     def _learn(
-        self, batch_size: int, wanted: int, drafts: int, accepted: Sequence[int], seconds: float, expected_s: float
+        self, wanted: int, offered: Sequence[int], accepted: Sequence[int], seconds: float, expected_s: float
     ) -> None:
-        sums = batch_size, drafts, sum(accepted), seconds
+        of_round = len(offered), len(offered) + sum(accepted), seconds
         if wanted == self.choice:
             if self._probe:
-                self._probe.add(1.0, *sums)
+                self._probe.add(1.0, *of_round)
             else:
-                self._window.add(1.0, *sums)
+                window = self._window
+                window.add(1.0, *of_round)
                 self._window_expected_s += expected_s
-                if self._window.rounds == CHANGE_ROUNDS:
+                if window.rounds >= CHANGE_ROUNDS and window.rows >= CHANGE_ROWS:
                     self._compare_window()
         weight = self._weight = self._weight * (1 + 1 / MEMORY_ROUNDS)
-        self._arms[wanted].add(weight, *sums)
-        if wanted:
-            num_rows = [0] * (wanted + 1)
-            for accept_length in accepted:
-                num_rows[accept_length] += 1
-            at_least = weight * batch_size
-            for j in range(wanted):
-                self._tried[j] += at_least
-                at_least -= weight * num_rows[j]
-                self._passed[j] += at_least
+        self._arms[wanted].add(weight, *of_round)
+        self._arms[wanted].count(weight, offered, accepted)
         if weight > 1e9:
             self._rescale()
 
     def _rescale(self) -> None:
         factor, self._weight = 1 / self._weight, 1.0
-        self._tried = [value * factor for value in self._tried]
-        self._passed = [value * factor for value in self._passed]
-        self._arms = [arm.scaled(factor) if arm.rounds * factor > FORGOTTEN_ROUNDS else Arm() for arm in self._arms]
+        for k, arm in enumerate(self._arms):
+            arm.scale(factor)
+            if arm.rounds <= FORGOTTEN_ROUNDS:
+                self._arms[k] = Arm(self._max_drafts)
 
     def _compare_window(self) -> None:
         """Forget most and probe soon when the last rounds do not look like those before."""
         window, arm = self._window, self._arms[self.settled]
         slowdown = window.seconds / self._window_expected_s
-        gain = (1 + window.accepted / window.rows) / (1 + arm.accepted / arm.rows) if arm.rows else 1.0
+        gain = window.tokens / window.rows / (arm.tokens / arm.rows) if arm.rows else 1.0
         if not (1 / CHANGE < slowdown < CHANGE and 1 / CHANGE < gain < CHANGE):
             self._weight *= FORGET
             self._next_probe = self._debt_end = self._num_rounds
             self._probe_gap = MIN_PROBE_GAP
-        self._window, self._window_expected_s = Arm(), 0.0
+        self._window, self._window_expected_s = Sums(), 0.0
 
     def _evaluate(self) -> None:
         """Settle on the best known arm; probe one that promises more when earlier probes are paid off."""
@@ -205,33 +234,35 @@ class Bucket:
         best = max(known, key=rates.__getitem__, default=self.settled)
         if rates[best] > HYSTERESIS * rates[self.settled]:
             self.settled = best
-            self._window, self._window_expected_s = Arm(), 0.0
+            self._window, self._window_expected_s = Sums(), 0.0
         self.choice = self.settled
 
     def _unsure_arm(self) -> int:
-        """Alternately the least known arm of a grid (0, 1, 2, 4, … and all drafts) and the likeliest to be best."""
-        most = len(self._arms) - 1
+        """Alternately the least known of a grid (0, 1, 2, 4, … and all drafts) that may be best, and the likeliest."""
+        rates, others = self._rates(), self._choices - {self.settled}
+        hoped = [rate * (1 + OPTIMISM / (1 + arm.rounds / self._weight) ** 0.5) for rate, arm in zip(rates, self._arms)]
         if self._num_probes % 2 == 0:
-            grid = self._choices.intersection(draft_grid(most)) - {self.settled}
-            return min(grid, key=lambda k: self._arms[k].rounds)
-        rates = self._rates()
-        hopes = [OPTIMISM / (1 + arm.rounds / self._weight) ** 0.5 for arm in self._arms]
-        return max(self._choices - {self.settled}, key=lambda k: rates[k] * (1 + hopes[k]))
+            grid = others.intersection(draft_grid(self._max_drafts))
+            stale = STALE_ROUNDS * self._weight
+            grid = [k for k in grid if hoped[k] > rates[self.settled] or self._arms[k].rounds < stale]
+            if grid:
+                return min(grid, key=lambda k: self._arms[k].rounds)
+        return max(others, key=hoped.__getitem__)
 
     def _start_probe(self, k: int) -> None:
         self._rate_to_beat = self._rates()[self.settled]
-        self._probe, self._probe_start = Arm(), self._num_rounds
+        self._probe, self._probe_start = Sums(), self._num_rounds
         self._num_probes += 1
         self._ignored = 1 if self.settled else 2
         self.choice = k
 
-    def _follow_probe(self, probe: Arm) -> None:
+    def _follow_probe(self, probe: Sums) -> None:
         """End a probe that has had its rounds or cannot win; one that is ahead goes on for a while."""
         self._update_points()
         length = self._num_rounds - self._probe_start
         tokens_to_beat = self._rate_to_beat * probe.seconds
         is_hopeless = probe.rounds >= 2 and probe.rows * (1 + self.choice) < tokens_to_beat
-        is_ahead = probe.rows + probe.accepted > tokens_to_beat and length < MAX_PROBE_ROUNDS
+        is_ahead = probe.tokens > tokens_to_beat and length < MAX_PROBE_ROUNDS
         is_over = length % (PROBE_ROUNDS if self.settled else PROBE_ROUNDS_OFF) == 0
         if not is_hopeless and (is_ahead or not is_over):
             return
@@ -249,25 +280,41 @@ class Bucket:
         return [t / s for t, s in zip(tokens, seconds)]
 
     def _predict(self) -> tuple[list[float], list[float]]:
-        """Tokens and seconds of a round of the batch, by number of drafts."""
+        """Tokens and seconds of a round of the batch, by number of drafts.
+
+        A row accepts draft j if it carries so many, which differs from arm to arm, and if that draft and those before
+        it are right, which differs more from one stretch of the text to the next and is learned from all arms together.
+        """
         self._update_points()
-        arms, prior = self._arms, PRIOR_ROWS * self._weight
+        arms, unit = self._arms, self._weight
         batch_size = sum(arm.rows for arm in arms) / sum(arm.rounds for arm in arms)
-        wanted = sum(k * arm.rows for k, arm in enumerate(arms))
-        drafts_per_wanted = sum(arm.drafts for arm in arms) / wanted if wanted else 1.0
-        tokens, seconds, expected, survival = [], [], 1.0, 1.0
+        # By draft: the chance that a row accepts it if it carries it; the chance that it carries it if it may.
+        acceptance, survival, surviving = PRIOR_ACCEPTANCE, 1.0, []
+        carries, carried = 1.0, []
+        for j in range(self._max_drafts):
+            tries, passed, could, did = PRIOR_TRIES, PRIOR_TRIES * acceptance, 1.0, carries
+            for arm in arms:
+                passed += arm.accepted[j] / unit
+                tries += (arm.accepted[j] + arm.rejected[j]) / unit
+            for arm in arms[j + 1 :]:
+                did += arm.carried[j] / unit
+                could += arm.rows / unit
+            acceptance, carries = passed / tries, did / could
+            survival *= acceptance
+            surviving.append(survival)
+            carried.append(carries)
+        tokens, seconds = [], []
         for k, arm in enumerate(arms):
-            if k:
-                survival *= (self._passed[k - 1] + self._weight) / (self._tried[k - 1] + 2 * self._weight)
-                expected += survival
-            tokens.append(batch_size * (arm.rows + arm.accepted + prior * expected) / (arm.rows + prior))
-            drafts = arm.drafts / arm.rows if arm.rows else k * drafts_per_wanted
-            seconds.append(interpolate(self._points, batch_size * (1 + drafts)))
+            rows, prior = arm.rows / unit, PRIOR_CARRIED
+            own = [(arm.carried[j] / unit + prior * carried[j]) / (rows + prior) for j in range(k)]
+            expected = 1 + sum(chance * survival for chance, survival in zip(own, surviving))
+            tokens.append(batch_size * (arm.tokens / unit + PRIOR_ROWS * expected) / (rows + PRIOR_ROWS))
+            seconds.append(interpolate(self._points, batch_size * (1 + sum(own))))
         return tokens, seconds
 
     def _update_points(self) -> None:
         measured = [arm for arm in self._arms if arm.rounds]
-        self._points = sorted(((arm.rows + arm.drafts) / arm.rounds, arm.seconds / arm.rounds) for arm in measured)
+        self._points = sorted((arm.width / arm.rounds, arm.seconds / arm.rounds) for arm in measured)
 
 
 def interpolate(points: list[tuple[float, float]], x: float) -> float:
