@@ -11,6 +11,8 @@ MEMORY_ROUNDS = 256
 EVALUATE_ROUNDS = 8
 HYSTERESIS = 1.02
 """Predicted gain in tokens per second that a switch takes."""
+SPECULATION_COST = 0.03
+"""Relative rate that speculation must gain over plain decoding: rounds with prompts, which are not seen, pay too."""
 KNOWN_ROUNDS = 2.0
 """Decayed rounds an arm needs to be switched to without a probe."""
 STALE_ROUNDS = 0.5
@@ -268,7 +270,7 @@ class Bucket:
             return
         probed, before, self._probe = self.choice, self.settled, None
         tokens, seconds = self._predict()
-        self._settle([t / s for t, s in zip(tokens, seconds)])
+        self._settle(self._rates_of(tokens, seconds))
         best = self.settled
         lost_rounds = length * (seconds[probed] / seconds[best] - tokens[probed] / tokens[best])
         self._debt_end = max(self._debt_end, self._num_rounds) + int(lost_rounds / PROBE_LOSS)
@@ -276,8 +278,11 @@ class Bucket:
         self._next_probe = max(self._num_rounds + self._probe_gap, self._debt_end)
 
     def _rates(self) -> list[float]:
-        tokens, seconds = self._predict()
-        return [t / s for t, s in zip(tokens, seconds)]
+        return self._rates_of(*self._predict())
+
+    def _rates_of(self, tokens: list[float], seconds: list[float]) -> list[float]:
+        plain, *speculative = (t / s for t, s in zip(tokens, seconds))
+        return [(1 + SPECULATION_COST) * plain, *speculative]
 
     def _predict(self) -> tuple[list[float], list[float]]:
         """Tokens and seconds of a round of the batch, by number of drafts.
