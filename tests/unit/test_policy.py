@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -352,14 +352,21 @@ def test_ngram_drafts_that_do_not_pay_are_tried_again():
 # ---- the branch budget -----------------------------------------------------------------------------------
 
 
-def branches(fixed_s: float, per_branch_s: float, window_s: float, num_requests: int = 1) -> int:
+HIT_CHANCES = [1 - 0.6 * n**-0.8 if n else 0.0 for n in range(25)]
+SURVIVAL = [0.8, 0.6, 0.5]
+
+
+def branches(
+    fixed_s: float, per_branch_s: float, window_s: float, num_requests: int = 1, after_misses: Sequence[int] = ()
+) -> int:
     budget = BranchBudget(24 * num_requests)
     for i in range(40):
         n = 1 + i % 24
         budget.observe_step(n, fixed_s + per_branch_s * n)
         budget.observe_window(window_s)
-    chances = [1 - 0.6 * n**-0.8 if n else 0.0 for n in range(25)]
-    return budget.branches(3, num_requests, chances, [0.8, 0.6, 0.5])
+    for num_accepted in after_misses:
+        budget.observe_miss(num_accepted)
+    return budget.branches(3, num_requests, HIT_CHANCES, SURVIVAL)
 
 
 def test_branches_cost_depth():
@@ -380,30 +387,19 @@ def test_a_longer_window_never_takes_branches_away(fixed_s, per_branch_s, window
 
 def test_branches_follow_what_a_miss_still_gets():
     """When n-gram drafts are accepted anyway, depth is worth more than hits; a miss that had to wait gains nothing."""
-
-    def branches_after(accepted: list[int]) -> int:
-        budget = BranchBudget(24)
-        for i in range(40):
-            n = 1 + i % 24
-            budget.observe_step(n, 1e-3 + 0.2e-3 * n)
-            budget.observe_window(10e-3)
-        for k in accepted:
-            budget.observe_miss(k)
-        return budget.branches(3, 1, [1 - 0.6 * n**-0.8 if n else 0.0 for n in range(25)], [0.8, 0.6, 0.5])
-
-    numbers = [branches_after([k] * 100) for k in range(4)]
-    assert branches_after([]) == numbers[0] == 7
+    numbers = [branches(1e-3, 0.2e-3, 10e-3, after_misses=[k] * 100) for k in range(4)]
+    assert branches(1e-3, 0.2e-3, 10e-3) == numbers[0] == 7
     assert numbers == sorted(numbers, reverse=True) and numbers[-1] == 1
 
 
 def test_branches_are_never_settled_for_good():
     """The number used now and then differs, so that the cost of a branch stays known when all trees look alike."""
-    budget, chances = BranchBudget(24), [1 - 0.6 * n**-0.8 if n else 0.0 for n in range(25)]
+    budget = BranchBudget(24)
 
     def settled(per_branch_s: float) -> int:
         used = []
         for _ in range(400):
-            n = budget.branches(3, 1, chances, [0.8, 0.6, 0.5])
+            n = budget.branches(3, 1, HIT_CHANCES, SURVIVAL)
             budget.observe_window(10e-3)
             for _ in range(4):
                 budget.observe_step(n, 1e-3 + per_branch_s * n)

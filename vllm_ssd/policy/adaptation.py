@@ -173,7 +173,8 @@ class Bucket:
         if self._probe:
             self._follow_probe(self._probe)
         elif self._num_rounds >= self._next_probe:
-            self._start_probe(self._unsure_arm())
+            rates = self._rates()
+            self._start_probe(self._unsure_arm(rates), rates)
         elif self._num_rounds % EVALUATE_ROUNDS == 0:
             self._evaluate()
 
@@ -229,7 +230,7 @@ class Bucket:
         self._settle(rates)
         best = max(self._choices, key=rates.__getitem__)
         if rates[best] > HYSTERESIS * rates[self.settled] and self._num_rounds >= self._debt_end:
-            self._start_probe(best)
+            self._start_probe(best, rates)
 
     def _settle(self, rates: list[float]) -> None:
         known = [k for k in self._choices if self._arms[k].rounds >= KNOWN_ROUNDS * self._weight]
@@ -239,9 +240,9 @@ class Bucket:
             self._window, self._window_expected_s = Sums(), 0.0
         self.choice = self.settled
 
-    def _unsure_arm(self) -> int:
+    def _unsure_arm(self, rates: list[float]) -> int:
         """Alternately the least known of a grid (0, 1, 2, 4, … and all drafts) that may be best, and the likeliest."""
-        rates, others = self._rates(), self._choices - {self.settled}
+        others = self._choices - {self.settled}
         hoped = [rate * (1 + OPTIMISM / (1 + arm.rounds / self._weight) ** 0.5) for rate, arm in zip(rates, self._arms)]
         if self._num_probes % 2 == 0:
             grid = others.intersection(draft_grid(self._max_drafts))
@@ -251,8 +252,8 @@ class Bucket:
                 return min(grid, key=lambda k: self._arms[k].rounds)
         return max(others, key=hoped.__getitem__)
 
-    def _start_probe(self, k: int) -> None:
-        self._rate_to_beat = self._rates()[self.settled]
+    def _start_probe(self, k: int, rates: list[float]) -> None:
+        self._rate_to_beat = rates[self.settled]
         self._probe, self._probe_start = Sums(), self._num_rounds
         self._num_probes += 1
         self._ignored = 1 if self.settled else 2
@@ -291,31 +292,36 @@ class Bucket:
         it are right, which differs more from one stretch of the text to the next and is learned from all arms together.
         """
         self._update_points()
-        arms, unit = self._arms, self._weight
+        arms, prior_carried, prior_rows = self._arms, PRIOR_CARRIED * self._weight, PRIOR_ROWS * self._weight
         batch_size = sum(arm.rows for arm in arms) / sum(arm.rounds for arm in arms)
-        # By draft: the chance that a row accepts it if it carries it; the chance that it carries it if it may.
-        acceptance, survival, surviving = PRIOR_ACCEPTANCE, 1.0, []
-        carries, carried = 1.0, []
-        for j in range(self._max_drafts):
-            tries, passed, could, did = PRIOR_TRIES, PRIOR_TRIES * acceptance, 1.0, carries
-            for arm in arms:
-                passed += arm.accepted[j] / unit
-                tries += (arm.accepted[j] + arm.rejected[j]) / unit
-            for arm in arms[j + 1 :]:
-                did += arm.carried[j] / unit
-                could += arm.rows / unit
-            acceptance, carries = passed / tries, did / could
-            survival *= acceptance
-            surviving.append(survival)
-            carried.append(carries)
+        carried, survival = self._pooled()
         tokens, seconds = [], []
         for k, arm in enumerate(arms):
-            rows, prior = arm.rows / unit, PRIOR_CARRIED
-            own = [(arm.carried[j] / unit + prior * carried[j]) / (rows + prior) for j in range(k)]
-            expected = 1 + sum(chance * survival for chance, survival in zip(own, surviving))
-            tokens.append(batch_size * (arm.tokens / unit + PRIOR_ROWS * expected) / (rows + PRIOR_ROWS))
+            own = [(arm.carried[j] + prior_carried * carried[j]) / (arm.rows + prior_carried) for j in range(k)]
+            expected = 1 + sum(c * s for c, s in zip(own, survival))
+            tokens.append(batch_size * (arm.tokens + prior_rows * expected) / (arm.rows + prior_rows))
             seconds.append(interpolate(self._points, batch_size * (1 + sum(own))))
         return tokens, seconds
+
+    def _pooled(self) -> tuple[list[float], list[float]]:
+        """Over all arms, by draft: the chance that a row carries it if it may, and that it and all before it are right.
+
+        What was hardly seen of a draft is taken from the one before it.
+        """
+        prior_tries = PRIOR_TRIES * self._weight
+        carries, acceptance, surviving = 1.0, PRIOR_ACCEPTANCE, 1.0
+        carried, survival = [], []
+        for j in range(self._max_drafts):
+            able = self._arms[j + 1 :]
+            may = sum(arm.rows for arm in able) + self._weight
+            carries = (sum(arm.carried[j] for arm in able) + self._weight * carries) / may
+            accepted = sum(arm.accepted[j] for arm in self._arms)
+            tried = accepted + sum(arm.rejected[j] for arm in self._arms)
+            acceptance = (accepted + prior_tries * acceptance) / (tried + prior_tries)
+            surviving *= acceptance
+            carried.append(carries)
+            survival.append(surviving)
+        return carried, survival
 
     def _update_points(self) -> None:
         measured = [arm for arm in self._arms if arm.rounds]

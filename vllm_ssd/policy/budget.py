@@ -8,7 +8,7 @@ DECAY = 0.998
 MIN_VARIANCE = 1.0
 """In branches squared: steps that differ less say little of what a branch costs; the answer before weighs as much."""
 REFRESH_CALLS, REFRESH_CALLS_UNMEASURED = 32, 4
-"""Calls between two looks for the best number. The last of them gets half as many, so that steps keep differing."""
+"""Calls between two looks for the best number. The last gets half as many (two for one): steps keep differing."""
 MISS_DECAY, MISS_PRIOR = 0.98, 8.0
 """Of the rounds after a miss, which are taken to accept nothing until so many were seen."""
 PUNCTUALITY = 4
