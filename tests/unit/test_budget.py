@@ -1,0 +1,68 @@
+"""The branch budget."""
+
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ssd.policy import BranchBudget
+
+HIT_CHANCES = [1 - 0.6 * n**-0.8 if n else 0.0 for n in range(25)]
+SURVIVAL = [0.8, 0.6, 0.5]
+
+
+def branches(
+    fixed_s: float, per_branch_s: float, window_s: float, num_requests: int = 1, after_misses: Sequence[int] = ()
+) -> int:
+    budget = BranchBudget(24 * num_requests)
+    for i in range(40):
+        n = 1 + i % 24
+        budget.observe_step(n, fixed_s + per_branch_s * n)
+        budget.observe_window(window_s)
+    for num_accepted in after_misses:
+        budget.observe_miss(num_accepted)
+    return budget.branches(3, num_requests, HIT_CHANCES, SURVIVAL)
+
+
+def test_branches_cost_depth():
+    assert branches(1e-3, 1e-6, window_s=10e-3) == 24, "a whole tree of the largest size fits"
+    assert branches(1e-3, 0.2e-3, window_s=10e-3) == 7, "four steps of 2.4 ms fit, of 2.6 ms do not"
+    assert 1 <= branches(1e-3, 0.2e-3, window_s=4e-3) <= 3, "even one branch fills the window"
+    assert branches(1e-3, 0.2e-3, window_s=1e-4) >= 1
+    assert branches(1e-3, 0.05e-3, window_s=10e-3, num_requests=4) <= 7, "requests share a step"
+
+
+@given(st.floats(1e-4, 1e-2), st.floats(1e-6, 1e-3), st.floats(1e-4, 0.1), st.integers(1, 8))
+def test_a_longer_window_never_takes_branches_away(fixed_s, per_branch_s, window_s, num_requests):
+    few = branches(fixed_s, per_branch_s, window_s, num_requests)
+    many = branches(fixed_s, per_branch_s, 1000 * window_s, num_requests)
+    assert 1 <= few <= 24 and 1 <= many <= 24
+    assert many >= few
+
+
+def test_branches_follow_what_a_miss_still_gets():
+    """When n-gram drafts are accepted anyway, depth is worth more than hits; a miss that had to wait gains nothing."""
+    numbers = [branches(1e-3, 0.2e-3, 10e-3, after_misses=[k] * 100) for k in range(4)]
+    assert branches(1e-3, 0.2e-3, 10e-3) == numbers[0] == 7
+    assert numbers == sorted(numbers, reverse=True) and numbers[-1] == 1
+
+
+def test_branches_are_never_settled_for_good():
+    """The number used now and then differs, so that the cost of a branch stays known when all trees look alike."""
+    budget = BranchBudget(24)
+
+    def settled(per_branch_s: float) -> int:
+        used = []
+        for _ in range(400):
+            n = budget.branches(3, 1, HIT_CHANCES, SURVIVAL)
+            budget.observe_window(10e-3)
+            for _ in range(4):
+                budget.observe_step(n, 1e-3 + per_branch_s * n)
+            used.append(n)
+        assert len(set(used[-100:])) > 1
+        return max(used[-100:], key=used.count)
+
+    assert settled(0.2e-3) in (7, 8)
+    assert settled(1e-3) <= 2
+    assert settled(1e-6) == 24
+    assert settled(0.2e-3) in (7, 8)
