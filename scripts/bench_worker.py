@@ -3,7 +3,9 @@
 import gc
 import os
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,7 +40,8 @@ class System:
 class Request:
     """Generate `max_tokens` for all `prompts`, `batch_size` of them at a time.
 
-    replay: drafts for a ceiling; num_junk_drafts: drafts a row that a ceiling makes up where it has none.
+    replay: drafts for a ceiling; num_junk_drafts: drafts a row that a ceiling makes up where it has none;
+    num_held_drafts: drafts a round of an adaptive engine while its adaptation rests.
     """
 
     prompts: list[list[int]]
@@ -47,6 +50,7 @@ class Request:
     temperature: float = 0.0
     replay: Drafts = field(default_factory=dict)
     num_junk_drafts: int = 0
+    num_held_drafts: int | None = None
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Turn:
 
     seconds: of all decoding steps; row_rounds: steps times the rows in them; handovers_s: host time from the outcome
     to the drafts, in rounds where every row hit; delayed_s: a core was wanted but taken by another process;
-    pids: of the engine and, with SSD, of its drafter.
+    wanted: rounds by the number of drafts that the adaptation chose; pids: of the engine and, with SSD, of its drafter.
     """
 
     token_ids: list[list[int]] = field(default_factory=list)
@@ -68,6 +72,7 @@ class Turn:
     handovers_s: list[float] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     build_ms: float = 0.0
+    wanted: Counter[int] = field(default_factory=Counter)
     pids: list[int] = field(default_factory=list)
 
 
@@ -129,6 +134,39 @@ class Recorder:
         return proposed
 
 
+class Steered:
+    """An adaptation that is watched and, with `num_drafts`, neither asked nor taught anything."""
+
+    def __init__(self, adaptation: Any, num_drafts: int | None, wanted: Counter[int]) -> None:
+        self._adaptation, self._num_drafts, self._wanted = adaptation, num_drafts, wanted
+
+    def choose(self, batch_size: int) -> int:
+        """Drafts of the next round."""
+        if self._num_drafts is not None:
+            return self._num_drafts
+        return self._adaptation.choose(batch_size)
+
+    def observe(self, batch_size: int, wanted: int, *of_round: Any) -> None:
+        """A round, of which a resting adaptation does not hear."""
+        self._wanted[wanted] += 1
+        if self._num_drafts is None:
+            self._adaptation.observe(batch_size, wanted, *of_round)
+
+    def draft_seconds(self, batch_size: int) -> float:
+        """What the adaptation knows."""
+        return self._adaptation.draft_seconds(batch_size)
+
+
+@contextmanager
+def steered(proposer: Any, num_drafts: int | None) -> Iterator[Counter[int]]:
+    """Watch an SSD engine's adaptation, or hold it at `num_drafts` -> rounds by number of drafts."""
+    verifier, wanted = proposer._verifier, Counter()
+    adaptation = verifier._adaptation
+    verifier._adaptation = Steered(adaptation, num_drafts, wanted)
+    yield wanted
+    verifier._adaptation = adaptation
+
+
 class Worker:
     """An engine for one system, pinned to `core` once it is up."""
 
@@ -181,8 +219,9 @@ class Worker:
         if self._recorder:
             self._recorder.clear()
         turn = Turn(delayed_s=-self._delayed_s(), pids=self.pids)
-        for i in range(0, len(request.prompts), request.batch_size):
-            self._decode(request.prompts[i : i + request.batch_size], request, turn)
+        with steered(self._ssd, request.num_held_drafts) if self._ssd else nullcontext(Counter()) as turn.wanted:
+            for i in range(0, len(request.prompts), request.batch_size):
+                self._decode(request.prompts[i : i + request.batch_size], request, turn)
         turn.delayed_s += self._delayed_s()
         turn.counts = {name: value - counts[name] for name, value in self._counts().items()}
         if self._recorder:
