@@ -9,8 +9,6 @@ from dataclasses import dataclass
 MEMORY_ROUNDS = 256
 """Rounds after which an observation's weight has fallen to 1 / e."""
 EVALUATE_ROUNDS = 8
-HYSTERESIS = 1.02
-"""Predicted gain in tokens per second that a switch takes."""
 SPECULATION_COST = 0.03
 """Relative rate that speculation must gain over plain decoding: rounds with prompts, which are not seen, pay too."""
 KNOWN_ROUNDS = 2.0
@@ -21,7 +19,7 @@ FORGOTTEN_ROUNDS = 1e-6
 """Decayed rounds at which an arm counts as never measured."""
 PRIOR_ACCEPTANCE, PRIOR_TRIES = 0.5, 4.0
 """Chance that a first draft is accepted. A later one does like the one before it, until it was tried more often."""
-PRIOR_CARRIED = 16.0
+PRIOR_CARRIED = 64.0
 """Row-rounds that the drafts carried under other arms weigh against those under an arm itself."""
 PRIOR_ROWS = 512.0
 """Row-rounds that all this weighs against what an arm's own rows accepted."""
@@ -33,9 +31,9 @@ much weight."""
 PROBE_ROUNDS, PROBE_ROUNDS_OFF, MAX_PROBE_ROUNDS = 4, 8, 64
 """Rounds of a probe during speculation, during plain decoding (the drafter has to catch up), and while it does well."""
 MIN_PROBE_GAP, MAX_PROBE_GAP = 16, 256
-PROBE_LOSS = 0.01
-"""Share of all time that probes may lose."""
-OPTIMISM = 0.3
+PROBE_LOSS, MAX_PROBE_CREDIT = 0.01, 4.0
+"""Share of all time that probes may lose; rounds that they may have lost in advance, at the start and after a change."""
+OPTIMISM = 0.15
 """Relative rate credited to an arm that was never measured when a probe is chosen."""
 
 
@@ -49,8 +47,8 @@ class Adaptation:
 
     Batch sizes share a bucket up to the next power of two. A bucket's arms are `choices`, among them 0 and
     num_speculative_tokens, by default every number from one to the other: it predicts a row's tokens and a round's
-    seconds for each, uses the best, and probes another for a few rounds when the time that earlier probes lost is at
-    most 1 % of all.
+    seconds for each, uses the best, and probes another for a few rounds as long as probes lose at most 1 % of the time
+    and four rounds.
     """
 
     def __init__(self, num_speculative_tokens: int, choices: Iterable[int] | None = None) -> None:
@@ -157,12 +155,14 @@ class Bucket:
         self._window, self._window_expected_s = Sums(), 0.0
         self._probe: Sums | None = None
         self._probe_start = self._num_probes = 0
-        self._probe_gap = self._next_probe = self._debt_end = MIN_PROBE_GAP
+        self._probe_gap = self._next_probe = MIN_PROBE_GAP
+        self._probe_credit = MAX_PROBE_CREDIT  # rounds that probes may lose
         self._rate_to_beat = 0.0
 
     def observe(self, wanted: int, offered: Sequence[int], accepted: Sequence[int], seconds: float) -> None:
         """Learn from a round, then follow the probe, start one, or evaluate when it is time."""
         self._num_rounds += 1
+        self._probe_credit = min(self._probe_credit + PROBE_LOSS, MAX_PROBE_CREDIT)
         expected_s = interpolate(self._points, len(offered) + sum(offered)) if self._points else seconds
         limit_s = STRAGGLER * expected_s
         was_slow, self._slow = self._slow, seconds > limit_s
@@ -172,7 +172,7 @@ class Bucket:
             self._learn(wanted, offered, accepted, min(seconds, limit_s), expected_s)
         if self._probe:
             self._follow_probe(self._probe)
-        elif self._num_rounds >= self._next_probe:
+        elif self._num_rounds >= self._next_probe and self._probe_credit > 0:
             rates = self._rates()
             self._start_probe(self._unsure_arm(rates), rates)
         elif self._num_rounds % EVALUATE_ROUNDS == 0:
@@ -218,8 +218,8 @@ class Bucket:
         gain = window.tokens / window.rows / (arm.tokens / arm.rows) if arm.rows else 1.0
         if not (1 / CHANGE < slowdown < CHANGE and 1 / CHANGE < gain < CHANGE):
             self._weight *= FORGET
-            self._next_probe = self._debt_end = self._num_rounds
-            self._probe_gap = MIN_PROBE_GAP
+            self._next_probe, self._probe_gap = self._num_rounds, MIN_PROBE_GAP
+            self._probe_credit = MAX_PROBE_CREDIT
         self._window, self._window_expected_s = Sums(), 0.0
 
     def _evaluate(self) -> None:
@@ -229,13 +229,13 @@ class Bucket:
             return
         self._settle(rates)
         best = max(self._choices, key=rates.__getitem__)
-        if rates[best] > HYSTERESIS * rates[self.settled] and self._num_rounds >= self._debt_end:
+        if rates[best] > rates[self.settled] and self._probe_credit > 0:
             self._start_probe(best, rates)
 
     def _settle(self, rates: list[float]) -> None:
         known = [k for k in self._choices if self._arms[k].rounds >= KNOWN_ROUNDS * self._weight]
         best = max(known, key=rates.__getitem__, default=self.settled)
-        if rates[best] > HYSTERESIS * rates[self.settled]:
+        if rates[best] > rates[self.settled]:
             self.settled = best
             self._window, self._window_expected_s = Sums(), 0.0
         self.choice = self.settled
@@ -274,9 +274,9 @@ class Bucket:
         self._settle(self._rates_of(tokens, seconds))
         best = self.settled
         lost_rounds = length * (seconds[probed] / seconds[best] - tokens[probed] / tokens[best])
-        self._debt_end = max(self._debt_end, self._num_rounds) + int(lost_rounds / PROBE_LOSS)
+        self._probe_credit -= max(lost_rounds, 0.0)
         self._probe_gap = min(2 * self._probe_gap, MAX_PROBE_GAP) if best == before else MIN_PROBE_GAP
-        self._next_probe = max(self._num_rounds + self._probe_gap, self._debt_end)
+        self._next_probe = self._num_rounds + self._probe_gap
 
     def _rates(self) -> list[float]:
         return self._rates_of(*self._predict())
