@@ -32,7 +32,7 @@ PROBE_ROUNDS, PROBE_ROUNDS_OFF, MAX_PROBE_ROUNDS = 4, 8, 64
 """Rounds of a probe during speculation, during plain decoding (the drafter has to catch up), and while it does well."""
 MIN_PROBE_GAP, MAX_PROBE_GAP = 16, 256
 PROBE_LOSS, MAX_PROBE_CREDIT = 0.01, 4.0
-"""Share of all time that probes may lose; rounds that they may have lost in advance, at the start and after a change."""
+"""Share of all time that probes may lose; rounds that they may lose in advance, at the start and after a change."""
 OPTIMISM = 0.15
 """Relative rate credited to an arm that was never measured when a probe is chosen."""
 
@@ -151,7 +151,7 @@ class Bucket:
         self._points: list[tuple[float, float]] = []
         self._slow = False
         self._num_rounds = 0
-        self._ignored = 2  # rounds not to learn from, the first ones of a new arm
+        self._ignored, self._ignored_s = 2, 0.0  # rounds not to learn from, at least so long: the first of a new arm
         self._window, self._window_expected_s = Sums(), 0.0
         self._probe: Sums | None = None
         self._probe_start = self._num_probes = 0
@@ -166,8 +166,8 @@ class Bucket:
         expected_s = interpolate(self._points, len(offered) + sum(offered)) if self._points else seconds
         limit_s = STRAGGLER * expected_s
         was_slow, self._slow = self._slow, seconds > limit_s
-        if self._ignored and wanted == self.choice:
-            self._ignored -= 1
+        if (self._ignored > 0 or self._ignored_s > 0) and wanted == self.choice:
+            self._ignored, self._ignored_s = self._ignored - 1, self._ignored_s - seconds
         elif was_slow or not self._slow:
             self._learn(wanted, offered, accepted, min(seconds, limit_s), expected_s)
         if self._probe:
@@ -256,7 +256,10 @@ class Bucket:
         self._rate_to_beat = rates[self.settled]
         self._probe, self._probe_start = Sums(), self._num_rounds
         self._num_probes += 1
-        self._ignored = 1 if self.settled else 2
+        self._ignored, self._ignored_s = 1 if self.settled else 2, 0.0
+        arm = self._arms[self.settled]
+        if k == 0 and arm.rounds:  # the drafter still grows the trees of the round before, and slows the target down
+            self._ignored_s = arm.seconds / arm.rounds
         self.choice = k
 
     def _follow_probe(self, probe: Sums) -> None:
@@ -265,9 +268,9 @@ class Bucket:
         length = self._num_rounds - self._probe_start
         tokens_to_beat = self._rate_to_beat * probe.seconds
         is_hopeless = probe.rounds >= 2 and probe.rows * (1 + self.choice) < tokens_to_beat
-        is_ahead = probe.tokens > tokens_to_beat and length < MAX_PROBE_ROUNDS
-        is_over = length % (PROBE_ROUNDS if self.settled else PROBE_ROUNDS_OFF) == 0
-        if not is_hopeless and (is_ahead or not is_over):
+        is_ahead = probe.tokens > tokens_to_beat
+        is_over = length % (PROBE_ROUNDS if self.settled else PROBE_ROUNDS_OFF) == 0 and probe.rounds > 0
+        if not is_hopeless and length < MAX_PROBE_ROUNDS and (is_ahead or not is_over):
             return
         probed, before, self._probe = self.choice, self.settled, None
         tokens, seconds = self._predict()

@@ -71,7 +71,7 @@ class BranchBudget:
         most = min(self._max_branches // num_requests, len(hit_chances) - 1)
         branches, calls_left = self._cache.get((num_drafts, num_requests), (most, 0))
         if not calls_left:
-            step = self._step_cost()
+            step = self._fit_step()
             calls_left = REFRESH_CALLS_UNMEASURED if step is None else REFRESH_CALLS
             if step is not None and self._window_s:
                 after_miss = self._miss_accepted / (self._misses + MISS_PRIOR)
@@ -91,8 +91,11 @@ class BranchBudget:
         steps = self._window_s / step_s
         return sum(s * min(1.0, (steps / (j + 1)) ** PUNCTUALITY) for j, s in enumerate(survival, start=1))
 
-    def _step_cost(self) -> tuple[float, float] | None:
-        """(a, b) in seconds and seconds a branch by decayed least squares; None while too little varied."""
+    def _fit_step(self) -> tuple[float, float] | None:
+        """(a, b) in seconds and seconds a branch by decayed least squares, b also kept for when steps no longer differ.
+
+        None until they did.
+        """
         if self._weight < 10:
             return None
         mean_n, mean_t = self._n / self._weight, self._t / self._weight
