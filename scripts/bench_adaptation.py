@@ -4,10 +4,10 @@
 
 In every repetition a fresh engine starts with far too many drafts and an unlearned split of branches. After so many
 rounds it is measured, adaptive in turns with the same engine held at fixed numbers of drafts, of which its adaptation
-learns nothing. Then the prompts change (from Python sources to the English of package descriptions), later the batch
-size, and each time it gets as many rounds again before it is measured. An engine is compared with itself because equal
-engines differ by several percent, and the best setting is taken from the other repetitions: of settings that are
-equally good, noise would make the best one.
+learns nothing (its drafter does, for all settings alike). Then the prompts change (from Python sources to the English
+of package descriptions), later the batch size, and each time it gets as many rounds again before it is measured. An
+engine is compared with itself because equal engines differ by several percent, and the best setting is taken from the
+other repetitions: of settings that are equally good, noise would make the best one.
 """
 
 import argparse
@@ -76,11 +76,11 @@ def settle(engine: Fleet, phase: Phase, args: argparse.Namespace) -> list[tuple[
 
 def measure(engine: Fleet, phase: Phase, args: argparse.Namespace) -> dict[str, Measured]:
     """Every setting over the same prompts, in an order that changes from turn to turn; no drafts in the first turn."""
-    settings = {"adaptive": None, **{f"K={k}": k for k in args.fixed_k}}
-    found = {name: Measured() for name in ["no drafts", *settings]}
+    settings = [("adaptive", None), *((f"K={k}", k) for k in args.fixed_k)]
+    found = {name: Measured() for name in ["no drafts", *dict(settings)]}
     for turn in range(args.turns):
         first = turn % len(settings)
-        order = [*settings.items()][first:] + [*settings.items()][:first]
+        order = settings[first:] + settings[:first]
         prompts = [next(phase.prompts) for _ in range(max(args.prompts, phase.batch_size))]
         for name, held in order if turn else [*order, ("no drafts", 0)]:
             request = Request(prompts, phase.batch_size, args.tokens, num_held_drafts=held)

@@ -117,6 +117,27 @@ def test_adaptation_stays_off_at_little_cost_when_speculation_loses(batch_size):
     assert rate(record) >= 0.98 * target.rate(0)
 
 
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_plain_decoding_is_not_judged_while_the_drafter_is_busy(batch_size):
+    """After a speculative round the drafter slows as many plain rounds by 40 % as fit into the time that round took."""
+    target, max_drafts = Target(batch_size, 26, 1.7 / batch_size, 0.45, drafting_s=20), 3
+    plain_s = target.expected(0)[1]
+    assert target.rate(0) > 1.1 * max(target.rate(wanted) for wanted in range(1, max_drafts + 1))
+    for seed in range(8):
+        adaptation, rng, busy_s, record = Adaptation(max_drafts), random.Random(seed), 0.0, []
+        for _ in range(600):
+            wanted = adaptation.choose(batch_size)
+            offered, accepted, seconds = target.round(wanted, rng)
+            if wanted:
+                busy_s = target.expected(wanted)[1]
+            elif busy_s > 0:
+                busy_s -= plain_s
+                seconds *= 1.4
+            adaptation.observe(batch_size, wanted, offered, accepted, seconds)
+            record.append(wanted)
+        assert record[300:].count(0) >= 0.85 * len(record[300:])
+
+
 CHEAP = Target(8, 10, 0.02, 0.85, hit=0.9)
 DEAR = Target(8, 10, 1.2, 0.7)
 UNPREDICTABLE = Target(8, 10, 0.3, 0.2, hit=0.3)
