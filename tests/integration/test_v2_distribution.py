@@ -11,7 +11,7 @@ from sampling import p_value, sample
 from tiny_models import write_pair
 
 SAMPLING = [{"temperature": 0.7}, {"temperature": 1.0, "top_k": 12, "top_p": 0.85}]
-RUN = dict(prompts=[[3, 7, 1]], num_samples=600, num_tokens=4)
+RUN = dict(prompts=[[3, 7, 1]], num_samples=900, num_tokens=4)
 
 
 @pytest.fixture(scope="module")
