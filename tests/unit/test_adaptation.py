@@ -55,6 +55,22 @@ class Target:
         return offered, accepted, seconds
 
 
+@dataclass
+class BusyTarget(Target):
+    """Its drafter slows plain rounds by 40 %, as many as fit into the speculative round before."""
+
+    busy_s: float = 0.0
+
+    def round(self, wanted: int, rng: random.Random) -> tuple[list[int], list[int], float]:
+        offered, accepted, seconds = super().round(wanted, rng)
+        if wanted:
+            self.busy_s = self.expected(wanted)[1]
+        elif self.busy_s > 0:
+            self.busy_s -= self.expected(0)[1]
+            seconds *= 1.4
+        return offered, accepted, seconds
+
+
 def simulate(
     target_at: Callable[[int], Target], rounds: int, max_drafts: int, seed: int, lag: int = 0
 ) -> list[tuple[int, float, float]]:
@@ -120,21 +136,12 @@ def test_adaptation_stays_off_at_little_cost_when_speculation_loses(batch_size):
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_plain_decoding_is_not_judged_while_the_drafter_is_busy(batch_size):
     """After a speculative round the drafter slows as many plain rounds by 40 % as fit into the time that round took."""
-    target, max_drafts = Target(batch_size, 26, 1.7 / batch_size, 0.45, drafting_s=20), 3
-    plain_s = target.expected(0)[1]
+    max_drafts = 3
+    target = BusyTarget(batch_size, 26, 1.7 / batch_size, 0.45, drafting_s=20)
     assert target.rate(0) > 1.1 * max(target.rate(wanted) for wanted in range(1, max_drafts + 1))
     for seed in range(8):
-        adaptation, rng, busy_s, record = Adaptation(max_drafts), random.Random(seed), 0.0, []
-        for _ in range(600):
-            wanted = adaptation.choose(batch_size)
-            offered, accepted, seconds = target.round(wanted, rng)
-            if wanted:
-                busy_s = target.expected(wanted)[1]
-            elif busy_s > 0:
-                busy_s -= plain_s
-                seconds *= 1.4
-            adaptation.observe(batch_size, wanted, offered, accepted, seconds)
-            record.append(wanted)
+        target.busy_s = 0.0
+        record = [wanted for wanted, *_ in simulate(lambda _: target, 600, max_drafts, seed)]
         assert record[300:].count(0) >= 0.85 * len(record[300:])
 
 
