@@ -95,8 +95,7 @@ def summarise(phases: Sequence[Phase], found: Sequence[dict]) -> list[dict]:
         measured = [repetition[phase.name]["measured"] for repetition in found]
         ratios, bests = [], []
         for i, here in enumerate(measured):
-            rates = total_rates(measured[:i] + measured[i + 1 :] or measured)
-            bests.append(max((name for name in rates if name != "adaptive"), key=rates.get))
+            bests.append(best_fixed(total_rates(measured[:i] + measured[i + 1 :] or measured)))
             ratios.append(here["adaptive"].rate / here[bests[i]].rate)
         rates = total_rates(measured)
         rows.append(
@@ -104,7 +103,7 @@ def summarise(phases: Sequence[Phase], found: Sequence[dict]) -> list[dict]:
                 "phase": phase.name,
                 "batch_size": phase.batch_size,
                 "tokens_per_second": rates,
-                "best": max((name for name in rates if name != "adaptive"), key=rates.get),
+                "best": best_fixed(rates),
                 "best_of_others": bests,
                 "ratios": ratios,
                 "ratio": spread(ratios) if len(ratios) > 1 else {"median": ratios[0]},
@@ -119,6 +118,11 @@ def total_rates(measured: Sequence[dict[str, Measured]]) -> dict[str, float]:
     return {
         name: sum(m[name].tokens for m in measured) / sum(m[name].seconds for m in measured) for name in measured[0]
     }
+
+
+def best_fixed(rates: dict[str, float]) -> str:
+    """The setting with the most tokens per second, the adaptive one apart."""
+    return max((name for name in rates if name != "adaptive"), key=rates.get)
 
 
 def settling(found: Sequence[Sequence[tuple[int, float, int]]]) -> list[tuple[float, float]]:

@@ -4,8 +4,7 @@ import gc
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -135,36 +134,33 @@ class Recorder:
 
 
 class Steered:
-    """An adaptation that is watched and, with `num_drafts`, neither asked nor taught anything."""
+    """Stands in for an SSD proposer's adaptation: counts rounds, may hold it at a number of drafts while it rests."""
 
-    def __init__(self, adaptation: Any, num_drafts: int | None, wanted: Counter[int]) -> None:
-        self._adaptation, self._num_drafts, self._wanted = adaptation, num_drafts, wanted
+    def __init__(self, proposer: Any) -> None:
+        self._adaptation = proposer._verifier._adaptation
+        self.begin(None)
+        proposer._verifier._adaptation = self
+
+    def begin(self, num_held_drafts: int | None) -> None:
+        """Forget the rounds counted; with `num_held_drafts` the adaptation is neither asked nor taught anything."""
+        self._num_held_drafts = num_held_drafts
+        self.wanted: Counter[int] = Counter()
 
     def choose(self, batch_size: int) -> int:
         """Drafts of the next round."""
-        if self._num_drafts is not None:
-            return self._num_drafts
+        if self._num_held_drafts is not None:
+            return self._num_held_drafts
         return self._adaptation.choose(batch_size)
 
     def observe(self, batch_size: int, wanted: int, *of_round: Any) -> None:
         """A round, of which a resting adaptation does not hear."""
-        self._wanted[wanted] += 1
-        if self._num_drafts is None:
+        self.wanted[wanted] += 1
+        if self._num_held_drafts is None:
             self._adaptation.observe(batch_size, wanted, *of_round)
 
     def draft_seconds(self, batch_size: int) -> float:
         """What the adaptation knows."""
         return self._adaptation.draft_seconds(batch_size)
-
-
-@contextmanager
-def steered(proposer: Any, num_drafts: int | None) -> Iterator[Counter[int]]:
-    """Watch an SSD engine's adaptation, or hold it at `num_drafts` -> rounds by number of drafts."""
-    verifier, wanted = proposer._verifier, Counter()
-    adaptation = verifier._adaptation
-    verifier._adaptation = Steered(adaptation, num_drafts, wanted)
-    yield wanted
-    verifier._adaptation = adaptation
 
 
 class Worker:
@@ -199,6 +195,7 @@ class Worker:
         self._replay = proposer if system.method == "ceiling" else None
         self._ssd = proposer if system.method == "ssd" else None
         self._recorder = Recorder(proposer) if self._ssd else None
+        self._steered = Steered(proposer) if self._ssd else None
         self._num_requests = 0
         for thread in os.listdir("/proc/self/task"):
             os.sched_setaffinity(int(thread), {core})
@@ -218,14 +215,15 @@ class Worker:
         counts = self._counts()
         if self._recorder:
             self._recorder.clear()
+            self._steered.begin(request.num_held_drafts)
         turn = Turn(delayed_s=-self._delayed_s(), pids=self.pids)
-        with steered(self._ssd, request.num_held_drafts) if self._ssd else nullcontext(Counter()) as turn.wanted:
-            for i in range(0, len(request.prompts), request.batch_size):
-                self._decode(request.prompts[i : i + request.batch_size], request, turn)
+        for i in range(0, len(request.prompts), request.batch_size):
+            self._decode(request.prompts[i : i + request.batch_size], request, turn)
         turn.delayed_s += self._delayed_s()
         turn.counts = {name: value - counts[name] for name, value in self._counts().items()}
         if self._recorder:
             turn.drafts, turn.handovers_s = self._recorder.drafts, self._recorder.handovers_s
+            turn.wanted = self._steered.wanted
             stats = self._ssd._metrics.drafter_stats
             turn.build_ms = stats.build_ms if stats else 0.0
         return turn

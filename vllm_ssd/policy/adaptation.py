@@ -223,7 +223,7 @@ class Bucket:
         self._window, self._window_expected_s = Sums(), 0.0
 
     def _evaluate(self) -> None:
-        """Settle on the best known arm; probe one that promises more when earlier probes are paid off."""
+        """Settle on the best known arm; probe one that promises more as far as probes may lose."""
         rates = self._rates()
         if not self._num_probes:
             return
