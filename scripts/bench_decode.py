@@ -35,7 +35,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from train_pair import read_sources
 
-PAIR = Path(__file__).resolve().parents[1] / "vllm_ssd" / "pair"
+PAIR = Path(__file__).resolve().parents[1] / "tests" / "assets" / "pair"
 STARTS_AT_ONCE = 2
 STARTUP_TIMEOUT_S = 300
 COST_ROUNDS = 3

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vllm_ssd.drafter.lifetime import die_with
-from vllm_ssd.profiler.worker import decode
+from vllm_ssd.planning.worker import decode
 
 PROMPT_TOKENS = 64
 MAX_MODEL_LEN = 1024
@@ -171,7 +171,7 @@ class Worker:
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.sample import rejection_sampler
 
-        from vllm_ssd.compat.runner_v1 import expand_batch_to_tokens
+        from vllm_ssd.compat.target.runner_v1 import expand_batch_to_tokens
 
         # Stock vLLM verifies with uninitialised temperatures on the CPU; SSD repairs that for itself.
         rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens

@@ -25,8 +25,8 @@ from resize_model import deepen, widen
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vllm_ssd.planner import Prediction, Profile, Setting, predict_plain, predict_sd, predict_ssd
-from vllm_ssd.profiler import Profiler, ProfilerFailed, Subject
+from vllm_ssd.planning import Prediction, Profile, Setting, predict_plain, predict_sd, predict_ssd
+from vllm_ssd.planning.measure import Profiler, ProfilerFailed, Subject
 
 
 def make_systems(target: str, drafter: str, args: argparse.Namespace) -> list[System]:

@@ -34,7 +34,7 @@ from rich.progress_bar import ProgressBar
 from rich.syntax import Syntax
 from rich.table import Table
 
-PAIR = Path(__file__).resolve().parents[1] / "vllm_ssd" / "pair"
+PAIR = Path(__file__).resolve().parents[1] / "tests" / "assets" / "pair"
 VLLM = Path(sys.executable).parent / "vllm"
 MODEL = "target"
 NUM_SPECULATIVE_TOKENS = 5

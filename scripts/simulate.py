@@ -19,8 +19,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vllm_ssd.planner import Profile, Recorded, Report, Scenario, Simulation, Synthetic, Workload
-from vllm_ssd.planner.published import (
+from vllm_ssd.planning import Profile, Recorded, Report, Scenario, Simulation, Synthetic, Workload
+from vllm_ssd.planning.published import (
     PUBLISHED_SD,
     PUBLISHED_SSD,
     SSD_BY_BATCH,

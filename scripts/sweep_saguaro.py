@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from train_pair import continue_text, load_pair
 
-from vllm_ssd.planner import Acceptance, Costs, Profile, Report, Scenario, Simulation, Synthetic, Workload
-from vllm_ssd.planner.published import published_profile
+from vllm_ssd.planning import Acceptance, Costs, Profile, Report, Scenario, Simulation, Synthetic, Workload
+from vllm_ssd.planning.published import published_profile
 from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, saguaro
 
 TOP_M = 64

@@ -547,7 +547,7 @@ On files held out of training, on the saved weights in float32:
 def main() -> None:
     """Train, save and measure the pair."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "vllm_ssd" / "pair")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "tests" / "assets" / "pair")
     parser.add_argument("--minutes", type=float, default=30.0, help="training time; the schedules always complete")
     parser.add_argument("--co-training-steps", type=int, help="follow this step count rather than the clock")
     parser.add_argument("--distillation-steps", type=int, help="follow this step count rather than the clock")

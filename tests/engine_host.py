@@ -35,7 +35,7 @@ class EngineHost:
         self._adapters: dict[str, int] = {}  # number of each folder: vLLM tells adapters apart by it
 
     def start(self, *, patches: dict[str, Any] | None = None, **engine_args: Any) -> None:
-        """Start the engine with module attributes such as "vllm_ssd.launch.HANG_S" replaced by `patches`.
+        """Start the engine with module attributes such as "vllm_ssd.link.process.HANG_S" replaced by `patches`.
 
         With several workers the proposer is in another process, and only vLLM's own counters are seen.
         """
@@ -189,7 +189,7 @@ class EngineHost:
         speculator.propose, speculator.invalid_drafts = propose, invalid_drafts
 
     def _see_ngram_drafts(self) -> None:
-        from vllm_ssd import verifier
+        from vllm_ssd.target.v1 import round as verifier
 
         original = verifier.ngram_drafts
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 HOST = Path(__file__).with_name("engine_host.py")
-PAIR = Path(__file__).parents[1] / "vllm_ssd" / "pair"
+PAIR = Path(__file__).parent / "assets" / "pair"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_ssd.config import parse_cpus
-from vllm_ssd.planner import (
+from vllm_ssd.planning import (
     DEVICES,
     Acceptance,
     Costs,
@@ -105,7 +105,7 @@ def profile_command(
     trace: Annotated[Path | None, typer.Option(help="also write the recorded outcomes")] = None,
 ) -> None:
     """Measure verification, draft steps and acceptance with real engines on this machine."""
-    from vllm_ssd.profiler import Profiler, ProfilerFailed, Subject
+    from vllm_ssd.planning.measure import Profiler, ProfilerFailed, Subject
 
     try:
         args = json.loads(engine_args)

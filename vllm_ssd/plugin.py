@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.vllm_ssd")
 
-PROPOSER = "vllm_ssd.proposer.SSDProposer"
-PIPELINE_EXTENSION = "vllm_ssd.compat.pipeline.WorkerExtension"
+PROPOSER = "vllm_ssd.target.v1.proposer.SSDProposer"
+PIPELINE_EXTENSION = "vllm_ssd.compat.target.pipeline.WorkerExtension"
 
 
 def register() -> None:
@@ -22,8 +22,8 @@ def register() -> None:
     try:
         from vllm.engine.arg_utils import EngineArgs
 
-        from vllm_ssd.compat.batches import run_one_batch_at_a_time
-        from vllm_ssd.compat.runner import check_runner, install_speculator
+        from vllm_ssd.compat.target.batches import run_one_batch_at_a_time
+        from vllm_ssd.compat.target.runner import check_runner, install_speculator
 
         run_one_batch_at_a_time()
         original = EngineArgs.create_speculative_config
@@ -54,7 +54,7 @@ def register() -> None:
 
 def build_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
     """What the V2 runner drafts with."""
-    from vllm_ssd.speculator import SSDSpeculator
+    from vllm_ssd.target.v2.speculator import SSDSpeculator
 
     return SSDSpeculator(vllm_config, device, req_states)
 
@@ -74,7 +74,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     """
     import vllm
 
-    from vllm_ssd.compat import runner
+    from vllm_ssd.compat.target import runner
     from vllm_ssd.compat.version import check_vllm_version
     from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV, SSDConfig
 
@@ -110,7 +110,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
 
 def on_v2(config: SSDConfig, engine_args: Any, parallel_config: Any) -> dict[str, Any]:
     """What vLLM takes us for on the V2 runner; with `adaptive` its scheduler becomes ours where that can be."""
-    from vllm_ssd.compat import runner
+    from vllm_ssd.compat.target import runner
 
     disguise = {
         "method": runner.METHOD_ON_V2,

@@ -12,11 +12,11 @@ import sys
 import numpy as np
 import torch
 
-from vllm_ssd.compat import tree_backend
-from vllm_ssd.compat.draft_model import DraftModel
-from vllm_ssd.drafter.device_pages import DevicePages
+from vllm_ssd.compat.drafter import tree_backend
+from vllm_ssd.compat.drafter.draft_model import DraftModel
 from vllm_ssd.drafter.engine import DraftEngine
-from vllm_ssd.drafter.pages import HostPages
+from vllm_ssd.drafter.pages.device import DevicePages
+from vllm_ssd.drafter.pages.host import HostPages
 from vllm_ssd.drafter.self_check import WrongTrees, check_trees
 from vllm_ssd.policy import FanOut
 

@@ -30,7 +30,7 @@ def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared_engine(start_engine: Callable[..., Engine], draft_model: Path) -> Iterator[Engine]:
     engine = start_engine(
         speculative={"model": str(draft_model), "branch_budget": 12, "on_miss": "wait"},
-        patches={"vllm_ssd.launch.HANG_S": HANG_S, "vllm_ssd.launch.BACKOFF_S": (0.2, 1.0)},
+        patches={"vllm_ssd.link.process.HANG_S": HANG_S, "vllm_ssd.link.process.BACKOFF_S": (0.2, 1.0)},
     )
     yield engine
     engine.close()

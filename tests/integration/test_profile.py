@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from engines import ENVIRONMENT, PAIR
 
-from vllm_ssd.planner import Profile
-from vllm_ssd.profiler.measure import BRANCHES
+from vllm_ssd.planning import Profile
+from vllm_ssd.planning.measure import BRANCHES
 
 ENGINE_ARGS = {
     "dtype": "float32",

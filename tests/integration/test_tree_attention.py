@@ -29,7 +29,7 @@ def test_trees_on_the_device_equal_sequences_on_the_host(tmp_path):
         assert run.returncode == 0, run.stderr[-4000:]
         results[attention] = json.loads(run.stdout.splitlines()[-1])
     tree, plain = results["tree"], results["vllm"]
-    assert tree["backend"] == "vllm_ssd.compat.tree_backend" and plain["backend"].startswith("vllm.")
+    assert tree["backend"] == "vllm_ssd.compat.drafter.tree_backend" and plain["backend"].startswith("vllm.")
     assert tree["grown"] == plain["grown"] and tree["steps"] == plain["steps"]
     assert "standard deviations" in tree["fault"]
     drafts = [drafts for blocks in tree["grown"] for block in blocks.values() for _, drafts in block]

@@ -28,7 +28,7 @@ CODE = r"def [a-z_]{3,8}\(self, [a-z]{1,8}\):\n    return [a-z]{1,8}\n"
 def engine(start_engine: Callable[..., Engine]) -> Iterator[Engine]:
     engine = start_engine(
         speculative={"branch_budget": 12, "adaptive": True, "on_miss": "skip"},
-        patches={"vllm_ssd.launch.HANG_S": HANG_S, "vllm_ssd.launch.BACKOFF_S": (0.2, 1.0)},
+        patches={"vllm_ssd.link.process.HANG_S": HANG_S, "vllm_ssd.link.process.BACKOFF_S": (0.2, 1.0)},
         environment=ON_V2,
     )
     assert engine.call("is_async")

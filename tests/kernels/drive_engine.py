@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 import test_engine
 
-from vllm_ssd.compat.paged import TreeBatch
+from vllm_ssd.compat.drafter.paged import TreeBatch
 from vllm_ssd.drafter import device_steps
-from vllm_ssd.drafter.device_pages import DevicePages
+from vllm_ssd.drafter.pages.device import DevicePages
 from vllm_ssd.kernels import copy_pages, reference_ops, sample
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

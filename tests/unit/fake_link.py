@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import socket
+
 import fake_model
 
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.server import apply
+from vllm_ssd.link.protocol import Push, Step
+from vllm_ssd.link.transport import DEFAULT_MAX_PENDING_BYTES, ProcessTransport
 from vllm_ssd.policy import FanOut
-from vllm_ssd.protocol import Push, Step
-from vllm_ssd.transport.inproc import pair
 
 K = 3
+
+
+def pair(max_pending_bytes: int = DEFAULT_MAX_PENDING_BYTES) -> tuple[ProcessTransport, ProcessTransport]:
+    """The target's end and the drafter's, in one process."""
+    target, drafter = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    return (
+        ProcessTransport(target, "target", max_pending_bytes),
+        ProcessTransport(drafter, "drafter", max_pending_bytes),
+    )
 
 
 class InProcessLink:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_ssd.compat.paged import ForwardBatch, TreeBatch
+from vllm_ssd.compat.drafter.paged import ForwardBatch, TreeBatch
 
 POISON = -7
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import vllm_ssd.profiler
+import vllm_ssd.planning.measure
 from vllm_ssd.cli import app
-from vllm_ssd.planner import Profile
-from vllm_ssd.planner.published import published_profile
-from vllm_ssd.profiler import ProfilerFailed
+from vllm_ssd.planning import Profile
+from vllm_ssd.planning.measure import ProfilerFailed
+from vllm_ssd.planning.published import published_profile
 
 CONFIG = dict(
     hidden_size=4096,
@@ -143,7 +143,7 @@ class FakeProfiler:
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(vllm_ssd.profiler, "Profiler", FakeProfiler)
+    monkeypatch.setattr(vllm_ssd.planning.measure, "Profiler", FakeProfiler)
     monkeypatch.setattr(FakeProfiler, "subjects", [])
     return FakeProfiler
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from fake_link import InProcessLink, K
 
-from vllm_ssd.cache import SpeculationCache
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.courier import NUM_BUFFERS, Courier
 from vllm_ssd.kernels import Speculation, lookup
-from vllm_ssd.metrics import Metrics
-from vllm_ssd.protocol import Close, Evicted, Open, Push
+from vllm_ssd.link.protocol import Close, Evicted, Open, Push
+from vllm_ssd.target.metrics import Metrics
+from vllm_ssd.target.v2.courier import NUM_BUFFERS, Courier
+from vllm_ssd.target.v2.lookup_cache import SpeculationCache
 
 SLOTS = 4
 LOGGER = logging.getLogger("test")

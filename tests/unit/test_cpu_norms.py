@@ -7,7 +7,7 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from vllm_ssd.compat.cpu_norms import use_compiled_norms
+from vllm_ssd.compat.drafter.cpu_norms import use_compiled_norms
 
 pytestmark = pytest.mark.compat
 

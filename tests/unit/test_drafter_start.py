@@ -11,9 +11,9 @@ import pytest
 from fake_model import FakePagedModel
 
 from vllm_ssd.drafter import server
-from vllm_ssd.drafter.options import DrafterOptions
-from vllm_ssd.protocol import PROTOCOL_VERSION, Hello, Refused, Welcome, fingerprint
-from vllm_ssd.transport.process import socket_pair
+from vllm_ssd.link.options import DrafterOptions
+from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, Refused, Welcome, fingerprint
+from vllm_ssd.link.transport import socket_pair
 
 OPTIONS = DrafterOptions(
     engine_args={"model": "fake"},
@@ -70,7 +70,7 @@ def start(monkeypatch):
 
     def start(model: type, options: DrafterOptions) -> list[list[str]]:
         module = types.SimpleNamespace(DraftModel=model)
-        monkeypatch.setitem(sys.modules, "vllm_ssd.compat.draft_model", module)
+        monkeypatch.setitem(sys.modules, "vllm_ssd.compat.drafter.draft_model", module)
         monkeypatch.setattr(server.os, "execve", execve)
         monkeypatch.setattr(server.gc, "freeze", lambda: None)
         start.target, child = socket_pair()

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_ssd.drafter import device_steps
-from vllm_ssd.drafter.device_pages import DevicePages
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.forward import Sampler
-from vllm_ssd.drafter.pages import HostPages
+from vllm_ssd.drafter.pages.device import DevicePages
+from vllm_ssd.drafter.pages.host import HostPages
 from vllm_ssd.drafter.self_check import check_trees
+from vllm_ssd.link.protocol import JIT_TOKEN, Block, Push
 from vllm_ssd.policy import FanOut
-from vllm_ssd.protocol import JIT_TOKEN, Block, Push
 
 K = 3
 

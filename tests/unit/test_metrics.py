@@ -8,8 +8,8 @@ import urllib.request
 
 import pytest
 
-from vllm_ssd.metrics import Metrics
-from vllm_ssd.protocol import DrafterStats
+from vllm_ssd.link.protocol import DrafterStats
+from vllm_ssd.target.metrics import Metrics
 
 
 def make() -> Metrics:
@@ -53,7 +53,7 @@ def test_a_line_every_ten_seconds(caplog, monkeypatch):
     with caplog.at_level(logging.INFO, "test_metrics"):
         metrics.log()
         assert not caplog.records
-        monkeypatch.setattr("vllm_ssd.metrics.LOG_INTERVAL_S", 0.0)
+        monkeypatch.setattr("vllm_ssd.target.metrics.LOG_INTERVAL_S", 0.0)
         metrics.log()
         metrics.log()
     (record,) = caplog.records

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from vllm_ssd import placement
 from vllm_ssd.config import REPLICAS_ENV, SSDConfig
+from vllm_ssd.link import placement
 
 
 def place(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ssd.planner import (
+from vllm_ssd.planning import (
     DEVICES,
     Acceptance,
     Costs,
@@ -26,8 +26,8 @@ from vllm_ssd.planner import (
     predict_ssd,
     sdsl_drafter_size,
 )
-from vllm_ssd.planner.profile import piecewise
-from vllm_ssd.planner.published import published_profile
+from vllm_ssd.planning.profile import piecewise
+from vllm_ssd.planning.published import published_profile
 
 probabilities = st.floats(0.0, 1.0)
 COSTS = Costs(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from vllm.config import SpeculativeConfig
 
-from vllm_ssd.compat import runner
+from vllm_ssd.compat.target import runner
 from vllm_ssd.compat.version import UnsupportedVLLM
 from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV
 from vllm_ssd.plugin import translate
@@ -58,11 +58,11 @@ def test_v1(monkeypatch: pytest.MonkeyPatch) -> None:
     found = translated(monkeypatch, v2=False, stages=2)
     assert found.speculative_config == {
         "method": "custom_class",
-        "model": "vllm_ssd.proposer.SSDProposer",
+        "model": "vllm_ssd.target.v1.proposer.SSDProposer",
         "num_speculative_tokens": 5,
     }
     assert found.additional_config["mine"] == 1 and found.additional_config["ssd"]["model"] == "org/draft"
-    assert found.worker_extension_cls == "vllm_ssd.compat.pipeline.WorkerExtension"
+    assert found.worker_extension_cls == "vllm_ssd.compat.target.pipeline.WorkerExtension"
 
 
 def test_v2(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_the_number_of_drafts_adapts_on_v2(monkeypatch: pytest.MonkeyPatch) -> N
     found = translated(monkeypatch, v2=True)
     table = [[1, 1, 0], [2, 2, 1], [3, 3, 2], [4, 4, 4], [5, 5, 5]]
     assert found.speculative_config == ON_V2 | {"num_speculative_tokens_per_batch_size": table}
-    assert found.scheduler_cls == "vllm_ssd.compat.scheduler.scheduler"
+    assert found.scheduler_cls == "vllm_ssd.compat.target.scheduler.scheduler"
     few = translated(monkeypatch, v2=True, max_num_seqs=2)
     assert few.speculative_config["num_speculative_tokens_per_batch_size"] == [[1, 1, 0], [2, 2, 5]]
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from fake_model import FakePagedModel
 
-from vllm_ssd.drafter.pages import HostPages
+from vllm_ssd.drafter.pages.host import HostPages
 from vllm_ssd.drafter.trace import TRACE_ENV, TracedFanOut
+from vllm_ssd.planning import measure
+from vllm_ssd.planning.measure import Profiler, ProfilerFailed, Subject
+from vllm_ssd.planning.worker import STEP_TREES, Decode, DrafterEngine, Junk, Steps, Task
 from vllm_ssd.policy import FanOut
-from vllm_ssd.profiler import Profiler, ProfilerFailed, Subject, measure
-from vllm_ssd.profiler.worker import STEP_TREES, Decode, DrafterEngine, Junk, Steps, Task
 
 
 class FakeEngine:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ssd.protocol import (
+from vllm_ssd.link.protocol import (
     PROTOCOL_VERSION,
     Block,
     Close,

@@ -8,8 +8,8 @@ import pytest
 from fake_link import InProcessLink
 from test_verifier import PROMPTS, FakeTarget, make
 
-from vllm_ssd.protocol import Block, Evicted, Open, Push, Step, pack_ids
-from vllm_ssd.sessions import REOPEN_ROUNDS
+from vllm_ssd.link.protocol import Block, Evicted, Open, Push, Step, pack_ids
+from vllm_ssd.target.requests import REOPEN_ROUNDS
 
 
 def test_a_request_id_that_comes_again_does_not_meet_its_old_blocks():

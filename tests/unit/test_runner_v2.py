@@ -11,7 +11,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.speculative import NgramGPUTypes
 
-from vllm_ssd.compat import runner
+from vllm_ssd.compat.target import runner
 
 pytest.importorskip("vllm.v1.worker.gpu.spec_decode.ngram", reason="0.30: ssd uses the V1 runner")
 
@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_ssd.compat.runner_v2 import V2Speculator
+from vllm_ssd.compat.target.runner_v2 import V2Speculator
 
 
 def parameters(function: Any) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_ssd.compat import runner
+from vllm_ssd.compat.target import runner
 
 pytest.importorskip("vllm.v1.spec_decode.dynamic.utils", reason="0.30: ssd uses the V1 runner")
 
@@ -20,7 +20,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu import cudagraph_utils
 
-from vllm_ssd.compat import scheduler as seam
+from vllm_ssd.compat.target import scheduler as seam
 
 K, BATCH = 5, 4
 LAG = 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_ssd.planner import (
+from vllm_ssd.planning import (
     Acceptance,
     Costs,
     Profile,
@@ -20,7 +20,7 @@ from vllm_ssd.planner import (
     Workload,
     predict_ssd,
 )
-from vllm_ssd.planner import published as paper
+from vllm_ssd.planning import published as paper
 
 COSTS = Costs(
     verify=((1, 1, 0.0102), (1, 4, 0.0108), (1, 9, 0.0118), (8, 1, 0.012), (8, 4, 0.015), (8, 9, 0.02)),

@@ -9,17 +9,16 @@ import threading
 import time
 
 import pytest
+from fake_link import pair
 
-from vllm_ssd.protocol import Block, Close, Hello, Open, Push, Refused, Step, encode
-from vllm_ssd.transport import TransportClosed
-from vllm_ssd.transport.inproc import pair
-from vllm_ssd.transport.process import INBOX_BYTES, MAX_MESSAGE_BYTES, socket_pair
+from vllm_ssd.link.protocol import Block, Close, Hello, Open, Push, Refused, Step, encode
+from vllm_ssd.link.transport import INBOX_BYTES, MAX_MESSAGE_BYTES, TransportClosed, socket_pair
 
 ECHO = """
 import sys
-from vllm_ssd.protocol import Refused, Step
-from vllm_ssd.transport import TransportClosed
-from vllm_ssd.transport.process import ProcessTransport
+from vllm_ssd.link.protocol import Refused, Step
+from vllm_ssd.link.transport import TransportClosed
+from vllm_ssd.link.transport import ProcessTransport
 
 transport = ProcessTransport.from_fd(int(sys.argv[1]), "drafter")
 try:
@@ -285,7 +284,7 @@ def test_end_in_the_middle_of_a_message(raw):
 
 
 def test_a_message_over_the_limit_is_not_sent(ends, monkeypatch):
-    monkeypatch.setattr("vllm_ssd.transport.process.MAX_MESSAGE_BYTES", 1000)
+    monkeypatch.setattr("vllm_ssd.link.transport.MAX_MESSAGE_BYTES", 1000)
     target, drafter = ends
     with pytest.raises(TransportClosed, match="exceeds the limit of 1000"):
         target.send(opening(1000))
@@ -334,7 +333,7 @@ def test_a_killed_peer_is_noticed_while_sending(child):
 def test_a_child_does_not_pass_its_end_on():
     transport, sock = socket_pair()
     code = (
-        "import subprocess, sys; from vllm_ssd.transport.process import ProcessTransport;"
+        "import subprocess, sys; from vllm_ssd.link.transport import ProcessTransport;"
         "ProcessTransport.from_fd(int(sys.argv[1]), 'drafter');"
         "print(subprocess.Popen(['sleep', '60'], close_fds=False, stdout=subprocess.DEVNULL).pid)"
     )

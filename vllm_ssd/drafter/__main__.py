@@ -1,4 +1,4 @@
-"""`python -m vllm_ssd.drafter FD OPTIONS_JSON`: started by `vllm_ssd.launch`, not by hand."""
+"""`python -m vllm_ssd.drafter FD OPTIONS_JSON`: started by `vllm_ssd.link.process`, not by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import msgspec
 
 from vllm_ssd.drafter.lifetime import die_with
-from vllm_ssd.drafter.options import DrafterOptions
+from vllm_ssd.link.options import DrafterOptions
 
 
 def main(fd: int, options: DrafterOptions) -> int:

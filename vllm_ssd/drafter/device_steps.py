@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_ssd.compat.paged import PagedModel, TreeBatch
+from vllm_ssd.compat.drafter.paged import PagedModel, TreeBatch
 from vllm_ssd.drafter.branches import Branches
-from vllm_ssd.drafter.device_pages import DevicePages
 from vllm_ssd.drafter.forward import Draw
+from vllm_ssd.drafter.pages.device import DevicePages
 from vllm_ssd.kernels import sample
 
 MAX_TOP_M = 256

@@ -12,16 +12,16 @@ import time
 
 import numpy as np
 
-from vllm_ssd.compat.paged import PagedModel
+from vllm_ssd.compat.drafter.paged import PagedModel
 from vllm_ssd.drafter.branches import Branches
-from vllm_ssd.drafter.device_pages import DevicePages
 from vllm_ssd.drafter.device_steps import MAX_TOP_M, DeviceSteps, Run
 from vllm_ssd.drafter.forward import Draw, Sampler, step_tokens
-from vllm_ssd.drafter.pages import HostPages
+from vllm_ssd.drafter.pages.device import DevicePages
+from vllm_ssd.drafter.pages.host import HostPages
 from vllm_ssd.drafter.pushes import JUST_IN_TIME, due_rows, take_blocks
 from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
+from vllm_ssd.link.protocol import DrafterStats, Evicted, Push, common_prefix
 from vllm_ssd.policy import BranchBudget, FanOut
-from vllm_ssd.protocol import DrafterStats, Evicted, Push, common_prefix
 
 PREFILL_TOKENS_PER_STEP = 256
 """Prompt tokens forwarded beside one step of the branches, so that a long prompt delays nobody for long."""

@@ -9,8 +9,8 @@ import numpy as np
 
 from vllm_ssd.drafter.branches import Branches
 from vllm_ssd.drafter.sequence import Sequence
+from vllm_ssd.link.protocol import JIT_TOKEN, Block, pack_ids
 from vllm_ssd.policy import BranchBudget
-from vllm_ssd.protocol import JIT_TOKEN, Block, pack_ids
 
 JUST_IN_TIME = -1
 """Accept length under which the just-in-time branch is kept: it starts at the last committed token."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from vllm_ssd.compat.paged import ForwardBatch, PagedModel
+from vllm_ssd.compat.drafter.paged import ForwardBatch, PagedModel
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.kernels import reference_ops
-from vllm_ssd.protocol import unpack_ids
+from vllm_ssd.link.protocol import unpack_ids
 
 TOLERANCE = {2: 0.25, 4: 0.02}
 """Root mean square error of log-probabilities, in standard deviations of the logits, by bytes of the model's dtype.

@@ -13,15 +13,14 @@ from typing import NoReturn
 
 import msgspec
 
-from vllm_ssd.compat.paged import PagedModel
-from vllm_ssd.drafter.device_pages import DevicePages
+from vllm_ssd.compat.drafter.paged import PagedModel
 from vllm_ssd.drafter.engine import DraftEngine
-from vllm_ssd.drafter.options import DrafterOptions
-from vllm_ssd.drafter.pages import HostPages
+from vllm_ssd.drafter.pages.device import DevicePages
+from vllm_ssd.drafter.pages.host import HostPages
 from vllm_ssd.drafter.self_check import check_trees
 from vllm_ssd.drafter.trace import TRACE_ENV, TracedFanOut
-from vllm_ssd.policy import FanOut
-from vllm_ssd.protocol import (
+from vllm_ssd.link.options import DrafterOptions
+from vllm_ssd.link.protocol import (
     PROTOCOL_VERSION,
     Close,
     Hello,
@@ -33,7 +32,8 @@ from vllm_ssd.protocol import (
     fingerprint,
     unpack_ids,
 )
-from vllm_ssd.transport import Transport, TransportClosed
+from vllm_ssd.link.transport import Transport, TransportClosed
+from vllm_ssd.policy import FanOut
 
 logger = logging.getLogger("vllm.vllm_ssd")
 
@@ -84,12 +84,12 @@ def apply(engine: DraftEngine, event: Open | Outcome | Close, num_drafts: int) -
 
 def run(fd: int, options: DrafterOptions) -> int:
     """Boot and serve on the connected socket `fd`; returns the process's exit status."""
-    from vllm_ssd.transport.process import ProcessTransport
+    from vllm_ssd.link.transport import ProcessTransport
 
     transport = ProcessTransport.from_fd(fd, "drafter")
     environment = dict(os.environ)  # vLLM's start adds to it
     try:
-        from vllm_ssd.compat.draft_model import DraftModel
+        from vllm_ssd.compat.drafter.draft_model import DraftModel
 
         model = DraftModel(tree_attention=options.tree_attention, **options.engine_args)
         tokenizer = fingerprint(model.tokenizer_vocab())

@@ -1,0 +1,148 @@
+"""The blocks in device memory, against a dictionary of what was pushed."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_ssd.kernels import OUTCOME_COLUMNS, Found, Speculation, lookup
+from vllm_ssd.link.protocol import Block, pack_ids
+from vllm_ssd.target.v2.lookup_cache import SpeculationCache
+
+SLOTS, N, K, M = 3, 6, 4, 5
+
+
+def make_cache() -> SpeculationCache:
+    return SpeculationCache(SLOTS, N, K, M, "cpu")
+
+
+def make_block(length: int, offset: int, branches: dict[tuple[int, int], list[int]], sampled: bool = False) -> Block:
+    """Branches {outcome: tokens from `offset` on}; the proposal of token t is t, t+1, …"""
+    drafts = np.array(list(branches.values()), np.int32)
+    q_token_ids = drafts[:, :, None] + np.arange(M, dtype=np.int32) if sampled else ()
+    q_probs = np.broadcast_to(np.float32([0.5, 0.2, 0.1, 0.1, 0.1]), (*drafts.shape, M)) if sampled else ()
+    probs = np.asarray(q_probs, "<f4").tobytes()
+    return Block("r", 0, length, offset, pack_ids(list(branches)), pack_ids(drafts), pack_ids(q_token_ids), probs)
+
+
+def look_up(
+    cache: SpeculationCache,
+    slot: int,
+    serial: int,
+    length: int,
+    k: int,
+    bonus: int,
+    verifying: Speculation | None = None,
+    temperature: float = 0.0,
+) -> tuple[bool, list[int]]:
+    """Whether there is a block for the round, and the drafts after the outcome; `verifying` [SLOTS] becomes those."""
+    outcomes = torch.zeros(1, OUTCOME_COLUMNS + K, dtype=torch.int32)
+    lookup(
+        cache.blocks,
+        Speculation.empty(SLOTS, K, M, "cpu") if verifying is None else verifying,
+        torch.tensor([slot]),
+        torch.tensor([k + 1], dtype=torch.int32),
+        torch.full((SLOTS,), serial),
+        torch.full((SLOTS,), length + k + 1, dtype=torch.int32),
+        torch.full((SLOTS,), bonus),
+        torch.full((SLOTS,), temperature),
+        K,
+        torch.zeros(1, 1 + K, dtype=torch.int64),
+        outcomes,
+    )
+    _, _, found, _, num_drafts, *drafts = outcomes[0].tolist()
+    return found != Found.LATE, drafts[:num_drafts]
+
+
+def test_random_rounds_against_a_dictionary() -> None:
+    rng, cache = random.Random(0), make_cache()
+    serials, lengths = list(range(SLOTS)), [10] * SLOTS
+    pushed: list[dict[tuple[int, int], list[int]]] = [{} for _ in range(SLOTS)]
+    hits = partial = 0
+    for step in range(3000):
+        slot = rng.randrange(SLOTS)
+        if rng.random() < 0.1:  # the slot goes to another request, which may be as long
+            serials[slot], pushed[slot] = SLOTS + step, {}
+        elif rng.random() < 0.3:
+            lengths[slot], pushed[slot] = lengths[slot] + rng.randint(1, K + 1), {}
+        branches = pushed[slot]
+        depth = rng.choice([0, *(len(drafts) for drafts in branches.values())])
+        if depth == 0:
+            grown = {(rng.randrange(K), rng.randrange(5)): [] for _ in range(rng.randint(1, 4))}
+            grown = {outcome: [] for outcome in grown if outcome not in branches}
+            grown = dict(list(grown.items())[: N - len(branches)])
+        else:
+            grown = {outcome: drafts for outcome, drafts in branches.items() if len(drafts) == depth}
+        size = rng.randint(1, K - depth) if depth < K else 0
+        if grown and size:
+            more = {outcome: [rng.randrange(50) for _ in range(size)] for outcome in grown}
+            cache.put(slot, serials[slot], make_block(lengths[slot], depth, more))
+            branches |= {outcome: grown[outcome] + more[outcome] for outcome in more}
+            cache.flush()
+        outcome = rng.randrange(K), rng.randrange(5)
+        present, drafts = look_up(cache, slot, serials[slot], lengths[slot], *outcome)
+        assert present == bool(branches)
+        assert drafts == branches.get(outcome, [])
+        hits, partial = hits + bool(drafts), partial + (0 < len(drafts) < K)
+        assert look_up(cache, slot, serials[slot] + 1, lengths[slot], *outcome) == (False, [])
+        assert look_up(cache, slot, serials[slot], lengths[slot] + 1, *outcome) == (False, [])
+    assert hits > 300 and partial > 100
+
+
+def test_branches_beyond_the_table_and_out_of_order_are_left_out() -> None:
+    cache = make_cache()
+    cache.put(0, 1, make_block(10, 0, {(0, token): [token] for token in range(N + 2)}))
+    cache.put(0, 1, make_block(10, 2, {(0, 0): [7]}))  # nothing was pushed at depth 1
+    cache.flush()
+    assert look_up(cache, 0, 1, 10, 0, N - 1)[1] == [N - 1]
+    assert look_up(cache, 0, 1, 10, 0, N)[1] == []
+    assert look_up(cache, 0, 1, 10, 0, 0)[1] == [0]
+
+
+def test_a_proposal_travels_with_its_draft() -> None:
+    cache = make_cache()
+    cache.put(2, 1, make_block(10, 0, {(0, 3): [11, 12], (1, 4): [21, 22]}, sampled=True))
+    cache.put(2, 1, make_block(10, 2, {(1, 4): [23]}, sampled=True))
+    cache.flush()
+    found = Speculation.empty(SLOTS, K, M, "cpu")
+    _, drafts = look_up(cache, 2, 1, 10, 1, 4, found, temperature=0.7)
+    assert drafts == [21, 22, 23]
+    assert found.q_token_ids[2, :3].tolist() == [list(range(draft, draft + M)) for draft in drafts]
+    torch.testing.assert_close(found.q_probs[2, :3], torch.tensor([[0.5, 0.2, 0.1, 0.1, 0.1]] * 3))
+
+
+@pytest.mark.parametrize(
+    ("k", "bonus", "expected"),
+    [
+        pytest.param(0, 30, [31, 32], id="all-cut-off"),
+        pytest.param(1, 31, [32], id="one-verified"),
+        pytest.param(2, 32, [], id="nothing-left"),
+        pytest.param(1, 5, [55], id="another-token"),
+        pytest.param(3, 0, [56], id="all-verified"),  # the entry beyond the last old draft is 0, and means nothing
+        pytest.param(-1, 30, [], id="nothing-emitted"),
+    ],
+)
+def test_the_rest_of_the_old_drafts(k: int, bonus: int, expected: list[int]) -> None:
+    cache = make_cache()
+    cache.put(0, 1, make_block(10, 0, {(1, 5): [55], (3, 0): [56]}, sampled=True))
+    cache.flush()
+    verifying = Speculation.empty(SLOTS, K, M, "cpu")
+    verifying.draft_token_ids[0, :3] = torch.tensor([30, 31, 32])
+    verifying.q_token_ids[0] = torch.arange(K)[:, None]
+    verifying.q_probs[0] = 1 / M
+    verifying.num_drafts[0] = 3
+    _, drafts = look_up(cache, 0, 1, 10, k, bonus, verifying, temperature=0.7)
+    assert drafts == expected
+    if expected[-1:] == [32]:
+        assert verifying.q_token_ids[0, : len(drafts), 0].tolist() == list(range(3 - len(drafts), 3))
+
+
+def test_a_block_that_is_being_written_is_not_read() -> None:
+    cache = make_cache()
+    cache.put(0, 1, make_block(10, 0, {(0, 5): [50]}))
+    cache.flush()
+    cache.blocks.headers[0, :, 0] += 1  # as a writer does first
+    assert look_up(cache, 0, 1, 10, 0, 5)[1] == []

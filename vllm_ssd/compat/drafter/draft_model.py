@@ -1,0 +1,172 @@
+"""A draft model booted by vLLM itself, with its scheduler left out.
+
+vLLM's start-up (`EngineCore` on the uniprocess executor) loads, quantises, sizes and lays out;
+this module then runs single forwards on pages and slots that the caller chooses.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from vllm_ssd.compat.drafter import tree_backend
+from vllm_ssd.compat.drafter.cpu_norms import use_compiled_norms
+from vllm_ssd.compat.drafter.paged import ForwardBatch, TreeBatch
+from vllm_ssd.kernels import copy_pages
+
+PAGE_SIZE = 32
+"""Slots a page: the smallest that vLLM's CPU attention takes, so that little is copied on a fork."""
+
+
+class UnsupportedDraftModel(ValueError):
+    """The draft model needs more than one group of KV pages, or is no decoder."""
+
+
+class DraftModel:
+    """The loaded draft model, its KV pages, and two ways to run it: with vLLM's attention on sequences that each have
+    a page table, or with tree attention (`tree_attention`) on the trees of requests."""
+
+    def __init__(self, *, tree_attention: bool = False, **engine_args) -> None:
+        if tree_attention:
+            engine_args["attention_backend"] = tree_backend.register()
+        args = EngineArgs(block_size=PAGE_SIZE, enable_prefix_caching=False, disable_log_stats=True, **engine_args)
+        self.vllm_config = args.create_engine_config()
+        if self.vllm_config.device_config.device_type == "cpu":
+            use_compiled_norms()
+        with _own_temporary_folder():
+            self._core = EngineCore(self.vllm_config, UniProcExecutor, log_stats=False)
+        runner = self._core.model_executor.driver_worker.worker.model_runner
+        groups = runner.kv_cache_config.kv_cache_groups
+        if len(groups) != 1 or len(runner.attn_groups[0]) != 1 or not runner.kv_caches:
+            raise UnsupportedDraftModel(
+                f"the draft model {self.vllm_config.model_config.model} has {len(groups)} groups of KV "
+                "pages; only decoders whose layers all share one page layout can draft"
+            )
+        attention_group = runner.attn_groups[0][0]
+        self._model = runner.model
+        self._layer_names = attention_group.layer_names
+        self._metadata_builder = attention_group.get_metadata_builder()
+        self.device = runner.device
+        self.dtype = self.vllm_config.model_config.dtype
+        self.page_size = groups[0].kv_cache_spec.block_size
+        self.num_pages = runner.kv_cache_config.num_blocks
+        self._kv_caches = [half for cache in runner.kv_caches for half in _split_by_page(cache, self.num_pages)]
+        on_host = all(cache.device.type == "cpu" and cache.is_contiguous() for cache in self._kv_caches)
+        self._host_pages = [_host_pages(cache) for cache in self._kv_caches] if on_host else []
+        self._key_value_views = [
+            view for cache in runner.kv_caches if tree_attention for view in tree_backend.split_cache(cache)
+        ]
+        self.vocab_size = self.vllm_config.model_config.get_vocab_size()
+        self.max_model_len = self.vllm_config.model_config.max_model_len
+        self.max_num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch | TreeBatch) -> torch.Tensor:
+        """Logits `[n, vocab]` at `batch.logit_indices`; KV of every token lands in its slot.
+
+        A `TreeBatch` needs a model loaded with tree attention.
+        """
+        if isinstance(batch, TreeBatch):
+            metadata = tree_backend.TreeAttentionMetadata.of(batch)
+            return self._run(metadata, batch.token_ids, batch.positions, batch.slots, batch.logit_indices)
+        to_device = self._to_device
+        num_tokens = len(batch.token_ids)
+        query_lens = np.diff(batch.query_start_loc)
+        positions = to_device(batch.positions)
+        slots = to_device(batch.slots)
+        query_start_loc_cpu = torch.from_numpy(batch.query_start_loc)
+        metadata = self._metadata_builder.build(
+            0,
+            CommonAttentionMetadata(
+                query_start_loc=to_device(batch.query_start_loc),
+                query_start_loc_cpu=query_start_loc_cpu,
+                seq_lens=to_device(batch.seq_lens),
+                num_reqs=len(batch.seq_lens),
+                num_actual_tokens=num_tokens,
+                max_query_len=int(query_lens.max()),
+                max_seq_len=int(batch.seq_lens.max()),
+                block_table_tensor=to_device(batch.page_tables),
+                slot_mapping=slots,
+                positions=positions,
+                seq_lens_cpu_upper_bound=torch.from_numpy(batch.seq_lens),
+            ),
+        )
+        all_logits = len(batch.logit_indices) == num_tokens
+        logit_indices = None if all_logits else to_device(batch.logit_indices)
+        return self._run(metadata, to_device(batch.token_ids), positions, slots, logit_indices)
+
+    def _run(
+        self,
+        metadata: object,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        logit_indices: torch.Tensor | None,
+    ) -> torch.Tensor:
+        names = self._layer_names
+        with set_forward_context(
+            dict.fromkeys(names, metadata),
+            self.vllm_config,
+            num_tokens=len(token_ids),
+            slot_mapping=dict.fromkeys(names, slots),
+        ):
+            hidden_states = self._model(token_ids, positions)
+        return self._model.compute_logits(hidden_states if logit_indices is None else hidden_states[logit_indices])
+
+    def copy_pages(self, sources: list[int], destinations: list[int]) -> None:
+        """Copy whole pages, every layer; `sources` and `destinations` are page ids of equal number."""
+        for pages in self._host_pages:
+            pages[destinations] = pages[sources]
+        if not self._host_pages:
+            source = self._to_device(np.asarray(sources, np.int64))
+            destination = self._to_device(np.asarray(destinations, np.int64))
+            for cache in self._kv_caches:
+                cache.index_copy_(0, destination, cache.index_select(0, source))
+
+    def copy_slots(self, sources: torch.Tensor, destinations: torch.Tensor, num_slots: torch.Tensor) -> None:
+        """Copy the first slots of pages to others, every layer; device tensors as `kernels.copy_pages` takes them."""
+        copy_pages(self._key_value_views, sources, destinations, num_slots)
+
+    def tokenizer_vocab(self) -> dict[str, int]:
+        """The draft model's tokenizer as a map from token to id."""
+        from vllm.tokenizers import get_tokenizer
+
+        config = self.vllm_config.model_config
+        return get_tokenizer(
+            config.tokenizer, trust_remote_code=config.trust_remote_code, revision=config.revision
+        ).get_vocab()
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def _split_by_page(cache: torch.Tensor, num_pages: int) -> Sequence[torch.Tensor]:
+    """Views of a layer's KV whose first axis is the page; some backends keep keys and values apart before it."""
+    return [cache] if cache.shape[0] == num_pages else cache.unbind(0)
+
+
+def _host_pages(cache: torch.Tensor) -> np.ndarray:
+    """A layer's KV in host memory as `[pages]` opaque items: six times as fast to copy as by PyTorch's indexing."""
+    pages = cache.flatten(1).view(torch.uint8).numpy()
+    return pages.view(np.dtype((np.void, pages.shape[1])))[:, 0]
+
+
+@contextmanager
+def _own_temporary_folder() -> Iterator[None]:
+    """Keep the rendezvous file of torch.distributed out of the shared folder: a killed drafter could not remove it."""
+    outside = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="vllm-ssd-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = outside

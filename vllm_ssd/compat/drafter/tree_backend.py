@@ -1,0 +1,215 @@
+"""An attention backend of vLLM that reads the shared trunk of a drafter's branches once a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from vllm_ssd.compat.drafter.paged import TreeBatch
+from vllm_ssd.kernels import tree_attention
+from vllm_ssd.kernels.dispatch import use_triton
+
+
+def register() -> str:
+    """Make vLLM use this backend in this process, and return the name under which it knows it.
+
+    vLLM's CPU platform takes `CPU_ATTN` and nothing else, so there the class behind that name is replaced.
+    """
+    name = TreeAttentionBackend.get_name()
+    register_backend(AttentionBackendEnum[name], f"{__name__}.{TreeAttentionBackend.__qualname__}")
+    return name
+
+
+@dataclass
+class TreeAttentionMetadata:
+    """What `kernels.tree_attention` needs beside the tensors of a layer; see there."""
+
+    page_tables: torch.Tensor
+    query_start_loc: torch.Tensor
+    shared_lens: torch.Tensor
+    own_pages: torch.Tensor
+    own_lens: torch.Tensor
+    max_shared_len: int
+    max_rows: int
+    num_actual_tokens: int
+
+    @classmethod
+    def of(cls, batch: TreeBatch) -> TreeAttentionMetadata:
+        """The metadata of one step of the drafter's trees."""
+        return cls(
+            batch.page_tables,
+            batch.query_start_loc,
+            batch.shared_lens,
+            batch.own_pages,
+            batch.own_lens,
+            batch.max_shared_len,
+            batch.max_rows,
+            len(batch.token_ids),
+        )
+
+
+class TreeAttentionMetadataBuilder(AttentionMetadataBuilder[TreeAttentionMetadata]):
+    """Metadata of vLLM's own batches, as in its warm-up: trees without branches."""
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> TreeAttentionMetadata:
+        """Every token reads the pages of its request up to itself."""
+        batch = common_attn_metadata
+        starts, num_tokens = batch.query_start_loc[: batch.num_reqs + 1], batch.num_actual_tokens
+        query_lens = starts.diff()
+        before = batch.seq_lens[: batch.num_reqs] - query_lens - starts[:-1]
+        token = torch.arange(1, num_tokens + 1, dtype=torch.int32, device=self.device)
+        shared_lens = token + before.int().repeat_interleave(query_lens, output_size=num_tokens)
+        nothing = torch.zeros(num_tokens, 1, dtype=torch.int32, device=self.device)
+        return TreeAttentionMetadata(
+            batch.block_table_tensor,
+            starts,
+            shared_lens,
+            nothing,
+            nothing[:, 0].contiguous(),
+            batch.max_seq_len,
+            batch.max_query_len,
+            num_tokens,
+        )
+
+
+class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
+    """Attention of one layer. The cache arrives as `[P, num_kv_heads, page_size, 2 * head_size]`, keys first."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        refused = {
+            "ALiBi": alibi_slopes is not None,
+            "attention sinks": sinks is not None,
+            f"a {kv_cache_dtype} KV cache": kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+            f"{attn_type} attention": attn_type != AttentionType.DECODER,
+        }
+        for feature, wanted in refused.items():
+            if wanted:
+                raise NotImplementedError(f"the drafter's tree attention does not support {feature}")
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.sliding_window = sliding_window or 0
+        self.soft_cap = logits_soft_cap or 0.0
+        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write keys and values `[T, num_kv_heads, head_size]` into their slots; negative slots are left out."""
+        key_cache, value_cache = split_cache(kv_cache)
+        if kv_cache.is_cuda and use_triton(kv_cache):
+            from vllm._custom_ops import reshape_and_cache_flash
+
+            reshape_and_cache_flash(
+                key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, layer._k_scale, layer._v_scale
+            )
+            return
+        written = torch.nonzero(slot_mapping >= 0)[:, 0]
+        page, offset = slot_mapping[written] // key_cache.shape[1], slot_mapping[written] % key_cache.shape[1]
+        key_cache[page, offset] = key[written]
+        value_cache[page, offset] = value[written]
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TreeAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Fill `output` `[T, num_heads, head_size]`; without metadata (memory profiling) with zeros."""
+        if attn_metadata is None:
+            return output.fill_(0)
+        n = attn_metadata.num_actual_tokens
+        tree_attention(
+            query[:n],
+            *split_cache(kv_cache),
+            attn_metadata.page_tables,
+            attn_metadata.query_start_loc,
+            attn_metadata.shared_lens,
+            attn_metadata.own_pages,
+            attn_metadata.own_lens,
+            scale=self.scale,
+            max_shared_len=attn_metadata.max_shared_len,
+            max_rows=attn_metadata.max_rows,
+            sliding_window=self.sliding_window,
+            soft_cap=self.soft_cap,
+            out=output[:n],
+        )
+        return output
+
+
+class TreeAttentionBackend(AttentionBackend):
+    """Registered over `CPU_ATTN` on a CPU and as `CUSTOM` on a GPU."""
+
+    forward_includes_kv_cache_update = False
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CPU_ATTN" if current_platform.is_cpu() else "CUSTOM"
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size <= 256
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @staticmethod
+    def get_impl_cls() -> type[TreeAttentionImpl]:
+        return TreeAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TreeAttentionMetadataBuilder]:
+        return TreeAttentionMetadataBuilder
+
+
+def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the keys and of the values, each `[P, page_size, num_kv_heads, head_size]`."""
+    return kv_cache.transpose(1, 2).chunk(2, dim=-1)

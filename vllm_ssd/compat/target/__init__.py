@@ -1,0 +1,1 @@
+"""Private vLLM symbols that the target's side uses."""

@@ -1,0 +1,100 @@
+"""Which of vLLM's two model runners a configuration gets, and how the newer one gets our speculator and scheduler."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm_ssd.compat.version import UnsupportedVLLM
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+METHOD_ON_V2 = "ngram_gpu"
+"""What vLLM takes us for: a method that the V2 runner has, under asynchronous scheduling, and that loads no model."""
+
+SCHEDULER = "vllm_ssd.compat.target.scheduler.scheduler"
+"""What vLLM's engine schedules with on the V2 runner where the number of drafts adapts."""
+
+
+def is_v2() -> bool:
+    """Whether vLLM will use the V2 runner, as far as can be told before it has built its configuration."""
+    if importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is None:  # up to 0.30
+        return False
+    import vllm.envs as envs
+    from vllm.triton_utils import HAS_TRITON
+
+    asked = envs.VLLM_USE_V2_MODEL_RUNNER
+    return HAS_TRITON if asked is None else asked
+
+
+def drafts_by_batch_size(num_speculative_tokens: int, max_num_seqs: int | None) -> list[list[int]]:
+    """vLLM's `num_speculative_tokens_per_batch_size` with 0, 1, 2, 4, ... and all drafts, one batch size each.
+
+    vLLM captures CUDA graphs for the numbers that occur; fewer do when there are fewer batch sizes.
+    """
+    from vllm_ssd.policy import draft_grid
+
+    *fewer, most = draft_grid(num_speculative_tokens)
+    counts = [most, *fewer][:max_num_seqs]
+    return [[i, i, count] for i, count in enumerate(sorted(counts), start=1)]
+
+
+def why_not_adaptive(engine_args: Any, parallel_config: Any) -> str | None:
+    """What keeps the number of drafts from following the load on the V2 runner; None when nothing does."""
+    from vllm.config import SpeculativeConfig
+
+    if not hasattr(SpeculativeConfig, "uses_dynamic_speculative_decoding"):
+        return "this vLLM has one number of drafts for all batch sizes"
+    if parallel_config.data_parallel_size > 1:
+        return "vLLM wants the same number of drafts on all data-parallel ranks"
+    if engine_args.scheduler_cls is not None:
+        return "scheduler_cls is set already"
+    if engine_args.max_num_seqs == 1:
+        return "vLLM tells numbers of drafts by batch size, and max_num_seqs is 1"
+    return None
+
+
+def has_ssd(config: VllmConfig) -> bool:
+    """Whether this is a target whose user asked for ssd."""
+    return isinstance(config.additional_config, dict) and "ssd" in config.additional_config
+
+
+def check_runner(config: VllmConfig) -> None:
+    """Raise `UnsupportedVLLM` when vLLM chose another runner for ssd than `is_v2` foresaw."""
+    expected = has_ssd(config) and config.speculative_config.method == METHOD_ON_V2
+    if has_ssd(config) and config.use_v2_model_runner != expected:
+        runner, other = ("V2", 1) if config.use_v2_model_runner else ("V1", 0)
+        raise UnsupportedVLLM(
+            f"speculative method 'ssd': vLLM chose its {runner} model runner for other reasons than "
+            f"VLLM_USE_V2_MODEL_RUNNER; set VLLM_USE_V2_MODEL_RUNNER={other}"
+        )
+
+
+def install_speculator(build: Callable[[VllmConfig, Any, Any], Any]) -> None:
+    """Let the V2 runner `build` our speculator where ssd was asked for; idempotent, and imports next to nothing.
+
+    vLLM copies the function that is replaced when it imports its runner, which it does after it has loaded plugins.
+    """
+    try:
+        from vllm.v1.worker.gpu import spec_decode
+    except ImportError:  # a vLLM without that runner
+        return
+
+    original = spec_decode.init_speculator
+    if getattr(original, "_vllm_ssd", False):
+        return
+
+    @functools.wraps(original)
+    def init_speculator(vllm_config: VllmConfig, device: Any, req_states: Any) -> Any:
+        chosen = build if has_ssd(vllm_config) else original
+        return chosen(vllm_config, device, req_states)
+
+    init_speculator._vllm_ssd = True
+    spec_decode.init_speculator = init_speculator
+    runner = sys.modules.get("vllm.v1.worker.gpu.model_runner")
+    if runner is not None:
+        runner.init_speculator = init_speculator

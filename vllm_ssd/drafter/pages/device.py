@@ -1,0 +1,207 @@
+"""Where the KV of spines and branches lies, kept on the device by the kernels; the host only counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import torch
+
+from vllm_ssd.compat.drafter.paged import PagedModel, TreeBatch
+from vllm_ssd.drafter.branches import Branches
+from vllm_ssd.drafter.forward import StepTokens
+from vllm_ssd.drafter.pages.host import NO_PAGES, SpinePages
+from vllm_ssd.drafter.sequence import Sequence
+from vllm_ssd.kernels import CLOSE, MISS, SKIP, DevicePool, Trees, commit, expand, reserve, share
+
+
+class DevicePages(SpinePages):
+    """The verbs of `HostPages` over `kernels.Trees`: page ids never come to the host.
+
+    What is asked for is collected and carried out before the next forward, one launch of `commit`, `share`, `reserve`,
+    `expand` and `copy_pages` for all requests. How many pages are free is known here all the same, because every
+    operation's need is, and `tables` hold stand-ins that are shared as the pages are; so nothing waits for the device.
+    """
+
+    def __init__(
+        self, model: PagedModel, max_num_seqs: int, max_branches: int, num_speculative_tokens: int, num_candidates: int
+    ) -> None:
+        super().__init__(model, max_num_seqs)
+        self._num_drafts = k = num_speculative_tokens
+        self.device_pool = DevicePool.full(model.num_pages, model.device)
+        self.trees = Trees.empty(max_num_seqs, max_branches + 1, k, model.page_size, self.tables.shape[1], model.device)
+        rows = max_num_seqs * (max_branches + 1)
+        self._index = np.zeros(rows, np.int64)  # of each row among its request's
+        self._num_branch_pages = np.zeros(rows, np.int64)
+        self._held_by_branches = 0
+        # What is due, by slot; `_fan_out` also holds what was carried out.
+        self._winners = np.full(max_num_seqs, SKIP, np.int32)
+        self._sources = np.zeros(max_num_seqs, np.int32)
+        self._num_shared = np.zeros(max_num_seqs, np.int32)
+        self._num_tokens = np.zeros(max_num_seqs, np.int32)
+        self._lengths = np.zeros(max_num_seqs, np.int32)
+        self._forks = np.zeros((max_num_seqs, 2), np.int32)
+        self._fan_out = np.zeros((max_num_seqs, k + 1), np.int32)
+        self._candidates = np.full((max_num_seqs, k + 1, num_candidates + 1), -1, np.int32)
+        self._filled_base: set[int] = set()  # slots whose branch also copies the slot of its base
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody holds, once all is carried out."""
+        return self.pool.num_free - self._held_by_branches
+
+    def reserve(self, slot: int, num_tokens: int) -> None:
+        """Give a spine the pages it lacks; as many must be free."""
+        if self.missing(slot, num_tokens):
+            super().reserve(slot, num_tokens)
+            self._num_tokens[slot] = num_tokens
+
+    def share(self, slot: int, other: int, num_pages: int) -> None:
+        """Begin the empty spine of `slot` with the first pages of another's, all of them full."""
+        if self._num_tokens[other] or self._num_shared[other]:
+            self.carry_out()  # the other's pages must be there first
+        super().share(slot, other, num_pages)
+        self._sources[slot], self._num_shared[slot] = other, num_pages
+
+    def per_branch(self, base: int, num_drafts: int) -> int:
+        """Pages that a branch from position `base` owns, room for all K drafts in it."""
+        return (base % self.page_size + self._num_drafts) // self.page_size + 1
+
+    def fork(
+        self,
+        slot: int,
+        rows: np.ndarray,
+        accept_length: int,
+        base: int,
+        num_drafts: int,
+        tokens: np.ndarray,
+        filled: int,
+    ) -> None:
+        """Branches in `rows` [n] that start with `tokens` [n] at position `base`; copies as `HostPages.fork`.
+
+        The accept lengths of a round come in ascending order; one below 0 is a branch that starts before the spine's
+        end, from a position whose KV is known.
+        """
+        k = max(accept_length, 0)
+        self._index[rows] = self._fan_out[slot].sum() + np.arange(len(rows))
+        self._num_branch_pages[rows] = self.per_branch(base, num_drafts)
+        self._held_by_branches += int(self._num_branch_pages[rows].sum())
+        self._lengths[slot] = base - k
+        begin, end = self._forks[slot]
+        self._forks[slot] = (begin if begin < end else k, k + 1)
+        self._fan_out[slot, k] = len(rows)
+        self._candidates[slot, k, : len(rows)] = tokens
+        if filled > base:
+            self._filled_base.add(slot)
+
+    def index(self, rows: np.ndarray) -> np.ndarray:
+        """Where the branches in `rows` [n] lie among their requests' rows of `trees`, [n] int64."""
+        return self._index[rows]
+
+    def commit(self, slot: int, rows: np.ndarray, winner: int = -1, base: int = 0) -> None:
+        """Free the branches in `rows`; a `winner` among them becomes the spine from the page of its base on."""
+        if not len(rows):
+            return
+        self._before_commit(slot)
+        self._held_by_branches -= int(self._num_branch_pages[rows].sum())
+        if winner >= 0:
+            self._relink(slot, base // self.page_size, self.pool.allocate(int(self._num_branch_pages[winner])))
+        self._winners[slot] = self._index[winner] if winner >= 0 else MISS
+        self._fan_out[slot] = 0
+
+    def close(self, slot: int, rows: np.ndarray) -> None:
+        """Free a spine and its branches."""
+        self._before_commit(slot)
+        self._held_by_branches -= int(self._num_branch_pages[rows].sum())
+        self._relink(slot, 0, NO_PAGES)
+        self._winners[slot] = CLOSE
+        self._fan_out[slot] = 0
+
+    def _before_commit(self, slot: int) -> None:
+        """Carry out what was asked of this slot since its last commit, which must not come after the next one."""
+        is_due = self._num_tokens[slot] or self._forks[slot, 0] < self._forks[slot, 1] or self._num_shared[slot]
+        if is_due or slot in self._sources[self._num_shared > 0]:
+            self.carry_out()
+
+    def carry_out(self) -> None:
+        """Launch what is due; `batch` does so before every forward."""
+        pool, trees = self.device_pool, self.trees
+        if (self._winners != SKIP).any():
+            commit(pool, trees, self._to_device(self._winners))
+            self._winners[:] = SKIP
+        if self._num_shared.any():
+            share(pool, trees, self._to_device(self._sources), self._to_device(self._num_shared))
+            self._num_shared[:] = 0
+        if self._num_tokens.any():
+            reserve(pool, trees, self._to_device(self._num_tokens))
+            self._num_tokens[:] = 0
+        if (self._forks[:, 0] < self._forks[:, 1]).any():
+            self._expand()
+
+    def _expand(self) -> None:
+        trees, to_device = self.trees, self._to_device
+        no_drafts = to_device(np.full((len(self._lengths), self._num_drafts), -1, np.int32))
+        expand(
+            self.device_pool,
+            trees,
+            to_device(self._lengths),
+            no_drafts,  # the host has left them out of the candidates
+            to_device(self._candidates),
+            to_device(self._fan_out),
+            to_device(self._forks),
+        )
+        for slot in self._filled_base:
+            base = int(self._lengths[slot])
+            trees.copy_sources[slot, 0] = trees.page_tables[slot, base // self.page_size]
+            trees.copy_lens[slot, 0] = base % self.page_size + 1
+        self._filled_base.clear()
+        self._model.copy_slots(trees.copy_sources, trees.branch_pages[:, :, 0].contiguous(), trees.copy_lens)
+        trees.copy_lens.zero_()
+        self._forks[:] = 0
+
+    def batch(
+        self, branches: Branches, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray, tokens: StepTokens
+    ) -> TreeBatch:
+        """The forward of `tokens`: the next of each spine, then one of each branch in `rows`."""
+        self.carry_out()
+        to_device, size = self._to_device, self.page_size
+        num_spine_tokens = len(tokens.positions) - len(rows)
+        slots = np.concatenate(
+            [np.repeat([s.slot for s, _ in spines], [n for _, n in spines]), branches.owner[rows]]
+        ).astype(np.int64)
+        order = np.argsort(slots, kind="stable")  # the tokens of a request side by side
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        is_row = np.arange(len(slots)) >= num_spine_tokens
+        index, base = np.zeros(len(slots), np.int64), np.zeros(len(slots), np.int64)
+        index[is_row], base[is_row] = self._index[rows], branches.base[rows]
+        slots, is_row, index, base = slots[order], is_row[order], index[order], base[order]
+        positions = tokens.positions[order]
+        shared_lens = np.where(is_row, base // size * size, positions + 1)
+        own_lens = np.where(is_row, positions + 1 - shared_lens, 0)
+        requests, counts = np.unique(slots, return_counts=True)
+
+        request, index, position = to_device(slots), to_device(index), to_device(positions)
+        step = to_device(np.where(is_row, positions - base, 0))
+        spine_page = self.trees.page_tables[request, position // size].long()
+        kv_slots = torch.where(
+            to_device(is_row), self.trees.slots[request, index, step], spine_page * size + position % size
+        )
+        return TreeBatch(
+            token_ids=to_device(tokens.token_ids[order]),
+            positions=position,
+            slots=kv_slots,
+            page_tables=self.trees.page_tables[to_device(requests)],
+            query_start_loc=to_device(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)),
+            shared_lens=to_device(shared_lens.astype(np.int32)),
+            own_pages=self.trees.branch_pages[request, index],
+            own_lens=to_device(own_lens.astype(np.int32)),
+            max_shared_len=int(shared_lens.max()),
+            max_rows=int(counts.max()),
+            logit_indices=to_device(place[tokens.logit_indices]),
+        )
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.tensor(array)  # a copy: the array may change before the device reads it
+        device = torch.device(self._model.device)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,0 +1,351 @@
+"""The measurements behind a profile, and how they become one."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from multiprocessing import Pipe
+from pathlib import Path
+from statistics import fmean, quantiles, stdev
+from typing import Any
+
+import psutil
+
+from vllm_ssd.drafter.trace import TRACE_ENV
+from vllm_ssd.planning import Acceptance, Costs, Profile
+from vllm_ssd.planning.worker import Decode, Steps, Task
+from vllm_ssd.policy import draft_grid
+
+STARTUP_TIMEOUT_S = 900
+EXIT_TIMEOUT_S = 3
+STOCK_DRAFTS = 2
+COST_TOKENS = 20
+LOG_LINES = 20
+BRANCHES = (1, 4, 12, 24, 48, 96, 192)
+MAX_BRANCHES_PER_ROW = 24
+HANDOVER_S = LATENCY_S = 2e-4
+"""Host time of a hand-over, and of the two messages of a round: measured once, docs/benchmarks.md, Host time."""
+
+
+class ProfilerFailed(RuntimeError):
+    """An engine did not start, or ended; the message holds its last log lines."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What to profile. engine_args: vLLM's, of the target; ssd: keys of an SSD speculative_config.
+
+    stock: also measure what stock `draft_model` speculation's steps cost; target_cpus: cores of the target on a CPU.
+    """
+
+    target: str
+    drafter: str
+    prompts: Sequence[str] | Sequence[Sequence[int]]
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    ssd: dict[str, Any] = field(default_factory=dict)
+    batch_sizes: Sequence[int] = (1, 2, 4, 8)
+    max_drafts: int = 8
+    temperatures: Sequence[float] = (0.0,)
+    tokens: int = 256
+    prompts_a_turn: int = 3
+    stock: bool = True
+    target_cpus: Sequence[int] = ()
+    target_devices: int = 1
+
+
+class Engine:
+    """A worker process; `idle_stop` keeps it from taking any time while it is not asked."""
+
+    def __init__(self, task: Task, log: Path, idle_stop: bool) -> None:
+        self._name, self._log, self._idle_stop = task.method, log, idle_stop
+        self._connection, theirs = Pipe()
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **task.environment}
+        with log.open("w") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vllm_ssd.planning", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={name: value for name, value in environment.items() if value is not None},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        theirs.close()
+        try:
+            self._send(task)
+            self.placement = self._receive(STARTUP_TIMEOUT_S)
+        except ProfilerFailed:
+            self.close()
+            raise
+        self._signal(signal.SIGSTOP)
+
+    def ask(self, request: Decode | Steps) -> list[float]:
+        """Seconds of the steps that the request took."""
+        self._signal(signal.SIGCONT)
+        self._send(request)
+        answer = self._receive(None)
+        self._signal(signal.SIGSTOP)
+        return answer
+
+    def close(self) -> None:
+        """End the process; a drafter that it started ends with it."""
+        self._signal(signal.SIGCONT)
+        self._connection.close()
+        try:
+            self._process.wait(EXIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._idle_stop:
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                process = psutil.Process(self._process.pid)
+                for one in (process, *process.children(recursive=True)):
+                    os.kill(one.pid, number)
+
+    def _send(self, message: Task | Decode | Steps) -> None:
+        try:
+            self._connection.send(message)
+        except OSError:
+            raise self._failure("ended") from None
+
+    def _receive(self, timeout_s: float | None) -> Any:
+        try:
+            if not self._connection.poll(timeout_s):
+                raise self._failure(f"was not up after {timeout_s} s")
+            answer = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise self._failure("ended") from None
+        if isinstance(answer, str):
+            raise self._failure(answer)
+        return answer
+
+    def _failure(self, what: str) -> ProfilerFailed:
+        lines = self._log.read_text(errors="replace").splitlines()[-LOG_LINES:] if self._log.exists() else []
+        return ProfilerFailed("\n".join([f"the engine that measures {self._name!r} {what}", *lines]))
+
+
+class Profiler:
+    """Runs engines in turns and collects what they took.
+
+    Engines that compete for devices run one after the other; with `together` all stay up and are asked in turn, so that
+    whatever slows the machine down for a while hits them alike.
+    """
+
+    def __init__(self, subject: Subject, folder: Path, together: bool) -> None:
+        self._subject, self._folder, self._together = subject, folder, together
+        self._trace = folder / "trace.jsonl"
+        self._placement: dict[str, Any] = {}
+        self._engines: dict[str, Engine] = {}
+        self._stack = ExitStack()
+        self._verify: dict[tuple[int, int], list[list[float]]] = {}
+        self._stock: dict[int, list[float]] = {}
+        self._steps: dict[int, list[float]] = {}
+        self._ssd_s: list[float] = []
+        self._rounds: dict[float, list[tuple[int, int, int | None, bool]]] = {}
+        self._num_prompts = 0
+
+    def __enter__(self) -> Profiler:
+        if self._together:
+            for method in self._methods:
+                self._engines[method] = self._stack.enter_context(self._running(method))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def run(self, turns: int, progress: Callable[[str], None] = lambda text: None) -> None:
+        """Measure everything `turns` times."""
+        if self._together:
+            for _ in range(turns):
+                self.sample(progress)
+            return
+        for method in self._methods:
+            progress(f"{method}: starting")
+            with self._running(method) as engine:
+                for turn in range(turns):
+                    progress(f"{method}: {turn + 1} of {turns}")
+                    self._measure(method, engine)
+
+    def sample(self, progress: Callable[[str], None] = lambda text: None) -> None:
+        """One turn of every engine; they must run together."""
+        for method, engine in self._engines.items():
+            progress(method)
+            self._measure(method, engine)
+
+    @property
+    def _methods(self) -> list[str]:
+        return ["ssd", "steps", "verify", *(["stock"] if self._subject.stock else [])]
+
+    @contextmanager
+    def _running(self, method: str) -> Iterator[Engine]:
+        engine = Engine(self._task(method), self._folder / f"{method}.log", idle_stop=self._together)
+        try:
+            if method == "ssd":
+                self._placement = engine.placement
+            self._warm_up(method, engine)
+            yield engine
+        finally:
+            engine.close()
+
+    def _task(self, method: str) -> Task:
+        subject = self._subject
+        if method == "steps":
+            placed = self._placement
+            args = {**placed["engine_args"], "max_num_seqs": max(BRANCHES)}
+            return Task(method, args, placed["environment"], placed["cpus"])
+        speculative = {
+            "ssd": {
+                "method": "ssd",
+                "model": subject.drafter,
+                "num_speculative_tokens": subject.max_drafts,
+                "on_miss": "skip",
+                "adaptive": False,
+                **subject.ssd,
+            },
+            "verify": {
+                "method": "custom_class",
+                "model": "vllm_ssd.planning.worker.Junk",
+                "num_speculative_tokens": subject.max_drafts,
+            },
+            "stock": {"method": "draft_model", "model": subject.drafter, "num_speculative_tokens": STOCK_DRAFTS},
+        }[method]
+        environment: dict[str, str | None] = {"VLLM_PLUGINS": "ssd" if method == "ssd" else ""}
+        if subject.target_cpus:
+            environment |= {
+                "OMP_NUM_THREADS": str(len(subject.target_cpus)),
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            }
+        if method == "ssd":
+            environment[TRACE_ENV] = str(self._trace)
+        args = {
+            "model": subject.target,
+            "max_num_seqs": max(subject.batch_sizes),
+            "enable_prefix_caching": False,
+            **subject.engine_args,
+            "speculative_config": speculative,
+        }
+        return Task(method, args, environment, tuple(subject.target_cpus))
+
+    def _warm_up(self, method: str, engine: Engine) -> None:
+        if method != "steps":
+            engine.ask(Decode(self._subject.prompts[:1], 2 * COST_TOKENS))
+            if method == "ssd":
+                self._trace.write_text("")
+
+    def _measure(self, method: str, engine: Engine) -> None:
+        subject = self._subject
+        if method == "ssd":
+            for temperature in subject.temperatures:
+                before = self._trace.stat().st_size
+                for _ in range(subject.prompts_a_turn):
+                    prompt = subject.prompts[self._num_prompts % len(subject.prompts)]
+                    self._num_prompts += 1
+                    self._ssd_s += engine.ask(Decode([prompt], subject.tokens, temperature))
+                with self._trace.open() as file:
+                    file.seek(before)
+                    self._rounds.setdefault(temperature, []).extend(tuple(json.loads(line)) for line in file)
+        elif method == "steps":
+            for branches in BRANCHES:
+                rows = -(-branches // MAX_BRANCHES_PER_ROW)
+                request = Steps(rows, branches // rows, max(subject.max_drafts, 4))
+                self._steps.setdefault(branches, []).append(fmean(engine.ask(request)))
+        elif method == "stock":
+            for batch_size in subject.batch_sizes:
+                seconds = engine.ask(Decode([_prompt(STOCK_DRAFTS)] * batch_size, 2 * COST_TOKENS))
+                self._stock.setdefault(batch_size, []).append(fmean(seconds))
+        else:
+            for batch_size in subject.batch_sizes:
+                for num_drafts in draft_grid(subject.max_drafts):
+                    seconds = engine.ask(Decode([_prompt(num_drafts)] * batch_size, COST_TOKENS))
+                    self._verify.setdefault((batch_size, 1 + num_drafts), []).append(seconds)
+
+    def profile(self) -> Profile:
+        """What all measurements so far say; engines that take turns must have run as often."""
+        subject = self._subject
+        factor = subject.ssd.get("saguaro_c", 1.0)
+        # Means, not medians: what now and then takes long counts in tokens per second as well.
+        means = {point: [fmean(seconds) for seconds in turns] for point, turns in self._verify.items()}
+        verify = tuple((b, m, fmean(turns)) for (b, m), turns in sorted(means.items()))
+        costs = Costs(
+            verify=verify,
+            draft_step=_rising((float(n), fmean(seconds)) for n, seconds in sorted(self._steps.items())),
+            handover_s=HANDOVER_S,
+            latency_s=LATENCY_S,
+            spread=fmean(_scatter(s) for turns in self._verify.values() for s in turns),
+            error=fmean(_error(turns) for turns in means.values()),
+        )
+        sync = []
+        for batch_size, seconds in sorted(self._stock.items()):
+            step_s = (fmean(seconds) - costs.verify_s(batch_size, 1 + STOCK_DRAFTS)) / STOCK_DRAFTS
+            sync.append((float(batch_size), max(step_s, 1e-6)))
+        rounds = [r for of_temperature in self._rounds.values() for r in of_temperature]
+        mean_s = fmean(costs.verify_s(1, 1 + m) for m, _, _, _ in rounds)
+        slowdown = max((fmean(self._ssd_s) - HANDOVER_S) / mean_s, 1.0)
+        return Profile(
+            target=subject.target,
+            drafter=subject.drafter,
+            costs=Costs(
+                **{name: getattr(costs, name) for name in ("verify", "draft_step", "handover_s", "latency_s")},
+                sync_step=tuple(sync),
+                slowdown=slowdown,
+                spread=costs.spread,
+                error=costs.error,
+            ),
+            acceptance=tuple(
+                Acceptance.from_rounds(of_temperature, subject.max_drafts, temperature, factor if temperature else 1.0)
+                for temperature, of_temperature in sorted(self._rounds.items())
+            ),
+            target_devices=subject.target_devices,
+            environment=environment(),
+        )
+
+    def write_trace(self, path: Path) -> None:
+        """Keep the recorded outcomes, one JSON line each, for `scripts/simulate.py`."""
+        path.write_text(self._trace.read_text())
+
+
+def environment() -> dict[str, str]:
+    """Processor, versions."""
+    cpus = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "cpu": cpus[0].partition(":")[2].strip() if cpus else platform.processor(),
+        "python": platform.python_version(),
+        "vllm-ssd": version("vllm-ssd"),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def _prompt(num_drafts: int) -> list[int]:
+    """Its first token tells `Junk` how many drafts to hand over."""
+    return [num_drafts, *range(2, 34)]
+
+
+def _rising(points: Iterator[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """More branches never cost less: noise that says otherwise is levelled."""
+    found: list[tuple[float, float]] = []
+    for x, y in points:
+        found.append((x, max(y, found[-1][1]) if found else y))
+    return tuple(found)
+
+
+def _scatter(seconds: Sequence[float]) -> float:
+    """Relative standard deviation as the quartiles of a normal distribution tell it."""
+    low, middle, high = quantiles(seconds, n=4)
+    return (high - low) / 1.35 / middle
+
+
+def _error(turns: Sequence[float]) -> float:
+    """Relative standard error of the mean of several turns; a twentieth when there is only one."""
+    return stdev(turns) / fmean(turns) / len(turns) ** 0.5 if len(turns) > 1 else 0.05

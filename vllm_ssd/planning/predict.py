@@ -1,0 +1,310 @@
+"""Tokens per second of plain decoding, stock speculation and SSD from a profile (docs/theory.md, Throughput)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import comb, erf, sqrt
+from typing import Literal
+
+from vllm_ssd.planning.profile import Acceptance, Costs, Profile
+from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, BranchBudget, allocate, jit_drafts, survival
+
+Fallback = Literal["skip", "wait", "auto"]
+MODEL_ERROR = 0.06
+"""Relative standard deviation of the model itself where its inputs are measured (docs/tuning.md: half of 24 points are
+within 4 %)."""
+GUESS_ERROR = 0.3
+"""Relative error of a prediction from inputs that no one measured."""
+ITERATIONS = 40
+PHASES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""How much of a step is still to run when an outcome reaches a busy drafter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a user would configure. branch_budget: branches a request; num_drafters share the requests evenly; padded:
+    every row is charged for K drafts and nothing is waited for, as on vLLM's V2 runner.
+
+    on_miss "auto" waits for just-in-time drafts where that pays; what n-gram drafts add to it is not predicted.
+    """
+
+    batch_size: int = 1
+    num_drafts: int = 5
+    branch_budget: int = 24
+    on_miss: Fallback = "auto"
+    num_drafters: int = 1
+    wait_s: float = 0.05
+    padded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What one way to decode should give.
+
+    per_device: tokens per second for each device it takes; tokens_per_round, drafts_per_round: of one row; hit_rate: of
+    outcomes that found a speculation; late_rate: of outcomes in the block that no draft had been grown for;
+    stall_s: part of round_s spent waiting for drafts; branches: a request; relative_error: one standard deviation.
+    """
+
+    method: Literal["plain", "sd", "ssd"]
+    batch_size: int
+    num_drafts: int
+    tokens_per_s: float
+    per_device: float
+    round_s: float
+    tokens_per_round: float
+    drafts_per_round: float = 0.0
+    branch_budget: int = 0
+    branches: int = 0
+    on_miss: Fallback | None = None
+    num_drafters: int = 0
+    hit_rate: float = 0.0
+    late_rate: float = 0.0
+    stall_s: float = 0.0
+    relative_error: float = 0.0
+
+
+def predict_plain(profile: Profile, batch_size: int) -> Prediction:
+    """One token a row and round."""
+    round_s = profile.costs.verify_s(batch_size, 1)
+    return _prediction(profile, "plain", batch_size, 0, 1.0, round_s, profile.costs.error, 0)
+
+
+def predict_sd(profile: Profile, acceptance: Acceptance, batch_size: int, num_drafts: int) -> Prediction:
+    """Draft K tokens on the target's devices, then verify: b E(K) / (T_v(b, K + 1) + K t_d(b))."""
+    costs = profile.costs
+    round_s = costs.verify_s(batch_size, 1 + num_drafts) + num_drafts * costs.sync_step_s(batch_size)
+    probs = acceptance.accept_probs(num_drafts, after_hit=True)
+    tokens = 1 + sum(k * prob for k, prob in enumerate(probs))
+    error = _error(costs, acceptance, probs, tokens)
+    return _prediction(
+        profile, "sd", batch_size, num_drafts, tokens, round_s, error, 0, drafts_per_round=float(num_drafts)
+    )
+
+
+def predict_ssd(profile: Profile, acceptance: Acceptance, setting: Setting) -> Prediction:
+    """The stationary state of the round protocol, by fixed point over the time between two outcomes.
+
+    A row's state is the number of drafts it carries and whether they came from a branch. An outcome (k, t*) finds a
+    branch with the chance that F_k candidates cover t*, and that branch is as deep as the drafter's steps since the
+    last outcome allow. How long a round takes depends on how many drafts the rows carry, and that on how long it takes.
+    """
+    costs, rows = profile.costs, -(-setting.batch_size // setting.num_drafters)
+    chain = _Chain(acceptance, setting)
+    round_s = costs.verify_s(setting.batch_size, 1 + setting.num_drafts) * costs.slowdown
+    wait_s = 0.0
+    for _ in range(ITERATIONS):
+        branches = _branches(costs, setting, rows, round_s, chain)
+        chain.advance(branches, _Reach(costs, setting, rows, rows * branches, round_s, chain.hit_rate))
+        wait_s = chain.wait_s(costs, round_s)
+        before = round_s
+        drafts = setting.num_drafts if setting.padded else chain.drafts
+        verify_s = costs.verify_s(setting.batch_size, 1 + drafts) * costs.slowdown
+        round_s = (before + verify_s + costs.handover_s + wait_s) / 2
+        if abs(round_s - before) < 1e-6 * before:
+            break
+    return _prediction(
+        profile,
+        "ssd",
+        setting.batch_size,
+        setting.num_drafts,
+        chain.tokens,
+        round_s,
+        _error(costs, acceptance, chain.lengths, chain.tokens),
+        setting.num_drafters,
+        drafts_per_round=chain.drafts,
+        branch_budget=setting.branch_budget,
+        branches=branches,
+        on_miss=setting.on_miss,
+        hit_rate=chain.hit_rate,
+        late_rate=chain.late_rate,
+        stall_s=wait_s,
+    )
+
+
+class _Reach:
+    """How deep the branches of a drafter's rows get between two outcomes, with what scatter."""
+
+    def __init__(
+        self, costs: Costs, setting: Setting, rows: int, branches: int, round_s: float, hit_rate: float
+    ) -> None:
+        self._step_s = costs.draft_step_s(branches)
+        self._alone_s = costs.draft_step_s(1) if rows == 1 else self._step_s
+        self._window_s = round_s - costs.handover_s - costs.latency_s
+        self._scatter_s = max(costs.spread * round_s, 1e-9)
+        self._max_depth = setting.num_drafts
+        # Chance that the tree was whole, and one more step had found the candidates of the last fork point of whatever
+        # comes next, when the outcome came: a tree that had to wait for its own last fork point needs a step more.
+        at_once, later = (self._surely((setting.num_drafts + n) * self._step_s, busy=0.0) for n in (1, 2))
+        self.finished = later / max(1 - hit_rate * (at_once - later), 1e-9)
+        self.depths = [self._depths(0.0), self._depths(self._step_s), self._depths(self._alone_s)]
+
+    def _surely(self, needed_s: float, busy: float) -> float:
+        spare = [self._window_s - needed_s - busy * phase * self._step_s for phase in PHASES]
+        return sum(0.5 + 0.5 * erf(s / (sqrt(2) * self._scatter_s)) for s in spare) / len(spare)
+
+    def _depths(self, delay_s: float) -> list[float]:
+        """Chance of each depth 0..K that the target finds, when the branch could start after delay_s."""
+        busy = 1 - self.finished
+        at_least = [1.0, *(self._surely(delay_s + j * self._step_s, busy) for j in range(1, self._max_depth + 1)), 0.0]
+        return [more - fewer for more, fewer in pairwise(at_least)]
+
+
+class _Chain:
+    """Rows over states (drafts carried, after a hit), moved on one round at a time until they stay."""
+
+    def __init__(self, acceptance: Acceptance, setting: Setting) -> None:
+        self._acceptance, self._setting = acceptance, setting
+        self._shares = {(setting.num_drafts, True): 1.0}
+        self._counts: dict[tuple[int, bool, int], list[int]] = {}
+        self._probs: dict[tuple[int, bool], list[float]] = {}
+        self._jit = [0] * (setting.batch_size + 1)  # just-in-time drafts by number of missed rows
+        self.hit_rate = self.late_rate = 0.0
+        self.drafts, self.tokens = float(setting.num_drafts), 1.0
+        m, shares = setting.num_drafts, self._accept_probs(setting.num_drafts, True)
+        self.hit_chances = [
+            sum(p * acceptance.covered(m, k, f) for k, (p, f) in enumerate(zip(shares, self._fan_out(m, True, n))))
+            for n in range(setting.branch_budget + 1)
+        ]
+        self.survival = survival(shares)
+
+    def advance(self, branches: int, reach: _Reach, rounds: int = 6) -> None:
+        """`rounds` rounds under the same conditions."""
+        for _ in range(rounds):
+            found, missed, late = self._outcomes(branches, reach)
+            self.hit_rate, self.late_rate = sum(found.values()), late
+            for num_drafts, chance in self._fallback().items():
+                found[num_drafts, False] = missed * chance
+            self._shares = found
+            self.drafts = sum(m * share for (m, _), share in found.items())
+            self.tokens = 1 + sum(k * prob for k, prob in enumerate(self.lengths))
+
+    @property
+    def lengths(self) -> list[float]:
+        """P(k) over all rounds."""
+        lengths = [0.0] * (self._setting.num_drafts + 1)
+        for (m, after_hit), share in self._shares.items():
+            for k, prob in enumerate(self._accept_probs(m, after_hit)):
+                lengths[k] += share * prob
+        return lengths
+
+    def wait_s(self, costs: Costs, round_s: float) -> float:
+        """Mean time that a round waits for just-in-time drafts; remembers how many each number of missed rows gets."""
+        setting, missing = self._setting, 1 - self.hit_rate
+        accepted = survival(self._accept_probs(setting.num_drafts, False))
+        rate = setting.batch_size * self.tokens / round_s
+        self._jit, mean_s = [0], 0.0
+        for missed in range(1, setting.batch_size + 1):
+            step_s = costs.draft_step_s(-(-missed // setting.num_drafters))
+            first_s = costs.latency_s + 0.5 * step_s
+            drafts = 0
+            if setting.on_miss == "wait" and not setting.padded:
+                drafts = setting.num_drafts
+            elif setting.on_miss == "auto" and not setting.padded:
+                drafts = jit_drafts(missed, setting.num_drafts, accepted, rate, first_s, step_s, setting.wait_s)
+            self._jit.append(drafts)
+            chance = _binomial(setting.batch_size, missed, missing)
+            mean_s += chance * min(first_s + drafts * step_s, setting.wait_s) * (drafts > 0)
+        return mean_s
+
+    def _outcomes(self, branches: int, reach: _Reach) -> tuple[dict[tuple[int, bool], float], float, float]:
+        """Shares of rows by the drafts a hit gives them; those that missed; those of them whose branch was too late."""
+        found: dict[tuple[int, bool], float] = {}
+        missed = late = 0.0
+        for (m, after_hit), share in self._shares.items():
+            probs = self._accept_probs(m, after_hit)
+            for k, (prob, count) in enumerate(zip(probs, self._fan_out(m, after_hit, branches))):
+                covered = share * prob * self._acceptance.covered(m, k, count)
+                missed += share * prob - covered
+                for depth, chance in enumerate(self._depths(m, k, reach)):
+                    if depth:
+                        found[depth, True] = found.get((depth, True), 0.0) + covered * chance
+                    else:
+                        late += covered * chance
+        return found, missed + late, late
+
+    def _depths(self, m: int, k: int, reach: _Reach) -> list[float]:
+        """After full acceptance the last token is forwarded first, unless the drafter had the time before."""
+        at_once, one_step_later, after_a_token = reach.depths
+        if k < m:
+            return at_once
+        if not m:
+            return after_a_token
+        known = reach.finished if m == self._setting.num_drafts else 0.0
+        return [known * a + (1 - known) * b for a, b in zip(at_once, one_step_later)]
+
+    def _fallback(self) -> dict[int, float]:
+        """Chance of each number of just-in-time drafts for a row that missed."""
+        missing = 1 - self.hit_rate
+        chances: dict[int, float] = {}
+        for others in range(self._setting.batch_size):
+            drafts = self._jit[others + 1]
+            chance = _binomial(self._setting.batch_size - 1, others, missing)
+            chances[drafts] = chances.get(drafts, 0.0) + chance
+        return chances
+
+    def _accept_probs(self, m: int, after_hit: bool) -> list[float]:
+        key = m, after_hit
+        if key not in self._probs:
+            self._probs[key] = self._acceptance.accept_probs(m, after_hit)
+        return self._probs[key]
+
+    def _fan_out(self, m: int, after_hit: bool, branches: int) -> list[int]:
+        key = m, after_hit, branches
+        if key not in self._counts:
+            covered = self._acceptance.covered
+            self._counts[key] = allocate(
+                branches, self._accept_probs(m, after_hit), lambda k, f: 1 - covered(m, k, f), MAX_LEARNED_FAN_OUT
+            )
+        return self._counts[key]
+
+
+def _branches(costs: Costs, setting: Setting, rows: int, round_s: float, chain: _Chain) -> int:
+    """Branches a request that the drafter grows, as its own budget decides from steps and rounds like these."""
+    budget = BranchBudget(rows * setting.branch_budget)
+    for i in range(16):
+        branches = max(1, rows * setting.branch_budget * (1 + i % 4) // 4)
+        budget.observe_step(branches, costs.draft_step_s(branches))
+    budget.observe_window(round_s)
+    return budget.branches(setting.num_drafts, rows, chain.hit_chances, chain.survival)
+
+
+def _binomial(n: int, k: int, chance: float) -> float:
+    chance = min(max(chance, 0.0), 1.0)
+    return comb(n, k) * chance**k * (1 - chance) ** (n - k)
+
+
+def _error(costs: Costs, acceptance: Acceptance, lengths: Sequence[float], tokens: float) -> float:
+    """Relative standard deviation from timing, from the rounds that acceptance was learned from, and of the model."""
+    if not acceptance.rounds:
+        return GUESS_ERROR
+    variance = sum(prob * (1 + k - tokens) ** 2 for k, prob in enumerate(lengths))
+    return sqrt(costs.error**2 + variance / tokens**2 / acceptance.rounds + MODEL_ERROR**2)
+
+
+def _prediction(
+    profile: Profile,
+    method: Literal["plain", "sd", "ssd"],
+    batch_size: int,
+    num_drafts: int,
+    tokens: float,
+    round_s: float,
+    error: float,
+    num_drafters: int,
+    **details: float | Fallback,
+) -> Prediction:
+    rate = batch_size * tokens / round_s
+    return Prediction(
+        method=method,
+        batch_size=batch_size,
+        num_drafts=num_drafts,
+        tokens_per_s=rate,
+        per_device=rate / (profile.target_devices + num_drafters * profile.drafter_devices),
+        round_s=round_s,
+        tokens_per_round=tokens,
+        relative_error=GUESS_ERROR if profile.guessed else error,
+        num_drafters=num_drafters,
+        **details,
+    )

@@ -1,0 +1,207 @@
+"""One engine in a process of its own, which decodes what it is asked to and tells how long each step took."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from vllm_ssd.drafter.lifetime import die_with
+
+DRAFTER_PROMPT_TOKENS = 64
+STEP_TREES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a worker runs. engine_args: vLLM's EngineArgs, of the target or (method "steps") of the drafter.
+
+    environment: variables to set, or with None to remove; cpus: cores to run on, empty for all.
+    """
+
+    method: str
+    engine_args: dict[str, Any]
+    environment: dict[str, str | None] = field(default_factory=dict)
+    cpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Generate max_tokens for all prompts (texts, or lists of token ids) at once."""
+
+    prompts: Sequence[str] | Sequence[Sequence[int]]
+    max_tokens: int
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Grow trees of num_drafts for `rows` requests of `branches` branches each."""
+
+    rows: int
+    branches: int
+    num_drafts: int
+
+
+class Junk:
+    """A `custom_class` proposer of drafts that cost nothing: as many as the number of a prompt's first token."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        from vllm_ssd.compat.target import runner_v1
+
+        runner_v1.install(Junk)
+        self._most = vllm_config.speculative_config.num_speculative_tokens
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to load."""
+
+    def on_schedule(self, started: Sequence[Any], finished: Sequence[str]) -> None:
+        """Requests join and leave unnoticed."""
+
+    def on_rows(self, request_ids: Sequence[str], num_verified: Sequence[int]) -> None:
+        """Rows need no names here."""
+
+    def proposals(self, *args: Any) -> None:
+        """Every draft is one-hot."""
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens: np.ndarray,
+        token_ids: np.ndarray,
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Drafts of token 1 for every row that decodes."""
+        return [[1] * min(int(token_ids[i, 0]), self._most) if s else [] for i, s in enumerate(sampled_token_ids)]
+
+
+def decode(
+    engine: Any, prompts: Mapping[str, Any], max_tokens: int, temperature: float
+) -> Iterator[tuple[float, list[Any]]]:
+    """Generate for all `prompts`, as vLLM takes them, by request id, at once: seconds and outputs of each step."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        temperature=temperature, max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, params)
+    started = time.perf_counter()
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter()
+        yield now - started, outputs
+        started = now
+
+
+class TargetEngine:
+    """vLLM's engine in this process."""
+
+    def __init__(self, engine_args: dict[str, Any]) -> None:
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self._engine = LLMEngine.from_engine_args(EngineArgs(disable_log_stats=True, **engine_args))
+        self._num_requests = 0
+
+    def placement(self) -> dict[str, Any] | None:
+        """How this server's drafter was started, if it has one: engine_args, cpus and environment."""
+        from vllm.platforms import current_platform
+
+        from vllm_ssd.config import SSDConfig
+        from vllm_ssd.link.placement import place_drafter
+
+        vllm_config = self._engine.vllm_config
+        ours = (vllm_config.additional_config or {}).get("ssd")
+        if ours is None:
+            return None
+        options, environment = place_drafter(SSDConfig.from_json(ours), vllm_config, is_cpu=current_platform.is_cpu())
+        engine_args = {**options.engine_args, "tree_attention": options.tree_attention}
+        return {"engine_args": engine_args, "cpus": tuple(options.cpus), "environment": environment}
+
+    def run(self, request: Decode) -> list[float]:
+        """Seconds of every step in which all rows decoded, but for the first two."""
+        prompts = {}
+        for prompt in request.prompts:
+            self._num_requests += 1
+            text = prompt if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)}
+            prompts[str(self._num_requests)] = text
+        steps = decode(self._engine, prompts, request.max_tokens, request.temperature)
+        steps_s = [seconds for seconds, outputs in steps if len(outputs) == len(prompts)]
+        return steps_s[2:]
+
+
+class DrafterEngine:
+    """A drafter in this process, without a target."""
+
+    def __init__(self, engine_args: dict[str, Any]) -> None:
+        from vllm_ssd.compat.drafter.draft_model import DraftModel
+        from vllm_ssd.drafter.pages.device import DevicePages
+        from vllm_ssd.drafter.pages.host import HostPages
+
+        self._model = DraftModel(**engine_args)
+        self._pages = DevicePages if engine_args["tree_attention"] else HostPages
+
+    def run(self, request: Steps) -> list[float]:
+        """Mean seconds of the steps over all branches, of each of a few trees."""
+        from vllm_ssd.drafter.engine import DraftEngine
+        from vllm_ssd.policy import FanOut
+
+        engine = DraftEngine(
+            self._model,
+            FanOut(request.num_drafts, request.branches),
+            num_speculative_tokens=request.num_drafts,
+            max_num_seqs=request.rows,
+            max_branches=request.branches,
+            max_fan_out=request.branches,
+            top_m=64,
+            seed=0,
+            pages=self._pages,
+        )
+        means = []
+        for _ in range(STEP_TREES):
+            for i in range(request.rows):
+                prompt = np.arange(i, i + DRAFTER_PROMPT_TOKENS, dtype=np.int32) % self._model.vocab_size
+                engine.open(str(i), 1, prompt, 0.0, request.num_drafts)
+            steps_s: dict[int, list[float]] = {}  # by the branches that were there already
+            while engine.has_work:
+                alive, before, started = int(engine.branches.alive.sum()), engine.num_steps, time.perf_counter()
+                engine.speculate()
+                if engine.num_steps > before:
+                    steps_s.setdefault(alive, []).append(time.perf_counter() - started)
+            means.append(fmean(steps_s[max(steps_s)]))
+            for i in range(request.rows):
+                engine.close(str(i))
+        return means[1:]
+
+
+def serve(connection: Connection) -> None:
+    """Receive a task, start, tell (placement or None), then answer requests with seconds until the connection closes.
+
+    What goes wrong is answered as text.
+    """
+    task: Task = connection.recv()
+    die_with(os.getppid())
+    if task.cpus and sys.platform == "linux":
+        os.sched_setaffinity(0, task.cpus)
+    try:
+        engine = (DrafterEngine if task.method == "steps" else TargetEngine)(task.engine_args)
+        connection.send(engine.placement() if isinstance(engine, TargetEngine) else None)
+        gc.collect()
+        gc.freeze()
+        while True:
+            connection.send(engine.run(connection.recv()))
+    except EOFError:
+        return
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+        raise

@@ -1,0 +1,1 @@
+"""What runs in vLLM's worker: requests, drafts for their next rounds, and the metrics about them."""

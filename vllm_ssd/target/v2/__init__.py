@@ -1,0 +1,1 @@
+"""The target's side on vLLM's V2 model runner."""

@@ -1,0 +1,154 @@
+"""The composition root on vLLM's V2 runner: drafts are looked up on the device, the host never waits for it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tp_group
+
+from vllm_ssd.compat.target.runner_v2 import V2Speculator, install, ngram_drafts, ngram_speculator
+from vllm_ssd.kernels import Speculation, lookup, write_draft_logits
+from vllm_ssd.target.start import logger, start_drafter, user_config
+from vllm_ssd.target.v2.courier import Courier, OutcomeBuffer
+from vllm_ssd.target.v2.lookup_cache import SpeculationCache
+
+
+class SSDSpeculator(V2Speculator):
+    """A speculator whose drafts were made elsewhere before it is asked for them.
+
+    Tensor-parallel rank 0 has a drafter and looks up; the other ranks get drafts and their proposals by broadcast.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
+        install()
+        config = user_config(vllm_config)
+        num_slots = vllm_config.scheduler_config.max_num_seqs
+        num_drafts = config.num_speculative_tokens
+        vocab_size = vllm_config.model_config.get_vocab_size()
+        top_m = min(config.top_m, vocab_size)
+        # Allocated before vLLM measures how much memory is left for KV pages.
+        self.draft_logits = torch.full((num_slots, num_drafts, vocab_size), -torch.inf, device=device)
+        self._columns = torch.zeros(num_slots, num_drafts, top_m, dtype=torch.int32, device=device)  # written in those
+        self._verifying = Speculation.empty(num_slots, num_drafts, top_m, device)
+        self.num_drafts = self._verifying.num_drafts
+        self._drafts = torch.zeros(num_slots, 1 + num_drafts, dtype=torch.int64, device=device)  # of the last batch
+        self._req_states = req_states
+        self._device = device
+        self._group = get_tp_group()
+        self._num_started = 0
+        self._requests: dict[str, tuple[int, int]] = {}  # serial number and slot
+        self._serials = np.full(num_slots, -1, np.int64)
+        self._serials_on_device = torch.full((num_slots,), -1, dtype=torch.int64, device=device)
+        self._sampled = np.zeros(num_slots, np.bool_)  # slots with a temperature over 0
+        self._courier: Courier | None = None
+        if config.on_miss == "wait":
+            logger.warning("SSD: nothing waits for the drafter on vLLM's V2 runner; on_miss 'wait' acts like 'skip'")
+        if self._group.rank_in_group == 0:
+            self._cache = SpeculationCache(num_slots, config.max_branches, num_drafts, top_m, device)
+            self._metrics, self._drafter = start_drafter(config, vllm_config)
+            self._courier = Courier(config, self._drafter, self._metrics, self._cache, logger)
+            self._ngram = ngram_speculator(vllm_config, device, req_states) if self._courier.wants_ngram else None
+            weakref.finalize(self, self._courier.stop)
+
+    def on_target_loaded(self) -> None:
+        """Compile, and wait for the drafter, which has been loading beside the target."""
+        self._warm_up()
+        if self._courier is not None:
+            self._drafter.wait_until_ready()
+            self._courier.run()
+
+    def add_request(self, request_id: str, slot: int, token_ids: Sequence[int], temperature: float) -> None:
+        """Give the request a serial number, and open it on the drafter while the target runs its prompt."""
+        serial, self._num_started = self._num_started, self._num_started + 1
+        self._requests[request_id] = serial, slot
+        self._serials[slot] = serial
+        self._serials_on_device[slot].fill_(serial)  # in the order of the stream: earlier steps see the one before
+        self._sampled[slot] = temperature > 0
+        if self._courier is not None:
+            self._courier.start(serial, slot, token_ids, temperature)
+
+    def remove_request(self, request_id: str) -> None:
+        """Forget the request; its slot's blocks match no later one."""
+        serial, slot = self._requests.pop(request_id, (-1, -1))
+        if serial >= 0:
+            self._sampled[slot] = False
+            if self._courier is not None:
+                self._courier.finish(serial)
+
+    def want(self, num_drafts: int) -> None:
+        """Let the drafter grow what rounds carry, and rest while they carry nothing."""
+        if self._courier is not None:
+            self._courier.want(num_drafts)
+
+    def speculate(
+        self, batch: Any, num_sampled: torch.Tensor, last_sampled: torch.Tensor, temperatures: torch.Tensor, wanted: int
+    ) -> torch.Tensor:
+        """Drafts [B, K] int64: those of the outcome's branch, and the last token again where there is none."""
+        slots = batch.idx_mapping_np
+        outcomes = None if self._courier is None else self._courier.outcome_buffer()
+        sampled = bool(self._sampled[slots].any())
+        self._decide(batch, num_sampled, last_sampled, temperatures, wanted, sampled, outcomes)
+        if self._courier is not None:
+            self._courier.decided(self._serials[slots].tolist(), outcomes)
+        return self._drafts[: batch.num_reqs, 1:]
+
+    def _decide(
+        self,
+        batch: Any,
+        num_sampled: torch.Tensor,
+        last_sampled: torch.Tensor,
+        temperatures: torch.Tensor,
+        wanted: int,
+        sampled: bool,
+        outcomes: OutcomeBuffer | None,
+    ) -> None:
+        """Launch what chooses the drafts: one kernel, one more if `sampled`, and what n-grams and other ranks take."""
+        slots = batch.idx_mapping
+        if self._courier is not None:
+            ngram = None
+            if self._ngram is not None and self._courier.wants_ngram and wanted:
+                ngram = ngram_drafts(self._ngram, batch, num_sampled, self._req_states)
+            lookup(
+                self._cache.blocks,
+                self._verifying,
+                slots,
+                num_sampled,
+                self._serials_on_device,
+                self._req_states.total_len.gpu,
+                last_sampled,
+                temperatures,
+                wanted,
+                self._drafts,
+                outcomes.rows,
+                ngram,
+            )
+        if self._group.world_size > 1:
+            self._broadcast(slots, sampled)
+        if sampled:
+            write_draft_logits(self.draft_logits, self._columns, self._verifying, slots, temperatures)
+
+    def _broadcast(self, slots: torch.Tensor, sampled: bool) -> None:
+        """Rank 0's choice on every rank; proposals travel only when a row of the batch needs them."""
+        drafts = self._group.broadcast(self._drafts[: len(slots)], src=0)
+        self.num_drafts[slots] = drafts[:, 0].int()
+        if sampled:
+            q_token_ids, q_probs = self._verifying.q_token_ids, self._verifying.q_probs
+            q = self._group.broadcast(torch.stack((q_token_ids[slots], q_probs[slots].view(torch.int32))), src=0)
+            q_token_ids[slots], q_probs[slots] = q[0], q[1].view(torch.float32)
+
+    def _warm_up(self) -> None:
+        """Launch everything once for a request that emitted nothing: else the first one would wait for compilers."""
+        batch = SimpleNamespace(num_reqs=1, idx_mapping=torch.zeros(1, dtype=torch.int64, device=self._device))
+        num_sampled = torch.zeros(1, dtype=torch.int32, device=self._device)
+        temperatures = torch.zeros(len(self.num_drafts), device=self._device)
+        outcomes = None if self._courier is None else self._courier.outcome_buffer()
+        last_sampled = self._req_states.last_sampled_tokens
+        self._decide(batch, num_sampled, last_sampled, temperatures, self._drafts.shape[1] - 1, True, outcomes)
+        if self._courier is not None:
+            self._courier.decided([], outcomes)
