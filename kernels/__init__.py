@@ -6,13 +6,13 @@ K + 1 steps of the model with `tree_attention` and `sample`; when the outcome is
 target: `lookup` the outcome, and `write_draft_logits` where requests sample. docs/kernels.md has the picture.
 """
 
-from vllm_ssd.kernels.blocks import Blocks
+from vllm_ssd.kernels.blocks import DeviceBlocks
 from vllm_ssd.kernels.commit import CLOSE, MISS, SKIP, commit
 from vllm_ssd.kernels.copy_pages import copy_pages
 from vllm_ssd.kernels.dispatch import reference_ops
 from vllm_ssd.kernels.draft_logits import write_draft_logits
 from vllm_ssd.kernels.expand import expand
-from vllm_ssd.kernels.lookup import OUTCOME_COLUMNS, Found, Speculation, lookup
+from vllm_ssd.kernels.lookup import OUTCOME_COLUMNS, DeviceSpeculation, Found, lookup
 from vllm_ssd.kernels.reserve import reserve
 from vllm_ssd.kernels.sample import Sample, sample
 from vllm_ssd.kernels.share import share
@@ -24,11 +24,11 @@ __all__ = [
     "MISS",
     "OUTCOME_COLUMNS",
     "SKIP",
-    "Blocks",
+    "DeviceBlocks",
     "DevicePool",
     "Found",
     "Sample",
-    "Speculation",
+    "DeviceSpeculation",
     "Trees",
     "commit",
     "copy_pages",

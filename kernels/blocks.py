@@ -8,7 +8,7 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class DeviceBlocks:
     """Two blocks for each of `S` requests: the newest whole one, and the one that is being written or was overtaken.
 
     headers [S, 2, 3] int64: version, epoch, length. The version is a sequence lock: odd while the block is being
@@ -34,7 +34,7 @@ class Blocks:
         num_speculative_tokens: int,
         top_m: int,
         device: torch.device | str,
-    ) -> Blocks:
+    ) -> DeviceBlocks:
         """Blocks that match no outcome."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:

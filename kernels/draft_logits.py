@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 
 from vllm_ssd.kernels.dispatch import power_of_2, require_contiguous, use_triton
-from vllm_ssd.kernels.lookup import Speculation
+from vllm_ssd.kernels.lookup import DeviceSpeculation
 
 
 def write_draft_logits(
     draft_logits: torch.Tensor,
     columns: torch.Tensor,
-    verifying: Speculation,
+    verifying: DeviceSpeculation,
     slots: torch.Tensor,
     temperatures: torch.Tensor,
 ) -> None:
@@ -48,7 +48,7 @@ def write_draft_logits(
 def _write_draft_logits_reference(
     draft_logits: torch.Tensor,
     columns: torch.Tensor,
-    verifying: Speculation,
+    verifying: DeviceSpeculation,
     slots: torch.Tensor,
     temperatures: torch.Tensor,
 ) -> None:

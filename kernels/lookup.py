@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_ssd.kernels.blocks import Blocks
+from vllm_ssd.kernels.blocks import DeviceBlocks
 from vllm_ssd.kernels.dispatch import power_of_2, require_contiguous, use_triton
 
 OUTCOME_COLUMNS = 5
@@ -25,7 +25,7 @@ class Found(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Speculation:
+class DeviceSpeculation:
     """Up to `K` drafts for each of `S` requests, and the proposals they were drawn from.
 
     draft_token_ids [S, K] int32, -1 beyond the last; num_drafts [S] int32; q_token_ids [S, K, M] int32 and
@@ -38,7 +38,7 @@ class Speculation:
     num_drafts: torch.Tensor
 
     @classmethod
-    def empty(cls, num_requests: int, num_drafts: int, top_m: int, device: torch.device | str) -> Speculation:
+    def empty(cls, num_requests: int, num_drafts: int, top_m: int, device: torch.device | str) -> DeviceSpeculation:
         """No drafts."""
         shape = (num_requests, num_drafts)
         return cls(
@@ -50,8 +50,8 @@ class Speculation:
 
 
 def lookup(
-    blocks: Blocks,
-    verifying: Speculation,
+    blocks: DeviceBlocks,
+    verifying: DeviceSpeculation,
     slots: torch.Tensor,
     num_sampled: torch.Tensor,
     epochs: torch.Tensor,
@@ -134,8 +134,8 @@ def lookup(
 
 
 def _lookup_reference(
-    blocks: Blocks,
-    verifying: Speculation,
+    blocks: DeviceBlocks,
+    verifying: DeviceSpeculation,
     slots: torch.Tensor,
     num_sampled: torch.Tensor,
     epochs: torch.Tensor,

@@ -26,9 +26,9 @@ import triton
 from vllm_ssd.kernels import (
     MISS,
     OUTCOME_COLUMNS,
-    Blocks,
+    DeviceBlocks,
     DevicePool,
-    Speculation,
+    DeviceSpeculation,
     Trees,
     commit,
     copy_pages,
@@ -277,14 +277,14 @@ def bench_pages(num_requests: int) -> dict[str, object]:
 def bench_lookup(num_requests: int) -> dict[str, object]:
     """All requests sample and hit a block of 24 branches, 64 proposal tokens a draft; then 128k logits a draft."""
     branches, top_m = 24, 64
-    blocks = Blocks.empty(num_requests, branches, NUM_DRAFTS, top_m, "cuda")
+    blocks = DeviceBlocks.empty(num_requests, branches, NUM_DRAFTS, top_m, "cuda")
     for half in (0, 1):
         blocks.headers[:, half] = torch.tensor([2 * half, half - 1, half - 1], device="cuda")
     blocks.outcomes[..., 0], blocks.depths[:] = 0, NUM_DRAFTS
     blocks.outcomes[..., 1] = torch.arange(branches, device="cuda")
     blocks.q_token_ids[:] = torch.arange(top_m, device="cuda")
     blocks.q_probs[:] = 1 / top_m
-    verifying = Speculation.empty(num_requests, NUM_DRAFTS, top_m, "cuda")
+    verifying = DeviceSpeculation.empty(num_requests, NUM_DRAFTS, top_m, "cuda")
     slots = torch.arange(num_requests, device="cuda")
     ones = torch.ones(num_requests, dtype=torch.int32, device="cuda")
     drafts = torch.zeros(num_requests, 1 + NUM_DRAFTS, dtype=torch.int64, device="cuda")

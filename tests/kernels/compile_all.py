@@ -14,9 +14,9 @@ from triton.backends.compiler import GPUTarget
 
 from vllm_ssd.kernels import (
     OUTCOME_COLUMNS,
-    Blocks,
+    DeviceBlocks,
     DevicePool,
-    Speculation,
+    DeviceSpeculation,
     Trees,
     commit,
     copy_pages,
@@ -125,8 +125,8 @@ def step_of_the_target(top_m: int, batch: int = 1, start: int = 0, wanted: int =
     def zeros(size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(start + size, dtype=dtype)[start:]
 
-    blocks = Blocks.empty(slots, 24, drafts, top_m, "cpu")
-    verifying = Speculation.empty(slots, drafts, top_m, "cpu")
+    blocks = DeviceBlocks.empty(slots, 24, drafts, top_m, "cpu")
+    verifying = DeviceSpeculation.empty(slots, drafts, top_m, "cpu")
     rows, temperatures = zeros(batch, torch.int64), zeros(slots, torch.float32)
     by_slot = zeros(slots, torch.int64), zeros(slots, torch.int32), zeros(slots, torch.int64)[:, None]
     out = torch.zeros(slots, 1 + drafts, dtype=torch.int64), torch.zeros(slots, OUTCOME_COLUMNS + drafts).int()

@@ -6,21 +6,21 @@ import pytest
 import torch
 from cases import DEVICE, ints, reference, to
 
-from vllm_ssd.kernels import Speculation, write_draft_logits
+from vllm_ssd.kernels import DeviceSpeculation, write_draft_logits
 
 S, K, V = 6, 3, 53
 RTOL = 1e-6
 """float32: a product and a logarithm."""
 
 
-def proposals(generator: torch.Generator, top_m: int) -> Speculation:
+def proposals(generator: torch.Generator, top_m: int) -> DeviceSpeculation:
     """Distinct ids with positive probabilities, then ids 0 with none, as a short cut of q has."""
     token_ids = torch.rand(S, K, V, generator=generator).argsort(2)[:, :, :top_m].int()
     probs = torch.rand(S, K, top_m, generator=generator) + 0.1
     support = torch.randint(1, top_m + 1, (S, K, 1), generator=generator)
     inside = torch.arange(top_m) < support
     probs = torch.where(inside, probs, 0)
-    return Speculation(
+    return DeviceSpeculation(
         torch.zeros(S, K, dtype=torch.int32),
         torch.where(inside, token_ids, 0),
         probs / probs.sum(2, keepdim=True),

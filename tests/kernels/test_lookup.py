@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import DEVICE, ints, reference, to
 
-from vllm_ssd.kernels import OUTCOME_COLUMNS, Blocks, Found, Speculation, lookup
+from vllm_ssd.kernels import OUTCOME_COLUMNS, DeviceBlocks, DeviceSpeculation, Found, lookup
 
 S, N, K = 5, 6, 3
 FILLER = 7
@@ -29,9 +29,9 @@ def block(rng: random.Random, n: int, top_m: int, depth: int = K) -> tuple[torch
     )
 
 
-def speculation(rng: random.Random, rows: int, top_m: int) -> Speculation:
+def speculation(rng: random.Random, rows: int, top_m: int) -> DeviceSpeculation:
     generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
-    return Speculation(
+    return DeviceSpeculation(
         torch.randint(10, 20, (rows, K), dtype=torch.int32, generator=generator),
         torch.randint(0, 50, (rows, K, top_m), dtype=torch.int32, generator=generator),
         torch.rand(rows, K, top_m, generator=generator) + 0.1,
@@ -39,14 +39,14 @@ def speculation(rng: random.Random, rows: int, top_m: int) -> Speculation:
     )
 
 
-def nothing(rows: int, top_m: int) -> Speculation:
+def nothing(rows: int, top_m: int) -> DeviceSpeculation:
     return dataclasses.replace(speculation(random.Random(0), rows, top_m), num_drafts=ints([0] * rows))
 
 
 def look_up(
-    blocks: Blocks,
+    blocks: DeviceBlocks,
     queries: list[tuple[int, int, int, int, int]],
-    old: Speculation,
+    old: DeviceSpeculation,
     *,
     temperature: float = 1.0,
     wanted: int = K,
@@ -63,7 +63,7 @@ def look_up(
     source = torch.zeros(n + 1, dtype=torch.int64)
     source[place] = ints([query[0] for query in queries], torch.int64)
     fields = [getattr(blocks, f.name) for f in dataclasses.fields(blocks) if f.name != "_versions"]
-    blocks = Blocks(*(field[source] for field in fields), [])
+    blocks = DeviceBlocks(*(field[source] for field in fields), [])
     epochs, lengths, accept_lengths, last = ints([query[1:] for query in queries], torch.int64).reshape(n, 4).unbind(1)
     num_sampled = (accept_lengths + 1).int()
 
@@ -72,7 +72,7 @@ def look_up(
         field[place] = values.to(dtype)
         return field
 
-    verifying = Speculation(
+    verifying = DeviceSpeculation(
         *(by_slot(getattr(old, f.name), getattr(old, f.name).dtype) for f in dataclasses.fields(old))
     )
     rest = dict(
@@ -87,7 +87,7 @@ def look_up(
         ngram=None if ngram is None else torch.cat((ngram, ngram.new_zeros(1, K))),
     )
 
-    def call(device: str) -> tuple[torch.Tensor, torch.Tensor, Speculation]:
+    def call(device: str) -> tuple[torch.Tensor, torch.Tensor, DeviceSpeculation]:
         tensors = {k: v if v is None else v.to(device, copy=True) for k, v in rest.items()}
         state = to(verifying, device)
         lookup(to(blocks, device), state, wanted=wanted, **tensors)
@@ -125,7 +125,7 @@ def look_up(
 def test_hits_and_misses(top_m):
     """Every outcome of some blocks, and the same with another epoch, length, request, accept length or token."""
     rng = random.Random(top_m)
-    blocks = Blocks.empty(S, N, K, top_m, "cpu")
+    blocks = DeviceBlocks.empty(S, N, K, top_m, "cpu")
     blocks.write(0, 3, 40, *block(rng, N, top_m))
     blocks.write(1, 0, 7, *block(rng, 1, top_m))
     blocks.write(2, 1, 9, *block(rng, 4, top_m, depth=2))
@@ -153,7 +153,7 @@ def test_hits_and_misses(top_m):
 
 def test_a_deeper_block_of_the_same_round_wins():
     rng = random.Random(1)
-    blocks = Blocks.empty(1, N, K, 2, "cpu")
+    blocks = DeviceBlocks.empty(1, N, K, 2, "cpu")
     keys, _, drafts, q_token_ids, q_probs = block(rng, N, 2)
     for depth in (1, 2, 3):
         depths = torch.full((N,), depth, dtype=torch.int32)
@@ -166,7 +166,7 @@ def test_a_deeper_block_of_the_same_round_wins():
 def test_the_previous_block_is_whole_while_the_next_is_written():
     """A write that stops anywhere leaves the block before it readable and itself invisible."""
     rng = random.Random(2)
-    blocks = Blocks.empty(1, N, K, 2, "cpu")
+    blocks = DeviceBlocks.empty(1, N, K, 2, "cpu")
     first, second = block(rng, N, 2), block(rng, N, 2)
     blocks.write(0, 0, 8, *first)
     blocks.write(0, 0, 8, *first)
@@ -190,7 +190,7 @@ def test_a_block_that_is_overwritten_during_the_read_is_a_miss(monkeypatch, temp
     import triton.language as tl
 
     rng = random.Random(3)
-    blocks = Blocks.empty(1, N, K, 2, "cpu")
+    blocks = DeviceBlocks.empty(1, N, K, 2, "cpu")
     written = block(rng, N, 2)
     blocks.write(0, 0, 8, *written)
     k, token = written[0][1].tolist()
@@ -220,7 +220,7 @@ def test_a_block_that_is_overwritten_during_the_read_is_a_miss(monkeypatch, temp
 def test_the_rest_of_a_trimmed_speculation_stands(top_m):
     """The scheduler cut the drafts after k and the target then emitted the very next one."""
     rng = random.Random(4)
-    blocks = Blocks.empty(1, N, K, top_m, "cpu")
+    blocks = DeviceBlocks.empty(1, N, K, top_m, "cpu")
     keys, *content = block(rng, N, top_m)
     old = speculation(rng, 4, top_m)
     old = dataclasses.replace(old, num_drafts=ints([3, 3, 2, 1]))
@@ -239,7 +239,7 @@ def test_the_rest_of_a_trimmed_speculation_stands(top_m):
 @pytest.mark.parametrize("wanted", range(K + 2))
 def test_no_more_drafts_than_wanted(wanted):
     rng = random.Random(5)
-    blocks = Blocks.empty(1, N, K, 2, "cpu")
+    blocks = DeviceBlocks.empty(1, N, K, 2, "cpu")
     written = block(rng, N, 2)
     blocks.write(0, 0, 8, *written)
     found = look_up(blocks, [(0, 0, 8, *written[0][3].tolist())], nothing(1, 2), wanted=wanted)
@@ -249,7 +249,7 @@ def test_no_more_drafts_than_wanted(wanted):
 def test_a_prompt_that_goes_on_gets_no_drafts():
     """Nothing was emitted: neither the block, nor the old drafts, nor n-grams speak."""
     rng = random.Random(6)
-    blocks = Blocks.empty(1, N, K, 2, "cpu")
+    blocks = DeviceBlocks.empty(1, N, K, 2, "cpu")
     keys, *content = block(rng, N, 2)
     keys[0] = ints([-1, FILLER])
     blocks.write(0, 0, 8, keys, *content)
@@ -261,7 +261,7 @@ def test_a_prompt_that_goes_on_gets_no_drafts():
 
 def test_a_greedy_request_leaves_q_alone():
     rng = random.Random(7)
-    blocks = Blocks.empty(1, N, K, 2, "cpu")
+    blocks = DeviceBlocks.empty(1, N, K, 2, "cpu")
     written = block(rng, N, 2)
     blocks.write(0, 0, 8, *written)
     old = nothing(1, 2)
@@ -273,7 +273,7 @@ def test_a_greedy_request_leaves_q_alone():
 @pytest.mark.parametrize("top_m", (0, 2))
 def test_drafts_without_q_are_none_where_requests_sample(top_m):
     rng = random.Random(8)
-    blocks = Blocks.empty(1, N, K, top_m, "cpu")
+    blocks = DeviceBlocks.empty(1, N, K, top_m, "cpu")
     keys, depths, drafts, q_token_ids, q_probs = block(rng, N, top_m)
     blocks.write(0, 0, 8, keys, depths, drafts, q_token_ids, 0 * q_probs)
     queries = [(0, 0, 8, *keys[0].tolist())]
@@ -285,7 +285,7 @@ def test_drafts_without_q_are_none_where_requests_sample(top_m):
 @pytest.mark.parametrize("wanted", (0, 2, K))
 def test_ngram_drafts_where_there_are_no_others(top_m, temperature, wanted):
     rng = random.Random(9)
-    blocks = Blocks.empty(1, N, K, top_m, "cpu")
+    blocks = DeviceBlocks.empty(1, N, K, top_m, "cpu")
     written = block(rng, N, top_m)
     blocks.write(0, 0, 8, *written)
     hit = (0, 0, 8, *written[0][2].tolist())
@@ -301,13 +301,13 @@ def test_ngram_drafts_where_there_are_no_others(top_m, temperature, wanted):
 
 
 def test_empty_batch():
-    assert look_up(Blocks.empty(1, N, K, 2, "cpu"), [], nothing(0, 2)).drafts == []
+    assert look_up(DeviceBlocks.empty(1, N, K, 2, "cpu"), [], nothing(0, 2)).drafts == []
 
 
 def test_columns_of_a_wider_tensor_are_refused():
     wide = torch.zeros(2, 5, dtype=torch.int64, device=DEVICE)
     some = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    blocks = to(Blocks.empty(2, N, K, 2, "cpu"), DEVICE)
+    blocks = to(DeviceBlocks.empty(2, N, K, 2, "cpu"), DEVICE)
     drafts, outcomes = (
         wide[:, : 1 + K].contiguous(),
         torch.zeros(2, OUTCOME_COLUMNS + K, dtype=torch.int32, device=DEVICE),

@@ -16,7 +16,7 @@ import torch
 from fake_link import InProcessLink, K
 
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.kernels import Speculation, lookup
+from vllm_ssd.kernels import DeviceSpeculation, lookup
 from vllm_ssd.link.protocol import Close, Evicted, Open, Push
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.v2.courier import NUM_BUFFERS, Courier
@@ -50,7 +50,7 @@ class Device:
         self.requests: dict[str, tuple[int, int]] = {}  # serial number and slot
         self.tokens: dict[str, list[int]] = {}
         self.drafts: dict[str, list[int]] = {}
-        self.verifying = Speculation.empty(SLOTS, K, 5, "cpu")
+        self.verifying = DeviceSpeculation.empty(SLOTS, K, 5, "cpu")
         self.num_started = 0
         self.wanted = K
         self.ngram: Callable[[list[int]], list[int]] = lambda token_ids: token_ids[-1:] * K

@@ -17,7 +17,7 @@ from vllm_ssd.drafter.forward import Sampler
 from vllm_ssd.drafter.pages.device import DevicePages
 from vllm_ssd.drafter.pages.host import HostPages
 from vllm_ssd.drafter.self_check import check_trees
-from vllm_ssd.link.protocol import JIT_TOKEN, Block, Push
+from vllm_ssd.link.protocol import JIT_TOKEN, Push, SpeculationBlock
 from vllm_ssd.policy import FanOut
 
 K = 3
@@ -154,7 +154,7 @@ class Target:
         check_conservation(self.engine)
 
 
-def check_proposals(block: Block, i: int, prefix: list[int], temperature: float) -> None:
+def check_proposals(block: SpeculationBlock, i: int, prefix: list[int], temperature: float) -> None:
     """The drafts of a branch after `prefix` were drawn from what they carry: the likeliest tokens' softmax."""
     for token, (ids, probs) in zip(block.drafts(i), block.proposals(i), strict=True):
         logits = reference_logits(prefix).numpy() / temperature

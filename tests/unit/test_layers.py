@@ -19,7 +19,7 @@ ALLOWED = {
     "planning": {"compat.drafter", "compat", "config", "drafter", "kernels", "link", "policy"},
     "compat": set(),
     "compat.drafter": {"compat", "kernels"},
-    "compat.target": {"compat", "policy"},
+    "compat.target": {"compat", "link", "policy"},
     "drafter": {"kernels", "policy", "link", "compat.drafter"},
     "drafter.pages": {"kernels", "compat.drafter", "drafter"},
     "target": {"compat", "config", "link", "policy"},

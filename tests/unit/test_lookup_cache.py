@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_ssd.kernels import OUTCOME_COLUMNS, Found, Speculation, lookup
-from vllm_ssd.link.protocol import Block, pack_ids
+from vllm_ssd.kernels import OUTCOME_COLUMNS, DeviceSpeculation, Found, lookup
+from vllm_ssd.link.protocol import SpeculationBlock, pack_ids
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
 
 SLOTS, N, K, M = 3, 6, 4, 5
@@ -19,13 +19,17 @@ def make_cache() -> SpeculationCache:
     return SpeculationCache(SLOTS, N, K, M, "cpu")
 
 
-def make_block(length: int, offset: int, branches: dict[tuple[int, int], list[int]], sampled: bool = False) -> Block:
+def make_block(
+    length: int, offset: int, branches: dict[tuple[int, int], list[int]], sampled: bool = False
+) -> SpeculationBlock:
     """Branches {outcome: tokens from `offset` on}; the proposal of token t is t, t+1, …"""
     drafts = np.array(list(branches.values()), np.int32)
     q_token_ids = drafts[:, :, None] + np.arange(M, dtype=np.int32) if sampled else ()
     q_probs = np.broadcast_to(np.float32([0.5, 0.2, 0.1, 0.1, 0.1]), (*drafts.shape, M)) if sampled else ()
     probs = np.asarray(q_probs, "<f4").tobytes()
-    return Block("r", 0, length, offset, pack_ids(list(branches)), pack_ids(drafts), pack_ids(q_token_ids), probs)
+    return SpeculationBlock(
+        "r", 0, length, offset, pack_ids(list(branches)), pack_ids(drafts), pack_ids(q_token_ids), probs
+    )
 
 
 def look_up(
@@ -35,14 +39,14 @@ def look_up(
     length: int,
     k: int,
     bonus: int,
-    verifying: Speculation | None = None,
+    verifying: DeviceSpeculation | None = None,
     temperature: float = 0.0,
 ) -> tuple[bool, list[int]]:
     """Whether there is a block for the round, and the drafts after the outcome; `verifying` [SLOTS] becomes those."""
     outcomes = torch.zeros(1, OUTCOME_COLUMNS + K, dtype=torch.int32)
     lookup(
         cache.blocks,
-        Speculation.empty(SLOTS, K, M, "cpu") if verifying is None else verifying,
+        DeviceSpeculation.empty(SLOTS, K, M, "cpu") if verifying is None else verifying,
         torch.tensor([slot]),
         torch.tensor([k + 1], dtype=torch.int32),
         torch.full((SLOTS,), serial),
@@ -107,7 +111,7 @@ def test_a_proposal_travels_with_its_draft() -> None:
     cache.put(2, 1, make_block(10, 0, {(0, 3): [11, 12], (1, 4): [21, 22]}, sampled=True))
     cache.put(2, 1, make_block(10, 2, {(1, 4): [23]}, sampled=True))
     cache.flush()
-    found = Speculation.empty(SLOTS, K, M, "cpu")
+    found = DeviceSpeculation.empty(SLOTS, K, M, "cpu")
     _, drafts = look_up(cache, 2, 1, 10, 1, 4, found, temperature=0.7)
     assert drafts == [21, 22, 23]
     assert found.q_token_ids[2, :3].tolist() == [list(range(draft, draft + M)) for draft in drafts]
@@ -129,7 +133,7 @@ def test_the_rest_of_the_old_drafts(k: int, bonus: int, expected: list[int]) -> 
     cache = make_cache()
     cache.put(0, 1, make_block(10, 0, {(1, 5): [55], (3, 0): [56]}, sampled=True))
     cache.flush()
-    verifying = Speculation.empty(SLOTS, K, M, "cpu")
+    verifying = DeviceSpeculation.empty(SLOTS, K, M, "cpu")
     verifying.draft_token_ids[0, :3] = torch.tensor([30, 31, 32])
     verifying.q_token_ids[0] = torch.arange(K)[:, None]
     verifying.q_probs[0] = 1 / M

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from vllm_ssd.link.protocol import (
     PROTOCOL_VERSION,
-    Block,
     Close,
     DrafterStats,
     Evicted,
@@ -18,6 +17,7 @@ from vllm_ssd.link.protocol import (
     ProtocolError,
     Push,
     Refused,
+    SpeculationBlock,
     Step,
     Welcome,
     decode_to_drafter,
@@ -40,7 +40,7 @@ EVENT = (
     | st.builds(Outcome, TEXT, COUNT, COUNT, TOKEN_IDS, TOKEN_IDS, COUNT)
     | st.builds(Close, TEXT)
 )
-BLOCK = st.builds(Block, TEXT, COUNT, COUNT, COUNT, DATA, DATA, DATA, DATA)
+BLOCK = st.builds(SpeculationBlock, TEXT, COUNT, COUNT, COUNT, DATA, DATA, DATA, DATA)
 STATS = st.builds(DrafterStats, COUNT, COUNT, FLOAT, COUNT, COUNT)
 TO_DRAFTER = st.builds(Hello, COUNT, COUNT, COUNT, TEXT) | st.builds(Step, st.lists(EVENT, max_size=5), COUNT)
 TO_TARGET = (
@@ -54,7 +54,9 @@ BOTH_WAYS = [pytest.param(decode_to_drafter, id="to drafter"), pytest.param(deco
 
 STEP = Step([Open("a", 1, pack_ids([1, 2]), 0.7), Outcome("b", 0, 9, [4], [5, 6]), Close("c")], 5)
 PUSH = Push(
-    [Block("a", 1, 9, 0, pack_ids([2, 77]), pack_ids([1, 2]))], [Evicted("b", 0)], DrafterStats(1, 2, 0.5, 3, 4)
+    [SpeculationBlock("a", 1, 9, 0, pack_ids([2, 77]), pack_ids([1, 2]))],
+    [Evicted("b", 0)],
+    DrafterStats(1, 2, 0.5, 3, 4),
 )
 
 
@@ -165,7 +167,7 @@ def test_fingerprint_depends_on_the_vocabulary_and_nothing_else():
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 3)), unique=True, max_size=20), st.integers(1, 3))
 def test_a_block_finds_the_branch_of_an_outcome(outcomes, depth):
     drafts = np.arange(len(outcomes) * depth).reshape(len(outcomes), depth)
-    block = Block("a", 0, 1, 0, pack_ids(outcomes), pack_ids(drafts))
+    block = SpeculationBlock("a", 0, 1, 0, pack_ids(outcomes), pack_ids(drafts))
     for accept_length in range(4):
         for bonus in range(-1, 4):
             branch = block.find(accept_length, bonus)
@@ -179,7 +181,7 @@ def test_a_block_finds_the_branch_of_an_outcome(outcomes, depth):
 def test_a_block_carries_the_proposal_of_every_draft():
     ids = np.arange(2 * 3 * 4, dtype="<i4").reshape(2, 3, 4)
     probs = ids.astype("<f4") / 10
-    block = Block(
+    block = SpeculationBlock(
         "a", 0, 1, 0, pack_ids([[0, 5], [1, 6]]), pack_ids([[1, 2, 3], [4, 5, 6]]), pack_ids(ids), probs.tobytes()
     )
     for branch in range(2):

@@ -8,7 +8,7 @@ import pytest
 from fake_link import InProcessLink
 from test_verifier import PROMPTS, FakeTarget, make
 
-from vllm_ssd.link.protocol import Block, Evicted, Open, Push, Step, pack_ids
+from vllm_ssd.link.protocol import Evicted, Open, Push, SpeculationBlock, Step, pack_ids
 from vllm_ssd.target.requests import REOPEN_ROUNDS
 
 
@@ -20,7 +20,7 @@ def test_a_request_id_that_comes_again_does_not_meet_its_old_blocks():
     (opened,) = link.steps[-1].events
     target.finish("a")
     target.start("a", [4, 5, 6])
-    link._drafter.send(Push([Block("a", opened.epoch, 3, 0, pack_ids([0, 1]), pack_ids([2]))], [], None))
+    link._drafter.send(Push([SpeculationBlock("a", opened.epoch, 3, 0, pack_ids([0, 1]), pack_ids([2]))], [], None))
     target.round()
     assert metrics.counts["stale_blocks"] == 1
 
@@ -112,8 +112,8 @@ def test_broken_blocks_are_dropped(arrays):
     target.next_token = lambda prefix: 7
     target.start("a", [1, 2, 3])
     (opened,) = link.steps[0].events
-    whole = Block("a", opened.epoch, 3, 0, pack_ids([1, 7]), pack_ids([2]), pack_ids([2, 3]), b"\0" * 8)
-    link._drafter.send(Push([Block("a", opened.epoch, 3, 0, *arrays), whole], [], None))
+    whole = SpeculationBlock("a", opened.epoch, 3, 0, pack_ids([1, 7]), pack_ids([2]), pack_ids([2, 3]), b"\0" * 8)
+    link._drafter.send(Push([SpeculationBlock("a", opened.epoch, 3, 0, *arrays), whole], [], None))
     target.round()
     assert not target.drafts["a"] and metrics.counts["stale_blocks"] == 1
 

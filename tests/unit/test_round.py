@@ -11,7 +11,7 @@ import pytest
 from fake_link import InProcessLink, K
 
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.link.protocol import Block, Evicted, Push, pack_ids
+from vllm_ssd.link.protocol import Evicted, Push, SpeculationBlock, pack_ids
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.v1.round import Verifier
 
@@ -212,7 +212,13 @@ def test_stale_and_foreign_blocks_are_dropped():
     target.start("a", [1, 2, 3])
     branch = (0, pack_ids([0, 1]), pack_ids([2]))
     stale = Push(
-        [Block("a", 7, 3, *branch), Block("a", 1, 4, *branch), Block("z", 1, 3, *branch)], [Evicted("z", 1)], None
+        [
+            SpeculationBlock("a", 7, 3, *branch),
+            SpeculationBlock("a", 1, 4, *branch),
+            SpeculationBlock("z", 1, 3, *branch),
+        ],
+        [Evicted("z", 1)],
+        None,
     )
     link._drafter.send(stale)
     target.round()

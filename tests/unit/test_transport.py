@@ -11,7 +11,7 @@ import time
 import pytest
 from fake_link import pair
 
-from vllm_ssd.link.protocol import Block, Close, Hello, Open, Push, Refused, Step, encode
+from vllm_ssd.link.protocol import Close, Hello, Open, Push, Refused, SpeculationBlock, Step, encode
 from vllm_ssd.link.transport import INBOX_BYTES, MAX_MESSAGE_BYTES, TransportClosed, socket_pair
 
 ECHO = """
@@ -223,7 +223,11 @@ def test_fileno_tells_when_to_poll(ends):
 
 def test_messages_cut_anywhere_are_put_together(raw):
     transport, sock = raw
-    messages = [Push([], [], None), Refused("é" * 50), Push([Block("a", 0, 9, 0, b"\0" * 8, b"\0" * 4)], [], None)]
+    messages = [
+        Push([], [], None),
+        Refused("é" * 50),
+        Push([SpeculationBlock("a", 0, 9, 0, b"\0" * 8, b"\0" * 4)], [], None),
+    ]
     data = b"".join(map(frame, messages))
     received = []
     for i in range(len(data)):

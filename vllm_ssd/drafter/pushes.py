@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_ssd.drafter.branches import Branches
 from vllm_ssd.drafter.sequence import Sequence
-from vllm_ssd.link.protocol import JIT_TOKEN, Block, pack_ids
+from vllm_ssd.link.protocol import JIT_TOKEN, SpeculationBlock, pack_ids
 from vllm_ssd.policy import BranchBudget
 
 JUST_IN_TIME = -1
@@ -37,7 +37,7 @@ def due_rows(branches: Branches, by_slot: SequenceOf[Sequence | None], budget: B
     return rows[due]
 
 
-def take_blocks(branches: Branches, by_slot: SequenceOf[Sequence | None], rows: np.ndarray) -> list[Block]:
+def take_blocks(branches: Branches, by_slot: SequenceOf[Sequence | None], rows: np.ndarray) -> list[SpeculationBlock]:
     """What `rows` have grown since they were last pushed, which now they are; one block for rows that grew alike."""
     depths = np.minimum(branches.computed[rows], branches.num_drafts[rows])
     groups: dict[tuple[int, int, int], list[int]] = {}
@@ -47,14 +47,14 @@ def take_blocks(branches: Branches, by_slot: SequenceOf[Sequence | None], rows: 
     return [_block(branches, by_slot[slot], alike, *span) for (slot, *span), alike in groups.items()]
 
 
-def _block(branches: Branches, sequence: Sequence, rows: list[int], offset: int, depth: int) -> Block:
+def _block(branches: Branches, sequence: Sequence, rows: list[int], offset: int, depth: int) -> SpeculationBlock:
     outcomes = np.stack([branches.accept_length[rows], branches.tokens[rows, 0]], axis=1)
     outcomes[outcomes[:, 0] == JUST_IN_TIME] = (0, JIT_TOKEN)
     q_token_ids = q_probs = b""
     if sequence.temperature > 0:
         q_token_ids = pack_ids(branches.q_token_ids[rows, offset:depth])
         q_probs = branches.q_probs[rows, offset:depth].astype("<f4").tobytes()
-    return Block(
+    return SpeculationBlock(
         sequence.request_id,
         sequence.epoch,
         sequence.length,

@@ -24,6 +24,9 @@ JIT_TOKEN = -1
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
+Proposal = tuple[np.ndarray, np.ndarray]
+"""The distribution a draft was drawn from: token ids `[M]` int32 and probabilities `[M]` float32."""
+
 
 class ProtocolError(ValueError):
     """Bytes that are no message of this protocol."""
@@ -103,7 +106,7 @@ class Step(_Message, tag=1):
     num_speculative_tokens: Count
 
 
-class Block(_Message):
+class SpeculationBlock(_Message):
     """New or longer branches of one request for the round that began at committed length `length`.
 
     Append-only: what was sent for an outcome never changes, a later block adds the tokens from depth `offset` on.
@@ -156,7 +159,7 @@ class Block(_Message):
         size = len(self.draft_token_ids) // self.num_branches
         return np.frombuffer(self.draft_token_ids, "<i4", size // 4, branch * size).tolist()
 
-    def proposals(self, branch: int) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    def proposals(self, branch: int) -> list[Proposal] | None:
         """Per token of one branch its proposal, ids [M] int32 and probabilities [M] float32; None when greedy."""
         if not self.q_token_ids:
             return None
@@ -187,7 +190,7 @@ class DrafterStats(_Message):
 class Push(_Message, tag=2):
     """Drafter → target, after each drafter step that has news."""
 
-    blocks: list[Block]
+    blocks: list[SpeculationBlock]
     evicted: list[Evicted]
     stats: DrafterStats | None
 

@@ -10,14 +10,11 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.link.protocol import Block, Close, Open, Outcome, Push, Step, common_prefix, pack_ids
+from vllm_ssd.link.protocol import Close, Open, Outcome, Proposal, Push, SpeculationBlock, Step, common_prefix, pack_ids
 from vllm_ssd.target.metrics import Metrics
 
 REOPEN_ROUNDS = 32
 """Rounds an evicted request waits before it is opened again; doubled with each eviction."""
-
-Proposal = tuple[np.ndarray, np.ndarray]
-"""The distribution a draft was drawn from: token ids `[M]` int32 and probabilities `[M]` float32."""
 
 
 class Link(Protocol):
@@ -57,16 +54,16 @@ class Session:
     generation: int = -1  # of the drafter that holds this request; -1: none does
     drafts: Speculation = field(default_factory=Speculation)  # named to the drafter at `length`
     by_ngram: bool = False  # `drafts` are what followed an earlier n-gram
-    blocks: list[Block] = field(default_factory=list)  # pushed for the outcome at `length`, in order
+    blocks: list[SpeculationBlock] = field(default_factory=list)  # pushed for the outcome at `length`, in order
     heard: bool = False  # since it was opened, a block has come
     evictions: int = 0
     reopen_round: int = 0
 
-    def expects(self, block: Block) -> bool:
+    def expects(self, block: SpeculationBlock) -> bool:
         """Whether a block answers this committed length, in this epoch, and is not broken."""
         return block.epoch == self.epoch and block.length == self.length and block.fits
 
-    def take(self, block: Block) -> bool:
+    def take(self, block: SpeculationBlock) -> bool:
         """Keep a pushed block; False when it answers another committed length or epoch, or is broken."""
         if not self.expects(block):
             return False
@@ -169,6 +166,6 @@ class Sessions(Generic[S]):
             if push.stats is not None:
                 self._metrics.drafter(push.stats, self._link.generation)
 
-    def _take(self, session: S, block: Block) -> bool:
+    def _take(self, session: S, block: SpeculationBlock) -> bool:
         """Keep a pushed block; False when it answers another committed length or epoch."""
         return session.take(block)

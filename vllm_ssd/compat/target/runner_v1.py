@@ -21,8 +21,7 @@ from vllm.v1.sample import rejection_sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ssd.compat.version import UnsupportedVLLM
-
-Proposal = tuple[np.ndarray, np.ndarray]
+from vllm_ssd.link.protocol import Proposal
 
 
 class V1Proposer(Protocol):

@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_ssd.compat.target import runner_v1
-from vllm_ssd.target.requests import Proposal
+from vllm_ssd.link.protocol import Proposal
 from vllm_ssd.target.start import start_drafter, user_config
 from vllm_ssd.target.v1.round import Verifier
 

@@ -13,10 +13,10 @@ import msgspec
 import numpy as np
 
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.link.protocol import JIT_TOKEN, Close, Open, Outcome, Push
+from vllm_ssd.link.protocol import JIT_TOKEN, Close, Open, Outcome, Proposal, Push
 from vllm_ssd.policy import Adaptation, NgramGain, jit_drafts, jit_gain, ngram_drafts
 from vllm_ssd.target.metrics import Metrics
-from vllm_ssd.target.requests import Link, Proposal, Session, Sessions, Speculation
+from vllm_ssd.target.requests import Link, Session, Sessions, Speculation
 
 SLOWNESS_KEPT = 0.998
 """Of the time just-in-time drafts take, at each miss that does not wait for them: a drafter that was slow once is tried

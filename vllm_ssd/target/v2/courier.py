@@ -21,7 +21,7 @@ import torch
 
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.kernels import OUTCOME_COLUMNS, Found
-from vllm_ssd.link.protocol import Block, Close, Open, Outcome
+from vllm_ssd.link.protocol import Close, Open, Outcome, SpeculationBlock
 from vllm_ssd.policy import NgramGain
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.requests import Link, Session, Sessions
@@ -225,7 +225,7 @@ class Courier(Sessions[RemoteSession]):
             self.wants_ngram = self._ngram_gain.drafts(self._config.num_speculative_tokens, NGRAM_LOSS)[0] > 0
         return events
 
-    def _take(self, session: RemoteSession, block: Block) -> bool:
+    def _take(self, session: RemoteSession, block: SpeculationBlock) -> bool:
         if not session.expects(block):
             return False
         self._cache.put(session.slot, int(session.request_id), block)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_ssd.kernels import Blocks
-from vllm_ssd.link.protocol import Block
+from vllm_ssd.kernels import DeviceBlocks
+from vllm_ssd.link.protocol import SpeculationBlock
 
 
 class SpeculationCache:
-    """Two blocks for each of S request slots (`kernels.Blocks`), N branches of up to K drafts each.
+    """Two blocks for each of S request slots (`kernels.DeviceBlocks`), N branches of up to K drafts each.
 
     A block's epoch is the serial number of its request. On the host there is a copy of the newest block of each slot.
     """
@@ -37,12 +37,12 @@ class SpeculationCache:
         self._versions = np.zeros(num_slots, np.int64)
         self._dirty: set[int] = set()
 
-        self.blocks = Blocks.empty(num_slots, max_branches, num_drafts, top_m, self.device)
+        self.blocks = DeviceBlocks.empty(num_slots, max_branches, num_drafts, top_m, self.device)
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
-    def put(self, slot: int, serial: int, block: Block) -> None:
+    def put(self, slot: int, serial: int, block: SpeculationBlock) -> None:
         """Keep a pushed block for request `serial` in `slot`; readers see it after `flush`.
 
         Branches that do not continue what was pushed before, or exceed N, are left out.

@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_ssd.compat.target.runner_v2 import V2Speculator, install, ngram_drafts, ngram_speculator
-from vllm_ssd.kernels import Speculation, lookup, write_draft_logits
+from vllm_ssd.kernels import DeviceSpeculation, lookup, write_draft_logits
 from vllm_ssd.target.start import logger, start_drafter, user_config
 from vllm_ssd.target.v2.courier import Courier, OutcomeBuffer
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
@@ -35,7 +35,7 @@ class SSDSpeculator(V2Speculator):
         # Allocated before vLLM measures how much memory is left for KV pages.
         self.draft_logits = torch.full((num_slots, num_drafts, vocab_size), -torch.inf, device=device)
         self._columns = torch.zeros(num_slots, num_drafts, top_m, dtype=torch.int32, device=device)  # written in those
-        self._verifying = Speculation.empty(num_slots, num_drafts, top_m, device)
+        self._verifying = DeviceSpeculation.empty(num_slots, num_drafts, top_m, device)
         self.num_drafts = self._verifying.num_drafts
         self._drafts = torch.zeros(num_slots, 1 + num_drafts, dtype=torch.int64, device=device)  # of the last batch
         self._req_states = req_states
