@@ -6,7 +6,7 @@ import time
 
 import pytest
 from fake_link import InProcessLink
-from test_verifier import PROMPTS, FakeTarget, make
+from test_round import PROMPTS, FakeTarget, make
 
 from vllm_ssd.link.protocol import Evicted, Open, Push, SpeculationBlock, Step, pack_ids
 from vllm_ssd.target.requests import REOPEN_ROUNDS
