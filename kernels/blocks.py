@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 
@@ -24,7 +25,7 @@ class DeviceBlocks:
     draft_token_ids: torch.Tensor
     q_token_ids: torch.Tensor
     q_probs: torch.Tensor
-    _versions: list[int] = field(repr=False)
+    _versions: np.ndarray = field(repr=False)  # [S] int64, of the newest block of each request
 
     @classmethod
     def empty(
@@ -48,37 +49,48 @@ class DeviceBlocks:
             zeros(n, k),
             zeros(n, k, top_m),
             zeros(n, k, top_m, dtype=torch.float32),
-            [0] * num_requests,
+            np.zeros(num_requests, np.int64),
         )
 
     def write(
         self,
-        slot: int,
-        epoch: int,
-        length: int,
-        outcomes: torch.Tensor,
-        depths: torch.Tensor,
-        draft_token_ids: torch.Tensor,
-        q_token_ids: torch.Tensor | None = None,
-        q_probs: torch.Tensor | None = None,
+        slots: np.ndarray,
+        rounds: np.ndarray,
+        outcomes: np.ndarray,
+        depths: np.ndarray,
+        draft_token_ids: np.ndarray,
+        is_sampled: np.ndarray,
+        q_token_ids: np.ndarray,
+        q_probs: np.ndarray,
     ) -> None:
-        """Replace the older of the two blocks of `slot`; readers see it whole or not at all.
+        """Replace the older of the two blocks of each of `slots`; readers see a block whole or not at all.
 
-        outcomes [n, 2], depths [n], draft_token_ids [n, d], q_token_ids and q_probs [n, d, M], n <= N and d <= K. Runs
-        in stream order on the current stream, which may be another than the readers'. One writer a slot.
+        slots [n] int64, distinct; rounds [n, 2] int64, epoch and length; outcomes [n, N, 2], depths [n, N] and
+        draft_token_ids [n, N, K] int32; is_sampled [n] bool says which requests have a proposal, whose rows alone
+        are given: q_token_ids [m, N, K, M] int32, q_probs [m, N, K, M] float32. Arrays of the host. Copies and stores
+        run in order on the current stream, which may be another than the readers'; there is one writer.
         """
-        half = (self._versions[slot] // 2 + 1) % 2
-        n, d = draft_token_ids.shape
-        header = self.headers[slot, half]
-        header[0] = self._versions[slot] + 1
-        self.depths[slot, half] = 0
-        self.outcomes[slot, half, :n] = outcomes
-        self.depths[slot, half, :n] = depths
-        self.draft_token_ids[slot, half, :n, :d] = draft_token_ids
-        if q_token_ids is not None:
-            self.q_token_ids[slot, half, :n, :d] = q_token_ids
-            self.q_probs[slot, half, :n, :d] = q_probs
-        header[1] = epoch
-        header[2] = length
-        self._versions[slot] += 2
-        header[0] = self._versions[slot]
+        version = self._versions[slots]
+        halves = 2 * slots + (version // 2 + 1) % 2
+        self._versions[slots] = version + 2
+        headers = self._to_device(np.column_stack([version + 1, rounds]))
+        rows = self._to_device(halves)
+        _store(self.headers, rows, headers)
+        _store(self.outcomes, rows, self._to_device(outcomes))
+        _store(self.depths, rows, self._to_device(depths))
+        _store(self.draft_token_ids, rows, self._to_device(draft_token_ids))
+        if is_sampled.any():
+            sampled_rows = self._to_device(halves[is_sampled])
+            _store(self.q_token_ids, sampled_rows, self._to_device(q_token_ids))
+            _store(self.q_probs, sampled_rows, self._to_device(q_probs))
+        headers[:, 0] += 1
+        _store(self.headers, rows, headers)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor, device = torch.from_numpy(array), self.headers.device
+        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _store(blocks: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Overwrite rows 2 * slot + half of `blocks` [S, 2, ...]."""
+    blocks.flatten(0, 1).index_copy_(0, rows, values)

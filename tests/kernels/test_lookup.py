@@ -6,14 +6,19 @@ import dataclasses
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from cases import DEVICE, ints, reference, to
 
 from vllm_ssd.kernels import OUTCOME_COLUMNS, DeviceBlocks, DeviceSpeculation, Found, lookup
+from vllm_ssd.kernels import blocks as kernel_blocks
 
 S, N, K = 5, 6, 3
 FILLER = 7
+BLOCK_FIELDS = [f.name for f in dataclasses.fields(DeviceBlocks) if f.name != "_versions"]
+NUM_STORES = 7
+"""Of a sampled request: the header around outcomes, depths, drafts, q's token ids and probabilities."""
 
 
 def block(rng: random.Random, n: int, top_m: int, depth: int = K) -> tuple[torch.Tensor, ...]:
@@ -43,6 +48,36 @@ def nothing(rows: int, top_m: int) -> DeviceSpeculation:
     return dataclasses.replace(speculation(random.Random(0), rows, top_m), num_drafts=ints([0] * rows))
 
 
+def write(
+    blocks: DeviceBlocks,
+    slot: int,
+    epoch: int,
+    length: int,
+    outcomes: torch.Tensor,
+    depths: torch.Tensor,
+    draft_token_ids: torch.Tensor,
+    q_token_ids: torch.Tensor | None = None,
+    q_probs: torch.Tensor | None = None,
+) -> None:
+    """What `DeviceBlocks.write` makes of [n, d] drafts of one request, n <= N and d <= K."""
+
+    def padded(values: torch.Tensor, like: torch.Tensor) -> np.ndarray:
+        full = torch.zeros_like(like[:1, 0])
+        full[(0, *map(slice, values.shape))] = values
+        return full.numpy()
+
+    blocks.write(
+        np.array([slot]),
+        np.array([[epoch, length]]),
+        padded(outcomes, blocks.outcomes),
+        padded(depths, blocks.depths),
+        padded(draft_token_ids, blocks.draft_token_ids),
+        np.array([q_probs is not None]),
+        padded(q_token_ids if q_token_ids is not None else draft_token_ids[..., None][..., :0], blocks.q_token_ids),
+        padded(q_probs if q_probs is not None else draft_token_ids[..., None][..., :0], blocks.q_probs),
+    )
+
+
 def look_up(
     blocks: DeviceBlocks,
     queries: list[tuple[int, int, int, int, int]],
@@ -62,8 +97,8 @@ def look_up(
     place = torch.tensor(order[:n], dtype=torch.int64)
     source = torch.zeros(n + 1, dtype=torch.int64)
     source[place] = ints([query[0] for query in queries], torch.int64)
-    fields = [getattr(blocks, f.name) for f in dataclasses.fields(blocks) if f.name != "_versions"]
-    blocks = DeviceBlocks(*(field[source] for field in fields), [])
+    fields = [getattr(blocks, name) for name in BLOCK_FIELDS]
+    blocks = DeviceBlocks(*(field[source] for field in fields), np.zeros(0, np.int64))
     epochs, lengths, accept_lengths, last = ints([query[1:] for query in queries], torch.int64).reshape(n, 4).unbind(1)
     num_sampled = (accept_lengths + 1).int()
 
@@ -126,11 +161,11 @@ def test_hits_and_misses(top_m):
     """Every outcome of some blocks, and the same with another epoch, length, request, accept length or token."""
     rng = random.Random(top_m)
     blocks = DeviceBlocks.empty(S, N, K, top_m, "cpu")
-    blocks.write(0, 3, 40, *block(rng, N, top_m))
-    blocks.write(1, 0, 7, *block(rng, 1, top_m))
-    blocks.write(2, 1, 9, *block(rng, 4, top_m, depth=2))
-    blocks.write(2, 1, 12, *block(rng, 5, top_m, depth=1))
-    blocks.write(3, 1, 5, *block(rng, 0, top_m))
+    write(blocks, 0, 3, 40, *block(rng, N, top_m))
+    write(blocks, 1, 0, 7, *block(rng, 1, top_m))
+    write(blocks, 2, 1, 9, *block(rng, 4, top_m, depth=2))
+    write(blocks, 2, 1, 12, *block(rng, 5, top_m, depth=1))
+    write(blocks, 3, 1, 5, *block(rng, 0, top_m))
     right = [
         (slot, *blocks.headers[slot, half, 1:].tolist(), *outcome)
         for slot, half, row in (blocks.depths > 0).nonzero().tolist()
@@ -157,29 +192,101 @@ def test_a_deeper_block_of_the_same_round_wins():
     keys, _, drafts, q_token_ids, q_probs = block(rng, N, 2)
     for depth in (1, 2, 3):
         depths = torch.full((N,), depth, dtype=torch.int32)
-        blocks.write(0, 0, 8, keys, depths, drafts[:, :depth], q_token_ids[:, :depth], q_probs[:, :depth])
+        write(blocks, 0, 0, 8, keys, depths, drafts[:, :depth], q_token_ids[:, :depth], q_probs[:, :depth])
         found = look_up(blocks, [(0, 0, 8, *keys[4].tolist())], nothing(1, 2))
         assert found.branches == [4] and found.drafts == [drafts[4, :depth].tolist()]
         assert torch.equal(found.q_probs[0, :depth], q_probs[4, :depth])
 
 
-def test_the_previous_block_is_whole_while_the_next_is_written():
-    """A write that stops anywhere leaves the block before it readable and itself invisible."""
+class Stopped(Exception):
+    """A writer that goes no further."""
+
+
+@pytest.mark.parametrize("num_stores", range(NUM_STORES))
+@pytest.mark.parametrize("num_before", (1, 2))
+def test_a_write_that_stops_anywhere_leaves_the_block_before_it(monkeypatch, num_before, num_stores):
+    """The newest whole block stays readable and is not touched, the torn one is invisible."""
     rng = random.Random(2)
     blocks = DeviceBlocks.empty(1, N, K, 2, "cpu")
     first, second = block(rng, N, 2), block(rng, N, 2)
-    blocks.write(0, 0, 8, *first)
-    blocks.write(0, 0, 8, *first)
-    half = 1
+    for _ in range(num_before):
+        write(blocks, 0, 0, 8, *first)
+    newest = int(blocks.headers[0, :, 0].argmax())
     before = to(blocks, "cpu")
-    blocks.write(0, 0, 8, *second)
-    assert torch.equal(blocks.headers[0, 1 - half], before.headers[0, 1 - half]), "the newest whole block was touched"
-    torn = to(blocks, "cpu")
-    torn.headers[0, half, 0] -= 1  # as `write` leaves it until it is done
+    store, stores = kernel_blocks._store, []
+
+    def stop(*arguments):
+        if len(stores) == num_stores:
+            raise Stopped
+        stores.append(arguments)
+        store(*arguments)
+
+    monkeypatch.setattr(kernel_blocks, "_store", stop)
+    with pytest.raises(Stopped):
+        write(blocks, 0, 0, 8, *second)
+    for field in BLOCK_FIELDS:
+        assert torch.equal(getattr(blocks, field)[0, newest], getattr(before, field)[0, newest]), field
     key = next(key for key in second[0].tolist() if key not in first[0].tolist())
-    assert look_up(torn, [(0, 0, 8, *key)], nothing(1, 2)).found == [Found.MISS]
-    assert look_up(torn, [(0, 0, 8, *first[0][2].tolist())], nothing(1, 2)).branches == [2]
-    assert look_up(blocks, [(0, 0, 8, *key)], nothing(1, 2)).found == [Found.HIT]
+    assert look_up(blocks, [(0, 0, 8, *key)], nothing(1, 2)).found == [Found.MISS]
+    assert look_up(blocks, [(0, 0, 8, *first[0][2].tolist())], nothing(1, 2)).branches == [2]
+
+
+def test_a_reader_between_any_two_stores_sees_whole_blocks(monkeypatch):
+    """Random writes to several requests at once; after every store, whatever is found was written as a whole."""
+    rng = random.Random(4)
+    blocks = DeviceBlocks.empty(S, N, K, 2, "cpu")
+    newest: list[tuple | None] = [None] * S
+    writing: dict[int, tuple] = {}
+    store, num_reads = kernel_blocks._store, [0, 0]
+
+    def check() -> None:
+        for slot in range(S):
+            seen = [written for written in (newest[slot], writing.get(slot)) if written is not None]
+            for epoch, length, (keys, _, drafts, _, _) in seen:
+                row = rng.randrange(N)
+                found = look_up(blocks, [(slot, epoch, length, *keys[row].tolist())], nothing(1, 2))
+                num_reads[found.found[0] == Found.HIT] += 1
+                same_round = [w for w in seen if w[:2] == (epoch, length)]
+                if found.found[0] == Found.HIT:
+                    assert any(
+                        found.drafts[0] == drafts[i].tolist()
+                        for _, _, (keys_, _, drafts, _, _) in same_round
+                        for i in range(N)
+                        if keys_[i].tolist() == keys[row].tolist()
+                    )
+
+    def store_and_read(*arguments):
+        store(*arguments)
+        check()
+
+    monkeypatch.setattr(kernel_blocks, "_store", store_and_read)
+    for number in range(12):
+        slots = sorted(rng.sample(range(S), rng.randint(1, S)))
+        writing = {slot: (rng.randrange(2), 10 + number // 2, block(rng, N, 2)) for slot in slots}
+        contents = [[w[2][i] for w in writing.values()] for i in range(5)]
+        blocks.write(
+            np.array(slots),
+            np.array([w[:2] for w in writing.values()]),
+            *(torch.stack(values).numpy() for values in contents[:3]),
+            np.ones(len(slots), bool),
+            *(torch.stack(values).numpy() for values in contents[3:]),
+        )
+        for slot, written in writing.items():
+            newest[slot] = written
+        writing = {}
+        for slot in slots:
+            epoch, length, (keys, _, drafts, _, _) = newest[slot]
+            found = look_up(blocks, [(slot, epoch, length, *keys[1].tolist())], nothing(1, 2))
+            assert found.drafts == [drafts[1].tolist()], "the block that was just written is the one that is read"
+    assert min(num_reads) > 20, "neither hits nor misses alone prove anything"
+
+
+def test_the_stores_of_a_write_are_as_many_as_are_stopped_at(monkeypatch):
+    stores = []
+    monkeypatch.setattr(kernel_blocks, "_store", lambda *arguments: stores.append(arguments[0]))
+    blocks = DeviceBlocks.empty(1, N, K, 2, "cpu")
+    write(blocks, 0, 0, 8, *block(random.Random(0), N, 2))
+    assert len(stores) == NUM_STORES and stores[0] is stores[-1] is blocks.headers
 
 
 @pytest.mark.parametrize("temperature", (0.0, 1.0))
@@ -192,7 +299,7 @@ def test_a_block_that_is_overwritten_during_the_read_is_a_miss(monkeypatch, temp
     rng = random.Random(3)
     blocks = DeviceBlocks.empty(1, N, K, 2, "cpu")
     written = block(rng, N, 2)
-    blocks.write(0, 0, 8, *written)
+    write(blocks, 0, 0, 8, *written)
     k, token = written[0][1].tolist()
     num_sampled = k + 1
     drafts, outcomes = torch.zeros(1, 1 + K, dtype=torch.int64), torch.zeros(1, OUTCOME_COLUMNS + K, dtype=torch.int32)
@@ -208,8 +315,8 @@ def test_a_block_that_is_overwritten_during_the_read_is_a_miss(monkeypatch, temp
     assert status() == [Found.HIT, 1, K, *written[2][1].tolist()]
 
     def write_meanwhile() -> None:  # in place of a barrier, which means nothing in an interpreter
-        blocks.write(0, 0, 9, *block(rng, N, 2))
-        blocks.write(0, 0, 10, *block(rng, N, 2))
+        write(blocks, 0, 0, 9, *block(rng, N, 2))
+        write(blocks, 0, 0, 10, *block(rng, N, 2))
 
     monkeypatch.setattr(tl, "debug_barrier", write_meanwhile)
     assert status() == [Found.MISS, -1, 0, *[-1] * K]
@@ -225,7 +332,7 @@ def test_the_rest_of_a_trimmed_speculation_stands(top_m):
     old = speculation(rng, 4, top_m)
     old = dataclasses.replace(old, num_drafts=ints([3, 3, 2, 1]))
     keys[0] = ints([0, int(old.draft_token_ids[0, 0])])  # the block must not be asked
-    blocks.write(0, 0, 8, keys, *content)
+    write(blocks, 0, 0, 8, keys, *content)
     queries = [(0, 0, 8, k, int(old.draft_token_ids[i, k])) for i, k in enumerate((0, 1, 1, 1))]
     found = look_up(blocks, queries, old)
     assert found.branches == [N, N, -1, -1]
@@ -241,7 +348,7 @@ def test_no_more_drafts_than_wanted(wanted):
     rng = random.Random(5)
     blocks = DeviceBlocks.empty(1, N, K, 2, "cpu")
     written = block(rng, N, 2)
-    blocks.write(0, 0, 8, *written)
+    write(blocks, 0, 0, 8, *written)
     found = look_up(blocks, [(0, 0, 8, *written[0][3].tolist())], nothing(1, 2), wanted=wanted)
     assert found.drafts == [written[2][3, :wanted].tolist()] and found.found == [Found.HIT]
 
@@ -252,7 +359,7 @@ def test_a_prompt_that_goes_on_gets_no_drafts():
     blocks = DeviceBlocks.empty(1, N, K, 2, "cpu")
     keys, *content = block(rng, N, 2)
     keys[0] = ints([-1, FILLER])
-    blocks.write(0, 0, 8, keys, *content)
+    write(blocks, 0, 0, 8, keys, *content)
     old = dataclasses.replace(speculation(rng, 1, 2), num_drafts=ints([K]))
     for ngram in (None, torch.full((1, K), 5)):
         found = look_up(blocks, [(0, 0, 8, -1, FILLER)], old, ngram=ngram)
@@ -263,7 +370,7 @@ def test_a_greedy_request_leaves_q_alone():
     rng = random.Random(7)
     blocks = DeviceBlocks.empty(1, N, K, 2, "cpu")
     written = block(rng, N, 2)
-    blocks.write(0, 0, 8, *written)
+    write(blocks, 0, 0, 8, *written)
     old = nothing(1, 2)
     found = look_up(blocks, [(0, 0, 8, *written[0][0].tolist())], old, temperature=0.0)
     assert found.found == [Found.HIT]
@@ -275,7 +382,7 @@ def test_drafts_without_q_are_none_where_requests_sample(top_m):
     rng = random.Random(8)
     blocks = DeviceBlocks.empty(1, N, K, top_m, "cpu")
     keys, depths, drafts, q_token_ids, q_probs = block(rng, N, top_m)
-    blocks.write(0, 0, 8, keys, depths, drafts, q_token_ids, 0 * q_probs)
+    write(blocks, 0, 0, 8, keys, depths, drafts, q_token_ids, 0 * q_probs)
     queries = [(0, 0, 8, *keys[0].tolist())]
     assert look_up(blocks, queries, nothing(1, top_m)).found == [Found.MISS]
     assert look_up(blocks, queries, nothing(1, top_m), temperature=0.0).found == [Found.HIT]
@@ -287,7 +394,7 @@ def test_ngram_drafts_where_there_are_no_others(top_m, temperature, wanted):
     rng = random.Random(9)
     blocks = DeviceBlocks.empty(1, N, K, top_m, "cpu")
     written = block(rng, N, top_m)
-    blocks.write(0, 0, 8, *written)
+    write(blocks, 0, 0, 8, *written)
     hit = (0, 0, 8, *written[0][2].tolist())
     ngram = torch.tensor([[40, 41, 42], [43, 44, 45]])
     found = look_up(

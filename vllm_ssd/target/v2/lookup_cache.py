@@ -34,7 +34,6 @@ class SpeculationCache:
         self._answers = np.full((num_slots, 2), -1, np.int64)  # serial number and length
         self._num_branches = np.zeros(num_slots, np.int64)
         self._sampled = np.zeros(num_slots, np.bool_)
-        self._versions = np.zeros(num_slots, np.int64)
         self._dirty: set[int] = set()
 
         self.blocks = DeviceBlocks.empty(num_slots, max_branches, num_drafts, top_m, self.device)
@@ -77,28 +76,16 @@ class SpeculationCache:
             return
         slots = np.array(sorted(self._dirty))
         self._dirty.clear()
-        halves = 2 * slots + (self._versions[slots] // 2 + 1) % 2
-        headers = np.concatenate([self._versions[slots, None] + 1, self._answers[slots]], 1)
-        self._versions[slots] += 2
-        sampled = self._sampled[slots]
+        is_sampled = self._sampled[slots]
+        sampled = slots[is_sampled]
         with torch.cuda.stream(self._stream):  # None changes nothing
-            rows, headers = self._to_device(halves), self._to_device(headers)
-            _write(self.blocks.headers, rows, headers)
-            _write(self.blocks.outcomes, rows, self._to_device(self._outcomes[slots]))
-            _write(self.blocks.depths, rows, self._to_device(self._depths[slots]))
-            _write(self.blocks.draft_token_ids, rows, self._to_device(self._draft_token_ids[slots]))
-            if sampled.any():
-                slots, rows_q = slots[sampled], self._to_device(halves[sampled])
-                _write(self.blocks.q_token_ids, rows_q, self._to_device(self._q_token_ids[slots]))
-                _write(self.blocks.q_probs, rows_q, self._to_device(self._q_probs[slots]))
-            headers[:, 0] += 1
-            _write(self.blocks.headers, rows, headers)
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self._stream is None else tensor.pin_memory().to(self.device, non_blocking=True)
-
-
-def _write(blocks: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-    """Overwrite rows 2 * slot + half of `blocks` [S, 2, ...]."""
-    blocks.flatten(0, 1).index_copy_(0, rows, values)
+            self.blocks.write(
+                slots,
+                self._answers[slots],
+                self._outcomes[slots],
+                self._depths[slots],
+                self._draft_token_ids[slots],
+                is_sampled,
+                self._q_token_ids[sampled],
+                self._q_probs[sampled],
+            )
