@@ -26,7 +26,6 @@ from vllm_ssd.planning import (
     predict_ssd,
     sdsl_drafter_size,
 )
-from vllm_ssd.planning.profile import piecewise
 from vllm_ssd.planning.published import published_profile
 
 probabilities = st.floats(0.0, 1.0)
@@ -53,17 +52,6 @@ def test_costs_are_interpolated_and_extended():
     one_batch = dataclasses.replace(COSTS, verify=((4, 1, 0.01), (4, 3, 0.03)))
     assert one_batch.verify_s(8, 1) == pytest.approx(0.02)
     assert one_batch.verify_s(1, 1) == pytest.approx(0.01)
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.floats(1, 100), st.floats(0.1, 10)), min_size=1, max_size=6), st.floats(0, 200))
-def test_piecewise_stays_between_its_neighbours(points, x):
-    points = sorted(dict(points).items())
-    value = piecewise(points, x)
-    if x <= points[-1][0]:
-        assert min(y for _, y in points) - 1e-9 <= value <= max(y for _, y in points) + 1e-9
-    else:
-        assert value >= points[-1][1] - 1e-9
 
 
 @settings(deadline=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -10,25 +9,15 @@ from itertools import accumulate
 import msgspec
 
 from vllm_ssd.policy import MAX_LEARNED_FAN_OUT
+from vllm_ssd.policy.curve import Point, interpolate
 
 PRIOR_ROUNDS = 4.0
 """What smoothing counts as, in rounds at each draft position."""
 MIN_ROUNDS = 30
 """Rounds below which a class of outcomes says nothing of its own."""
 
-Point = tuple[float, float]
 Round = tuple[int, int, int | None, bool]
 """One outcome: drafts verified, accept length k, rank of t* from 0 (None: not among the candidates), after a hit."""
-
-
-def piecewise(points: Sequence[Point], x: float) -> float:
-    """Linear between points sorted by x, level below the first, along the last slope (if it rises) beyond the last."""
-    if len(points) == 1 or x <= points[0][0]:
-        return points[0][1]
-    i = min(bisect_left(points, (x,)), len(points) - 1)
-    (x0, y0), (x1, y1) = points[i - 1], points[i]
-    slope = (y1 - y0) / (x1 - x0)
-    return y0 + slope * (x - x0) if x <= x1 else y1 + max(slope, 0.0) * (x - x1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +56,16 @@ class Costs:
             by_rows.setdefault(measured, []).append((tokens, seconds))
         if len(by_rows) == 1:
             ((measured, points),) = by_rows.items()
-            return piecewise(points, rows * tokens_per_row / measured)
-        return piecewise([(n, piecewise(points, tokens_per_row)) for n, points in by_rows.items()], rows)
+            return interpolate(points, rows * tokens_per_row / measured)
+        return interpolate([(n, interpolate(points, tokens_per_row)) for n, points in by_rows.items()], rows)
 
     def draft_step_s(self, branches: float) -> float:
         """Seconds of one drafter step over so many branches."""
-        return piecewise(self.draft_step, branches)
+        return interpolate(self.draft_step, branches)
 
     def sync_step_s(self, rows: float) -> float:
         """Seconds of one draft step when the target drafts for itself."""
-        return piecewise(self.sync_step or self.draft_step, rows)
+        return interpolate(self.sync_step or self.draft_step, rows)
 
 
 @dataclass(frozen=True, slots=True)
