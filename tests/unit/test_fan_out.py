@@ -123,7 +123,7 @@ def test_allocation_equals_brute_force(case, most):
 
 
 @given(outcomes(max_drafts=6, max_budget=30))
-def test_a_larger_budget_takes_no_branch_away(case):
+def test_a_larger_budget_never_removes_a_branch(case):
     budget, accept_probs, curves = case
     seeds = sum(prob >= PLAUSIBLE for prob in accept_probs)
     steps = [allocate(b, accept_probs, lambda k, f: curves[k][f]) for b in range(seeds, budget + 1)]
@@ -136,7 +136,7 @@ def test_likelier_lengths_get_no_fewer_branches():
     assert counts[0] >= counts[4] >= counts[1] >= counts[2] >= counts[3] >= 1
 
 
-def test_prefactor_one_law_still_gives_every_plausible_length_a_branch():
+def test_every_plausible_length_gets_a_branch_even_where_the_first_gains_nothing():
     measured = [0.130, 0.094, 0.070, 0.058, 0.048, 0.042, 0.035, 0.523]  # published: 70B / 1B, K = 7
     counts = allocate(24, measured, lambda k, f: f**-1.93 if f else 1.0)
     assert counts == [3, 3, 3, 3, 2, 2, 2, 6]
@@ -217,7 +217,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_learned_fan_out_comes_near_the_optimum(name):
+def test_learned_fan_out_is_near_the_optimum(name):
     stream, fan_out = STREAMS[name], FanOut(7, None, 24)
     cold = stream.hit_chance(fan_out.counts(7, True))
     stream.feed(fan_out, 3000, True, random.Random(1))
@@ -226,7 +226,7 @@ def test_learned_fan_out_comes_near_the_optimum(name):
     assert learned >= max(cold, stream.hit_chance([3] * 8)) - 0.002
 
 
-def test_hits_and_misses_are_learned_apart():
+def test_hits_and_misses_are_learned_separately():
     rng, fan_out = random.Random(2), FanOut(7, None, 24)
     for _ in range(10):
         STREAMS["always accepted"].feed(fan_out, 100, True, rng)
@@ -242,8 +242,8 @@ def test_learned_fan_out_follows_a_change():
     assert STREAMS["heavy tail"].hit_chance(fan_out.counts(7, True)) >= STREAMS["heavy tail"].best(24) - 0.01
 
 
-def test_ranks_beyond_the_candidates_are_censored_not_lost():
-    """A fork point with few candidates says less of deep ranks, but must not make them look worthless."""
+def test_ranks_beyond_the_candidates_are_censored():
+    """Fork points with few candidates must not bias the estimate of deep ranks."""
     law = ((0.7, 0.5), (0.7, 0.5))
     wide, narrow = Stream([0.5, 0.5], law, 64), Stream([0.5, 0.5], law, 4)
     chances = []
@@ -254,7 +254,7 @@ def test_ranks_beyond_the_candidates_are_censored_not_lost():
     assert chances[0] == pytest.approx(chances[1], abs=1)
 
 
-def test_no_branch_is_planned_beyond_the_candidates_of_a_fork_point():
+def test_counts_stay_within_the_candidates_of_a_fork_point():
     fan_out = FanOut(3, None, 48)
     for _ in range(500):
         fan_out.observe(3, 0, 15, True, 16)
@@ -262,7 +262,7 @@ def test_no_branch_is_planned_beyond_the_candidates_of_a_fork_point():
     assert counts[0] == MAX_LEARNED_FAN_OUT and sum(counts) == 48
 
 
-def test_counts_stay_put_between_refreshes():
+def test_counts_are_constant_between_refreshes():
     fan_out = FanOut(3, None, 16)
     first = fan_out.counts(3, True)
     for _ in range(31):
