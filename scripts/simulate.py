@@ -71,9 +71,9 @@ def plot(reports: list[dict], title: str, path: Path) -> None:
     for report in reports:
         lines.setdefault((report["system"], report["drafters"]), []).append(report)
     several = len({drafters for _, drafters in lines}) > 1
+    sizes = list(plain)
     for (system, drafters), line in lines.items():
         name = f"{system}, {drafters} drafters" if several and system in SYSTEMS[2:] else system
-        sizes = [r["batch_size"] for r in line]
         axis.plot(sizes, [r["tokens_per_s"] / plain[r["batch_size"]] for r in line], marker="o", label=name)
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])

@@ -15,6 +15,7 @@ class Outcomes(Protocol):
 
     def draw(self, num_drafts: int, after_hit: bool) -> tuple[int, int | None]:
         """Accept length of the request's next round, and rank of t* (None: not among the candidates)."""
+        ...
 
 
 class Synthetic:
@@ -49,17 +50,15 @@ class Recorded:
 
     def draw(self, num_drafts: int, after_hit: bool) -> tuple[int, int | None]:
         """See `Outcomes.draw`; rounds without drafts use recorded rounds without drafts, if there are any."""
-        recorded = self._advance(lambda r: (r[0] > 0) == (num_drafts > 0)) or self._advance(lambda r: True)
-        m, k, rank, _ = recorded
+        m, k, rank, _ = self._advance(lambda r: (r[0] > 0) == (num_drafts > 0))
         if k < min(m, num_drafts) or m == num_drafts == k:
             return k, rank
         full = self._advance(lambda r: r[0] > 0 and r[0] == r[1])
         return min(num_drafts, k), full[2]
 
-    def _advance(self, wanted: Callable[[Round], bool]) -> Round | None:
-        for _ in range(len(self._rounds)):
-            found = self._rounds[self._next]
-            self._next = (self._next + 1) % len(self._rounds)
-            if wanted(found):
-                return found
-        return None
+    def _advance(self, matches: Callable[[Round], bool]) -> Round:
+        """The next round that matches, else just the next."""
+        order = range(self._next, self._next + len(self._rounds))
+        at = next((i for i in order if matches(self._rounds[i % len(self._rounds)])), self._next)
+        self._next = (at + 1) % len(self._rounds)
+        return self._rounds[at % len(self._rounds)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import comb, erf, sqrt
-from typing import Literal
+from typing import Any, Literal
 
 from vllm_ssd.planning.profile import Acceptance, Costs, Profile
 from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, BranchBudget, allocate, jit_drafts, survival
@@ -95,7 +95,7 @@ def predict_ssd(profile: Profile, acceptance: Acceptance, setting: Setting) -> P
     costs, rows = profile.costs, -(-setting.batch_size // setting.num_drafters)
     chain = _Chain(acceptance, setting)
     round_s = costs.verify_s(setting.batch_size, 1 + setting.num_drafts) * costs.slowdown
-    wait_s = 0.0
+    wait_s, branches = 0.0, 0
     for _ in range(ITERATIONS):
         branches = _branches(costs, setting, rows, round_s, chain)
         chain.advance(branches, _Reach(costs, setting, rows, rows * branches, round_s, chain.hit_rate))
@@ -299,7 +299,7 @@ def _prediction(
     round_s: float,
     error: float,
     num_drafters: int,
-    **details: float | Fallback,
+    **details: Any,
 ) -> Prediction:
     rate = batch_size * tokens / round_s
     return Prediction(
