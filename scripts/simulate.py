@@ -1,13 +1,14 @@
-"""Play the round protocol event by event at scales that no machine at hand has.
+"""Simulate SSD and its baselines at any scale, from published or measured costs.
 
     python scripts/simulate.py                                       # 70B/1B on 4 + 1 H100, published inputs
     python scripts/simulate.py --batch-sizes 1 8 64 --drafters 1 2 4
     python scripts/simulate.py --profile profile.json --trace trace.jsonl --systems plain sd push adaptive
 
-`--trace` takes what a drafter recorded with VLLM_SSD_TRACE=PATH, or `vllm-ssd profile --trace`: one JSON line
-[drafts, accept length, rank of t* or null, after a hit] an outcome. Without one, outcomes are drawn from the profile's
-acceptance. Systems: plain decoding; sd, stock speculation; ask, the published SSD, whose target waits for the drafter;
-push, this package; uniform, the same with one fan-out for all accept lengths; adaptive, push that chooses its K.
+`--trace` replays outcomes recorded with VLLM_SSD_TRACE=PATH or `vllm-ssd profile --trace`: one JSON line per outcome,
+[drafts, accept length, rank of t* or null, after a hit]. Without it, outcomes are drawn from the profile's acceptance.
+
+Systems: plain, plain decoding; sd, stock speculation; ask, the published SSD, whose target waits for the drafter; push,
+this package; uniform, push with one fan-out for all accept lengths; adaptive, push that chooses its K.
 """
 
 import argparse
@@ -32,7 +33,7 @@ SYSTEMS = ("plain", "sd", "ask", "push", "uniform", "adaptive")
 
 
 def scenario(system: str, args: argparse.Namespace) -> Scenario:
-    """The settings of one system."""
+    """The scenario of one system."""
     if system in ("plain", "sd"):
         return replace(PUBLISHED_SD, method=system, num_drafts=args.stock_drafts)
     if system == "ask":
@@ -45,7 +46,7 @@ def scenario(system: str, args: argparse.Namespace) -> Scenario:
 
 
 def play(system: str, drafters: int, batch_size: int, profile: Profile, args: argparse.Namespace) -> Report:
-    """One run."""
+    """Simulate one system at one batch size."""
     acceptance = profile.acceptance_at(args.temperature)
     if system == "sd" and not args.profile:
         acceptance = published_sd_acceptance()
@@ -60,7 +61,7 @@ def play(system: str, drafters: int, batch_size: int, profile: Profile, args: ar
 
 
 def plot(reports: list[dict], title: str, path: Path) -> None:
-    """Throughput over plain decoding against batch size; needs the system "plain"."""
+    """Plot tok/s relative to plain decoding over batch size; needs the system "plain"."""
     from matplotlib.figure import Figure
 
     plain = {r["batch_size"]: r["tokens_per_s"] for r in reports if r["system"] == "plain"}
@@ -70,9 +71,9 @@ def plot(reports: list[dict], title: str, path: Path) -> None:
     for report in reports:
         lines.setdefault((report["system"], report["drafters"]), []).append(report)
     several = len({drafters for _, drafters in lines}) > 1
+    sizes = list(plain)
     for (system, drafters), line in lines.items():
         name = f"{system}, {drafters} drafters" if several and system in SYSTEMS[2:] else system
-        sizes = [r["batch_size"] for r in line]
         axis.plot(sizes, [r["tokens_per_s"] / plain[r["batch_size"]] for r in line], marker="o", label=name)
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])
@@ -83,7 +84,7 @@ def plot(reports: list[dict], title: str, path: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", type=Path, help="JSON of `vllm-ssd profile` (default: published 70B/1B inputs)")
     parser.add_argument("--trace", type=Path, help="recorded outcomes, as JSON lines")
@@ -91,22 +92,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--drafters", nargs="+", type=int, default=[1])
     parser.add_argument("--drafts", type=int, default=6, help="K of push, uniform and adaptive")
-    parser.add_argument("--branches", type=int, default=28, help="branches a request of push, uniform and adaptive")
+    parser.add_argument("--branches", type=int, default=28, help="branches per request of push, uniform and adaptive")
     parser.add_argument("--stock-drafts", type=int, default=6)
     parser.add_argument("--ask-drafts", type=int, default=7)
     parser.add_argument("--on-miss", choices=("skip", "wait", "auto"), default="auto")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--requests", type=int, default=4, help="for each place in the batch")
-    parser.add_argument("--tokens", type=int, default=512, help="new tokens a request")
-    parser.add_argument("--arrivals-per-s", type=float, help="requests a second (default: all at once)")
+    parser.add_argument("--requests", type=int, default=4, help="requests per batch slot")
+    parser.add_argument("--tokens", type=int, default=512, help="new tokens per request")
+    parser.add_argument("--arrivals-per-s", type=float, help="requests per second (default: all at once)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write the reports here")
-    parser.add_argument("--plot", type=Path, help="also draw tok/s over plain decoding against batch size")
+    parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    parser.add_argument("--plot", type=Path, help="also plot tok/s relative to plain decoding over batch size")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Play everything, print a table."""
+    """Simulate every system at every batch size and print a table."""
     args = parse_arguments()
     profile = Profile.from_json(args.profile.read_bytes()) if args.profile else published_profile()
     table = Table(box=SIMPLE_HEAD, title=f"{profile.target} / {profile.drafter}", title_justify="left")

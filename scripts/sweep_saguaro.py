@@ -1,10 +1,10 @@
-"""What Saguaro's factor C and the split of branches are worth at temperature > 0, on the bundled pair's own text.
+"""Measure Saguaro's factor C and the learned split of branches at temperature > 0, with the bundled pair.
 
     python scripts/sweep_saguaro.py --plot docs/saguaro.png
 
-The target continues prompts at the temperature; at every position of that text both models' distributions give,
-exactly, how likely a draft from q' is accepted and how likely the bonus token is among the first candidates. Tokens per
-second are simulated from these (rounds of stationary acceptance) with the costs of a profile, or of 70B/1B on H100.
+The target samples continuations of prompts. At each position the two models' distributions give the exact acceptance
+rate of a draft from q' and the exact chance that the bonus token is among the first candidates. Tokens per second are
+simulated from their means, with the costs of a profile (default: 70B/1B on H100).
 """
 
 import argparse
@@ -26,7 +26,7 @@ TOP_M = 64
 
 
 def distributions(num_prompts: int, length: int, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """p and q [n, V] along text that the target wrote; columns by falling q, q cut to its 64 likeliest tokens."""
+    """p and q [n, V] along text that the target sampled; columns sorted by q, q cut to its 64 likeliest tokens."""
     target, drafter = load_pair(PAIR)
     source = held_out_prompts(0)
     prompts = torch.tensor([next(source) for _ in range(num_prompts)])
@@ -43,7 +43,7 @@ def distributions(num_prompts: int, length: int, temperature: float) -> tuple[np
 
 
 def acceptance_under(p: np.ndarray, q: np.ndarray, fan_out: int, factor: float, temperature: float) -> Acceptance:
-    """Expected acceptance and coverage when drafts are drawn from q'."""
+    """Expected acceptance and coverage for drafts from q'."""
     proposal = saguaro(q, fan_out, factor)
     rejected = np.maximum(proposal - p, 0)  # chance that a token is proposed and rejected
     chance = rejected.sum(1)
@@ -52,7 +52,7 @@ def acceptance_under(p: np.ndarray, q: np.ndarray, fan_out: int, factor: float, 
     accept = float(1 - chance.mean())
     covered = []
     for count in range(1, MAX_LEARNED_FAN_OUT + 1):
-        # Candidates are the `count` likeliest but the rejected one: where that is among them, one more follows.
+        # The candidates are the `count` likeliest tokens other than the rejected one.
         inside = rejected[:, :count].sum(1)
         first, one_more = residual[:, :count].sum(1), residual[:, : count + 1].sum(1)
         covered.append(float(((chance - inside) * first + inside * one_more).sum() / chance.sum()))
@@ -63,7 +63,7 @@ def acceptance_under(p: np.ndarray, q: np.ndarray, fan_out: int, factor: float, 
 
 
 def play(costs: Costs, acceptance: Acceptance, fan_out: int | None, args: argparse.Namespace) -> Report:
-    """One simulation; fan_out: uniform, or None to learn the split of as many branches."""
+    """Simulate with a uniform fan-out, or (None) with a learned split of the same budget."""
     scenario = Scenario(
         num_drafts=args.drafts, branch_budget=args.fan_out * (args.drafts + 1), fan_out=fan_out, on_miss="skip"
     )
@@ -72,12 +72,12 @@ def play(costs: Costs, acceptance: Acceptance, fan_out: int | None, args: argpar
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", type=Path, help="whose costs to take (default: 70B/1B)")
+    parser.add_argument("--profile", type=Path, help="profile with the costs to use (default: 70B/1B)")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.7, 1.0])
     parser.add_argument("--factors", nargs="+", type=float, default=[1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0])
-    parser.add_argument("--fan-out", type=int, default=3, help="of the uniform split, and F of Saguaro sampling")
+    parser.add_argument("--fan-out", type=int, default=3, help="F of the uniform split and of Saguaro sampling")
     parser.add_argument("--drafts", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=32)
@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Sweep, print, plot."""
+    """Run the sweep, print a table, and plot it."""
     args = parse_arguments()
     profile = Profile.from_json(args.profile.read_bytes()) if args.profile else published_profile()
     table = Table(box=SIMPLE_HEAD)
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def plot(lines: dict[float, list[tuple[float, float, float, float]]], path: Path) -> None:
-    """Acceptance, hit rate and tokens per second, relative to C = 1, over C."""
+    """Plot acceptance, hit rate, and tokens per second relative to C = 1, over C."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(lines), 3.4), layout="constrained")

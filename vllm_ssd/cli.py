@@ -1,4 +1,4 @@
-"""`vllm-ssd plan` and `vllm-ssd profile`."""
+"""The commands `vllm-ssd plan` and `vllm-ssd profile`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from vllm_ssd.planning import (
     drafter_size_prior,
     guess_profile,
     plan,
-    sdsl_drafter_size,
 )
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -45,26 +44,30 @@ NAMES = {"plain": "plain", "sd": "stock", "ssd": "SSD"}
 
 @app.callback()
 def main() -> None:
-    """Plan speculative speculative decoding: what to configure, and whether it pays."""
+    """Plan speculative speculative decoding: which configuration to use, and whether it pays."""
 
 
 @app.command("plan")
 def plan_command(
     profile: Annotated[
-        list[Path] | None, typer.Option(help="JSON that `vllm-ssd profile` wrote; further ones add their acceptance")
+        list[Path] | None, typer.Option(help="JSON from `vllm-ssd profile`; further ones add their acceptance")
     ] = None,
-    target: Annotated[Path | None, typer.Option(help="the target's config.json or folder, without a profile")] = None,
+    target: Annotated[
+        Path | None, typer.Option(help="the target's config.json or folder, to plan without a profile")
+    ] = None,
     drafter: Annotated[Path | None, typer.Option(help="the drafter's config.json or folder")] = None,
     device: Annotated[str, typer.Option(help=f"one of {', '.join(DEVICES)}")] = "H100",
-    target_devices: Annotated[int, typer.Option(min=1, help="devices that the target takes")] = 1,
-    acceptance: Annotated[float | None, typer.Option(min=0, max=1, help="chance that a draft is accepted")] = None,
-    verify_ms: Annotated[float | None, typer.Option(min=0.001, help="measured target round of one token")] = None,
-    draft_step_ms: Annotated[float | None, typer.Option(min=0.001, help="measured draft step")] = None,
-    batch_size: Annotated[list[int], typer.Option(min=1, help="expected requests at a time; may be repeated")] = [1],  # noqa: B006
+    target_devices: Annotated[int, typer.Option(min=1, help="devices of the target")] = 1,
+    acceptance: Annotated[float | None, typer.Option(min=0, max=1, help="acceptance rate per draft")] = None,
+    verify_ms: Annotated[
+        float | None, typer.Option(min=0.001, help="measured duration of a target round of one token")
+    ] = None,
+    draft_step_ms: Annotated[float | None, typer.Option(min=0.001, help="measured duration of a draft step")] = None,
+    batch_size: Annotated[list[int], typer.Option(min=1, help="expected batch size; may be repeated")] = [1],  # noqa: B006
     temperature: Annotated[float, typer.Option(min=0, help="expected sampling temperature")] = 0.0,
     max_drafts: Annotated[int, typer.Option(min=1, max=16, help="largest K to consider")] = 8,
     v2: Annotated[
-        bool, typer.Option("--v2", help="plan for vLLM's V2 runner, where every row carries K drafts")
+        bool, typer.Option("--v2", help="plan for vLLM's V2 runner, which verifies K drafts per row")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
     plot: Annotated[Path | None, typer.Option(help="write a figure of tok/s over K and branch budget")] = None,
@@ -90,18 +93,20 @@ def profile_command(
     drafter: Annotated[str, typer.Argument(help="name or path of the draft model")],
     out: Annotated[Path, typer.Option(help="where to write the profile")] = Path("profile.json"),
     prompts: Annotated[
-        Path | None, typer.Option(help="JSON lines of texts or lists of token ids; yours, not ours")
+        Path | None, typer.Option(help="JSON lines of texts or lists of token ids (default: six short texts)")
     ] = None,
-    batch_sizes: Annotated[str, typer.Option(help="requests at a time")] = "1,2,4,8",
-    temperatures: Annotated[str, typer.Option(help="to measure acceptance at")] = "0",
+    batch_sizes: Annotated[str, typer.Option(help="batch sizes to measure")] = "1,2,4,8",
+    temperatures: Annotated[str, typer.Option(help="temperatures to measure acceptance at")] = "0",
     max_drafts: Annotated[int, typer.Option(min=1, max=16, help="largest K of interest")] = 8,
-    turns: Annotated[int, typer.Option(min=2, help="repetitions")] = 5,
-    tokens: Annotated[int, typer.Option(min=32, help="new tokens a repetition and temperature")] = 256,
-    engine_args: Annotated[str, typer.Option(help="JSON of vLLM engine arguments of the target")] = "{}",
-    ssd: Annotated[str, typer.Option(help="JSON of further speculative_config keys, as drafter_device")] = "{}",
-    target_cpus: Annotated[str, typer.Option(help="cores of the target when it runs on a CPU, as 0-3")] = "",
+    turns: Annotated[int, typer.Option(min=2, help="number of repetitions")] = 5,
+    tokens: Annotated[int, typer.Option(min=32, help="new tokens per repetition and temperature")] = 256,
+    engine_args: Annotated[str, typer.Option(help="JSON of the target's vLLM engine arguments")] = "{}",
+    ssd: Annotated[str, typer.Option(help="JSON of further speculative_config keys, e.g. drafter_device")] = "{}",
+    target_cpus: Annotated[str, typer.Option(help="cores of a target on CPU, e.g. 0-3")] = "",
     stock: Annotated[bool, typer.Option(help="also measure stock draft_model speculation")] = True,
-    together: Annotated[bool, typer.Option(help="keep all engines up and interleave them (they must fit)")] = False,
+    together: Annotated[
+        bool, typer.Option(help="run all engines at once and interleave them (they must fit in memory)")
+    ] = False,
     trace: Annotated[Path | None, typer.Option(help="also write the recorded outcomes")] = None,
 ) -> None:
     """Measure verification, draft steps and acceptance with real engines on this machine."""
@@ -154,7 +159,7 @@ def _inputs(
     verify_ms: float | None,
     draft_step_ms: float | None,
 ) -> Profile:
-    """A profile from whatever was given; raises ValueError when that is too little."""
+    """The profile to plan from; ValueError when the options do not determine one."""
     if profile:
         found, *others = (Profile.from_json(path.read_bytes()) for path in profile)
         found = replace(found, acceptance=found.acceptance + tuple(a for other in others for a in other.acceptance))
@@ -182,7 +187,7 @@ def _inputs(
 
 
 def _flat(costs: Costs) -> Costs:
-    """Costs that grow with nothing: one measured round and one step say no more."""
+    """The same costs at every batch size and number of tokens: a single measured round shows no growth."""
     ((_, _, verify_s),) = costs.verify
     return replace(costs, verify=tuple((b, m, verify_s) for b in (1, 2) for m in (1, 2)))
 
@@ -198,13 +203,11 @@ def _device(name: str) -> Any:
 
 
 def _drafter_sizes(target: Path, device: str, target_devices: int) -> dict[str, float]:
-    shape = _shape(target)
-    sizes = drafter_size_prior(shape, _device(device), target_devices)
-    return {"scaling_law": sdsl_drafter_size(shape.weights), **sizes}
+    return drafter_size_prior(_shape(target), _device(device), target_devices)
 
 
 def _speculative_config(inputs: Profile, best: Prediction, saguaro: float) -> dict[str, Any] | None:
-    """What to give vLLM for a prediction; None for plain decoding."""
+    """The speculative_config of a prediction; None for plain decoding."""
     if best.method == "plain":
         return None
     config: dict[str, Any] = {
@@ -257,7 +260,7 @@ def _print(inputs: Profile, plans: dict[int, Plan], sizes: dict[str, float]) -> 
     if sizes:
         console.print(
             f"Drafter size, a prior (scaling law and roofline, docs/theory.md): {_size(sizes['sd'])} for stock "
-            f"speculation ({_size(sizes['scaling_law'])} by the law's own fit), {_size(sizes['ssd'])} for SSD.",
+            f"speculation, {_size(sizes['ssd'])} for SSD.",
         )
     if inputs.guessed:
         console.print(
@@ -298,7 +301,7 @@ def _size(parameters: float) -> str:
 
 
 def _plot(plans: dict[int, Plan], path: Path) -> None:
-    """Tokens per second over K, one line a branch budget, one panel a batch size."""
+    """Plot tokens per second over K: one line per branch budget, one panel per batch size."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

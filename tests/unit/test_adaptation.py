@@ -1,4 +1,4 @@
-"""Adaptation against a simulated target."""
+"""Adaptation against a simulated target: the choices that estimator and probe controller make together."""
 
 import math
 import random
@@ -10,20 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_ssd.policy import Adaptation
+from vllm_ssd.policy.adaptation import FORGET, Bucket
 
 probabilities = st.floats(0.0, 1.0)
 
 
 @dataclass
 class Target:
-    """Rounds of `batch_size` rows that hit or miss; duration fixed_s + token_s * tokens in the forward."""
+    """Rounds of `batch_size` rows that hit or miss; they take fixed_s + token_s * tokens in the forward."""
 
     batch_size: int
     fixed_s: float
     token_s: float
     acceptance: float
     hit: float | Callable[[int], float] = 0.85
-    drafting_s: float = 0.0  # what a round pays for speculating at all
+    drafting_s: float = 0.0  # duration that speculating adds to a round, at any number of drafts
 
     def hit_chance(self, wanted: int) -> float:
         return self.hit(wanted) if callable(self.hit) else self.hit
@@ -57,7 +58,7 @@ class Target:
 
 @dataclass
 class BusyTarget(Target):
-    """Its drafter slows plain rounds by 40 %, as many as fit into the speculative round before."""
+    """Its drafter, busy for as long as the last speculative round took, slows plain rounds by 40 %."""
 
     busy_s: float = 0.0
 
@@ -74,9 +75,9 @@ class BusyTarget(Target):
 def simulate(
     target_at: Callable[[int], Target], rounds: int, max_drafts: int, seed: int, lag: int = 0
 ) -> list[tuple[int, float, float]]:
-    """Drive an Adaptation; per round what it wanted, and the mean tokens and seconds of such a round.
+    """Drive an Adaptation -> for each round the drafts asked for, and the mean tokens and seconds of such a round.
 
-    lag: rounds that pass between a choice and the round that carries it out, as under async scheduling.
+    lag: rounds between a choice and the round that carries it out, as under async scheduling.
     """
     adaptation, rng = Adaptation(max_drafts), random.Random(seed)
     chosen = [max_drafts] * lag
@@ -110,12 +111,12 @@ def best_rate(target: Target, max_drafts: int) -> float:
         pytest.param(Target(64, 10, 0.05, 0.7), id="b64-few-drafts"),
         pytest.param(Target(64, 10, 0.0, 0.7), id="b64-free-drafts"),
         pytest.param(Target(64, 2, 1, 0.6), id="b64-none"),
-        pytest.param(Target(8, 10, 0.2, 0.5, drafting_s=6), id="b8-dear-to-switch-on"),
-        pytest.param(Target(8, 10, 0.2, 0.8, hit=lambda wanted: 0.9 if wanted >= 3 else 0.3), id="b8-few-come-late"),
+        pytest.param(Target(8, 10, 0.2, 0.5, drafting_s=6), id="b8-costly-to-switch-on"),
+        pytest.param(Target(8, 10, 0.2, 0.8, hit=lambda wanted: 0.9 if wanted >= 3 else 0.3), id="b8-few-drafts-miss"),
     ],
 )
 def test_adaptation_reaches_the_best_static_choice(target, lag):
-    """500 rounds after the configured start, usually a bad one, the mean over seeds is at most 2 % below the best."""
+    """From round 500 on, usually after a bad start, the mean over seeds is at most 2 % below the best."""
     max_drafts = 8
     ratios = [
         rate(simulate(lambda _: target, 2000, max_drafts, seed, lag)[500:]) / best_rate(target, max_drafts)
@@ -126,7 +127,7 @@ def test_adaptation_reaches_the_best_static_choice(target, lag):
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 64])
-def test_adaptation_stays_off_at_little_cost_when_speculation_loses(batch_size):
+def test_adaptation_stays_off_at_2_percent_cost_when_speculation_loses(batch_size):
     target = Target(batch_size, 2, 1, 0.3, drafting_s=3)
     record = simulate(lambda _: target, 10_000, 5, seed=0)[100:]
     assert sum(wanted == 0 for wanted, _, _ in record) >= 0.98 * len(record)
@@ -135,7 +136,6 @@ def test_adaptation_stays_off_at_little_cost_when_speculation_loses(batch_size):
 
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_plain_decoding_is_not_judged_while_the_drafter_is_busy(batch_size):
-    """After a speculative round the drafter slows as many plain rounds by 40 % as fit into the time that round took."""
     max_drafts = 3
     target = BusyTarget(batch_size, 26, 1.7 / batch_size, 0.45, drafting_s=20)
     assert target.rate(0) > 1.1 * max(target.rate(wanted) for wanted in range(1, max_drafts + 1))
@@ -146,15 +146,15 @@ def test_plain_decoding_is_not_judged_while_the_drafter_is_busy(batch_size):
 
 
 CHEAP = Target(8, 10, 0.02, 0.85, hit=0.9)
-DEAR = Target(8, 10, 1.2, 0.7)
+COSTLY = Target(8, 10, 1.2, 0.7)
 UNPREDICTABLE = Target(8, 10, 0.3, 0.2, hit=0.3)
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        pytest.param(CHEAP, DEAR, id="drafts-become-dear"),
-        pytest.param(DEAR, CHEAP, id="drafts-become-cheap"),
+        pytest.param(CHEAP, COSTLY, id="drafts-become-costly"),
+        pytest.param(COSTLY, CHEAP, id="drafts-become-cheap"),
         pytest.param(CHEAP, UNPREDICTABLE, id="text-becomes-unpredictable"),
         pytest.param(UNPREDICTABLE, CHEAP, id="text-becomes-predictable"),
     ],
@@ -166,8 +166,8 @@ def test_adaptation_follows_a_change(before, after):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_adaptation_bears_text_that_changes_all_the_while(batch_size):
-    """Acceptance is drawn anew every 10 to 100 rounds: a probe of a few rounds sees one stretch of the text."""
+def test_adaptation_copes_with_text_that_keeps_changing(batch_size):
+    """Acceptance changes every 10 to 100 rounds, so that a probe of a few rounds sees only one stretch of the text."""
     ratios = []
     for seed in range(8):
         rng, acceptance = random.Random(seed), []
@@ -182,7 +182,7 @@ def test_adaptation_bears_text_that_changes_all_the_while(batch_size):
 
 
 def test_adaptation_keeps_batch_sizes_apart():
-    """At batch 64 drafts are dear, at batch 1 they are nearly free; the load swings between the two."""
+    """Drafts cost much at batch 64 and almost nothing at batch 1; the load alternates between the two."""
     small, large = Target(1, 60, 1, 0.85), Target(64, 60, 1, 0.4)
     record = simulate(lambda i: small if i // 100 % 2 else large, 4000, 6, seed=0)
     few = [entry for i, entry in enumerate(record) if i >= 1000 and i // 100 % 2]
@@ -191,7 +191,7 @@ def test_adaptation_keeps_batch_sizes_apart():
     assert rate(many) >= 0.97 * best_rate(large, 6)
 
 
-def test_adaptation_bears_a_batch_size_that_changes_every_round():
+def test_adaptation_copes_with_a_batch_size_that_changes_every_round():
     rng = random.Random(0)
     sizes = [1]
     for _ in range(5000):
@@ -202,8 +202,8 @@ def test_adaptation_bears_a_batch_size_that_changes_every_round():
     assert sum(tokens for _, tokens, _ in record) >= 0.97 * oracle
 
 
-def test_adaptation_keeps_to_its_choices():
-    """As many drafts as are captured in CUDA graphs; with two of them left, the better one."""
+def test_adaptation_uses_the_given_choices_only():
+    """Those with captured CUDA graphs; of two, it settles on the better one."""
     for choices, most in (({0, 1, 2, 4, 6}, 6), ({0, 6}, 6), ({0, 1}, 1)):
         adaptation, target, rng = Adaptation(most, choices), Target(8, 10, 0.4, 0.6), random.Random(0)
         record = []
@@ -230,7 +230,7 @@ def test_a_new_batch_size_starts_from_its_neighbour():
     st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6), probabilities, st.floats(1e-4, 1e2)), max_size=200),
 )
 def test_adaptation_survives_any_rounds(max_drafts, rounds):
-    """Rounds need not carry what was chosen: near the end of a context vLLM drafts less."""
+    """A round may carry fewer drafts than were chosen: near the end of a context vLLM trims them."""
     adaptation = Adaptation(max_drafts)
     for batch_size, wanted, part, seconds in rounds:
         wanted = min(wanted, max_drafts)
@@ -239,9 +239,37 @@ def test_adaptation_survives_any_rounds(max_drafts, rounds):
         assert 0 <= adaptation.choose(batch_size) <= max_drafts
 
 
-def test_adaptation_is_sound_after_very_many_rounds():
-    """Weights are rescaled and arms forgotten on the way; the choice must not suffer."""
+def test_adaptation_still_chooses_well_after_40_000_rounds():
+    """Weights are rescaled and arms forgotten on the way."""
     target = Target(1, 10, 0.1, 0.8)
     record = simulate(lambda _: target, 40_000, 5, seed=0)
     assert rate(record[-5000:]) >= 0.98 * best_rate(target, 5)
     assert math.isfinite(rate(record))
+
+
+def test_a_lone_straggler_is_dropped_and_a_second_one_is_capped():
+    bucket = Bucket(2, 2, range(3))
+    for _ in range(8):
+        bucket.observe(2, [2], [1], 1.0)
+    before = bucket.estimator.predict()
+    bucket.observe(2, [2], [1], 10.0)
+    assert bucket.estimator.predict() == before
+    bucket.observe(2, [2], [1], 10.0)
+    after = bucket.estimator.predict()
+    assert after.evidence[2] == pytest.approx(before.evidence[2] + 1, rel=0.01)
+    assert after.measured_s[2] == pytest.approx((1.0 * before.evidence[2] + 2.0) / after.evidence[2], rel=0.01)
+
+
+@pytest.mark.parametrize(("accepted", "seconds"), [(1, 1.0), (0, 1.5)], ids=["other-text", "slower-rounds"])
+def test_a_changed_load_outweighs_what_was_learned_and_is_probed_at_once(accepted, seconds):
+    bucket = Bucket(1, 1, {1})
+    bucket.probes.step = lambda: None
+    restarts = []
+    bucket.probes.restart = lambda: restarts.append(bucket.estimator.predict().evidence[1])
+    for _ in range(202):
+        bucket.observe(1, [1] * 8, [0] * 8, 1.0)
+    assert not restarts
+    evidence = bucket.estimator.predict().evidence[1]
+    for _ in range(64):
+        bucket.observe(1, [1] * 8, [accepted] * 8, seconds)
+    assert len(restarts) == 1 and restarts[0] < 2 * evidence / FORGET

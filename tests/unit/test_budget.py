@@ -24,7 +24,7 @@ def branches(
     return budget.branches(3, num_requests, HIT_CHANCES, SURVIVAL)
 
 
-def test_branches_cost_depth():
+def test_more_branches_reach_less_depth():
     assert branches(1e-3, 1e-6, window_s=10e-3) == 24, "a whole tree of the largest size fits"
     assert branches(1e-3, 0.2e-3, window_s=10e-3) == 7, "four steps of 2.4 ms fit, of 2.6 ms do not"
     assert 1 <= branches(1e-3, 0.2e-3, window_s=4e-3) <= 3, "even one branch fills the window"
@@ -40,15 +40,15 @@ def test_a_longer_window_never_takes_branches_away(fixed_s, per_branch_s, window
     assert many >= few
 
 
-def test_branches_follow_what_a_miss_still_gets():
-    """When n-gram drafts are accepted anyway, depth is worth more than hits; a miss that had to wait gains nothing."""
+def test_fewer_branches_when_drafts_are_accepted_after_a_miss():
+    """The more n-gram drafts are accepted after a miss, the more depth is worth compared with hits."""
     numbers = [branches(1e-3, 0.2e-3, 10e-3, after_misses=[k] * 100) for k in range(4)]
     assert branches(1e-3, 0.2e-3, 10e-3) == numbers[0] == 7
     assert numbers == sorted(numbers, reverse=True) and numbers[-1] == 1
 
 
-def test_branches_are_never_settled_for_good():
-    """The number used now and then differs, so that the cost of a branch stays known when all trees look alike."""
+def test_branches_keep_varying_so_that_their_cost_stays_measurable():
+    """Trees of one size alone say nothing about the cost of a branch."""
     budget = BranchBudget(24)
 
     def settled(per_branch_s: float) -> int:
@@ -66,3 +66,17 @@ def test_branches_are_never_settled_for_good():
     assert settled(1e-3) <= 2
     assert settled(1e-6) == 24
     assert settled(0.2e-3) in (7, 8)
+
+
+def test_the_cost_of_a_branch_is_remembered_while_steps_do_not_differ():
+    budget = BranchBudget(24)
+    budget.observe_window(10e-3)
+    for i in range(40):
+        budget.observe_step(1 + i % 24, 1e-3 + 0.2e-3 * (1 + i % 24))
+    measured = budget.branches(3, 1, HIT_CHANCES, SURVIVAL)
+    for _ in range(5000):
+        budget.observe_step(12, 1e-3 + 0.2e-3 * 12)
+    for _ in range(200):
+        budget.observe_window(4e-3)
+    later = [budget.branches(3, 1, HIT_CHANCES, SURVIVAL) for _ in range(100)]
+    assert measured == 7 and max(later, key=later.count) <= 3, "the shorter window is not answered"

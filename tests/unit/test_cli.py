@@ -1,4 +1,4 @@
-"""The command line: what it prints, writes and refuses."""
+"""The command line: output, files written, and errors."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def profile(tmp_path: Path) -> Path:
     return path
 
 
-def test_plan_recommends_a_configuration_and_says_how_sure_it_is(profile):
+def test_plan_recommends_a_configuration_with_its_confidence(profile):
     done = run("plan", "--profile", profile, "--batch-size", 1, "--batch-size", 16)
     assert done.exit_code == 0, done.output
     assert "batch 1," in done.output and "batch 16," in done.output
@@ -43,7 +43,7 @@ def test_plan_recommends_a_configuration_and_says_how_sure_it_is(profile):
     assert "Guessed, not measured: draft steps over more than 64 branches" in done.output
 
 
-def test_plan_as_json_can_be_given_to_vllm(profile):
+def test_plan_as_json_has_a_configuration_for_vllm(profile):
     done = run("plan", "--profile", profile, "--json", "--max-drafts", 4)
     found = json.loads(done.output)["plans"]["1"]
     config = found["speculative_config"]
@@ -54,7 +54,7 @@ def test_plan_as_json_can_be_given_to_vllm(profile):
     assert {p["num_drafts"] for p in found["grid"]} == {1, 2, 3, 4}
 
 
-def test_further_profiles_add_what_they_measured_at_other_factors(profile, tmp_path):
+def test_further_profiles_add_acceptance_at_other_factors(profile, tmp_path):
     sampled = dataclasses.replace(published_profile().acceptance[0], temperature=1.0)
     paths = []
     for factor, accept in ((1.0, 0.4), (0.5, 0.8)):
@@ -67,7 +67,7 @@ def test_further_profiles_add_what_they_measured_at_other_factors(profile, tmp_p
     assert found["saguaro"] == 0.5 == found["speculative_config"]["saguaro_c"]
 
 
-def test_plan_draws_rate_over_drafts_and_budget(profile, tmp_path):
+def test_plan_plots_rate_over_drafts_and_budget(profile, tmp_path):
     pytest.importorskip("matplotlib")
     figure = tmp_path / "plan.png"
     done = run("plan", "--profile", profile, "--batch-size", 1, "--batch-size", 4, "--max-drafts", 3, "--plot", figure)
@@ -75,7 +75,7 @@ def test_plan_draws_rate_over_drafts_and_budget(profile, tmp_path):
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_plan_from_configs_is_marked_as_a_guess(tmp_path):
+def test_plan_from_configs_is_marked_as_guessed(tmp_path):
     target, drafter = tmp_path / "target", tmp_path / "drafter.json"
     target.mkdir()
     (target / "config.json").write_text(json.dumps(CONFIG))
@@ -87,7 +87,7 @@ def test_plan_from_configs_is_marked_as_a_guess(tmp_path):
     assert "30%" in done.output
 
 
-def test_given_numbers_replace_guessed_and_measured_ones(profile):
+def test_given_costs_replace_guessed_and_measured_ones(profile):
     given = run("plan", "--json", "--verify-ms", 20, "--draft-step-ms", 1, "--acceptance", 0.8)
     assert json.loads(given.output)["plans"]["1"]["plain"]["tokens_per_s"] == pytest.approx(50)
     scaled = run("plan", "--json", "--profile", profile, "--verify-ms", 30.02, "--max-drafts", 2)
@@ -106,7 +106,7 @@ def test_given_numbers_replace_guessed_and_measured_ones(profile):
         (["--profile", "{tmp}/config.json", "--max-drafts", 40], "--max-drafts"),
     ],
 )
-def test_plan_refuses_in_words(arguments, message, tmp_path):
+def test_plan_rejects_invalid_options_with_a_message(arguments, message, tmp_path):
     (tmp_path / "empty.json").write_text("{}")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     done = run("plan", *(str(a).replace("{tmp}", str(tmp_path)) for a in arguments))
@@ -115,7 +115,7 @@ def test_plan_refuses_in_words(arguments, message, tmp_path):
 
 
 class FakeProfiler:
-    """Stands in for engines: remembers what it was asked, and answers with the published profile."""
+    """Records its subjects and returns the published profile without starting an engine."""
 
     subjects: list = []
     fails = False
@@ -148,7 +148,7 @@ def fake(monkeypatch):
     return FakeProfiler
 
 
-def test_profile_writes_what_plan_reads(fake, tmp_path):
+def test_profile_writes_a_file_that_plan_reads(fake, tmp_path):
     out, trace, prompts = tmp_path / "profile.json", tmp_path / "trace.jsonl", tmp_path / "prompts.jsonl"
     prompts.write_text('"Once"\n[1, 2, 3]\n')
     done = run(
@@ -175,6 +175,6 @@ def test_profile_reports_an_engine_that_failed(fake, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "arguments", [["--engine-args", "{"], ["--batch-sizes", "one"], ["--target-cpus", "x"], ["--prompts", "nowhere"]]
 )
-def test_profile_refuses_in_words(fake, arguments, tmp_path):
+def test_profile_rejects_invalid_options_with_a_message(fake, arguments, tmp_path):
     done = run("profile", "TARGET", "DRAFTER", "--out", tmp_path / "p.json", *arguments)
     assert done.exit_code == 2 and "Traceback" not in done.output and not fake.subjects

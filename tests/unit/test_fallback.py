@@ -1,4 +1,4 @@
-"""Just-in-time and n-gram drafts against brute force."""
+"""Just-in-time and n-gram drafts, against brute force."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_waiting_grows_with_misses_and_shrinks_with_the_rate(case):
     assert jit_drafts(**case | {"tokens_per_second": 1.1 * case["tokens_per_second"]}) <= drafts
 
 
-# ---- n-gram drafts: what they bring ----------------------------------------------------------------------
+# ---- n-gram drafts: how many -----------------------------------------------------------------------------
 
 
 @given(st.integers(0, 4), st.floats(0.0, 3.0), st.integers(0, 60))

@@ -1,4 +1,4 @@
-"""Fan-out against brute force and closed forms."""
+"""Fan-out against brute force and the closed form."""
 
 import itertools
 import random
@@ -8,33 +8,53 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, FanOut, allocate, geometric_fan_out
+from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, FanOut, allocate
 from vllm_ssd.policy.fan_out import PLAUSIBLE
 
 probabilities = st.floats(0.0, 1.0)
 
 
-# ---- fan-out: the closed form ----------------------------------------------------------------------------
+# ---- the closed form -------------------------------------------------------------------------------------
+
+
+def geometric_accept_probs(num_drafts: int, acceptance: float) -> list[float]:
+    """P(k) when each draft is accepted independently."""
+    return [acceptance**k * (1 - acceptance) for k in range(num_drafts)] + [acceptance**num_drafts]
+
+
+def closed_form(num_drafts: int, budget: float, acceptance: float, r: float) -> list[float]:
+    """Saguaro, Theorem 12: the best real-valued fan-out for independent acceptance, where F candidates miss with F^-r.
+
+    A geometric series in k, capped at k = K: F_k is proportional to P(k)^(1 / (1 + r)).
+    """
+    ratio = acceptance ** (1 / (1 + r))
+    cap = ratio**num_drafts * (1 - acceptance) ** (-1 / (1 + r))
+    first = budget / ((1 - ratio**num_drafts) / (1 - ratio) + cap)
+    return [first * ratio**k for k in range(num_drafts)] + [first * cap]
+
+
+def power_law(r: float):
+    return lambda k, count: count**-r if count else 1.0
 
 
 def miss_chance(accept_probs: list[float], fan_out: list[float], r: float) -> float:
     return sum(prob * count**-r for prob, count in zip(accept_probs, fan_out) if prob)
 
 
-@given(st.integers(0, 8), st.floats(1, 100), st.floats(0.05, 0.99), st.floats(0.1, 4))
-def test_geometric_fan_out_is_the_papers_closed_form(num_drafts, budget, acceptance, r):
-    ratio = acceptance ** (1 / (1 + r))
-    cap = ratio**num_drafts * (1 - acceptance) ** (-1 / (1 + r))
-    first = budget / ((1 - ratio**num_drafts) / (1 - ratio) + cap)
-    expected = [first * ratio**k for k in range(num_drafts)] + [first * cap]
-    assert geometric_fan_out(num_drafts, budget, acceptance, r) == pytest.approx(expected)
+@settings(deadline=None)
+@given(st.integers(0, 5), st.floats(0.41, 0.9), st.floats(0.3, 3))
+def test_allocation_of_a_large_budget_is_the_papers_closed_form(num_drafts, acceptance, r):
+    """Where every accept length is plausible: with c(1) = 0 the others have no first branch to gain from."""
+    accept_probs = geometric_accept_probs(num_drafts, acceptance)
+    counts = allocate(1000, accept_probs, power_law(r))
+    assert counts == pytest.approx(closed_form(num_drafts, 1000, acceptance, r), abs=num_drafts + 1)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 5), st.floats(2, 60), st.floats(0.05, 0.98), st.floats(0.2, 3), st.randoms(use_true_random=False))
-def test_geometric_fan_out_is_a_numerical_optimum(num_drafts, budget, acceptance, r, rng):
-    accept_probs = [acceptance**k * (1 - acceptance) for k in range(num_drafts)] + [acceptance**num_drafts]
-    best = geometric_fan_out(num_drafts, budget, acceptance, r)
+def test_closed_form_is_a_numerical_optimum(num_drafts, budget, acceptance, r, rng):
+    accept_probs = geometric_accept_probs(num_drafts, acceptance)
+    best = closed_form(num_drafts, budget, acceptance, r)
     assert sum(best) == pytest.approx(budget)
     least = miss_chance(accept_probs, best, r)
     for _ in range(30):
@@ -46,20 +66,21 @@ def test_geometric_fan_out_is_a_numerical_optimum(num_drafts, budget, acceptance
         assert miss_chance(accept_probs, moved, r) >= least * (1 - 1e-12)
 
 
-@given(st.integers(1, 8), st.floats(0.05, 0.95), st.floats(0.1, 4))
-def test_geometric_fan_out_falls_with_length_and_flattens_with_r(num_drafts, acceptance, r):
-    rejections = geometric_fan_out(num_drafts, 1.0, acceptance, r)[:-1]
+@given(st.integers(1, 8), st.integers(9, 200), st.floats(0.05, 0.95), st.floats(0.1, 4))
+def test_allocation_to_rejections_falls_with_length_and_flattens_with_r(num_drafts, budget, acceptance, r):
+    accept_probs = geometric_accept_probs(num_drafts, acceptance)
+    rejections = allocate(budget, accept_probs, power_law(r))[:-1]
     assert rejections == sorted(rejections, reverse=True)
-    steep, flat = (geometric_fan_out(num_drafts, 1.0, acceptance, x) for x in (r, r + 1))
+    steep, flat = (closed_form(num_drafts, 1.0, acceptance, x)[:-1] for x in (r, r + 1))
     assert max(flat) - min(flat) <= max(steep) - min(steep) + 1e-12
 
 
-def test_geometric_fan_out_at_certain_outcomes():
-    assert geometric_fan_out(3, 12, 0.0, 1.0) == [12, 0, 0, 0]
-    assert geometric_fan_out(3, 12, 1.0, 1.0) == [0, 0, 0, 12]
+def test_allocation_at_certain_outcomes():
+    assert allocate(12, geometric_accept_probs(3, 0.0), power_law(1.0)) == [12, 0, 0, 0]
+    assert allocate(12, geometric_accept_probs(3, 1.0), power_law(1.0)) == [0, 0, 0, 12]
 
 
-# ---- fan-out: whole branches -----------------------------------------------------------------------------
+# ---- whole branches --------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -102,7 +123,7 @@ def test_allocation_equals_brute_force(case, most):
 
 
 @given(outcomes(max_drafts=6, max_budget=30))
-def test_a_larger_budget_takes_no_branch_away(case):
+def test_a_larger_budget_never_removes_a_branch(case):
     budget, accept_probs, curves = case
     seeds = sum(prob >= PLAUSIBLE for prob in accept_probs)
     steps = [allocate(b, accept_probs, lambda k, f: curves[k][f]) for b in range(seeds, budget + 1)]
@@ -115,13 +136,13 @@ def test_likelier_lengths_get_no_fewer_branches():
     assert counts[0] >= counts[4] >= counts[1] >= counts[2] >= counts[3] >= 1
 
 
-def test_prefactor_one_law_still_gives_every_plausible_length_a_branch():
-    measured = [0.130, 0.094, 0.070, 0.058, 0.048, 0.042, 0.035, 0.523]  # notes: 70B / 1B, K = 7
+def test_every_plausible_length_gets_a_branch_even_where_the_first_gains_nothing():
+    measured = [0.130, 0.094, 0.070, 0.058, 0.048, 0.042, 0.035, 0.523]  # published: 70B / 1B, K = 7
     counts = allocate(24, measured, lambda k, f: f**-1.93 if f else 1.0)
     assert counts == [3, 3, 3, 3, 2, 2, 2, 6]
 
 
-# ---- fan-out: configured and learned ---------------------------------------------------------------------
+# ---- configured and learned ------------------------------------------------------------------------------
 
 
 @given(
@@ -196,7 +217,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_learned_fan_out_comes_near_the_optimum(name):
+def test_learned_fan_out_is_near_the_optimum(name):
     stream, fan_out = STREAMS[name], FanOut(7, None, 24)
     cold = stream.hit_chance(fan_out.counts(7, True))
     stream.feed(fan_out, 3000, True, random.Random(1))
@@ -205,7 +226,7 @@ def test_learned_fan_out_comes_near_the_optimum(name):
     assert learned >= max(cold, stream.hit_chance([3] * 8)) - 0.002
 
 
-def test_hits_and_misses_are_learned_apart():
+def test_hits_and_misses_are_learned_separately():
     rng, fan_out = random.Random(2), FanOut(7, None, 24)
     for _ in range(10):
         STREAMS["always accepted"].feed(fan_out, 100, True, rng)
@@ -221,8 +242,8 @@ def test_learned_fan_out_follows_a_change():
     assert STREAMS["heavy tail"].hit_chance(fan_out.counts(7, True)) >= STREAMS["heavy tail"].best(24) - 0.01
 
 
-def test_ranks_beyond_the_candidates_are_censored_not_lost():
-    """A fork point with few candidates says less of deep ranks, but must not make them look worthless."""
+def test_ranks_beyond_the_candidates_are_censored():
+    """Fork points with few candidates must not bias the estimate of deep ranks."""
     law = ((0.7, 0.5), (0.7, 0.5))
     wide, narrow = Stream([0.5, 0.5], law, 64), Stream([0.5, 0.5], law, 4)
     chances = []
@@ -233,7 +254,7 @@ def test_ranks_beyond_the_candidates_are_censored_not_lost():
     assert chances[0] == pytest.approx(chances[1], abs=1)
 
 
-def test_no_branch_is_planned_beyond_the_candidates_of_a_fork_point():
+def test_counts_stay_within_the_candidates_of_a_fork_point():
     fan_out = FanOut(3, None, 48)
     for _ in range(500):
         fan_out.observe(3, 0, 15, True, 16)
@@ -241,7 +262,7 @@ def test_no_branch_is_planned_beyond_the_candidates_of_a_fork_point():
     assert counts[0] == MAX_LEARNED_FAN_OUT and sum(counts) == 48
 
 
-def test_counts_stay_put_between_refreshes():
+def test_counts_are_constant_between_refreshes():
     fan_out = FanOut(3, None, 16)
     first = fan_out.counts(3, True)
     for _ in range(31):

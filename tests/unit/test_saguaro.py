@@ -1,4 +1,4 @@
-"""Saguaro sampling: exact by enumeration, and the trade-off that it is for."""
+"""Saguaro sampling: lossless by enumeration, and its trade-off between acceptance and hit rate."""
 
 import itertools
 
@@ -68,7 +68,7 @@ def test_a_factor_of_one_changes_no_bit(q, fan_out):
 
 
 @pytest.mark.parametrize("factor", FACTORS)
-def test_greedy_rows_and_rows_without_other_tokens_are_untouched(factor):
+def test_greedy_rows_and_rows_without_other_tokens_are_unchanged(factor):
     one_hot = np.eye(1, 5, dtype=np.float32)
     assert np.array_equal(saguaro(one_hot, 3, factor), one_hot)
     all_prepared = np.array([[0.6, 0.4, 0.0]], np.float32)
@@ -84,7 +84,7 @@ def test_rows_have_their_own_factor_and_fan_out():
 @settings(deadline=None)
 @given(st.data(), st.integers(1, 3), st.sampled_from(FACTORS))
 def test_output_is_the_targets_own_by_enumeration(data, fan_out, factor):
-    """Two drafts and the bonus token over a vocabulary of 3: every path, every coin, against p alone."""
+    """Two drafts and the bonus token over a vocabulary of 3: the sum over all paths against p alone."""
     vocab, depth = 3, 3
     contexts = [path for n in range(depth) for path in itertools.product(range(vocab), repeat=n)]
     target = dict(zip(contexts, data.draw(distributions(len(contexts), vocab))))
@@ -144,7 +144,7 @@ def test_a_smaller_factor_never_lowers_the_hit_chance_of_a_rejection(rows, fan_o
 @settings(deadline=None)
 @given(distributions(2, zeros=False), st.integers(1, 4))
 def test_acceptance_is_concave_in_the_mass_left_on_prepared_tokens(rows, fan_out):
-    """So it falls with C from its best C on, and from C = 1 on where q fits the target."""
+    """So it falls with C below the best C, which is 1 where q fits the target."""
     p, q = rows
     prepared = np.argsort(-q, kind="stable")[:fan_out]
     proposals = [propose(q, fan_out, factor) for factor in FACTORS]

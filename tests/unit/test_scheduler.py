@@ -1,4 +1,4 @@
-"""The number of drafts on vLLM's V2 runner: what its scheduler tells an `Adaptation`, and what it reads from one."""
+"""The adaptive scheduler of vLLM's V2 runner: what it reports to an `Adaptation` and reads from it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ LAG = 2
 """Rounds between a choice and the one that carries it out."""
 
 
-def test_what_is_replaced_is_used_as_we_expect() -> None:
+def test_vllm_uses_what_is_patched_as_expected() -> None:
     parameters = ["self", "scheduler_output", "model_runner_output"]
     assert list(inspect.signature(Scheduler.update_from_output).parameters) == parameters
-    assert inspect.getsource(Scheduler).count("dynamic_sd_lookup") == 5, "vLLM reads the table elsewhere, too"
+    assert inspect.getsource(Scheduler).count("dynamic_sd_lookup") == 5, "vLLM reads the table elsewhere as well"
     read = "num_spec_tokens_to_schedule = self.dynamic_sd_lookup[\n                len(num_scheduled_tokens)\n"
     assert read in inspect.getsource(Scheduler.schedule)
     assert "] * scheduler_output.num_spec_tokens_to_schedule" in inspect.getsource(AsyncScheduler)
@@ -59,7 +59,7 @@ class Clock:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A scheduler of ours on a vLLM that does nothing, and the clock it reads."""
+    """Our scheduler on top of a stubbed vLLM scheduler, and the clock it reads."""
 
     def init(self: Any, *, vllm_config: Any) -> None:
         self.num_spec_tokens = K
@@ -78,12 +78,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def outputs(request_ids: list[str], offered: list[int], accepted: list[int], extra: int = 0) -> tuple[Any, Any]:
-    """What vLLM scheduled and what came of it; `extra` tokens of prompt for each row."""
+    """Scheduler and model runner output of one round; extra: prompt tokens scheduled for each row."""
     scheduled = SimpleNamespace(
         num_scheduled_tokens={request_id: 1 + m + extra for request_id, m in zip(request_ids, offered)},
         scheduled_spec_decode_tokens={request_id: [-1] * m for request_id, m in zip(request_ids, offered) if m},
     )
-    rows = list(reversed(request_ids))  # the runner sorts as it likes
+    rows = list(reversed(request_ids))  # the runner may reorder rows
     sampled = dict(zip(request_ids, ([7] * (k + 1) for k in accepted)))
     result = SimpleNamespace(
         sampled_token_ids=[sampled[request_id] for request_id in rows],
@@ -93,7 +93,7 @@ def outputs(request_ids: list[str], offered: list[int], accepted: list[int], ext
 
 
 @pytest.mark.parametrize(("token_s", "best"), [(0.0, {4, 5}), (0.4, {2, 4}), (5.0, {0})])
-def test_rounds_come_to_carry_what_pays(engine: SimpleNamespace, token_s: float, best: set[int]) -> None:
+def test_rounds_converge_to_the_best_number_of_drafts(engine: SimpleNamespace, token_s: float, best: set[int]) -> None:
     scheduler, rng = engine.start(), random.Random(0)
     names = [f"r{i}" for i in range(BATCH)]
     wanted = [K] * LAG
@@ -103,7 +103,7 @@ def test_rounds_come_to_carry_what_pays(engine: SimpleNamespace, token_s: float,
         engine.clock.now += 10 + token_s * BATCH * (1 + k)
         accepted = [next((i for i in range(k) if rng.random() > 0.6), k) for _ in names]
         result = scheduler.update_from_output(*outputs(names, [k] * BATCH, accepted))
-        assert result[0].num_scheduled_tokens.keys() == set(names), "vLLM's own was not called"
+        assert result[0].num_scheduled_tokens.keys() == set(names), "vLLM's own method was not called"
     assert set(wanted) <= {0, 1, 2, 4, 5}
     assert sum(k in best for k in wanted[500:]) > 0.9 * len(wanted[500:])
 
@@ -120,7 +120,7 @@ def test_only_rounds_of_pure_decoding_are_learned_from(
         scheduler.update_from_output(*outputs(request_ids, offered, accepted, extra))
 
     update(["a", "b"], [K, K], [1, 2])
-    assert not learned, "nobody knows how long the first round took"
+    assert not learned, "the duration of the first round is unknown"
     update(["a", "b"], [K, 2], [0, 2])
     assert learned.pop() == (2, K, [K, 2], [0, 2], 1.0)
     update(["a", "b", "c"], [K, K, 0], [1, 1, 0])
@@ -128,10 +128,10 @@ def test_only_rounds_of_pure_decoding_are_learned_from(
     update(["a", "b", "c"], [0, 0, 0], [0, 0, 0], extra=1)
     update([], [], [])
     update([], [], [])
-    assert not learned, "a prompt, or a batch that changed"
+    assert not learned, "a prompt, or a batch that has changed"
 
 
-def test_batches_in_flight_are_told_apart(engine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_in_flight_are_timed_separately(engine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = engine.start(stages=2)
     learned = []
     monkeypatch.setattr(scheduler._adaptation, "observe", lambda *round: learned.append(round[-1]))

@@ -1,4 +1,4 @@
-"""The event simulator: bookkeeping, published numbers, and agreement with the closed predictions."""
+"""The event simulator: bookkeeping, published numbers, and agreement with the planner's predictions."""
 
 import dataclasses
 import json
@@ -32,13 +32,13 @@ COSTS = Costs(
 LAW = dataclasses.replace(Acceptance.prior(0.7), rounds=1000)
 
 
-def play(costs: Costs, acceptance: Acceptance, scenario: Scenario, workload: Workload, seed: int = 0) -> Report:
+def simulate(costs: Costs, acceptance: Acceptance, scenario: Scenario, workload: Workload, seed: int = 0) -> Report:
     return Simulation(costs, lambda i: Synthetic(acceptance, i), scenario, workload, seed).run()
 
 
 @pytest.mark.parametrize("scenario", [Scenario(), Scenario(protocol="ask"), Scenario("sd"), Scenario("plain")])
-def test_every_request_gets_its_tokens_though_the_batch_changes(scenario):
-    report = play(COSTS, LAW, scenario, Workload(4, 20, 50, arrivals_per_s=10))
+def test_every_request_gets_its_tokens_while_the_batch_changes(scenario):
+    report = simulate(COSTS, LAW, scenario, Workload(4, 20, 50, arrivals_per_s=10))
     assert report.tokens == 20 * 50 and len(report.latencies_s) == 20
     assert all(0 < seconds < report.seconds for seconds in report.latencies_s)
     parts = report.verify_s + report.draft_s + report.jit_s + report.build_s + report.handover_s
@@ -46,9 +46,9 @@ def test_every_request_gets_its_tokens_though_the_batch_changes(scenario):
     assert report.hits + report.misses + report.late == (report.row_rounds if scenario.method == "ssd" else 0)
 
 
-def test_same_seed_same_run():
-    runs = [play(COSTS, LAW, Scenario(), Workload(4, 8, 100), seed=3) for _ in range(2)]
-    assert runs[0] == runs[1] != play(COSTS, LAW, Scenario(), Workload(4, 8, 100), seed=4)
+def test_runs_with_the_same_seed_are_identical():
+    runs = [simulate(COSTS, LAW, Scenario(), Workload(4, 8, 100), seed=3) for _ in range(2)]
+    assert runs[0] == runs[1] != simulate(COSTS, LAW, Scenario(), Workload(4, 8, 100), seed=4)
 
 
 @pytest.mark.parametrize("on_miss", ["skip", "auto", "wait"])
@@ -56,15 +56,15 @@ def test_same_seed_same_run():
     ("batch_size", "num_drafts", "num_drafters"), [(1, 2, 1), (1, 4, 1), (1, 8, 1), (8, 3, 1), (8, 5, 1), (8, 5, 4)]
 )
 def test_predictions_agree_with_the_simulation(batch_size, num_drafts, num_drafters, on_miss):
-    """The planner's fixed point against the same protocol played out, with the policies that really run."""
+    """The planner's fixed point against the simulated protocol with the policies that serve."""
     budget = 4 * (num_drafts + 1)
     predicted = predict_ssd(
         Profile("t", "d", COSTS, (LAW,)), LAW, Setting(batch_size, num_drafts, budget, on_miss, num_drafters)
     )
     scenario = Scenario(num_drafts=num_drafts, branch_budget=budget, on_miss=on_miss, num_drafters=num_drafters)
-    played = play(COSTS, LAW, scenario, Workload(batch_size, 6 * batch_size, 400))
-    assert predicted.tokens_per_s == pytest.approx(played.tokens_per_s, rel=0.06)
-    assert predicted.hit_rate == pytest.approx(played.hit_rate, abs=0.05)
+    simulated = simulate(COSTS, LAW, scenario, Workload(batch_size, 6 * batch_size, 400))
+    assert predicted.tokens_per_s == pytest.approx(simulated.tokens_per_s, rel=0.06)
+    assert predicted.hit_rate == pytest.approx(simulated.hit_rate, abs=0.05)
 
 
 # ---- published numbers -----------------------------------------------------------------------------------
@@ -72,26 +72,26 @@ def test_predictions_agree_with_the_simulation(batch_size, num_drafts, num_draft
 PROFILE = paper.published_profile()
 
 
-def test_batch_1_lands_within_a_tenth_of_all_three_published_systems():
+def test_batch_1_is_within_10_percent_of_all_three_published_systems():
     workload = Workload(1, 8, 512)
-    plain = play(PROFILE.costs, PROFILE.acceptance[0], Scenario("plain"), workload)
+    plain = simulate(PROFILE.costs, PROFILE.acceptance[0], Scenario("plain"), workload)
     assert plain.tokens_per_s == pytest.approx(paper.PLAIN_TOKENS_PER_S, rel=0.1)
-    sd = play(PROFILE.costs, paper.published_sd_acceptance(), paper.PUBLISHED_SD, workload)
+    sd = simulate(PROFILE.costs, paper.published_sd_acceptance(), paper.PUBLISHED_SD, workload)
     assert sd.tokens_per_s == pytest.approx(paper.SD_TOKENS_PER_S, rel=0.1)
-    ssd = play(PROFILE.costs, PROFILE.acceptance[0], paper.PUBLISHED_SSD, workload)
+    ssd = simulate(PROFILE.costs, PROFILE.acceptance[0], paper.PUBLISHED_SSD, workload)
     assert ssd.tokens_per_s == pytest.approx(paper.SSD_TOKENS_PER_S, rel=0.1)
     assert ssd.hit_rate == pytest.approx(paper.HIT_RATE, abs=0.02)
 
 
-def test_stalls_explain_how_the_published_system_falls_behind_at_batch_16():
-    """Waiting for just-in-time drafts and for trees takes about half of a round; without it, 2.2 times the tokens."""
-    played = {
-        b: play(PROFILE.costs, PROFILE.acceptance[0], paper.PUBLISHED_SSD, Workload(b, 4 * b, 512))
+def test_stalls_explain_the_published_systems_gap_at_batch_16():
+    """Waiting for just-in-time drafts and for trees takes about half of a round; without it, 2.2 times the rate."""
+    simulated = {
+        b: simulate(PROFILE.costs, PROFILE.acceptance[0], paper.PUBLISHED_SSD, Workload(b, 4 * b, 512))
         for b in paper.SSD_BY_BATCH
     }
     for batch_size, measured in paper.SSD_BY_BATCH.items():
-        assert played[batch_size].tokens_per_s == pytest.approx(measured, rel=0.1)
-    large = played[16]
+        assert simulated[batch_size].tokens_per_s == pytest.approx(measured, rel=0.1)
+    large = simulated[16]
     stalls_s = large.jit_s + large.build_s
     assert large.jit_s / large.rounds == pytest.approx(0.0124, rel=0.15)
     assert 0.4 < stalls_s / large.seconds < 0.55
@@ -99,23 +99,23 @@ def test_stalls_explain_how_the_published_system_falls_behind_at_batch_16():
     assert without == pytest.approx(4254, rel=0.1)
 
 
-def test_pushing_needs_no_stall_at_batch_16():
-    asked = play(PROFILE.costs, PROFILE.acceptance[0], paper.PUBLISHED_SSD, Workload(16, 64, 256))
-    pushed = play(PROFILE.costs, PROFILE.acceptance[0], Scenario(num_drafts=6), Workload(16, 64, 256))
+def test_pushing_avoids_the_stalls_at_batch_16():
+    asked = simulate(PROFILE.costs, PROFILE.acceptance[0], paper.PUBLISHED_SSD, Workload(16, 64, 256))
+    pushed = simulate(PROFILE.costs, PROFILE.acceptance[0], Scenario(num_drafts=6), Workload(16, 64, 256))
     assert pushed.tokens_per_s > 1.3 * asked.tokens_per_s
 
 
-def test_more_drafters_help_a_large_batch_and_adaptation_a_bad_start():
+def test_more_drafters_help_a_large_batch_and_adaptation_a_bad_k():
     profile = PROFILE.acceptance[0]
     rates = [
-        play(PROFILE.costs, profile, Scenario(num_drafts=6, num_drafters=n), Workload(32, 64, 128)).tokens_per_s
+        simulate(PROFILE.costs, profile, Scenario(num_drafts=6, num_drafters=n), Workload(32, 64, 128)).tokens_per_s
         for n in (1, 2, 4)
     ]
     assert rates[0] < rates[1] <= rates[2] * 1.02
-    dear = dataclasses.replace(PROFILE.costs, verify=((8, 1, 0.010), (8, 9, 0.05)))
+    costly = dataclasses.replace(PROFILE.costs, verify=((8, 1, 0.010), (8, 9, 0.05)))
     rates = {
-        (k, adaptive): play(
-            dear, profile, Scenario(num_drafts=k, adaptive=adaptive, on_miss="skip"), Workload(8, 64, 512)
+        (k, adaptive): simulate(
+            costly, profile, Scenario(num_drafts=k, adaptive=adaptive, on_miss="skip"), Workload(8, 64, 512)
         ).tokens_per_s
         for k, adaptive in ((1, False), (2, False), (3, False), (8, False), (8, True))
     }
@@ -123,7 +123,7 @@ def test_more_drafters_help_a_large_batch_and_adaptation_a_bad_start():
     assert rates[8, True] > 0.9 * max(rates.values())
 
 
-def test_the_script_plays_recorded_outcomes(tmp_path):
+def test_the_script_replays_recorded_outcomes(tmp_path):
     trace, out = tmp_path / "trace.jsonl", tmp_path / "reports.json"
     trace.write_text(
         "".join(f"{json.dumps(r)}\n" for r in [(4, 4, 0, True), (4, 1, 0, True), (0, 0, None, False)] * 20)

@@ -1,9 +1,9 @@
-"""From measured quantities to tokens per second: pure functions, no vLLM, no I/O."""
+"""The planner: predicts tokens per second from measured costs and acceptance. No vLLM and no I/O, `measure` aside."""
 
 from vllm_ssd.planning.outcomes import Recorded, Synthetic
 from vllm_ssd.planning.plan import Plan, plan
 from vllm_ssd.planning.predict import Prediction, Setting, predict_plain, predict_sd, predict_ssd
-from vllm_ssd.planning.prior import DEVICES, Device, Shape, drafter_size_prior, guess_profile, sdsl_drafter_size
+from vllm_ssd.planning.prior import DEVICES, Device, Shape, drafter_size_prior, guess_profile
 from vllm_ssd.planning.profile import Acceptance, Costs, Profile
 from vllm_ssd.planning.simulator import Report, Scenario, Simulation, Workload
 
@@ -29,5 +29,4 @@ __all__ = [
     "predict_plain",
     "predict_sd",
     "predict_ssd",
-    "sdsl_drafter_size",
 ]

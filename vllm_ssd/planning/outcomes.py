@@ -1,4 +1,4 @@
-"""Where a simulated request's accept lengths and ranks of the bonus token come from."""
+"""Sources of simulated outcomes: accept lengths and ranks of the bonus token."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from vllm_ssd.policy import MAX_LEARNED_FAN_OUT
 
 
 class Outcomes(Protocol):
-    """Where accept lengths and ranks of the bonus token come from."""
+    """Source of one request's outcomes."""
 
     def draw(self, num_drafts: int, after_hit: bool) -> tuple[int, int | None]:
-        """Accept length and rank of t* (None: beyond the candidates) of the next round of one request."""
+        """Accept length of the request's next round, and rank of t* (None: not among the candidates)."""
+        ...
 
 
 class Synthetic:
-    """Independent rounds with the chances of an `Acceptance`."""
+    """Outcomes drawn independently from an `Acceptance`."""
 
     def __init__(self, acceptance: Acceptance, seed: int = 0) -> None:
         self._acceptance, self._random = acceptance, random.Random(seed)
@@ -35,10 +36,10 @@ class Synthetic:
 
 
 class Recorded:
-    """Rounds of a trace in their order, from a random place on, again and again.
+    """Outcomes of a recorded trace, in order and repeated, starting at a random round.
 
-    A round that carries fewer drafts than the recorded one is cut short: a longer recorded acceptance becomes full
-    acceptance, whose rank is then that of the next recorded round of full acceptance.
+    When a simulated round carries fewer drafts than the recorded one, a longer recorded accept length becomes full
+    acceptance, with the rank of the next recorded round that accepted all of its drafts.
     """
 
     def __init__(self, rounds: Sequence[Round], seed: int = 0) -> None:
@@ -48,18 +49,16 @@ class Recorded:
         self._next = random.Random(seed).randrange(len(self._rounds))
 
     def draw(self, num_drafts: int, after_hit: bool) -> tuple[int, int | None]:
-        """See `Outcomes.draw`; a round without drafts takes the next recorded one without, if there is any."""
-        recorded = self._advance(lambda r: (r[0] > 0) == (num_drafts > 0)) or self._advance(lambda r: True)
-        m, k, rank, _ = recorded
+        """See `Outcomes.draw`; rounds without drafts use recorded rounds without drafts, if there are any."""
+        m, k, rank, _ = self._advance(lambda r: (r[0] > 0) == (num_drafts > 0))
         if k < min(m, num_drafts) or m == num_drafts == k:
             return k, rank
         full = self._advance(lambda r: r[0] > 0 and r[0] == r[1])
         return min(num_drafts, k), full[2]
 
-    def _advance(self, wanted: Callable[[Round], bool]) -> Round | None:
-        for _ in range(len(self._rounds)):
-            found = self._rounds[self._next]
-            self._next = (self._next + 1) % len(self._rounds)
-            if wanted(found):
-                return found
-        return None
+    def _advance(self, matches: Callable[[Round], bool]) -> Round:
+        """The next round that matches, else just the next."""
+        order = range(self._next, self._next + len(self._rounds))
+        at = next((i for i in order if matches(self._rounds[i % len(self._rounds)])), self._next)
+        self._next = (at + 1) % len(self._rounds)
+        return self._rounds[at % len(self._rounds)]

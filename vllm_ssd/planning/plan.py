@@ -1,4 +1,4 @@
-"""What to run: the best setting of each method, and whether a second device pays."""
+"""Choosing a configuration: the best setting of each method, and whether a second device pays."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from vllm_ssd.planning.predict import Fallback, Prediction, Setting, predict_pla
 from vllm_ssd.planning.profile import Acceptance, Profile
 
 BRANCHES_PER_LENGTH = (1, 2, 4, 8)
-"""Branch budgets that are tried, for each accept length."""
-WORTH_IT = 0.02
-"""Gain that a setting which costs more (drafts, branches, waiting) must bring to be preferred."""
+"""Branch budgets to compare, per accept length."""
+MIN_GAIN = 0.02
+"""Relative rate that a more expensive setting (drafters, waiting, drafts, branches) must gain to be preferred."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Predictions for one batch size and temperature.
 
-    grid: SSD at every K and branch budget, with its best fallback; recommended: the most tokens per second;
-    recommended_per_device: the most for each device. draft_share: part of stock speculation's best round that is
-    drafting; break_even_share: part from which SSD gives more per device, where its own rounds hide all drafting.
-    confidence: chance that `recommended` beats the best other method. saguaro: C of the acceptance used.
+    grid: SSD at every K and branch budget, with its best fallback; recommended: highest tokens per second;
+    recommended_per_device: highest tokens per second and device. draft_share: share of stock speculation's best round
+    spent drafting; break_even_share: share from which SSD gives more per device, if its rounds hide all drafting;
+    confidence: chance that `recommended` beats the best other method; saguaro: C of the acceptance used.
     """
 
     plain: Prediction
@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def second_device_pays(self) -> bool:
-        """Whether SSD gives more tokens per second and device than what runs on the target's devices alone."""
+        """Whether SSD gives more tokens per second and device than plain decoding and stock speculation."""
         return self.recommended_per_device.method == "ssd"
 
 
@@ -54,8 +54,11 @@ def plan(
     drafters: Sequence[int] = (1,),
     padded: bool = False,
 ) -> Plan:
-    """Compare all settings. budgets: branches a request (default: 1, 2, 4 and 8 for each accept length); padded: as in
-    `Setting`."""
+    """Compare all settings.
+
+    drafts: values of K; budgets: branches per request (default: 1, 2, 4 and 8 per accept length); drafters: numbers of
+    drafters; padded: as in `Setting`.
+    """
     drafts = list(drafts)
     acceptance = profile.acceptance_at(temperature)
     plain = predict_plain(profile, batch_size)
@@ -84,7 +87,7 @@ def plan(
 
 
 def chance_of_more(a: Prediction, b: Prediction) -> float:
-    """Chance that `a` is faster than `b`, their errors taken as independent."""
+    """Chance that `a` is faster than `b`, with independent errors."""
     scatter = sqrt(a.relative_error**2 + b.relative_error**2) or 1e-9
     return 0.5 + 0.5 * erf(log(a.tokens_per_s / b.tokens_per_s) / scatter / sqrt(2))
 
@@ -108,13 +111,13 @@ def _grid(
 
 
 def _best(predictions: Iterable[Prediction], per_device: bool = False) -> Prediction:
-    """The fastest, but the cheapest of those that come within 2 % of it."""
+    """The cheapest of the predictions within 2 % of the fastest."""
     predictions = list(predictions)
 
     def rate(p: Prediction) -> float:
         return p.per_device if per_device else p.tokens_per_s
 
-    enough = max(map(rate, predictions)) / (1 + WORTH_IT)
+    enough = max(map(rate, predictions)) / (1 + MIN_GAIN)
 
     def cost(p: Prediction) -> tuple[int, bool, float, float]:
         return p.num_drafters, p.on_miss not in (None, "skip"), p.drafts_per_round + p.branch_budget / 32, -rate(p)

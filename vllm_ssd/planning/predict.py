@@ -1,4 +1,4 @@
-"""Tokens per second of plain decoding, stock speculation and SSD from a profile (docs/theory.md, Throughput)."""
+"""Predicted tokens per second of plain decoding, stock speculation and SSD (docs/theory.md, Throughput)."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import comb, erf, sqrt
-from typing import Literal
+from typing import Any, Literal
 
 from vllm_ssd.planning.profile import Acceptance, Costs, Profile
 from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, BranchBudget, allocate, jit_drafts, survival
 
 Fallback = Literal["skip", "wait", "auto"]
 MODEL_ERROR = 0.06
-"""Relative standard deviation of the model itself where its inputs are measured (docs/tuning.md: half of 24 points are
-within 4 %)."""
+"""Relative standard deviation of the model with measured inputs (docs/tuning.md: half of 24 points within 4 %)."""
 GUESS_ERROR = 0.3
-"""Relative error of a prediction from inputs that no one measured."""
+"""Relative standard deviation of a prediction from guessed inputs."""
 ITERATIONS = 40
+"""Most iterations of the fixed point."""
 PHASES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""How much of a step is still to run when an outcome reaches a busy drafter."""
+"""Remaining share of the running step when an outcome reaches a busy drafter, sampled uniformly."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a user would configure. branch_budget: branches a request; num_drafters share the requests evenly; padded:
-    every row is charged for K drafts and nothing is waited for, as on vLLM's V2 runner.
+    """A configuration to predict.
 
-    on_miss "auto" waits for just-in-time drafts where that pays; what n-gram drafts add to it is not predicted.
+    branch_budget: branches per request; num_drafters: drafters that share the requests evenly; wait_s: longest wait for
+    just-in-time drafts; padded: every row is verified with K drafts and none waits, as on vLLM's V2 runner. on_miss
+    "auto" waits for just-in-time drafts where that pays; n-gram drafts are not predicted.
     """
 
     batch_size: int = 1
@@ -41,11 +42,11 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What one way to decode should give.
+    """Predicted throughput of one method at one setting.
 
-    per_device: tokens per second for each device it takes; tokens_per_round, drafts_per_round: of one row; hit_rate: of
-    outcomes that found a speculation; late_rate: of outcomes in the block that no draft had been grown for;
-    stall_s: part of round_s spent waiting for drafts; branches: a request; relative_error: one standard deviation.
+    per_device: tokens per second and device; tokens_per_round, drafts_per_round: per row; hit_rate: share of outcomes
+    that find a speculation; late_rate: share whose branch has no draft yet; stall_s: part of round_s spent waiting for
+    drafts; branch_budget, branches: branches per request, allowed and grown; relative_error: one standard deviation.
     """
 
     method: Literal["plain", "sd", "ssd"]
@@ -67,13 +68,13 @@ class Prediction:
 
 
 def predict_plain(profile: Profile, batch_size: int) -> Prediction:
-    """One token a row and round."""
+    """Plain decoding: b / T_v(b, 1)."""
     round_s = profile.costs.verify_s(batch_size, 1)
     return _prediction(profile, "plain", batch_size, 0, 1.0, round_s, profile.costs.error, 0)
 
 
 def predict_sd(profile: Profile, acceptance: Acceptance, batch_size: int, num_drafts: int) -> Prediction:
-    """Draft K tokens on the target's devices, then verify: b E(K) / (T_v(b, K + 1) + K t_d(b))."""
+    """Stock speculation, drafting on the target's devices: b E(K) / (T_v(b, K + 1) + K t_s(b))."""
     costs = profile.costs
     round_s = costs.verify_s(batch_size, 1 + num_drafts) + num_drafts * costs.sync_step_s(batch_size)
     probs = acceptance.accept_probs(num_drafts, after_hit=True)
@@ -85,16 +86,16 @@ def predict_sd(profile: Profile, acceptance: Acceptance, batch_size: int, num_dr
 
 
 def predict_ssd(profile: Profile, acceptance: Acceptance, setting: Setting) -> Prediction:
-    """The stationary state of the round protocol, by fixed point over the time between two outcomes.
+    """SSD in the stationary state, by fixed-point iteration over the duration of a round.
 
-    A row's state is the number of drafts it carries and whether they came from a branch. An outcome (k, t*) finds a
-    branch with the chance that F_k candidates cover t*, and that branch is as deep as the drafter's steps since the
-    last outcome allow. How long a round takes depends on how many drafts the rows carry, and that on how long it takes.
+    A row's state is the number of drafts it carries and whether they come from a hit. An outcome (k, t*) hits with the
+    chance that F_k candidates cover t*, and the branch is as deep as the drafter's steps since the last outcome allow.
+    A round's duration depends on how many drafts the rows carry, and these on its duration.
     """
     costs, rows = profile.costs, -(-setting.batch_size // setting.num_drafters)
     chain = _Chain(acceptance, setting)
     round_s = costs.verify_s(setting.batch_size, 1 + setting.num_drafts) * costs.slowdown
-    wait_s = 0.0
+    wait_s, branches = 0.0, 0
     for _ in range(ITERATIONS):
         branches = _branches(costs, setting, rows, round_s, chain)
         chain.advance(branches, _Reach(costs, setting, rows, rows * branches, round_s, chain.hit_rate))
@@ -125,7 +126,7 @@ def predict_ssd(profile: Profile, acceptance: Acceptance, setting: Setting) -> P
 
 
 class _Reach:
-    """How deep the branches of a drafter's rows get between two outcomes, with what scatter."""
+    """Distribution of the depth that branches reach between two outcomes."""
 
     def __init__(
         self, costs: Costs, setting: Setting, rows: int, branches: int, round_s: float, hit_rate: float
@@ -135,25 +136,30 @@ class _Reach:
         self._window_s = round_s - costs.handover_s - costs.latency_s
         self._scatter_s = max(costs.spread * round_s, 1e-9)
         self._max_depth = setting.num_drafts
-        # Chance that the tree was whole, and one more step had found the candidates of the last fork point of whatever
-        # comes next, when the outcome came: a tree that had to wait for its own last fork point needs a step more.
-        at_once, later = (self._surely((setting.num_drafts + n) * self._step_s, busy=0.0) for n in (1, 2))
+        # Chance that the tree was complete at the outcome, along with one more step, which finds the candidates of the
+        # next round's last fork point. A tree that had to wait for its own last fork point needs another step.
+        at_once, later = (self._chance_in_time((setting.num_drafts + n) * self._step_s, busy=0.0) for n in (1, 2))
         self.finished = later / max(1 - hit_rate * (at_once - later), 1e-9)
         self.depths = [self._depths(0.0), self._depths(self._step_s), self._depths(self._alone_s)]
 
-    def _surely(self, needed_s: float, busy: float) -> float:
+    def _chance_in_time(self, needed_s: float, busy: float) -> float:
+        """Chance that `needed_s` of steps fit into the window; busy: chance that a step is still running."""
         spare = [self._window_s - needed_s - busy * phase * self._step_s for phase in PHASES]
         return sum(0.5 + 0.5 * erf(s / (sqrt(2) * self._scatter_s)) for s in spare) / len(spare)
 
     def _depths(self, delay_s: float) -> list[float]:
-        """Chance of each depth 0..K that the target finds, when the branch could start after delay_s."""
+        """Chance of each depth 0..K at the outcome, for a branch that starts `delay_s` into the window."""
         busy = 1 - self.finished
-        at_least = [1.0, *(self._surely(delay_s + j * self._step_s, busy) for j in range(1, self._max_depth + 1)), 0.0]
+        at_least = [
+            1.0,
+            *(self._chance_in_time(delay_s + j * self._step_s, busy) for j in range(1, self._max_depth + 1)),
+            0.0,
+        ]
         return [more - fewer for more, fewer in pairwise(at_least)]
 
 
 class _Chain:
-    """Rows over states (drafts carried, after a hit), moved on one round at a time until they stay."""
+    """Markov chain of a row over states (drafts carried, after a hit)."""
 
     def __init__(self, acceptance: Acceptance, setting: Setting) -> None:
         self._acceptance, self._setting = acceptance, setting
@@ -171,7 +177,7 @@ class _Chain:
         self.survival = survival(shares)
 
     def advance(self, branches: int, reach: _Reach, rounds: int = 6) -> None:
-        """`rounds` rounds under the same conditions."""
+        """Apply `rounds` transitions."""
         for _ in range(rounds):
             found, missed, late = self._outcomes(branches, reach)
             self.hit_rate, self.late_rate = sum(found.values()), late
@@ -183,7 +189,7 @@ class _Chain:
 
     @property
     def lengths(self) -> list[float]:
-        """P(k) over all rounds."""
+        """P(k) over all states."""
         lengths = [0.0] * (self._setting.num_drafts + 1)
         for (m, after_hit), share in self._shares.items():
             for k, prob in enumerate(self._accept_probs(m, after_hit)):
@@ -191,7 +197,7 @@ class _Chain:
         return lengths
 
     def wait_s(self, costs: Costs, round_s: float) -> float:
-        """Mean time that a round waits for just-in-time drafts; remembers how many each number of missed rows gets."""
+        """Mean wait per round for just-in-time drafts; also updates how many drafts each number of missed rows gets."""
         setting, missing = self._setting, 1 - self.hit_rate
         accepted = survival(self._accept_probs(setting.num_drafts, False))
         rate = setting.batch_size * self.tokens / round_s
@@ -210,7 +216,7 @@ class _Chain:
         return mean_s
 
     def _outcomes(self, branches: int, reach: _Reach) -> tuple[dict[tuple[int, bool], float], float, float]:
-        """Shares of rows by the drafts a hit gives them; those that missed; those of them whose branch was too late."""
+        """Shares of rows by next state after a hit, share without a speculation, and the part of it that is late."""
         found: dict[tuple[int, bool], float] = {}
         missed = late = 0.0
         for (m, after_hit), share in self._shares.items():
@@ -226,7 +232,7 @@ class _Chain:
         return found, missed + late, late
 
     def _depths(self, m: int, k: int, reach: _Reach) -> list[float]:
-        """After full acceptance the last token is forwarded first, unless the drafter had the time before."""
+        """Distribution of the depth of a hit; after full acceptance the last draft may have to be forwarded first."""
         at_once, one_step_later, after_a_token = reach.depths
         if k < m:
             return at_once
@@ -236,7 +242,7 @@ class _Chain:
         return [known * a + (1 - known) * b for a, b in zip(at_once, one_step_later)]
 
     def _fallback(self) -> dict[int, float]:
-        """Chance of each number of just-in-time drafts for a row that missed."""
+        """Distribution of the number of just-in-time drafts of a row that missed."""
         missing = 1 - self.hit_rate
         chances: dict[int, float] = {}
         for others in range(self._setting.batch_size):
@@ -262,7 +268,7 @@ class _Chain:
 
 
 def _branches(costs: Costs, setting: Setting, rows: int, round_s: float, chain: _Chain) -> int:
-    """Branches a request that the drafter grows, as its own budget decides from steps and rounds like these."""
+    """Branches per request that the drafter's own budget decides on from these step and round times."""
     budget = BranchBudget(rows * setting.branch_budget)
     for i in range(16):
         branches = max(1, rows * setting.branch_budget * (1 + i % 4) // 4)
@@ -277,7 +283,7 @@ def _binomial(n: int, k: int, chance: float) -> float:
 
 
 def _error(costs: Costs, acceptance: Acceptance, lengths: Sequence[float], tokens: float) -> float:
-    """Relative standard deviation from timing, from the rounds that acceptance was learned from, and of the model."""
+    """Relative standard deviation: of the timing, of acceptance by its number of rounds, and of the model itself."""
     if not acceptance.rounds:
         return GUESS_ERROR
     variance = sum(prob * (1 + k - tokens) ** 2 for k, prob in enumerate(lengths))
@@ -293,7 +299,7 @@ def _prediction(
     round_s: float,
     error: float,
     num_drafters: int,
-    **details: float | Fallback,
+    **details: Any,
 ) -> Prediction:
     rate = batch_size * tokens / round_s
     return Prediction(

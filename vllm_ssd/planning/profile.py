@@ -1,8 +1,7 @@
-"""What was measured, given or guessed of a target and its drafter: the numbers that every prediction starts from."""
+"""The profile of a target and its drafter: costs and acceptance, measured or guessed."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -10,36 +9,26 @@ from itertools import accumulate
 import msgspec
 
 from vllm_ssd.policy import MAX_LEARNED_FAN_OUT
+from vllm_ssd.policy.curve import Point, interpolate
 
 PRIOR_ROUNDS = 4.0
-"""What smoothing counts as, in rounds at each draft position."""
+"""Prior weight, in rounds, of the pooled acceptance rate at each draft position."""
 MIN_ROUNDS = 30
-"""Rounds below which a class of outcomes says nothing of its own."""
+"""Rounds that a class of outcomes needs to be estimated on its own."""
 
-Point = tuple[float, float]
 Round = tuple[int, int, int | None, bool]
-"""One outcome: drafts verified, accept length k, rank of t* from 0 (None: not among the candidates), after a hit."""
-
-
-def piecewise(points: Sequence[Point], x: float) -> float:
-    """Linear between points sorted by x, level below the first, along the last slope (if it rises) beyond the last."""
-    if len(points) == 1 or x <= points[0][0]:
-        return points[0][1]
-    i = min(bisect_left(points, (x,)), len(points) - 1)
-    (x0, y0), (x1, y1) = points[i - 1], points[i]
-    slope = (y1 - y0) / (x1 - x0)
-    return y0 + slope * (x - x0) if x <= x1 else y1 + max(slope, 0.0) * (x - x1)
+"""One outcome: drafts verified, accept length k, rank of t* from 0 (None: not a candidate), whether after a hit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds that things take.
+    """Durations in seconds.
 
-    verify: (rows, tokens a row, seconds) of a target round, its host work included; draft_step: (branches, seconds) of
-    one step on a drafter; sync_step: (rows, seconds) of one draft step on the target's own devices (default: a
-    drafter's); handover_s: host time by which speculating lengthens a round; latency_s: from an outcome to the
-    drafter's next step, and from a push until the target can read it, together; slowdown: of a target round while a
-    drafter computes; spread: relative standard deviation of a round's duration; error: relative error of the means.
+    verify: (rows, tokens per row, seconds) of a target round, host work included; draft_step: (branches, seconds) of
+    one step on a drafter; sync_step: (rows, seconds) of one draft step on the target's own devices (default:
+    draft_step); handover_s: host time that SSD adds to a round; latency_s: from an outcome to the drafter's next step
+    plus from a push to the target; slowdown: factor on a target round while a drafter computes; spread: relative
+    standard deviation of a round's duration; error: relative error of the mean durations.
     """
 
     verify: tuple[tuple[int, int, float], ...]
@@ -61,32 +50,32 @@ class Costs:
                 raise ValueError(f"{name} must be sorted by its first number, each given once")
 
     def verify_s(self, rows: float, tokens_per_row: float) -> float:
-        """Seconds of a target round; with one measured batch size, by the number of tokens in all rows."""
+        """Duration of a target round; with a single measured batch size, by the total number of tokens."""
         by_rows: dict[int, list[Point]] = {}
         for measured, tokens, seconds in sorted(self.verify):
             by_rows.setdefault(measured, []).append((tokens, seconds))
         if len(by_rows) == 1:
             ((measured, points),) = by_rows.items()
-            return piecewise(points, rows * tokens_per_row / measured)
-        return piecewise([(n, piecewise(points, tokens_per_row)) for n, points in by_rows.items()], rows)
+            return interpolate(points, rows * tokens_per_row / measured)
+        return interpolate([(n, interpolate(points, tokens_per_row)) for n, points in by_rows.items()], rows)
 
     def draft_step_s(self, branches: float) -> float:
-        """Seconds of one drafter step over so many branches."""
-        return piecewise(self.draft_step, branches)
+        """Duration of one drafter step over `branches` branches."""
+        return interpolate(self.draft_step, branches)
 
     def sync_step_s(self, rows: float) -> float:
-        """Seconds of one draft step when the target drafts for itself."""
-        return piecewise(self.sync_step or self.draft_step, rows)
+        """Duration of one draft step on the target's own devices."""
+        return interpolate(self.sync_step or self.draft_step, rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """How drafts fare at one temperature; `rounds` = 0 marks a prior.
+    """Acceptance and coverage at one temperature.
 
-    after_hit, after_miss [K]: chance that draft j + 1 is accepted when the j before it were, in rounds whose drafts
-    came from a branch, and in those whose drafts came just in time. rejected, accepted, undrafted [F]: chance that t*
-    is among the first f + 1 candidates after a rejection, after full acceptance, and after a round without drafts.
-    Beyond K the last acceptance stands; beyond F nothing is covered. saguaro: the factor C they were measured at.
+    after_hit, after_miss [K]: chance that draft j + 1 is accepted given that the j before it were, in rounds of drafts
+    from a branch and of just-in-time drafts; the last value extends beyond K. rejected, accepted, undrafted [F]: chance
+    that t* is among the first f + 1 candidates after a rejection, after full acceptance, and after a round without
+    drafts; more candidates cover no more. saguaro: the factor C; rounds: how many were measured, 0 for a prior.
     """
 
     after_hit: tuple[float, ...]
@@ -108,14 +97,14 @@ class Acceptance:
                 raise ValueError("more candidates cannot cover less")
 
     def accept_probs(self, num_drafts: int, after_hit: bool) -> list[float]:
-        """P(k) of a round: num_drafts + 1 numbers that sum to 1."""
+        """P(k) of a round of `num_drafts` drafts: num_drafts + 1 probabilities that sum to 1."""
         chances = self.after_hit if after_hit else self.after_miss
         padded = [*chances[:num_drafts], *[chances[-1]] * (num_drafts - len(chances))]
         survival = list(accumulate(padded, lambda alive, chance: alive * chance, initial=1.0))
         return [*(a - b for a, b in zip(survival, survival[1:])), survival[-1]]
 
     def covered(self, num_drafts: int, accept_length: int, candidates: int) -> float:
-        """Chance that `candidates` branches at this accept length hold the bonus token."""
+        """Chance that `candidates` branches at `accept_length` hold the bonus token."""
         if not candidates:
             return 0.0
         curve = self.rejected if accept_length < num_drafts else self.accepted if num_drafts else self.undrafted
@@ -123,7 +112,7 @@ class Acceptance:
 
     @classmethod
     def prior(cls, acceptance: float, r: float = 1.0, first: float = 0.6, temperature: float = 0.0) -> Acceptance:
-        """Independent acceptance, and a Pareto law 1 - (1 - first) F^-r of coverage: to start from, not to trust."""
+        """A guess: independent acceptance, and coverage by a Pareto law, 1 - (1 - first) F^-r."""
         curve = tuple(1 - (1 - first) * f**-r for f in range(1, MAX_LEARNED_FAN_OUT + 1))
         return cls((acceptance,), (acceptance,), curve, curve, curve, temperature)
 
@@ -131,10 +120,10 @@ class Acceptance:
     def from_rounds(
         cls, rounds: Iterable[Round], num_drafts: int, temperature: float = 0.0, saguaro: float = 1.0
     ) -> Acceptance:
-        """Estimate from recorded rounds, smoothed towards their pooled means.
+        """Estimate from recorded rounds, smoothed towards the pooled rate; ValueError for fewer than 30.
 
-        A class of fewer than 30 rounds takes over what its neighbour shows: after a miss from after a hit, a class of
-        ranks from all of them.
+        With fewer than 30 rounds after a miss their acceptance is that after a hit; a class of fewer than 30 ranks uses
+        those of all rounds.
         """
         rounds = list(rounds)
         if len(rounds) < MIN_ROUNDS:
@@ -179,7 +168,7 @@ def _coverage(ranks: Sequence[int | None]) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A target and a drafter on some machine. guessed: which inputs no one measured, in words."""
+    """A target and a drafter on one machine. guessed: descriptions of the inputs that were not measured."""
 
     target: str
     drafter: str
@@ -200,7 +189,7 @@ class Profile:
             raise ValueError("target and drafter take one device each at least")
 
     def acceptance_at(self, temperature: float) -> Acceptance:
-        """What was measured nearest to a temperature, without Saguaro sampling."""
+        """Acceptance at the nearest measured temperature, without Saguaro sampling where measured."""
         usual = [a for a in self.acceptance if a.saguaro == 1] or list(self.acceptance)
         return min(usual, key=lambda a: abs(a.temperature - temperature))
 
@@ -210,5 +199,5 @@ class Profile:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Profile:
-        """The profile that `to_json` wrote; raises ValueError that names what is wrong with it, and where."""
+        """Parse what `to_json` wrote; ValueError names the invalid field."""
         return msgspec.json.decode(text, type=cls)

@@ -1,8 +1,8 @@
-"""The round protocol played event by event, with the real policies, at scales that no machine at hand has.
+"""Discrete-event simulation of the round protocol, with the policies that serve.
 
 A target decodes a batch that requests join and leave; drafters grow trees step by step, each for its share of the
-requests; messages take their time. What a round accepts, and where t* ranks among the candidates, comes from a recorded
-trace or is drawn from an `Acceptance`.
+requests; messages have latency. Accept lengths and ranks of t* come from a recorded trace or are drawn from an
+`Acceptance`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, Adaptation, BranchBudget, FanOu
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Who decodes how. With the push protocol the target takes what it holds; with "ask", as the published system does,
-    it waits for the whole tree, and when any row missed for K just-in-time drafts of the whole batch.
+    """A system to simulate.
 
-    fan_out: branches per accept length, or None to learn them within branch_budget; glue_s: what a tree costs before
-    its first step, in the ask protocol (in the push protocol that step carries the branches as well).
+    protocol: with "push" the target uses the drafts that have arrived; with "ask", as in the published system, it waits
+    for the whole tree and, when any row missed, for K just-in-time drafts of the whole batch. fan_out: branches per
+    accept length (default: learned within branch_budget). glue_s: duration of the ask protocol's forward before a
+    tree's first step; wait_s: longest wait for just-in-time drafts.
     """
 
     method: Literal["plain", "sd", "ssd"] = "ssd"
@@ -42,7 +43,7 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests of `tokens` new tokens each, at most `batch_size` at a time; arrivals_per_s: None starts all at once."""
+    """Requests of `tokens` new tokens each, at most `batch_size` at a time; arrivals_per_s: None for all at once."""
 
     batch_size: int = 1
     num_requests: int = 8
@@ -52,7 +53,7 @@ class Workload:
 
 @dataclass(slots=True)
 class Report:
-    """What a simulation did. seconds: until the last token; the *_s parts sum over rounds of the target."""
+    """Counts and times of one run. seconds: until the last token; fields in _s: summed over the target's rounds."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -63,9 +64,9 @@ class Report:
     late: int = 0
     drafts: int = 0
     verify_s: float = 0.0
-    draft_s: float = 0.0  # stock speculation's own drafting
+    draft_s: float = 0.0  # drafting by stock speculation
     jit_s: float = 0.0  # waiting for just-in-time drafts
-    build_s: float = 0.0  # waiting for a tree, in the ask protocol
+    build_s: float = 0.0  # waiting for trees, in the ask protocol
     handover_s: float = 0.0
     latencies_s: list[float] = field(default_factory=list)
 
@@ -76,14 +77,14 @@ class Report:
 
     @property
     def hit_rate(self) -> float:
-        """Of outcomes that a speculation was looked up for."""
+        """Share of the looked-up outcomes that hit."""
         outcomes = self.hits + self.misses + self.late
         return self.hits / outcomes if outcomes else 0.0
 
 
 @dataclass(slots=True)
 class _Row:
-    """One request on the target. depth: drafts of each fork point that its drafter has pushed, and when they arrive."""
+    """One request on the target. depth: by accept length, (arrival time, drafts) of each push."""
 
     tokens_left: int
     outcomes: Outcomes
@@ -91,18 +92,18 @@ class _Row:
     arrived_s: float
     num_drafts: int = 0
     after_hit: bool = False
-    clock: int = 0  # rounds so far: what a tree answers
+    clock: int = 0  # rounds so far; identifies the round that a tree answers
     counts: list[int] = field(default_factory=list)
     depth: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
 
     def ready(self, accept_length: int, now: float) -> int:
-        """Drafts that have arrived for an accept length."""
+        """Drafts that have arrived for an accept length by the time `now`."""
         return max((depth for at, depth in self.depth.get(accept_length, ()) if at <= now), default=0)
 
 
 @dataclass(slots=True)
 class _Tree:
-    """What a drafter grows for one row. grown: steps of each fork point, those in `pending` start one step later."""
+    """The token tree of one row. grown: depth of each fork point; pending: fork points that start one step later."""
 
     row: _Row
     clock: int
@@ -110,15 +111,15 @@ class _Tree:
     counts: list[int]
     grown: dict[int, int]
     pending: list[int]
-    looked_ahead: bool = False  # the last fork points of the next round are known
+    looked_ahead: bool = False  # the candidates of the next round's last fork points are known
 
     def width(self) -> int:
-        """Branches that the next step extends, the spine's token among them."""
+        """Branches that the next step extends, including the spine."""
         growing = sum(self.counts[k] for k, depth in self.grown.items() if depth < self.num_drafts)
         return growing + bool(self.pending)
 
     def step(self) -> None:
-        """One more token everywhere."""
+        """Extend every branch by one token."""
         for k, depth in self.grown.items():
             self.grown[k] = min(depth + 1, self.num_drafts)
         self.grown |= dict.fromkeys(self.pending, 0)
@@ -126,7 +127,7 @@ class _Tree:
 
 
 class _Drafter:
-    """Grows the trees of its rows, one batched step after another; outcomes are heard between steps."""
+    """Grows the trees of its rows in batched steps; outcomes take effect between steps."""
 
     def __init__(self, simulation: Simulation) -> None:
         scenario = simulation.scenario
@@ -138,8 +139,8 @@ class _Drafter:
         self._decided_s: dict[int, float] = {}
         self.busy = False
 
-    def hear(self, row: _Row, num_drafts: int, tree_known: bool) -> None:
-        """An outcome: start the next tree of `row`, whose round now carries row.num_drafts drafts."""
+    def receive(self, row: _Row, num_drafts: int, tree_known: bool) -> None:
+        """Receive an outcome: start the next tree of `row`, whose current round carries `row.num_drafts` drafts."""
         simulation, key, m = self._simulation, id(row), row.num_drafts
         if key in self._decided_s:
             self._budget.observe_window(simulation.now - self._decided_s[key])
@@ -193,7 +194,7 @@ class _Drafter:
 
 
 class Simulation:
-    """One run. outcomes: makes the source of a request's outcomes from its number."""
+    """One run. outcomes: maps a request's number to the source of its outcomes."""
 
     def __init__(
         self,
@@ -218,7 +219,7 @@ class Simulation:
         self.report = Report()
 
     def run(self) -> Report:
-        """Play until every request has its tokens."""
+        """Run until every request has its tokens."""
         self.after(0.0, self._start_round)
         while self._events:
             self.now, _, event = heapq.heappop(self._events)
@@ -226,12 +227,12 @@ class Simulation:
         return self.report
 
     def after(self, seconds: float, event: Callable[[], None]) -> None:
-        """Have `event` happen later; equal times in the order of asking."""
+        """Schedule `event` in `seconds`; events at equal times run in the order scheduled."""
         self._num_events += 1
         heapq.heappush(self._events, (self.now + seconds, self._num_events, event))
 
     def jitter(self) -> float:
-        """A factor around 1 with the measured spread."""
+        """A random factor around 1 with the measured spread."""
         return max(0.5, self._random.gauss(1.0, self.costs.spread)) if self.costs.spread else 1.0
 
     def _arrival_times(self) -> list[float]:
@@ -280,14 +281,14 @@ class Simulation:
             row.num_drafts, row.after_hit = self.scenario.num_drafts, True
         self._rows.append(row)
         if self._pushes:
-            self._tell(row, tree_known=False)
+            self._send_outcome(row, tree_known=False)
 
     @property
     def _pushes(self) -> bool:
         return self.scenario.method == "ssd" and self.scenario.protocol == "push"
 
     def _finish_round(self, started: float) -> None:
-        """Every row's outcome: count its tokens, look its next drafts up, wait for those that missed if that pays."""
+        """Process every row's outcome: count tokens, look up the next drafts, wait for the missed ones if that pays."""
         report = self.report
         drawn = [row.outcomes.draw(row.num_drafts, row.after_hit) for row in self._rows]
         accepted = [k for k, _ in drawn]
@@ -336,12 +337,12 @@ class Simulation:
 
     # ---- the push protocol -------------------------------------------------------------------------------
 
-    def _tell(self, row: _Row, tree_known: bool, delay_s: float = 0.0) -> None:
+    def _send_outcome(self, row: _Row, tree_known: bool, delay_s: float = 0.0) -> None:
         drafter, wanted = self._drafters[row.drafter], self._wanted
-        self.after(delay_s + self.costs.latency_s / 2, lambda: drafter.hear(row, wanted, tree_known))
+        self.after(delay_s + self.costs.latency_s / 2, lambda: drafter.receive(row, wanted, tree_known))
 
     def _push_outcomes(self, missed: list[_Row], tokens: int, seconds: float) -> float:
-        """Tell the drafters, and wait for just-in-time drafts where the rule says so; returns the wait."""
+        """Send the outcomes to the drafters and decide on just-in-time drafts -> seconds to wait for them."""
         jit = self._jit_drafts(missed, tokens / seconds) if missed and self._wanted else 0
         wait_s = 0.0
         if jit:
@@ -351,10 +352,10 @@ class Simulation:
         waiting = {id(row) for row in missed}
         for row in self._rows:
             if id(row) not in waiting:
-                self._tell(row, tree_known=True)
+                self._send_outcome(row, tree_known=True)
             else:
                 row.num_drafts = jit
-                self._tell(row, tree_known=jit > 0, delay_s=wait_s)
+                self._send_outcome(row, tree_known=jit > 0, delay_s=wait_s)
         return wait_s
 
     def _jit_drafts(self, missed: list[_Row], rate: float) -> int:
@@ -372,7 +373,7 @@ class Simulation:
     # ---- the ask protocol --------------------------------------------------------------------------------
 
     def _wait_for_reply(self, missed: list[_Row]) -> float:
-        """The request waits for the tree to be whole; any miss makes the whole batch wait for K fresh drafts."""
+        """Seconds to wait for the whole tree and, when any row missed, for K drafts of the whole batch."""
         costs, scenario = self.costs, self.scenario
         build_s = max(self._tree_done_s - self.now, 0.0)
         jit_s = 0.0

@@ -1,9 +1,10 @@
-"""What to speculate: fan-out over outcomes, drafts per round, and what to do on a miss."""
+"""Speculation policies: fan-out over outcomes, drafts per round, branch budget, and what to do on a miss."""
 
-from vllm_ssd.policy.adaptation import Adaptation, draft_grid
+from vllm_ssd.policy.adaptation import Adaptation
 from vllm_ssd.policy.budget import BranchBudget
 from vllm_ssd.policy.fallback import NgramGain, jit_drafts, jit_gain, ngram_drafts
-from vllm_ssd.policy.fan_out import MAX_LEARNED_FAN_OUT, FanOut, allocate, geometric_fan_out, survival
+from vllm_ssd.policy.fan_out import MAX_LEARNED_FAN_OUT, FanOut, allocate, survival
+from vllm_ssd.policy.probing import draft_grid
 from vllm_ssd.policy.saguaro import saguaro
 
 __all__ = [
@@ -14,7 +15,6 @@ __all__ = [
     "FanOut",
     "allocate",
     "draft_grid",
-    "geometric_fan_out",
     "jit_drafts",
     "jit_gain",
     "ngram_drafts",

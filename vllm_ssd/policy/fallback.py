@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 
 WAIT_MARGIN = 0.05
+"""Share by which the gain of waiting for just-in-time drafts must exceed its cost."""
 NGRAM_PRIOR, NGRAM_PRIOR_ROUNDS = 0.5, 4.0
-"""Chance that an n-gram draft is accepted after those before it, and the rounds that this guess counts as."""
+"""Prior acceptance rate of an n-gram draft, and its weight in rounds."""
 NGRAM_MEMORY = 0.99
+"""Factor on the weight of earlier rounds, per round that tried a position."""
 NGRAM_PROBE = 32
-"""Matches after which n-gram drafts that do not pay are tried again."""
+"""Consecutive matches without n-gram drafts after which they are tried again."""
 
 
 def ngram_drafts(token_ids: np.ndarray, num_drafts: int, min_n: int, max_n: int) -> list[int]:
@@ -42,10 +44,11 @@ def jit_drafts(
     step_s: float,
     bound_s: float,
 ) -> int:
-    """Number of just-in-time drafts that the whole batch should wait for; 0 is not to wait.
+    """Number of just-in-time drafts that the whole batch should wait for; 0 means not to wait.
 
     accept_survival[j - 1] is the chance that at least j drafts are accepted, tokens_per_second the rate of the whole
-    batch, first_s + n * step_s the wait for n drafts. The missed rows' gain must exceed what every row loses by 5 %.
+    batch, first_s + n * step_s the wait for n drafts, at most bound_s. The `num_missed` rows must gain 5 % more tokens
+    than the batch loses by waiting.
     """
     best, best_net, gain = 0, 0.0, 0.0
     for num_drafts, survival in enumerate(accept_survival[:max_drafts], start=1):
@@ -67,9 +70,9 @@ def jit_gain(
 
 
 class NgramGain:
-    """What n-gram drafts bring: how many a missed row should carry.
+    """How many n-gram drafts a missed row should carry, and what they gain.
 
-    The chance that draft j is accepted after those before it is counted, older rounds decaying.
+    Learns the acceptance rate by draft position, older rounds decaying.
     """
 
     def __init__(self, max_drafts: int) -> None:
@@ -78,15 +81,16 @@ class NgramGain:
         self._unused = 0
 
     def observe(self, num_drafts: int, accept_length: int) -> None:
-        """Learn from a round that verified `num_drafts` n-gram drafts."""
+        """Learn from a round that verified `num_drafts` n-gram drafts and accepted `accept_length` of them."""
         for j in range(min(num_drafts, accept_length + 1)):
             self._tried[j] = NGRAM_MEMORY * self._tried[j] + 1
             self._passed[j] = NGRAM_MEMORY * self._passed[j] + (j < accept_length)
 
     def drafts(self, max_drafts: int, lost_per_draft: float) -> tuple[int, float]:
-        """Best number of drafts and the tokens they gain; (0, 0.0) when they lose.
+        """Best number of drafts and the tokens they gain; (0, 0.0) when none gains.
 
-        lost_per_draft: tokens that the batch forgoes while the target verifies one more draft.
+        lost_per_draft: tokens that the batch does not emit in the time the target takes to verify one more draft. After
+        every 32 matches without drafts it returns (max_drafts, 0.0), to measure them again.
         """
         best, best_net, net, survival = 0, 0.0, 0.0, 1.0
         for j in range(max_drafts):

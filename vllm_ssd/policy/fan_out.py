@@ -1,4 +1,4 @@
-"""How many bonus tokens to predict for every accept length."""
+"""How many bonus tokens to predict for each accept length."""
 
 import heapq
 from collections.abc import Callable, Sequence
@@ -6,35 +6,25 @@ from itertools import accumulate
 from math import log
 
 MAX_LEARNED_FAN_OUT = 16
-"""Bonus tokens ranked at each fork point when the fan-out is learned; the budget may favour one point this far."""
+"""Candidates for the bonus token at each fork point, and so the largest fan-out that is learned."""
 PLAUSIBLE = 0.01
-"""Probability from which an accept length always gets a branch."""
+"""Probability of an accept length from which it always gets a branch."""
 REFRESH_OBSERVATIONS = 32
-"""Fewest observations between two allocations; an eighth of the evidence when that is more."""
+"""Fewest observations between two allocations; an eighth of all observations where that is more."""
 MEMORY_OBSERVATIONS = 1024
-"""Evidence at which all of it is halved."""
+"""Observations at which the weight of all of them is halved."""
 PRIOR_OBSERVATIONS = 8.0
-"""What the cold start counts as."""
+"""Weight of each prior below, in observations."""
 PRIOR_ACCEPTANCE = {True: 0.8, False: 0.4}
-"""Chance that one draft is accepted, after a hit and after a miss."""
+"""Acceptance rate of a draft after a hit and after a miss."""
 PRIOR_FIRST = (0.5, 0.7)
 """Chance that the bonus token is the first candidate, after a rejection and after full acceptance."""
 PRIOR_EXPONENT = 1.0
-
-
-def geometric_fan_out(num_drafts: int, budget: float, acceptance: float, r: float) -> list[float]:
-    """Best real-valued fan-out when drafts are accepted independently and F candidates miss with probability F^-r.
-
-    -> num_drafts + 1 numbers that sum to budget. Saguaro, Theorem 12: F_k is proportional to P(k)^(1 / (1 + r)).
-    """
-    accept_probs = [acceptance**k * (1 - acceptance) for k in range(num_drafts)] + [acceptance**num_drafts]
-    weights = [prob ** (1 / (1 + r)) for prob in accept_probs]
-    scale = budget / sum(weights)
-    return [scale * weight for weight in weights]
+"""Exponent r of the Pareto law of ranks."""
 
 
 def survival(accept_probs: Sequence[float]) -> list[float]:
-    """Chance that at least 1, 2, … m drafts of a round are accepted, of P(k) `[m + 1]`."""
+    """Chance that at least 1, 2, … m drafts of a round are accepted, from P(k) [m + 1]."""
     return list(accumulate(accept_probs[:0:-1]))[::-1]
 
 
@@ -43,11 +33,11 @@ def allocate(
 ) -> list[int]:
     """Split a budget of branches over accept lengths so that the chance of a hit is greatest.
 
-    accept_probs [m + 1]; miss(k, f) is the chance that f candidates at accept length k do not hold the bonus token;
-    most: branches that one accept length can use (default: any number).
-    -> m + 1 counts that sum to budget, or to (m + 1) * most when that is less; optimal where miss is convex in f among
-    those that give every accept length of probability 0.01 or more a branch; a budget too small for that goes by gain
-    alone.
+    accept_probs [m + 1]: P(k); miss(k, f): chance that f candidates at accept length k do not hold the bonus token;
+    most: largest count (default: the budget).
+    -> m + 1 counts that sum to budget, or to (m + 1) * most when that is less. Every accept length of probability 0.01
+    or more gets one branch first, if the budget covers them all; beyond that the split is optimal where miss is convex
+    in f.
     """
     most = budget if most is None else most
     budget = min(budget, most * len(accept_probs))
@@ -72,12 +62,12 @@ def allocate(
 
 
 class FanOut:
-    """Fan-out per accept length, learned from outcomes unless it was configured.
+    """Fan-out per accept length, learned from outcomes unless configured.
 
     fan_out: one count for all accept lengths, or num_speculative_tokens + 1 of them, the last for full acceptance;
-    branch_budget: branches a request, shared out by what was seen (default 4 per accept length).
-    Acceptance is learned by draft position, separately after a hit and after a miss; the rank of the bonus token among
-    its candidates as a Pareto law, miss(F) = A * F^-r, separately for rejections and full acceptance.
+    branch_budget: branches per request to split by what was learned (default: 4 per accept length).
+    Acceptance is learned by draft position, separately after a hit and after a miss. The chance that F candidates miss
+    the bonus token is fitted by a Pareto law, A * F^-r, separately after a rejection and after full acceptance.
     """
 
     def __init__(
@@ -93,7 +83,7 @@ class FanOut:
         self._budget = sum(self._fixed) if self._fixed else branch_budget or 4 * num_lengths
         # [after hit][m][k]: rounds of m drafts of which k were accepted.
         self._rounds = {hit: [[0.0] * (m + 1) for m in range(num_lengths)] for hit in (True, False)}
-        # [k == m]: ranked bonus tokens, those ranked first, those ranked later, and the summed logarithms of the ranks.
+        # [k == m]: bonus tokens with candidates, those ranked first, those ranked later, and the sum of log ranks.
         self._ranked, self._first, self._later, self._log_ranks = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
         self._evidence = 0
         self._until_refresh = REFRESH_OBSERVATIONS
@@ -105,8 +95,8 @@ class FanOut:
     ) -> None:
         """Learn from one outcome.
 
-        rank: place of the bonus token among the candidates of its fork point, from 0; None when it was not among them.
-        num_candidates: how many there were (default: as many as counts() now gives); 0 says nothing about ranks.
+        rank: rank of the bonus token among the candidates of its fork point, from 0; None when it was not among them.
+        num_candidates: how many there were (default: the current fan-out); with 0 the rank is not learned.
         """
         self._rounds[after_hit][num_drafts][accept_length] += 1
         if num_candidates is None:
@@ -131,10 +121,10 @@ class FanOut:
             self._chances.clear()
 
     def counts(self, num_drafts: int, after_hit: bool, budget: int | None = None) -> list[int]:
-        """Branches by accept length for a round of num_drafts drafts.
+        """Branches by accept length for a round of `num_drafts` drafts.
 
-        -> num_drafts + 1 counts that sum to budget at most, and to the configured number at most. Learned ones are at
-        most 16 each: a fork point has no more candidates.
+        -> num_drafts + 1 counts that sum to at most `budget` and at most the configured budget. Learned counts are at
+        most 16, the candidates of a fork point.
         """
         budget = self._budget if budget is None else min(budget, self._budget)
         key = (num_drafts, after_hit, budget)
@@ -150,7 +140,7 @@ class FanOut:
         return counts
 
     def hit_chances(self, num_drafts: int, after_hit: bool) -> list[float]:
-        """Estimated chance of a hit with 0, 1, … up to the configured number of branches, shared out as by counts()."""
+        """Estimated hit rate with 0, 1, … branches up to the configured budget, split as by `counts`."""
         key = (num_drafts, after_hit)
         chances = self._chances.get(key)
         if chances is None:
@@ -166,7 +156,7 @@ class FanOut:
         return survival(self.accept_probs(num_drafts, after_hit))
 
     def accept_probs(self, num_drafts: int, after_hit: bool) -> list[float]:
-        """Estimated P(k) of a round with num_drafts drafts: num_drafts + 1 numbers that sum to 1."""
+        """Estimated P(k) of a round of `num_drafts` drafts: num_drafts + 1 probabilities that sum to 1."""
         n = PRIOR_OBSERVATIONS
         longest = len(self._rounds[after_hit]) - 1
         tried, accepted = [0.0] * longest, [0.0] * longest
@@ -205,7 +195,7 @@ class FanOut:
 
 
 def scale_down(counts: list[int], budget: int) -> list[int]:
-    """Shrink counts in proportion so that they sum to budget at most, by largest remainder."""
+    """Shrink counts proportionally so that they sum to at most `budget`, by largest remainder."""
     total = sum(counts)
     if total <= budget:
         return counts

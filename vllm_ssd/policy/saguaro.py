@@ -1,4 +1,4 @@
-"""A proposal that leaves the prepared bonus tokens to be emitted when it is rejected."""
+"""Saguaro sampling: a proposal whose rejections are more often followed by a prepared bonus token."""
 
 import numpy as np
 
@@ -6,13 +6,13 @@ import numpy as np
 def saguaro(probs: np.ndarray, fan_out: np.ndarray | int, factor: np.ndarray | float) -> np.ndarray:
     """The proposal q', proportional to C * q on the F likeliest tokens and to q on all others.
 
-    probs q [n, M] float, likeliest first, rows that sum to 1; fan_out F [n] or one for all rows; factor C from 0 to 1,
-    [n] or one for all rows -> q' [n, M] of the same dtype, rows that sum to 1. Rows with C = 1 or F = 0, and rows with
-    nothing outside the F likeliest (so all that are one-hot, as greedy ones are), keep their q bit for bit.
+    probs: q [n, M] float, likeliest first, rows sum to 1; fan_out: F [n] or one for all rows; factor: C in [0, 1], [n]
+    or one for all rows. -> q' [n, M] of the same dtype, rows sum to 1. Rows with C = 1 or F = 0 and rows without mass
+    outside the F likeliest tokens (one-hot rows, hence greedy ones) keep q bit for bit.
 
-    After a rejection the bonus token comes from max(0, p - q'): the less q' proposes the F tokens that have branches,
-    the more often it is one of them (Saguaro, Definition 14 and Theorem 15). Exact whatever C is, provided that drafts
-    are drawn from q' and the verifier is given q'.
+    After a rejection the bonus token is drawn from max(0, p - q'): the less q' proposes the F tokens that have
+    branches, the more often it is one of them (Saguaro, Definition 14 and Theorem 15). Lossless for every C, as long as
+    drafts are drawn from q' and the verifier is given q'.
     """
     prepared = np.arange(probs.shape[1]) < np.reshape(fan_out, (-1, 1))
     weights = np.where(prepared, np.reshape(factor, (-1, 1)), 1.0)

@@ -1,0 +1,197 @@
+"""The probe controller on scripted predictions: when it probes, for how long, and what that costs."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_ssd.policy.estimator import Prediction
+from vllm_ssd.policy.probing import (
+    MAX_PROBE_CREDIT,
+    MAX_PROBE_GAP,
+    MAX_PROBE_ROUNDS,
+    MIN_PROBE_GAP,
+    PROBE_LOSS,
+    PROBE_ROUNDS,
+    ProbeController,
+    draft_grid,
+)
+
+
+@dataclass
+class Load:
+    """Rounds of one row with known tokens and seconds by number of drafts; `believed` are the tokens predicted."""
+
+    tokens: list[float]
+    seconds: list[float]
+    believed: list[float] = field(default_factory=list)
+    evidence: list[float] = field(default_factory=list)
+    num_predictions: int = 0
+
+    def __post_init__(self) -> None:
+        self.believed = self.believed or self.tokens
+        self.evidence = self.evidence or [0.0] * len(self.tokens)
+
+    def predict(self) -> Prediction:
+        self.num_predictions += 1
+        measured_s = [s if rounds else 0.0 for s, rounds in zip(self.seconds, self.evidence)]
+        return Prediction(self.believed, self.seconds, list(self.evidence), measured_s)
+
+    def controller(self, start: int) -> ProbeController:
+        return ProbeController(range(len(self.tokens)), start, self.predict)
+
+    def play(self, controller: ProbeController, rounds: int) -> list[tuple[int, bool]]:
+        """(arm, whether it was on trial) of each round; arms that were used become known."""
+        played = []
+        for _ in range(rounds):
+            arm = controller.choice
+            played.append((arm, controller.is_probing))
+            if not controller.skips(self.seconds[arm]):
+                controller.count(1, self.tokens[arm], self.seconds[arm])
+                self.evidence[arm] += 1
+            controller.step()
+        return played
+
+
+def probes(played: list[tuple[int, bool]]) -> list[tuple[int, int, int]]:
+    """(first round, arm, number of rounds) of every probe."""
+    found: list[tuple[int, int, int]] = []
+    for i, (arm, probing) in enumerate(played):
+        if probing and i and played[i - 1] == (arm, True):
+            start, _, length = found[-1]
+            found[-1] = start, arm, length + 1
+        elif probing:
+            found.append((i, arm, 1))
+    return found
+
+
+EVEN = [1.0, 1.0, 1.0, 1.0]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.tuples(st.floats(1, 2), st.floats(0.5, 2)), min_size=2, max_size=9),
+    st.integers(0, 8),
+    st.integers(50, 1500),
+)
+def test_probes_cost_at_most_the_stated_share(arms, start, rounds):
+    """Lost: what a probe's rounds fell short of the best arm by, in rounds of it; the last probe may overdraw."""
+    load = Load([tokens for tokens, _ in arms], [seconds for _, seconds in arms], evidence=[9.0] * len(arms))
+    controller = load.controller(min(start, len(arms) - 1))
+    lost = most = probe_lost = 0.0
+    for _ in range(rounds):
+        arm, probing = controller.choice, controller.is_probing
+        load.play(controller, 1)
+        settled = controller.settled
+        if probing:
+            seconds, tokens = load.seconds, load.tokens
+            probe_lost += seconds[arm] / seconds[settled] - tokens[arm] / tokens[settled]
+            if not controller.is_probing or controller.choice != arm:
+                lost, most, probe_lost = lost + max(probe_lost, 0.0), max(most, probe_lost), 0.0
+    assert lost <= MAX_PROBE_CREDIT + PROBE_LOSS * rounds + most + 1e-6
+
+
+def test_nothing_is_predicted_before_the_first_probe():
+    load = Load(EVEN, EVEN)
+    controller = load.controller(3)
+    load.play(controller, MIN_PROBE_GAP - 1)
+    assert load.num_predictions == 0 and not controller.is_probing
+    load.play(controller, 1)
+    assert load.num_predictions == 1 and controller.is_probing
+
+
+def test_a_probe_that_wins_is_settled_on():
+    load = Load([1.0, 2.0], [1.0, 1.0])
+    controller = load.controller(0)
+    played = load.play(controller, 200)
+    assert controller.settled == 1
+    assert all(arm == 1 or probing for arm, probing in played[2 * MIN_PROBE_GAP :])
+
+
+def test_a_probe_that_cannot_win_ends_after_two_counted_rounds():
+    load = Load([1.0, 1.9], [1.0, 50.0])
+    controller = load.controller(0)
+    start, arm, length = probes(load.play(controller, 60))[0]
+    assert (start, arm) == (MIN_PROBE_GAP, 1)
+    assert length == 4, "two are skipped, as the drafter has to catch up"
+    assert controller.settled == 0
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(2.5, MAX_PROBE_ROUNDS), (1.5, PROBE_ROUNDS)])
+def test_a_probe_goes_on_while_it_is_ahead(tokens, length):
+    """Even where the prediction does not follow."""
+    load = Load([1.0, 1.0, tokens], EVEN[:3], believed=[1.0, 2.0, 0.5])
+    controller = ProbeController({1, 2}, 1, load.predict)
+    assert probes(load.play(controller, 100))[0] == (MIN_PROBE_GAP, 2, length)
+
+
+def test_the_gap_between_fruitless_probes_doubles_up_to_its_limit():
+    load = Load([1.0, 1.5], [1.0, 1.6])
+    controller = load.controller(0)
+    found = probes(load.play(controller, 3000))
+    gaps = [b - (a + length) for (a, _, length), (b, _, _) in zip(found, found[1:])]
+    assert gaps[:4] == [2 * MIN_PROBE_GAP, 4 * MIN_PROBE_GAP, 8 * MIN_PROBE_GAP, MAX_PROBE_GAP]
+    assert set(gaps[4:]) == {MAX_PROBE_GAP}
+
+
+def test_a_costly_probe_delays_the_next_until_it_is_paid_for():
+    load = Load([1.0, 1.0], [1.0, 20.0], evidence=[9.0, 0.0])
+    controller = load.controller(0)
+    first, second, *_ = probes(load.play(controller, 20_000))
+    lost = first[2] * 19
+    assert second[0] - first[0] >= (lost - MAX_PROBE_CREDIT) / PROBE_LOSS
+
+
+def test_a_restart_probes_at_once_and_with_full_credit():
+    load = Load([1.0, 1.0], [1.0, 20.0])
+    controller = load.controller(0)
+    load.play(controller, 100)
+    assert not controller.is_probing
+    controller.restart()
+    load.play(controller, 1)
+    assert controller.is_probing
+
+
+def test_first_rounds_of_an_arm_are_skipped():
+    load = Load(EVEN, [2.0, 1.0, 1.0, 1.0])
+    controller = load.controller(3)
+    assert [controller.skips(1.0) for _ in range(4)] == [True, True, False, False], "the drafter starts"
+    load.play(controller, MIN_PROBE_GAP)
+    assert controller.choice != 3 and [controller.skips(1.0) for _ in range(2)] == [True, False]
+
+
+def test_plain_rounds_are_skipped_for_as_long_as_a_speculative_round_took():
+    load = Load([1.0, 4.0], [1.0, 3.0])
+    controller = load.controller(1)
+    while controller.choice:
+        load.play(controller, 1)
+    assert [controller.skips(1.0) for _ in range(5)] == [True, True, True, False, False]
+
+
+def test_every_grid_arm_is_probed_and_only_arms_are():
+    load = Load([1.0] * 9, [1.0] * 9)
+    arms = {0, 1, 3, 8}
+    controller = ProbeController(arms, 8, load.predict)
+    played = load.play(controller, 4000)
+    assert {arm for arm, _ in played} == arms
+    assert set(draft_grid(8)) & arms <= {arm for _, arm, _ in probes(played)}
+
+
+@pytest.mark.parametrize(("evidence", "probed"), [(0.4, 1), (0.6, 2)])
+def test_a_stale_arm_is_probed_though_it_promises_little(evidence, probed):
+    load = Load([1.0, 0.5, 0.99], EVEN[:3], evidence=[9.0, evidence, 9.0])
+    assert probes(load.play(load.controller(0), MIN_PROBE_GAP + 1))[0][1] == probed
+
+
+def test_equal_arms_end_in_plain_decoding():
+    """Speculation must gain 3 %."""
+    load = Load(EVEN, EVEN)
+    controller = load.controller(3)
+    load.play(controller, 500)
+    assert controller.settled == 0
+
+
+@pytest.mark.parametrize(("most", "grid"), [(1, [0, 1]), (5, [0, 1, 2, 4, 5]), (8, [0, 1, 2, 4, 8])])
+def test_draft_grid(most, grid):
+    assert draft_grid(most) == grid
