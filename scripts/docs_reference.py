@@ -1,14 +1,23 @@
-"""MkDocs hook: one reference page per package, generated from its modules' docstrings without importing them."""
+"""MkDocs hook: the reference from docstrings, and links from docs/ to the rest of the repository.
+
+Each package has one page, generated from its source files without importing them.
+"""
 
 from __future__ import annotations
 
 import ast
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
+logger = logging.getLogger("mkdocs.hooks.docs_reference")  # in strict mode its warnings are errors
+
+OUTSIDE_LINK = re.compile(r"\]\(\.\./([^)#]+)")
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "vllm_ssd",
@@ -59,6 +68,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, folder in packages().items():
         files.append(File.generated(config, _uri(name), content=page(name, folder)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links such as `../benchmarks/results/bench_decode.json` to the repository; warn where nothing is there."""
+
+    def to_repository(match: re.Match[str]) -> str:
+        if not (ROOT / match[1]).exists():
+            logger.warning("%s: the repository has no %s", page.file.src_uri, match[1])
+        return f"]({config.extra['repository']}/blob/main/{match[1]}"
+
+    return markdown if page.file.generated_by else OUTSIDE_LINK.sub(to_repository, markdown)
 
 
 def _place(name: str) -> int:

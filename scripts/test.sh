@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 bash scripts/setup.sh
 if (($# == 0)); then
   bash scripts/quality.sh
-  .venv/bin/mkdocs build --strict --quiet
+  NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 fi
 
 reports=$(mktemp -d)
