@@ -9,7 +9,8 @@ quality: setup  ## ruff (check, format) and pyright over the whole tree
 test:  ## quality, docs and the whole suite; a part of it: make test ARGS='tests/unit -k planner'
 	bash scripts/test.sh $(ARGS)
 
-bench: setup  ## plain, stock and SSD decoding of the bundled pair; options in ARGS
+bench: ARGS ?= --quick
+bench: setup  ## plain, stock and SSD decoding; a few minutes, or as ARGS say (scripts/bench_decode.py --help)
 	.venv/bin/python scripts/bench_decode.py --out bench-output $(ARGS)
 
 docs: setup  ## the documentation site into site/; warnings are errors
