@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: all packages below `vllm_ssd`, and `kernels/` among them.
+"""The package mapping that pyproject.toml cannot express: `kernels/` installs as `vllm_ssd.kernels`.
 
 A top-level module `kernels` would shadow Hugging Face's package of that name, which transformers imports.
 """

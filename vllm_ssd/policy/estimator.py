@@ -47,7 +47,7 @@ class RoundSums:
 class Arm(RoundSums):
     """Sums over rounds that asked for the same number of drafts.
 
-    carried[j], accepted[j] [max_drafts]: rows that carried, and that accepted, more than j drafts; rejected[j]: rows
+    `carried[j]`, `accepted[j]` [max_drafts]: rows that carried, and that accepted, more than j drafts; rejected[j]: rows
     that rejected the draft after j accepted ones.
     """
 
