@@ -145,7 +145,7 @@ def _mark(found: Any) -> Patch | None:
 def _check(symbol: str, function: Any, parameters: tuple[str, ...]) -> None:
     """Raise unless `function` can be patched and has `parameters`; one that takes any arguments may have them."""
     if not callable(function) or isinstance(function, (staticmethod, classmethod)):
-        raise unsupported(symbol, f"is a {type(function).__name__}, not a plain function or property")
+        raise unsupported(symbol, f"is a {type(function).__name__}, not a plain function")
     if not parameters:
         return
     found = inspect.signature(function).parameters
