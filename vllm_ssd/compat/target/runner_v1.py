@@ -55,10 +55,18 @@ def install(proposer_class: type) -> None:
         _wrap("propose_draft_token_ids", _propose_draft_token_ids, "scheduler_output")
         _wrap("_sample", _sample, "logits", "spec_decode_metadata")
         _wrap("_get_spec_decode_draft_probs", _get_spec_decode_draft_probs, "spec_decode_metadata")
-        if current_platform.is_cpu() and not expand_is_correct(patch.original(EXPAND)):
-            parameters = ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to")
-            patch.replace(EXPAND, expand_batch_to_tokens, parameters=parameters)
-            _connect_cpu_kernels()
+        repair_cpu_sampling()
+
+
+def repair_cpu_sampling() -> None:
+    """Repair vLLM's rejection sampler on the CPU, where it reads uninitialised memory for temperature, top-k and top-p.
+
+    It is repaired for every engine of this process. Idempotent.
+    """
+    if current_platform.is_cpu() and not expand_is_correct(patch.original(EXPAND)):
+        parameters = ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to")
+        patch.replace(EXPAND, expand_batch_to_tokens, parameters=parameters)
+        _connect_cpu_kernels()
 
 
 def _is_ours(runner: Any, *args: Any, **kwargs: Any) -> bool:
