@@ -1,8 +1,8 @@
-"""Where vLLM meets this package: the entry point, the user's configuration, and the proposer vLLM constructs."""
+"""Where vLLM meets this package: the entry point, and the translation of a user's configuration."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import os
 from dataclasses import replace
@@ -15,41 +15,33 @@ logger = logging.getLogger("vllm.vllm_ssd")
 
 PROPOSER = "vllm_ssd.target.v1.proposer.SSDProposer"
 PIPELINE_EXTENSION = "vllm_ssd.compat.target.pipeline.WorkerExtension"
+_failed = False
 
 
 def register() -> None:
-    """Teach vLLM the speculative method "ssd"; idempotent, called by vLLM in every process, never raises."""
+    """Teach vLLM the speculative method "ssd".
+
+    vLLM calls this in every process, unguarded, and for users who never ask for ssd: it is idempotent, never raises,
+    and leaves vLLM as it was where it fails. Then ssd is refused with the reason when asked for.
+    """
+    global _failed
+    if _failed:
+        return
     try:
-        from vllm.engine.arg_utils import EngineArgs
+        from vllm_ssd.compat import patch
+        from vllm_ssd.compat.target import batches, configuration, runner
 
-        from vllm_ssd.compat.target.batches import run_one_batch_at_a_time
-        from vllm_ssd.compat.target.runner import check_runner, install_speculator
-
-        run_one_batch_at_a_time()
-        original = EngineArgs.create_speculative_config
-        if getattr(original, "_vllm_ssd", False):
-            return
-
-        @functools.wraps(original)
-        def create_speculative_config(self: EngineArgs, target_model_config: Any, target_parallel_config: Any) -> Any:
-            if asks_for_ssd(self):
-                translate(self, target_model_config, target_parallel_config)
-            return original(self, target_model_config, target_parallel_config)
-
-        original_engine_config = EngineArgs.create_engine_config
-
-        @functools.wraps(original_engine_config)
-        def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
-            config = original_engine_config(self, *args, **kwargs)
-            check_runner(config)
-            return config
-
-        create_speculative_config._vllm_ssd = True
-        EngineArgs.create_speculative_config = create_speculative_config
-        EngineArgs.create_engine_config = create_engine_config
-        install_speculator(build_speculator)
-    except Exception:  # vLLM calls plugins unguarded: whoever did not ask for ssd must not notice us
+        with patch.all_or_nothing():
+            batches.run_one_batch_at_a_time()
+            runner.install_speculator(build_speculator)
+            configuration.install(translate)
+    except Exception as error:
+        _failed = True
         logger.exception("vllm-ssd could not register; speculative method 'ssd' is not available")
+        with contextlib.suppress(Exception):
+            from vllm_ssd.compat.target import configuration
+
+            configuration.refuse(error)
 
 
 def build_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
@@ -57,12 +49,6 @@ def build_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
     from vllm_ssd.target.v2.speculator import SSDSpeculator
 
     return SSDSpeculator(vllm_config, device, req_states)
-
-
-def asks_for_ssd(engine_args: Any) -> bool:
-    """Whether the user chose speculative method "ssd", in any of the spellings vLLM takes."""
-    config = engine_args.speculative_config or {}
-    return engine_args.__dict__.get("spec_method") == "ssd" or config.get("method") == "ssd"
 
 
 def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from vllm.config import VllmConfig
+from typing import Any
+
+from vllm_ssd.compat import patch
+from vllm_ssd.compat.target.runner import has_ssd
+
+MAX_CONCURRENT_BATCHES = "vllm.config.vllm:VllmConfig.max_concurrent_batches"
 
 
 def run_one_batch_at_a_time() -> None:
@@ -12,20 +17,9 @@ def run_one_batch_at_a_time() -> None:
     scheduler takes them for verifiable and schedules their requests again before their bonus tokens are known.
     Idempotent; every process needs it.
     """
-    original = vars(VllmConfig).get("max_concurrent_batches")
-    if not isinstance(original, property) or getattr(original.fget, "_vllm_ssd", False):
-        return  # an unsupported vLLM is refused when ssd is asked for, not here
+    patch.wrap(MAX_CONCURRENT_BATCHES, _is_ssd_on_v1, lambda original, config: 1)
 
-    def max_concurrent_batches(self: VllmConfig) -> int:
-        speculative, ours = self.speculative_config, self.additional_config
-        if (
-            speculative is not None
-            and speculative.method == "custom_class"
-            and isinstance(ours, dict)
-            and "ssd" in ours
-        ):
-            return 1
-        return original.fget(self)
 
-    max_concurrent_batches._vllm_ssd = True
-    VllmConfig.max_concurrent_batches = property(max_concurrent_batches)
+def _is_ssd_on_v1(config: Any) -> bool:
+    method = getattr(getattr(config, "speculative_config", None), "method", None)
+    return method == "custom_class" and has_ssd(config)

@@ -1,6 +1,6 @@
 """Speculation under pipeline parallelism, with which vLLM's V1 runner has three faults, whatever the method.
 
-Seen in 0.32 and read in 0.30. vLLM imports a worker extension in every worker; this one mends what is wrong there:
+Seen in 0.32 and read in 0.30. vLLM imports a worker extension in every worker; this one repairs two of them on import:
 
 - `GPUModelRunner` reads `self.drafter` on every rank once it lays out or uses KV, but only the last one has it. It must
   not be there before, for then `load_model` is called on it.
@@ -12,36 +12,40 @@ The third is the scheduler's: see `run_one_batch_at_a_time`.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from typing import Any
 
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm_ssd.compat import patch
+from vllm_ssd.compat.target.runner import has_ssd
 
 
 class WorkerExtension:
     """Mixed into vLLM's worker class; importing it is what counts."""
 
 
-def _name_missing_proposer(initialize_kv_cache):
-    @functools.wraps(initialize_kv_cache)
-    def wrapped(self, *args, **kwargs):
-        if not hasattr(self, "drafter"):
-            self.drafter = None
-        return initialize_kv_cache(self, *args, **kwargs)
-
-    return wrapped
+def install() -> None:
+    """Repair the V1 runner for targets with ssd; idempotent."""
+    runner = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+    patch.wrap(f"{runner}.initialize_kv_cache", _has_ssd, _name_missing_proposer)
+    patch.wrap(f"{runner}._update_states", _has_ssd, _learn_accepted_drafts, parameters=("scheduler_output",))
 
 
-def _learn_accepted_drafts(update_states):
-    @functools.wraps(update_states)
-    def wrapped(self, scheduler_output):
-        if self.drafter is None:
-            for request_id, token_ids in scheduler_output.scheduled_cached_reqs.all_token_ids.items():
-                state = self.requests[request_id]
-                state.output_token_ids = token_ids[state.num_prompt_tokens :]
-        return update_states(self, scheduler_output)
-
-    return wrapped
+def _has_ssd(runner: Any, *args: Any, **kwargs: Any) -> bool:
+    return has_ssd(getattr(runner, "vllm_config", None))
 
 
-GPUModelRunner.initialize_kv_cache = _name_missing_proposer(GPUModelRunner.initialize_kv_cache)
-GPUModelRunner._update_states = _learn_accepted_drafts(GPUModelRunner._update_states)
+def _name_missing_proposer(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    if not hasattr(runner, "drafter"):
+        runner.drafter = None
+    return original(runner, *args, **kwargs)
+
+
+def _learn_accepted_drafts(original: Callable[..., Any], runner: Any, scheduler_output: Any) -> Any:
+    if runner.drafter is None:
+        for request_id, token_ids in scheduler_output.scheduled_cached_reqs.all_token_ids.items():
+            state = runner.requests[request_id]
+            state.output_token_ids = token_ids[state.num_prompt_tokens :]
+    return original(runner, scheduler_output)
+
+
+install()

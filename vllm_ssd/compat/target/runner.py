@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm_ssd.compat import patch
 from vllm_ssd.compat.version import UnsupportedVLLM
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ SCHEDULER = "vllm_ssd.compat.target.scheduler.scheduler"
 
 def is_v2() -> bool:
     """Whether vLLM will use the V2 runner, as far as can be told before it has built its configuration."""
-    if importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is None:  # up to 0.30
+    if importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is None:  # up to 0.31
         return False
     import vllm.envs as envs
     from vllm.triton_utils import HAS_TRITON
@@ -58,9 +58,10 @@ def why_not_adaptive(engine_args: Any, parallel_config: Any) -> str | None:
     return None
 
 
-def has_ssd(config: VllmConfig) -> bool:
-    """Whether this is a target whose user asked for ssd."""
-    return isinstance(config.additional_config, dict) and "ssd" in config.additional_config
+def has_ssd(config: Any) -> bool:
+    """Whether this `VllmConfig` is that of a target whose user asked for ssd."""
+    ours = getattr(config, "additional_config", None)
+    return isinstance(ours, dict) and "ssd" in ours
 
 
 def check_runner(config: VllmConfig) -> None:
@@ -74,27 +75,20 @@ def check_runner(config: VllmConfig) -> None:
         )
 
 
-def install_speculator(build: Callable[[VllmConfig, Any, Any], Any]) -> None:
+def install_speculator(build: Callable[..., Any]) -> None:
     """Let the V2 runner `build` our speculator where ssd was asked for; idempotent, and imports next to nothing.
 
-    vLLM copies the function that is replaced when it imports its runner, which it does after it has loaded plugins.
+    vLLM calls the function that is replaced with `(vllm_config, device, req_states)`, and up to 0.31 without the last.
+    It copies it when it imports its runner, usually after it has loaded plugins.
     """
-    try:
-        from vllm.v1.worker.gpu import spec_decode
-    except ImportError:  # a vLLM without that runner
-        return
 
-    original = spec_decode.init_speculator
-    if getattr(original, "_vllm_ssd", False):
-        return
+    def init_speculator(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return build(*args, **kwargs)
 
-    @functools.wraps(original)
-    def init_speculator(vllm_config: VllmConfig, device: Any, req_states: Any) -> Any:
-        chosen = build if has_ssd(vllm_config) else original
-        return chosen(vllm_config, device, req_states)
+    for module in ("vllm.v1.worker.gpu.spec_decode", "vllm.v1.worker.gpu.model_runner"):
+        if module.endswith("spec_decode") or module in sys.modules:
+            patch.wrap(f"{module}:init_speculator", _is_for_ssd, init_speculator, parameters=("vllm_config", "device"))
 
-    init_speculator._vllm_ssd = True
-    spec_decode.init_speculator = init_speculator
-    runner = sys.modules.get("vllm.v1.worker.gpu.model_runner")
-    if runner is not None:
-        runner.init_speculator = init_speculator
+
+def _is_for_ssd(vllm_config: Any, *args: Any, **kwargs: Any) -> bool:
+    return has_ssd(vllm_config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,10 +18,11 @@ import torch
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_ssd.compat.version import UnsupportedVLLM
+from vllm_ssd.compat import patch
 from vllm_ssd.link.protocol import Proposal
+
+EXPAND = "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens"
 
 
 class V1Proposer(Protocol):
@@ -41,33 +42,44 @@ class V1Proposer(Protocol):
         """The distribution each draft under verification was drawn from; None: all are one-hot."""
 
 
+_proposers: tuple[type, ...] = ()
+
+
 def install(proposer_class: type) -> None:
-    """Wrap the V1 runner for proposers of `proposer_class`; other runners and methods behave as before."""
-    _wrap("execute_model", proposer_class, _execute_model)
-    _wrap("propose_draft_token_ids", proposer_class, _propose_draft_token_ids)
-    _wrap("_sample", proposer_class, _sample)
-    _wrap("_get_spec_decode_draft_probs", proposer_class, _get_spec_decode_draft_probs)
-    if current_platform.is_cpu() and not _expand_is_correct():
-        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+    """Wrap the V1 runner for proposers of `proposer_class`; other methods behave as before. Idempotent."""
+    global _proposers
+    if proposer_class not in _proposers:
+        _proposers += (proposer_class,)
+    with patch.all_or_nothing():
+        _wrap("execute_model", _execute_model, "scheduler_output")
+        _wrap("propose_draft_token_ids", _propose_draft_token_ids, "scheduler_output")
+        _wrap("_sample", _sample, "logits", "spec_decode_metadata")
+        _wrap("_get_spec_decode_draft_probs", _get_spec_decode_draft_probs, "spec_decode_metadata")
+        repair_cpu_sampling()
+
+
+def repair_cpu_sampling() -> None:
+    """Repair vLLM's rejection sampler on the CPU, where it reads uninitialised memory for temperature, top-k and top-p.
+
+    It is repaired for every engine of this process. Idempotent.
+    """
+    if current_platform.is_cpu() and not expand_is_correct(patch.original(EXPAND)):
+        parameters = ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to")
+        patch.replace(EXPAND, expand_batch_to_tokens, parameters=parameters)
         _connect_cpu_kernels()
 
 
-def _wrap(name: str, proposer_class: type, wrapper: Any) -> None:
-    original = getattr(GPUModelRunner, name, None)
-    if original is None:
-        raise UnsupportedVLLM(f"vLLM's V1 model runner has no method {name}; vllm-ssd must be adapted to this vLLM")
-    if getattr(original, "_vllm_ssd", False):
-        return
+def _is_ours(runner: Any, *args: Any, **kwargs: Any) -> bool:
+    return isinstance(getattr(runner, "drafter", None), _proposers)
 
-    @functools.wraps(original)
-    def wrapped(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
-        proposer = getattr(self, "drafter", None)
-        if not isinstance(proposer, proposer_class):
-            return original(self, *args, **kwargs)
-        return wrapper(functools.partial(original, self), self, proposer, *args, **kwargs)
 
-    wrapped._vllm_ssd = True
-    setattr(GPUModelRunner, name, wrapped)
+def _wrap(name: str, body: Callable[..., Any], *parameters: str) -> None:
+    """Wrap a method of the runner by `body(bound original, runner, proposer, ...)`."""
+
+    def wrapper(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+        return body(functools.partial(original, runner), runner, runner.drafter, *args, **kwargs)
+
+    patch.wrap(f"vllm.v1.worker.gpu_model_runner:GPUModelRunner.{name}", _is_ours, wrapper, parameters=parameters)
 
 
 def _execute_model(original, runner, proposer: V1Proposer, scheduler_output, *args, **kwargs):
@@ -150,7 +162,7 @@ def expand_batch_to_tokens(
     return values.repeat_interleave(counts.long(), output_size=num_tokens)
 
 
-def _expand_is_correct() -> bool:
+def expand_is_correct(expand: Callable[..., torch.Tensor]) -> bool:
     """Whether vLLM's own `expand_batch_to_tokens` works here; asked once, at start-up.
 
     Each try expects values that no memory left over from an earlier one can hold.
@@ -159,7 +171,7 @@ def _expand_is_correct() -> bool:
     for shift, dtype in enumerate((torch.float32, torch.int32)):
         x = torch.tensor([30 + shift, 0, 50 + shift], dtype=dtype)
         try:
-            found = rejection_sampler.expand_batch_to_tokens(x, cumulative, 6, 0, 70 + shift)
+            found = expand(x, cumulative, 6, 0, 70 + shift)
         except Exception:  # 0.30 cannot even launch it; whatever goes wrong, ours works
             return False
         if found.tolist() != [30 + shift] * 2 + [70 + shift] + [50 + shift] * 3:
@@ -173,6 +185,7 @@ def _connect_cpu_kernels() -> None:
 
     for name in ("rejection_greedy_sample", "rejection_random_sample", "expand", "sample_recovered_tokens"):
         dispatcher = getattr(rejection_sampler, f"_{name}", None)
-        kernel = getattr(dispatcher, "kernel", None)
-        if isinstance(kernel, types.FunctionType):  # Triton's placeholder: the bare function, not to be launched
-            dispatcher.kernel = getattr(cpu_triton_utils, f"{name}_kernel", kernel)
+        kernel = getattr(cpu_triton_utils, f"{name}_kernel", None)
+        # Triton's placeholder is the bare function, not to be launched.
+        if kernel is not None and isinstance(getattr(dispatcher, "kernel", None), types.FunctionType):
+            patch.replace(f"{rejection_sampler.__name__}:_{name}.kernel", kernel)

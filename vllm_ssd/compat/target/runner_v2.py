@@ -7,16 +7,15 @@ rejected by vLLM's rejection sampler.
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_ssd.compat.version import UnsupportedVLLM
+from vllm_ssd.compat import patch
 
 
 class V2Speculator(BaseSpeculator):
@@ -115,53 +114,46 @@ def ngram_drafts(speculator: BaseSpeculator, batch: Any, num_sampled: torch.Tens
 
 def install() -> None:
     """Wrap the V2 runner for speculators of ours; others behave as before. Idempotent."""
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
-
-    _wrap(GPUModelRunner, "load_model", lambda runner: runner.speculator, _load_model)
-    _wrap(GPUModelRunner, "add_requests", lambda runner: runner.speculator, _add_requests)
-    _wrap(GPUModelRunner, "_remove_request", lambda runner: runner.speculator, _remove_request)
-    _wrap(RejectionSampler, "__call__", lambda sampler: getattr(sampler, "_ssd_speculator", None), _judge)
-
-
-def _wrap(owner: type, name: str, speculator_of: Callable[[Any], Any], wrapper: Any) -> None:
-    original = getattr(owner, name, None)
-    if original is None:
-        raise UnsupportedVLLM(f"vLLM's V2 {owner.__name__} has no {name}; vllm-ssd must be adapted to this vLLM")
-    if getattr(original, "_vllm_ssd", False):
-        return
-
-    @functools.wraps(original)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        speculator = speculator_of(self)
-        if not isinstance(speculator, V2Speculator):
-            return original(self, *args, **kwargs)
-        return wrapper(functools.partial(original, self), self, speculator, *args, **kwargs)
-
-    wrapped._vllm_ssd = True
-    setattr(owner, name, wrapped)
+    runner = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+    judge = "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler.__call__"
+    judged = ("logits", "input_batch", "draft_logits", "invalid_drafts")
+    with patch.all_or_nothing():
+        patch.wrap(f"{runner}.load_model", _has_our_speculator, _load_model)
+        patch.wrap(f"{runner}.add_requests", _has_our_speculator, _add_requests, parameters=("scheduler_output",))
+        patch.wrap(f"{runner}._remove_request", _has_our_speculator, _remove_request, parameters=("req_id",))
+        patch.wrap(judge, _judges_ours, _judge, parameters=judged)
 
 
-def _load_model(original, runner, speculator: V2Speculator, *args, **kwargs):
-    original(*args, **kwargs)
-    runner.rejection_sampler._ssd_speculator = speculator
-    speculator.on_target_loaded()
+def _has_our_speculator(runner: Any, *args: Any, **kwargs: Any) -> bool:
+    return isinstance(getattr(runner, "speculator", None), V2Speculator)
 
 
-def _add_requests(original, runner, speculator: V2Speculator, scheduler_output):
-    original(scheduler_output)
+def _judges_ours(sampler: Any, *args: Any, **kwargs: Any) -> bool:
+    return isinstance(getattr(sampler, "_ssd_speculator", None), V2Speculator)
+
+
+def _load_model(original, runner, *args, **kwargs):
+    original(runner, *args, **kwargs)
+    runner.rejection_sampler._ssd_speculator = runner.speculator
+    runner.speculator.on_target_loaded()
+
+
+def _add_requests(original, runner, scheduler_output):
+    original(runner, scheduler_output)
     for new in scheduler_output.scheduled_new_reqs:
         if new.req_id.startswith("_") and "warmup" in new.req_id:  # vLLM's own, between which it captures CUDA graphs
             continue
         slot = runner.req_states.req_id_to_index[new.req_id]
-        speculator.add_request(new.req_id, slot, new.prefill_token_ids, new.sampling_params.temperature)
+        runner.speculator.add_request(new.req_id, slot, new.prefill_token_ids, new.sampling_params.temperature)
 
 
-def _remove_request(original, runner, speculator: V2Speculator, request_id):
-    speculator.remove_request(request_id)
-    return original(request_id)
+def _remove_request(original, runner, req_id):
+    runner.speculator.remove_request(req_id)
+    return original(runner, req_id)
 
 
-def _judge(original, sampler, speculator: V2Speculator, logits, input_batch, draft_logits=None, invalid_drafts=None):
-    invalid = speculator.invalid_drafts(input_batch)
-    return original(logits, input_batch, draft_logits, invalid if invalid_drafts is None else invalid | invalid_drafts)
+def _judge(original, sampler, logits, input_batch, draft_logits=None, invalid_drafts=None):
+    invalid = sampler._ssd_speculator.invalid_drafts(input_batch)
+    if invalid_drafts is not None:
+        invalid = invalid | invalid_drafts
+    return original(sampler, logits, input_batch, draft_logits, invalid)

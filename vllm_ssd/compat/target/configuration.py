@@ -1,0 +1,60 @@
+"""The seam with vLLM's `EngineArgs`, where a user asks for ssd."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from vllm_ssd.compat import patch
+from vllm_ssd.compat.target.runner import check_runner, has_ssd
+from vllm_ssd.compat.version import UnsupportedVLLM
+
+SPECULATIVE_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_speculative_config"
+ENGINE_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
+
+
+def asks_for_ssd(engine_args: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether the user chose speculative method "ssd", in any of the spellings vLLM takes."""
+    config = getattr(engine_args, "speculative_config", None)
+    method = config.get("method") if isinstance(config, dict) else None
+    return method == "ssd" or getattr(engine_args, "spec_method", None) == "ssd"
+
+
+def install(translate: Callable[[Any, Any, Any], None]) -> None:
+    """Let `translate(engine_args, model_config, parallel_config)` rewrite a configuration that asks for ssd.
+
+    Once vLLM has built its configuration, the runner it chose is checked.
+    """
+
+    def create_speculative_config(
+        original: Callable[..., Any], engine_args: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        translate(engine_args, target_model_config, target_parallel_config)
+        return original(engine_args, target_model_config, target_parallel_config)
+
+    parameters = ("target_model_config", "target_parallel_config")
+    patch.wrap(SPECULATIVE_CONFIG, asks_for_ssd, create_speculative_config, parameters=parameters)
+    patch.wrap(ENGINE_CONFIG, _has_or_asks_for_ssd, _create_engine_config)
+
+
+def refuse(reason: Exception) -> None:
+    """Answer every request for ssd with `reason`, as far as this vLLM lets us; others notice nothing."""
+
+    def refuse(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedVLLM(f"speculative method 'ssd' is not available: {reason}") from reason
+
+    for symbol in (SPECULATIVE_CONFIG, ENGINE_CONFIG):
+        with contextlib.suppress(Exception):
+            patch.wrap(symbol, asks_for_ssd, refuse)
+
+
+def _has_or_asks_for_ssd(engine_args: Any, *args: Any, **kwargs: Any) -> bool:
+    """`translate` leaves its mark on the arguments, which may be used for a second configuration."""
+    return asks_for_ssd(engine_args) or has_ssd(engine_args)
+
+
+def _create_engine_config(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    config = original(*args, **kwargs)
+    check_runner(config)
+    return config
