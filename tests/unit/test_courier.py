@@ -102,7 +102,7 @@ class Device:
             outcomes.rows,
             torch.tensor([self.ngram(self.tokens[name]) for name in names]) if self.courier.wants_ngram else None,
         )
-        self.courier.decided(list(serials), outcomes)
+        self.courier.await_outcomes(list(serials), outcomes)
         for name, (num_drafts, *row) in zip(names, drafts.tolist()):
             self.drafts[name] = row[:num_drafts]
 
@@ -192,9 +192,9 @@ def test_an_evicted_request_is_opened_again_later() -> None:
     device.start("a", PROMPTS["a"])
     assert_finds_what_is_speculated(device)
     serial, _ = device.requests["a"]
-    session = device.courier._sessions[str(serial)]
     link.engine.close(str(serial))
-    device.courier._absorb([Push([], [Evicted(str(serial), session.epoch)], None)])
+    link._drafter.send(Push([], [Evicted(str(serial), 1)], None))
+    device.courier.work()
     device.round()
     device.courier.work()
     for _ in range(40):
@@ -232,12 +232,12 @@ def test_a_buffer_is_used_again_once_it_was_read() -> None:
     used = [device.courier.outcome_buffer() for _ in range(NUM_BUFFERS)]
     device.round()  # with one that had to be made
     for outcomes in used:
-        device.courier.decided([], outcomes)
+        device.courier.await_outcomes([], outcomes)
     device.courier.work()
     again = [device.courier.outcome_buffer() for _ in range(NUM_BUFFERS + 1)]
     assert {id(outcomes) for outcomes in used} < {id(outcomes) for outcomes in again}
     device.courier.stop()
-    device.courier.decided([], again[0])  # nobody will read it
+    device.courier.await_outcomes([], again[0])  # nobody will read it
     assert device.courier.outcome_buffer() is again[0]
 
 
