@@ -158,7 +158,7 @@ class DrafterClient:
 
     def outcome(self, request: RemoteRequest, emitted: list[int], draft_token_ids: list[int], jit: int = 0) -> None:
         """Tell what was emitted since `request.length`, and the drafts now under verification (`protocol.Outcome`)."""
-        if not self.holds(request):
+        if request.generation != self._link.generation:
             return
         length = request.length + len(emitted)
         if length > self.max_length:

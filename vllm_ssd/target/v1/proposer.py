@@ -58,7 +58,7 @@ class SSDProposer:
         if self._verifier is None:
             return [[] for _ in sampled_token_ids]
         return self._verifier.propose(
-            Batch(self._request_ids, self._num_verified, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+            Batch(list(self._request_ids), self._num_verified, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
         )
 
     def proposals(

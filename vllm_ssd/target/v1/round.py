@@ -7,7 +7,7 @@ then is the drafter told of each row, once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from vllm_ssd.target.requests import DrafterClient
 from vllm_ssd.target.v1.request import Request, Speculation
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
     """What vLLM tells of a round that was verified.
 
@@ -25,7 +25,7 @@ class Batch:
     int32.
     """
 
-    request_ids: Sequence[str]
+    request_ids: list[str]
     num_verified: Sequence[int]
     sampled_token_ids: list[list[int]]
     num_tokens: np.ndarray
@@ -41,14 +41,9 @@ class Row:
     length: int  # committed tokens
     emitted: list[int] | None  # since the drafter was last told; None: it must be opened first
     max_drafts: int  # that its next round may carry
-    drafts: Speculation = field(default_factory=Speculation)  # that its next round carries
+    drafts: Speculation  # that its next round carries
     by_ngram: bool = False
     jit: int = 0  # drafts that it waits for
-
-    @property
-    def missed(self) -> bool:
-        """Whether it may carry drafts and has none."""
-        return not self.drafts.token_ids and self.max_drafts > 0
 
 
 class Round:
@@ -56,7 +51,7 @@ class Round:
 
     def __init__(self, started_s: float, batch: Batch, num_drafts: int) -> None:
         self.started_s = started_s
-        self.request_ids = list(batch.request_ids)  # vLLM goes on using its own list
+        self.request_ids = batch.request_ids
         self.num_drafts = num_drafts
         self.rows: list[Row] = []
         self.waiting: list[Row] = []
@@ -64,24 +59,28 @@ class Round:
 
     def look_up(self, requests: Mapping[str, Request], client: DrafterClient, metrics: Metrics) -> None:
         """Find what was speculated for the outcome of each row; count hits and misses of held requests."""
-        for index, sampled in enumerate(self._batch.sampled_token_ids):
-            request = requests.get(self.request_ids[index])
+        batch = self._batch
+        for index, sampled in enumerate(batch.sampled_token_ids):
+            request = requests.get(batch.request_ids[index])
             if not sampled or request is None:
                 continue
-            length = int(self._batch.num_tokens[index])
-            row = Row(index, request, length, None, request.most_drafts(self.num_drafts, length))
-            if client.holds(request.remote) and length >= request.remote.length:
-                row.emitted = self._batch.token_ids[index, request.remote.length : length].tolist()
-                found = request.follow(row.emitted)
-                metrics.outcome(hit=bool(found.token_ids), block=bool(request.blocks))
-                row.drafts = found.since(0, row.max_drafts)
+            length, told = int(batch.num_tokens[index]), request.remote.length
+            max_drafts = request.most_drafts(self.num_drafts, length)
+            if client.holds(request.remote) and length >= told:
+                emitted = batch.token_ids[index, told:length].tolist()
+                drafts = request.follow(emitted)
+                metrics.outcome(hit=bool(drafts.token_ids), block=bool(request.blocks))
+                if len(drafts.token_ids) > max_drafts:
+                    drafts = drafts.since(0, max_drafts)
+            else:
+                emitted, drafts = None, Speculation()
             request.blocks = []
-            self.rows.append(row)
+            self.rows.append(Row(index, request, length, emitted, max_drafts, drafts))
 
     @property
     def missed(self) -> list[Row]:
         """Rows without drafts that may carry some."""
-        return [row for row in self.rows if row.missed]
+        return [row for row in self.rows if not row.drafts.token_ids and row.max_drafts]
 
     def tokens(self, row: Row) -> np.ndarray:
         """Committed tokens of a row, [L] int32."""

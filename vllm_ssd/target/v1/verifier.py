@@ -98,7 +98,7 @@ class Verifier:
         seconds = None
         if (
             last is not None
-            and last.request_ids == list(batch.request_ids)
+            and last.request_ids == batch.request_ids
             and all(batch.sampled_token_ids)
             and self._client.connected  # rounds without a drafter say nothing about speculation
         ):
