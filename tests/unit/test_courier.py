@@ -205,6 +205,22 @@ def test_an_evicted_request_is_opened_again_later() -> None:
     assert_right(device.tokens["a"], PROMPTS["a"])
 
 
+def test_a_request_that_outgrows_the_drafter_is_closed_there_for_good() -> None:
+    link = Link(max_model_len=40)
+    device = Device(link)
+    device.start("a", PROMPTS["a"])
+    while len(device.tokens["a"]) < 120:
+        device.round()
+        device.courier.work()
+    assert_right(device.tokens["a"], PROMPTS["a"])
+    events = [event for step in link.steps for event in step.events]
+    assert sum(isinstance(event, Open) for event in events) == 1 and isinstance(events[-1], Close)
+    assert device.metrics.counts["too_long"] == 1 and link.engine.num_evictions == 0 and not link.engine.sequences
+    device.finish("a")
+    device.courier.work()
+    assert [event for step in link.steps for event in step.events] == events, "it was closed before"
+
+
 def test_the_drafter_rests_while_rounds_carry_no_drafts() -> None:
     link = Link()
     device = Device(link)
