@@ -111,14 +111,16 @@ class Conversation(RuleBasedStateMachine):
         self.requests = {}
         self.token_ids: dict[str, list[int]] = {}
         self.too_long: set[str] = set()
-        self.num_too_long = 0
+        self.outgrown: list[str] = []
+        self.counted: list[str] = []
+        self.metrics.too_long = self.counted.append
         self.num_rounds = 0
         self.evictions: dict[str, int] = {}
         self.pause_ends: dict[str, int] = {}
 
-    def grow_too_long(self, request_id: str) -> None:
+    def outgrow(self, request_id: str) -> None:
         self.too_long.add(request_id)
-        self.num_too_long += 1
+        self.outgrown.append(request_id)
 
     # ---- the target ------------------------------------------------------------------------------------
 
@@ -138,7 +140,7 @@ class Conversation(RuleBasedStateMachine):
         may = self.link.connected and self.num_rounds >= self.pause_ends[request_id] and request_id not in self.too_long
         assert opened == (may and len(self.token_ids[request_id]) <= MAX_LENGTH)
         if may and not opened:
-            self.grow_too_long(request_id)
+            self.outgrow(request_id)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), num_emitted=st.integers(0, K + 1), drafts=st.lists(st.integers(0, 9), max_size=K))
@@ -149,7 +151,7 @@ class Conversation(RuleBasedStateMachine):
         token_ids += range(num_emitted)
         if self.client.holds(request):
             if len(token_ids) > MAX_LENGTH:
-                self.grow_too_long(request_id)
+                self.outgrow(request_id)
         self.client.outcome(request, token_ids[request.length :], drafts)
 
     @precondition(lambda self: self.requests)
@@ -244,7 +246,7 @@ class Conversation(RuleBasedStateMachine):
 
     @invariant()
     def growth_is_counted_once(self) -> None:
-        assert self.metrics.counts["too_long"] == self.num_too_long
+        assert self.counted == self.outgrown
         assert {name for name, request in self.requests.items() if request.too_long} == self.too_long
         assert not any(self.client.holds(self.requests[name]) for name in self.too_long)
 
