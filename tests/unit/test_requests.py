@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hypothesis import settings
@@ -12,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.link.protocol import Close, Evicted, Open, Outcome, Push, SpeculationBlock, Step, pack_ids, unpack_ids
 from vllm_ssd.target.metrics import Metrics
-from vllm_ssd.target.requests import REOPEN_ROUNDS, DrafterClient
+from vllm_ssd.target.requests import REOPEN_ROUNDS, DrafterClient, RemoteRequest
 
 K = 3
 MAX_MODEL_LEN = 30
@@ -72,9 +73,7 @@ class ModelLink:
         self.evicted[request_id] = self.held.pop(request_id).epoch
         self.push(evicted=[Evicted(request_id, self.evicted[request_id])])
 
-    def push(
-        self, blocks: tuple[SpeculationBlock, ...] = (), evicted: tuple[Evicted, ...] | list[Evicted] = ()
-    ) -> None:
+    def push(self, blocks: Sequence[SpeculationBlock] = (), evicted: Sequence[Evicted] = ()) -> None:
         self.pushes.append(Push(list(blocks), list(evicted), None))
 
     def poll(self, timeout_s: float = 0.0) -> list[Push]:
@@ -108,7 +107,7 @@ class Conversation(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.link, self.client, self.metrics, self.kept = make()
-        self.requests = {}
+        self.requests: dict[str, RemoteRequest] = {}
         self.token_ids: dict[str, list[int]] = {}
         self.too_long: set[str] = set()
         self.outgrown: list[str] = []
@@ -135,7 +134,9 @@ class Conversation(RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), drafts=st.lists(st.integers(0, 9), max_size=K))
     def open(self, data: st.DataObject, drafts: list[int]) -> None:
-        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        self.open_request(data.draw(st.sampled_from(sorted(self.requests))), drafts)
+
+    def open_request(self, request_id: str, drafts: list[int]) -> None:
         opened = self.client.open(self.requests[request_id], self.token_ids[request_id], drafts)
         may = self.link.connected and self.num_rounds >= self.pause_ends[request_id] and request_id not in self.too_long
         assert opened == (may and len(self.token_ids[request_id]) <= MAX_LENGTH)
@@ -160,7 +161,7 @@ class Conversation(RuleBasedStateMachine):
         """The committed length falls; owners open such a request anew."""
         request_id = data.draw(st.sampled_from(sorted(self.requests)))
         self.token_ids[request_id] = self.token_ids[request_id][: data.draw(st.integers(1, 5))]
-        self.open(data, [])
+        self.open_request(request_id, [])
 
     @rule(request_id=IDS)
     def close(self, request_id: str) -> None:
