@@ -16,9 +16,10 @@ from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.requests import REOPEN_ROUNDS, DrafterClient, RemoteRequest
 
 K = 3
-MAX_MODEL_LEN = 30
+MAX_MODEL_LEN = 20
 MAX_LENGTH = MAX_MODEL_LEN - 2 * K - 2
-IDS = st.sampled_from("abc")
+IDS = st.sampled_from("ab")
+DRAFTS = st.lists(st.integers(0, 9), max_size=K)
 
 
 @dataclass
@@ -123,20 +124,45 @@ class Conversation(RuleBasedStateMachine):
 
     # ---- the target ------------------------------------------------------------------------------------
 
-    @rule(request_id=IDS, length=st.integers(1, MAX_LENGTH + 3))
-    def add(self, request_id: str, length: int) -> None:
+    @rule(request_id=IDS, length=st.integers(1, MAX_LENGTH + 1), opened=st.booleans())
+    def add(self, request_id: str, length: int, opened: bool) -> None:
         """A new request, perhaps with an id that was never closed."""
         self.requests[request_id] = self.client.add(request_id, 0.0)
         self.token_ids[request_id] = list(range(length))
         self.too_long.discard(request_id)
         self.evictions[request_id] = self.pause_ends[request_id] = 0
+        if opened:
+            self.open(request_id, [])
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data(), drafts=st.lists(st.integers(0, 9), max_size=K))
-    def open(self, data: st.DataObject, drafts: list[int]) -> None:
-        self.open_request(data.draw(st.sampled_from(sorted(self.requests))), drafts)
+    @rule(
+        number=st.sampled_from([1, 1, 1, REOPEN_ROUNDS]),
+        num_emitted=st.integers(0, K + 1),
+        drafts=DRAFTS,
+        polled=st.booleans(),
+    )
+    def rounds(self, number: int, num_emitted: int, drafts: list[int], polled: bool) -> None:
+        """What owners do: tell the outcome of a request that is held, open any other; the last round is told."""
+        if polled:
+            self.poll()
+        for _ in range(number):
+            self.client.begin_round()
+        self.num_rounds += number
+        for request_id, request in self.requests.items():
+            if self.client.holds(request):
+                self.outcome(request_id, num_emitted, drafts)
+            else:
+                self.token_ids[request_id] += range(num_emitted)
+                self.open(request_id, drafts)
+        self.client.send(K)
 
-    def open_request(self, request_id: str, drafts: list[int]) -> None:
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), drafts=DRAFTS)
+    def open_any(self, data: st.DataObject, drafts: list[int]) -> None:
+        """Held ones as well."""
+        self.open(data.draw(st.sampled_from(sorted(self.requests))), drafts)
+
+    def open(self, request_id: str, drafts: list[int]) -> None:
         opened = self.client.open(self.requests[request_id], self.token_ids[request_id], drafts)
         may = self.link.connected and self.num_rounds >= self.pause_ends[request_id] and request_id not in self.too_long
         assert opened == (may and len(self.token_ids[request_id]) <= MAX_LENGTH)
@@ -144,10 +170,12 @@ class Conversation(RuleBasedStateMachine):
             self.outgrow(request_id)
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data(), num_emitted=st.integers(0, K + 1), drafts=st.lists(st.integers(0, 9), max_size=K))
-    def outcome(self, data: st.DataObject, num_emitted: int, drafts: list[int]) -> None:
-        """Tokens are committed; the client is told of it, whether the drafter holds the request or not."""
-        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+    @rule(data=st.data(), num_emitted=st.integers(0, K + 1), drafts=DRAFTS)
+    def outcome_of_any(self, data: st.DataObject, num_emitted: int, drafts: list[int]) -> None:
+        """Of those that are not held as well."""
+        self.outcome(data.draw(st.sampled_from(sorted(self.requests))), num_emitted, drafts)
+
+    def outcome(self, request_id: str, num_emitted: int, drafts: list[int]) -> None:
         request, token_ids = self.requests[request_id], self.token_ids[request_id]
         token_ids += range(num_emitted)
         if self.client.holds(request):
@@ -161,7 +189,7 @@ class Conversation(RuleBasedStateMachine):
         """The committed length falls; owners open such a request anew."""
         request_id = data.draw(st.sampled_from(sorted(self.requests)))
         self.token_ids[request_id] = self.token_ids[request_id][: data.draw(st.integers(1, 5))]
-        self.open_request(request_id, [])
+        self.open(request_id, [])
 
     @rule(request_id=IDS)
     def close(self, request_id: str) -> None:
@@ -171,12 +199,6 @@ class Conversation(RuleBasedStateMachine):
         if request is not None:
             self.client.outcome(request, [], [])
             assert not self.client.holds(request), "forgotten"
-
-    @rule(number=st.sampled_from([1, 1, REOPEN_ROUNDS]))
-    def rounds(self, number: int) -> None:
-        for _ in range(number):
-            self.client.begin_round()
-        self.num_rounds += number
 
     @rule()
     def send(self) -> None:
@@ -210,25 +232,37 @@ class Conversation(RuleBasedStateMachine):
     # ---- the drafter -----------------------------------------------------------------------------------
 
     @precondition(lambda self: self.link.held)
-    @rule(data=st.data(), ahead=st.sampled_from([0, 0, 0, -1, 1]), whole=st.booleans(), old=st.booleans())
-    def push_block(self, data: st.DataObject, ahead: int, whole: bool, old: bool) -> None:
+    @rule(data=st.data(), flaw=st.sampled_from(["none", "none", "length", "epoch", "size"]))
+    def push_block(self, data: st.DataObject, flaw: str) -> None:
         """A block, perhaps for another length, perhaps of an earlier epoch, perhaps broken."""
         request_id = data.draw(st.sampled_from(sorted(self.link.held)))
         held = self.link.held[request_id]
-        epoch = data.draw(st.sampled_from(self.link.epochs)) if old else held.epoch
-        self.link.push([block(request_id, epoch, len(held.token_ids) + ahead, pack_ids([2]) if whole else b"x")])
+        epoch = data.draw(st.sampled_from(self.link.epochs)) if flaw == "epoch" else held.epoch
+        length = len(held.token_ids) + (flaw == "length")
+        self.link.push([block(request_id, epoch, length, b"x" if flaw == "size" else pack_ids([2]))])
+        if data.draw(st.booleans()):
+            self.poll()
 
     @precondition(lambda self: self.link.held)
-    @rule(data=st.data())
-    def evict(self, data: st.DataObject) -> None:
-        self.link.evict(data.draw(st.sampled_from(sorted(self.link.held))))
+    @rule(data=st.data(), known=st.booleans())
+    def evict(self, data: st.DataObject, known: bool) -> None:
+        """With a block for the request behind it, which a sound drafter would not push."""
+        request_id = data.draw(st.sampled_from(sorted(self.link.held)))
+        held = self.link.held[request_id]
+        self.link.evict(request_id)
+        self.link.push([block(request_id, held.epoch, len(held.token_ids))])
+        if known:
+            self.poll()
 
-    @rule()
-    def die(self) -> None:
+    @rule(returned=st.booleans())
+    def die(self, returned: bool) -> None:
         self.link.die()
+        if returned:
+            self.link.come_back()
 
+    @precondition(lambda self: not self.link.connected)
     @rule()
-    def restart(self) -> None:
+    def come_back(self) -> None:
         self.link.come_back()
 
     # ---- what always holds -----------------------------------------------------------------------------
@@ -253,4 +287,39 @@ class Conversation(RuleBasedStateMachine):
 
 
 TestConversation = Conversation.TestCase
-TestConversation.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestConversation.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+
+
+def test_each_eviction_doubles_the_pause():
+    link, client, _, _ = make()
+    request = client.add("a", 0.0)
+    for pause in (REOPEN_ROUNDS, 2 * REOPEN_ROUNDS, 4 * REOPEN_ROUNDS):
+        assert client.open(request, [1, 2])
+        client.send(K)
+        link.evict("a")
+        client.poll()
+        for _ in range(pause):
+            assert not client.open(request, [1, 2])
+            client.begin_round()
+
+
+def test_an_eviction_of_an_earlier_epoch_is_ignored():
+    link, client, _, _ = make()
+    request = client.add("a", 0.0)
+    assert client.open(request, [1, 2]) and client.open(request, [1])
+    client.send(K)
+    link.push(evicted=[Evicted("a", request.epoch - 1)])
+    client.poll()
+    assert client.holds(request) and request.evictions == 0
+
+
+def test_a_push_is_awaited_from_a_vain_wait_to_the_next_push():
+    link, client, _, _ = make()
+    client.poll()
+    assert not client.awaiting_push, "nobody waited"
+    client.poll(0.01)
+    client.poll()
+    assert client.awaiting_push
+    link.push()
+    client.poll(0.01)
+    assert not client.awaiting_push
