@@ -166,6 +166,7 @@ class Conversation(RuleBasedStateMachine):
         opened = self.client.open(self.requests[request_id], self.token_ids[request_id], drafts)
         may = self.link.connected and self.num_rounds >= self.pause_ends[request_id] and request_id not in self.too_long
         assert opened == (may and len(self.token_ids[request_id]) <= MAX_LENGTH)
+        assert self.client.holds(self.requests[request_id]) == opened
         if may and not opened:
             self.outgrow(request_id)
 
@@ -226,6 +227,7 @@ class Conversation(RuleBasedStateMachine):
                     pause = REOPEN_ROUNDS << min(self.evictions[evicted.request_id], 6)
                     self.evictions[evicted.request_id] += 1
                     self.pause_ends[evicted.request_id] = self.num_rounds + pause
+        assert all(request.evictions == self.evictions[name] for name, request in self.requests.items())
         assert self.kept[num_kept:] == accepted
         assert self.metrics.counts["stale_blocks"] - stale == num_blocks - len(accepted)
 
