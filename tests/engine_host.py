@@ -189,16 +189,16 @@ class EngineHost:
         speculator.propose, speculator.invalid_drafts = propose, invalid_drafts
 
     def _see_ngram_drafts(self) -> None:
-        from vllm_ssd.target.v1 import round as verifier
+        from vllm_ssd.target.v1 import fallback
 
-        original = verifier.ngram_drafts
+        original = fallback.ngram_drafts
 
         def ngram_drafts(*args):
             drafts = original(*args)
             self._seen["ngram_drafts"] += len(drafts)
             return drafts
 
-        verifier.ngram_drafts = ngram_drafts
+        fallback.ngram_drafts = ngram_drafts
 
     def _join(self, index: int, request: dict[str, Any]) -> None:
         from vllm import SamplingParams

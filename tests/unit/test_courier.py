@@ -102,7 +102,7 @@ class Device:
             outcomes.rows,
             torch.tensor([self.ngram(self.tokens[name]) for name in names]) if self.courier.wants_ngram else None,
         )
-        self.courier.decided(list(serials), outcomes)
+        self.courier.await_outcomes(list(serials), outcomes)
         for name, (num_drafts, *row) in zip(names, drafts.tolist()):
             self.drafts[name] = row[:num_drafts]
 
@@ -192,9 +192,9 @@ def test_an_evicted_request_is_opened_again_later() -> None:
     device.start("a", PROMPTS["a"])
     assert_finds_what_is_speculated(device)
     serial, _ = device.requests["a"]
-    session = device.courier._sessions[str(serial)]
     link.engine.close(str(serial))
-    device.courier._absorb([Push([], [Evicted(str(serial), session.epoch)], None)])
+    link._drafter.send(Push([], [Evicted(str(serial), 1)], None))
+    device.courier.work()
     device.round()
     device.courier.work()
     for _ in range(40):
@@ -203,6 +203,22 @@ def test_an_evicted_request_is_opened_again_later() -> None:
     opened = [event for step in link.steps for event in step.events if isinstance(event, Open)]
     assert [event.epoch for event in opened] == [1, 2]
     assert_right(device.tokens["a"], PROMPTS["a"])
+
+
+def test_a_request_that_outgrows_the_drafter_is_closed_there_for_good() -> None:
+    link = Link(max_model_len=40)
+    device = Device(link)
+    device.start("a", PROMPTS["a"])
+    while len(device.tokens["a"]) < 120:
+        device.round()
+        device.courier.work()
+    assert_right(device.tokens["a"], PROMPTS["a"])
+    events = [event for step in link.steps for event in step.events]
+    assert sum(isinstance(event, Open) for event in events) == 1 and isinstance(events[-1], Close)
+    assert device.metrics.counts["too_long"] == 1 and link.engine.num_evictions == 0 and not link.engine.sequences
+    device.finish("a")
+    device.courier.work()
+    assert [event for step in link.steps for event in step.events] == events, "it was closed before"
 
 
 def test_the_drafter_rests_while_rounds_carry_no_drafts() -> None:
@@ -232,12 +248,12 @@ def test_a_buffer_is_used_again_once_it_was_read() -> None:
     used = [device.courier.outcome_buffer() for _ in range(NUM_BUFFERS)]
     device.round()  # with one that had to be made
     for outcomes in used:
-        device.courier.decided([], outcomes)
+        device.courier.await_outcomes([], outcomes)
     device.courier.work()
     again = [device.courier.outcome_buffer() for _ in range(NUM_BUFFERS + 1)]
     assert {id(outcomes) for outcomes in used} < {id(outcomes) for outcomes in again}
     device.courier.stop()
-    device.courier.decided([], again[0])  # nobody will read it
+    device.courier.await_outcomes([], again[0])  # nobody will read it
     assert device.courier.outcome_buffer() is again[0]
 
 

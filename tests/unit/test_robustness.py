@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
-from fake_link import InProcessLink
+from fake_link import InProcessLink, K
 from test_round import PROMPTS, FakeTarget, make
 
-from vllm_ssd.link.protocol import Evicted, Open, Push, SpeculationBlock, Step, pack_ids
+from vllm_ssd.link.protocol import Close, Evicted, Open, Outcome, Push, SpeculationBlock, Step, pack_ids
 from vllm_ssd.target.requests import REOPEN_ROUNDS
 
 
@@ -56,6 +56,41 @@ def test_an_eviction_that_is_reported_twice_counts_once():
         target.round()
         rounds += 1
     assert rounds == REOPEN_ROUNDS + 1
+
+
+@pytest.mark.parametrize("on_miss", ["skip", "wait"])
+def test_a_request_that_outgrows_the_drafter_is_closed_there_for_good(on_miss):
+    link = InProcessLink(max_model_len=40)
+    verifier, metrics = make(link, on_miss=on_miss)
+    target = FakeTarget(verifier)
+    target.start("a", [1, 2, 3])
+    target.start("long", [4] * 40)
+    while len(target.tokens["a"]) < 3 * 40:
+        target.round()
+    target.check({"a": [1, 2, 3], "long": [4] * 40})
+    events = [event for step in link.steps for event in step.events]
+    assert [event.request_id for event in events if isinstance(event, Open)] == ["a"]
+    assert events[-1] == Close("a") and sum(isinstance(event, Close) for event in events) == 1
+    assert metrics.counts["too_long"] == 2 and link.engine.num_evictions == 0 and not link.engine.sequences
+    assert max(event.length for event in events if isinstance(event, Outcome)) <= 40 - 2 * K - 2
+    waits = metrics.counts["waits"]
+    target.round()
+    assert metrics.counts["waits"] == waits
+
+
+def test_a_drafter_that_comes_back_hears_of_the_ngram_drafts_under_verification():
+    link = InProcessLink()
+    verifier, _ = make(link, on_miss="ngram")
+    target = FakeTarget(verifier)
+    target.next_token = lambda prefix: 7
+    target.start("a", [7] * 6)
+    link.die()
+    target.round()
+    link.come_back()
+    target.round()
+    opened, outcome = link.steps[-1].events
+    assert isinstance(opened, Open) and outcome.epoch == opened.epoch and not outcome.emitted
+    assert outcome.draft_token_ids == target.drafts["a"] == [7] * K
 
 
 def test_auto_does_not_wait_for_a_drafter_that_always_answers_too_late():

@@ -13,7 +13,8 @@ from fake_link import InProcessLink, K
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.link.protocol import Evicted, Push, SpeculationBlock, pack_ids
 from vllm_ssd.target.metrics import Metrics
-from vllm_ssd.target.v1.round import Verifier
+from vllm_ssd.target.v1.round import Batch
+from vllm_ssd.target.v1.verifier import Verifier
 
 
 class FakeTarget:
@@ -58,7 +59,7 @@ class FakeTarget:
         for row, tokens in zip(token_ids, self.tokens.values()):
             row[: len(tokens)] = tokens
         num_tokens = np.array([len(t) for t in self.tokens.values()], np.int32)
-        proposed = self.verifier.propose(list(self.tokens), num_verified, sampled, num_tokens, token_ids)
+        proposed = self.verifier.propose(Batch(list(self.tokens), num_verified, sampled, num_tokens, token_ids))
         self.drafts = dict(zip(self.tokens, proposed))
 
     def check(self, prompts: dict[str, list[int]]) -> None:

@@ -20,6 +20,7 @@ COUNTERS = {
     "stale_blocks": "Blocks that answered a committed length that had passed.",
     "waits": "Rounds that waited for just-in-time drafts.",
     "evictions": "Requests that the drafter dropped for lack of KV pages.",
+    "too_long": "Requests that outgrew the drafter's context.",
     "restarts": "Drafter processes started after the first.",
     "draft_tokens": "Draft tokens verified by the target.",
     "accepted_tokens": "Draft tokens accepted by the target.",
@@ -58,6 +59,11 @@ class Metrics:
     def stale_block(self) -> None:
         """A block came too late for the round it answered."""
         self.counts["stale_blocks"] += 1
+
+    def too_long(self, request_id: str) -> None:
+        """A request outgrew the drafter's context and goes on without its drafts."""
+        self.counts["too_long"] += 1
+        self._logger.info("SSD: request %s is longer than the drafter allows; it goes on without drafts", request_id)
 
     def waited(self, seconds: float) -> None:
         """One bounded wait for just-in-time drafts."""

@@ -1,20 +1,59 @@
-"""What the target knows of its requests on the drafter, and what both sides say about them."""
+"""What the drafter was told of each request, and the one way to tell it more."""
+
+# Theory of operation
+#
+# The target opens each request on the drafter, tells it the outcome of every round and closes the request when it
+# ends. The drafter pushes speculation blocks, and answers `Evicted` for a request that it does not hold. Both model
+# runners talk to it through one `DrafterClient`, which knows nothing of drafts, batches or devices: its owner says what
+# happened, the client decides what may be said about it and queues that until `send`.
+#
+# A request is
+#
+#     not held   the drafter does not know it,
+#     held       the drafter knows it under `epoch`, up to `length` committed tokens, or
+#     too long   it has outgrown the drafter's context, which is final.
+#
+#     what happens                                 from             to          event
+#     ------------------------------------------   --------------   ---------   ------------------------------
+#     add                                                           not held
+#     open, with a drafter and no back-off         not held, held   held        Open: all tokens, a new epoch
+#     open, otherwise                              not held, held   not held    Close if it was held
+#     outcome                                      held             held        Outcome: `length` grows
+#     open or outcome beyond `max_length`          not held, held   too long    Close if it was held
+#     `Evicted` with its epoch                     held             not held    none; back-off begins
+#     a new drafter process shakes hands           held             not held    none
+#     close                                        any              forgotten   Close if it was held
+#
+# 1. Whoever asks for what the state forbids is refused, quietly: an outcome of a request that is not held is dropped,
+#    a request that is too long is never opened again. The target goes on without drafts either way.
+# 2. An epoch is used once, over all requests. A block is accepted only for the current epoch and `length` of a held
+#    request, so neither a preempted request nor a reused request id can meet blocks of its past. All others are stale.
+# 3. `length` never falls within an epoch. A request whose committed length did fall is opened again.
+# 4. The drafter process that holds a request is known by its `generation`. A new process makes every held request
+#    "not held" without a pass over them; events queued for the one before it are dropped.
+# 5. The drafter answers each outcome of a request it has evicted, those under way included: only the first counts.
+#    Each eviction doubles the back-off, so that requests which do not fit together do not evict each other for ever.
+# 6. `max_length` leaves the room that the drafter insists on, for the drafts of two rounds: it never evicts a request
+#    for its length.
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.link.protocol import Close, Open, Outcome, Proposal, Push, SpeculationBlock, Step, common_prefix, pack_ids
+from vllm_ssd.link.protocol import Close, Evicted, Open, Outcome, Push, SpeculationBlock, Step, pack_ids
 from vllm_ssd.target.metrics import Metrics
 
 REOPEN_ROUNDS = 32
 """Rounds an evicted request waits before it is opened again; doubled with each eviction."""
+
+NOT_HELD = -1
+"""Generation of no drafter."""
 
 
 class Link(Protocol):
@@ -31,141 +70,164 @@ class Link(Protocol):
 
 
 @dataclass(slots=True)
-class Speculation:
-    """Draft tokens and, where they were sampled, the proposal of each (None: declared one-hot)."""
-
-    token_ids: list[int] = field(default_factory=list)
-    proposals: list[Proposal | None] = field(default_factory=list)
-
-    def since(self, start: int, stop: int | None = None) -> Speculation:
-        """The drafts from `start` to `stop`."""
-        return Speculation(self.token_ids[start:stop], self.proposals[start:stop])
-
-
-@dataclass(slots=True)
-class Session:
-    """What the target knows of one request on the drafter."""
+class RemoteRequest:
+    """One request as the drafter knows it; only `DrafterClient` changes it."""
 
     request_id: str
     temperature: float
-    length: int  # committed tokens that the drafter was told of
-    min_length: int = 0  # committed tokens below which stop tokens are censored (`min_tokens`)
     epoch: int = 0
-    generation: int = -1  # of the drafter that holds this request; -1: none does
-    drafts: Speculation = field(default_factory=Speculation)  # named to the drafter at `length`
-    by_ngram: bool = False  # `drafts` are what followed an earlier n-gram
-    blocks: list[SpeculationBlock] = field(default_factory=list)  # pushed for the outcome at `length`, in order
-    heard: bool = False  # since it was opened, a block has come
+    length: int = 0  # committed tokens that the drafter was told of
+    generation: int = NOT_HELD  # of the drafter that holds it
+    awaiting_first_block: bool = False  # none has come in this epoch: the drafter may still read the prompt
+    too_long: bool = False
     evictions: int = 0
-    reopen_round: int = 0
-
-    def expects(self, block: SpeculationBlock) -> bool:
-        """Whether a block answers this committed length, in this epoch, and is not broken."""
-        return block.epoch == self.epoch and block.length == self.length and block.fits
-
-    def take(self, block: SpeculationBlock) -> bool:
-        """Keep a pushed block; False when it answers another committed length or epoch, or is broken."""
-        if not self.expects(block):
-            return False
-        self.blocks.append(block)
-        self.heard = True
-        return True
-
-    def lookup(self, accept_length: int, bonus_token_id: int) -> Speculation:
-        """What was pushed for one outcome so far; empty when it was not predicted."""
-        found = Speculation()
-        for block in self.blocks:
-            branch = block.find(accept_length, bonus_token_id)
-            if branch >= 0 and block.offset == len(found.token_ids):
-                drafts = block.drafts(branch)
-                found.token_ids += drafts
-                found.proposals += block.proposals(branch) or [None] * len(drafts)
-        return found
-
-    def most_drafts(self, wanted: int, length: int) -> int:
-        """Drafts that a round starting at `length` may carry.
-
-        vLLM censors the bonus token of a round by where the round starts (`MinTokensLogitsProcessor`, 0.30 to 0.32):
-        a round must not reach over `min_length`, or a stop token due there would be lost.
-        """
-        return wanted if length >= self.min_length else min(wanted, self.min_length - length - 1)
-
-    def follow(self, emitted: list[int]) -> Speculation:
-        """What was speculated after `emitted`, the tokens since `length`; empty when nothing was.
-
-        Usually `emitted` is an accepted prefix of the drafts and a bonus token. It may also end inside the
-        drafts (the scheduler verified fewer: the rest of them stands) or cover several rounds.
-        """
-        drafts = self.drafts.token_ids
-        k = common_prefix(emitted, drafts)
-        if k == len(emitted):
-            return self.drafts.since(k)
-        branch = self.lookup(k, emitted[k])
-        rest = emitted[k + 1 :]
-        return branch.since(len(rest)) if branch.token_ids[: len(rest)] == rest else Speculation()
+    reopen_round: int = 0  # back-off ends
 
 
-S = TypeVar("S", bound=Session)
+class DrafterClient:
+    """Open, outcome, close and poll: the target's side of the conversation with a drafter.
 
+    `keep_block` gets each accepted block, from `poll`; others are counted as stale.
+    """
 
-class Sessions(Generic[S]):
-    """The open requests and their link to the drafter; whoever turns outcomes into drafts is built on it."""
-
-    def __init__(self, config: SSDConfig, link: Link, metrics: Metrics) -> None:
-        self._config = config
+    def __init__(
+        self, config: SSDConfig, link: Link, metrics: Metrics, keep_block: Callable[[SpeculationBlock], None]
+    ) -> None:
+        self._num_speculative_tokens = config.num_speculative_tokens
         self._link = link
         self._metrics = metrics
-        self._sessions: dict[str, S] = {}
-        self._closing: list[Close] = []
-        self._epochs = itertools.count(1)  # of all requests: an id that comes again must not meet its old blocks
+        self._keep_block = keep_block
+        self._requests: dict[str, RemoteRequest] = {}
+        self._epochs = itertools.count(1)
         self._round = 0
+        self._events: list[Open | Outcome | Close] = []
+        self._events_generation = 0  # of the drafter that `_events` are for
+        self.awaiting_push = False
+        """Whether the last poll that waited ended without a push, and none has come since."""
 
-    def finish_requests(self, request_ids: Iterable[str]) -> None:
-        """Forget requests; the drafter hears of it with the next step."""
-        for request_id in request_ids:
-            session = self._sessions.pop(request_id, None)
-            if session is not None and session.generation == self._link.generation:
-                self._closing.append(Close(request_id))
-        if self._closing and not self._sessions:
-            self._send([])
+    @property
+    def connected(self) -> bool:
+        """Whether there is a drafter now."""
+        return self._link.connected
 
-    def _send(self, events: list[Open | Outcome | Close], wanted: int | None = None) -> None:
-        closing, self._closing = self._closing, []
-        k = self._config.num_speculative_tokens if wanted is None else wanted
-        self._link.send(Step([*closing, *events], k))
+    @property
+    def max_length(self) -> int:
+        """Committed tokens that a held request may have."""
+        return self._link.max_model_len - 2 * self._num_speculative_tokens - 2
 
-    def _open(self, session: S, token_ids: Sequence[int] | np.ndarray) -> list[Open]:
-        """Open `session` anew from all its committed tokens, unless the drafter cannot hold them."""
-        session.epoch = next(self._epochs)
-        session.length = len(token_ids)
-        session.drafts, session.blocks, session.heard = Speculation(), [], False
-        room = self._link.max_model_len - 2 * self._config.num_speculative_tokens - 2
-        if not self._link.connected or len(token_ids) > room:
-            session.generation = -1
-            return []
-        session.generation = self._link.generation
-        return [Open(session.request_id, session.epoch, pack_ids(token_ids), session.temperature)]
+    def holds(self, request: RemoteRequest) -> bool:
+        """Whether the drafter holds the request, as far as the target was told."""
+        return request.generation == self._link.generation
 
-    def _reopen(self, session: S, token_ids: Sequence[int] | np.ndarray) -> list[Open]:
-        if self._round < session.reopen_round:
-            return []
-        return self._open(session, token_ids)
+    def begin_round(self) -> None:
+        """A round of the target passes; back-off is counted in them."""
+        self._round += 1
 
-    def _absorb(self, pushes: list[Push]) -> None:
+    # ---- towards the drafter ---------------------------------------------------------------------------
+
+    def add(self, request_id: str, temperature: float) -> RemoteRequest:
+        """A new request, not held yet; one of the same id is closed."""
+        self.close(request_id)
+        request = RemoteRequest(request_id, temperature)
+        self._requests[request_id] = request
+        return request
+
+    def open(
+        self, request: RemoteRequest, token_ids: Sequence[int] | np.ndarray, draft_token_ids: Sequence[int] = ()
+    ) -> bool:
+        """Open the request anew and name the drafts under verification; False where it cannot be opened now.
+
+        token_ids: all its committed tokens.
+        """
+        if request.too_long:
+            return False
+        if not self._link.connected or self._round < request.reopen_round:
+            self._release(request)
+            return False
+        if len(token_ids) > self.max_length:
+            self._retire(request)
+            return False
+        request.epoch = next(self._epochs)
+        request.length = len(token_ids)
+        request.generation = self._link.generation
+        request.awaiting_first_block = True
+        self._enqueue(Open(request.request_id, request.epoch, pack_ids(token_ids), request.temperature))
+        if draft_token_ids:
+            self.outcome(request, [], list(draft_token_ids))
+        return True
+
+    def outcome(self, request: RemoteRequest, emitted: list[int], draft_token_ids: list[int], jit: int = 0) -> None:
+        """Tell what was emitted since `request.length`, and the drafts now under verification (`protocol.Outcome`)."""
+        if request.generation != self._link.generation:
+            return
+        length = request.length + len(emitted)
+        if length > self.max_length:
+            self._retire(request)
+            return
+        request.length = length
+        self._enqueue(Outcome(request.request_id, request.epoch, length, emitted, draft_token_ids, jit))
+
+    def close(self, request_id: str) -> None:
+        """Forget a request; unknown ones are ignored."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self._release(request)
+
+    def send(self, num_drafts: int) -> None:
+        """Send what was queued, if anything; `num_drafts` are wanted for each coming round."""
+        if not self._events:
+            return
+        events, self._events = self._events, []
+        if self._events_generation == self._link.generation:
+            self._link.send(Step(events, num_drafts))
+
+    def _retire(self, request: RemoteRequest) -> None:
+        self._release(request)
+        request.too_long = True
+        self._metrics.too_long(request.request_id)
+
+    def _release(self, request: RemoteRequest) -> None:
+        if self.holds(request):
+            self._enqueue(Close(request.request_id))
+        request.generation = NOT_HELD
+
+    def _enqueue(self, event: Open | Outcome | Close) -> None:
+        if self._events_generation != self._link.generation:
+            self._events, self._events_generation = [], self._link.generation
+        self._events.append(event)
+
+    # ---- from the drafter ------------------------------------------------------------------------------
+
+    def poll(self, timeout_s: float = 0.0) -> None:
+        """Take what the drafter has pushed, waiting at most `timeout_s` when there is nothing."""
+        pushes = self._link.poll(timeout_s)
+        self.awaiting_push = not pushes and (self.awaiting_push or timeout_s > 0)
         for push in pushes:
             for block in push.blocks:
-                session = self._sessions.get(block.request_id)
-                if session is None or not self._take(session, block):
-                    self._metrics.stale_block()
+                self._take_block(block)
             for evicted in push.evicted:
-                session = self._sessions.get(evicted.request_id)
-                if session is not None and session.epoch == evicted.epoch and session.generation >= 0:
-                    session.generation = -1  # outcomes under way when it was evicted are answered so, too: once counts
-                    session.reopen_round = self._round + (REOPEN_ROUNDS << min(session.evictions, 6))
-                    session.evictions += 1
+                self._take_eviction(evicted)
             if push.stats is not None:
                 self._metrics.drafter(push.stats, self._link.generation)
 
-    def _take(self, session: S, block: SpeculationBlock) -> bool:
-        """Keep a pushed block; False when it answers another committed length or epoch."""
-        return session.take(block)
+    def _take_block(self, block: SpeculationBlock) -> None:
+        request = self._requests.get(block.request_id)
+        if (
+            request is None
+            or block.epoch != request.epoch
+            or block.length != request.length
+            or not self.holds(request)
+            or not block.fits
+        ):
+            self._metrics.stale_block()
+            return
+        request.awaiting_first_block = False
+        self._keep_block(block)
+
+    def _take_eviction(self, evicted: Evicted) -> None:
+        request = self._requests.get(evicted.request_id)
+        if request is None or request.epoch != evicted.epoch or not self.holds(request):
+            return
+        request.generation = NOT_HELD
+        request.reopen_round = self._round + (REOPEN_ROUNDS << min(request.evictions, 6))
+        request.evictions += 1

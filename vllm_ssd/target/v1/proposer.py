@@ -12,7 +12,8 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm_ssd.compat.target import runner_v1
 from vllm_ssd.link.protocol import Proposal
 from vllm_ssd.target.start import start_drafter, user_config
-from vllm_ssd.target.v1.round import Verifier
+from vllm_ssd.target.v1.round import Batch
+from vllm_ssd.target.v1.verifier import Verifier
 
 
 class SSDProposer:
@@ -57,7 +58,7 @@ class SSDProposer:
         if self._verifier is None:
             return [[] for _ in sampled_token_ids]
         return self._verifier.propose(
-            self._request_ids, self._num_verified, sampled_token_ids, num_tokens_no_spec, token_ids_cpu
+            Batch(list(self._request_ids), self._num_verified, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
         )
 
     def proposals(

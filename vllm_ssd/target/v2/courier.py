@@ -21,13 +21,11 @@ import torch
 
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.kernels import OUTCOME_COLUMNS, Found
-from vllm_ssd.link.protocol import Close, Open, Outcome, SpeculationBlock
+from vllm_ssd.link.protocol import SpeculationBlock
 from vllm_ssd.policy import NgramGain
 from vllm_ssd.target.metrics import Metrics
-from vllm_ssd.target.requests import Link, Session, Sessions
+from vllm_ssd.target.requests import DrafterClient, Link, RemoteRequest
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
-
-Event = Open | Outcome | Close
 
 NUM_BUFFERS = 4
 """Buffers for outcomes made at the start: vLLM's thread is a step or two ahead of the device."""
@@ -60,32 +58,37 @@ class OutcomeBuffer:
 
 
 @dataclass(slots=True)
-class RemoteSession(Session):
-    """A request as this thread sees it, some steps behind vLLM's."""
+class SlotRequest:
+    """A request as the courier's thread sees it, some steps behind vLLM's."""
 
-    slot: int = 0
-    token_ids: list[int] = field(default_factory=list)  # committed
+    remote: RemoteRequest
+    slot: int
+    token_ids: list[int]  # committed
     verifying: list[int] = field(default_factory=list)  # drafts of the round after them
+    by_ngram: bool = False  # `verifying` are what followed an earlier n-gram
 
 
-class Courier(Sessions[RemoteSession]):
+class Courier:
     """Carries what vLLM's thread and the device leave to the drafter, and its blocks into the cache.
 
-    `start`, `finish`, `decided` and `stop` may be called from any thread and return at once. A request is known by its
-    serial number, which no other request ever had: one that vLLM preempts and resumes is a new one.
+    `start`, `finish`, `want`, `await_outcomes` and `stop` may be called from any thread and return at once. A request
+    is known by its serial number, which no other request ever had: one that vLLM preempts and resumes is a new one.
     """
 
     def __init__(
         self, config: SSDConfig, link: WaitableLink, metrics: Metrics, cache: SpeculationCache, logger: logging.Logger
     ) -> None:
-        super().__init__(config, link, metrics)
-        self._link: WaitableLink = link
+        self._config = config
+        self._link = link
+        self._metrics = metrics
         self._cache = cache
         self._logger = logger
-        self._tasks: deque[Callable[[], list[Event]]] = deque()
-        self._undecided: queue.SimpleQueue[tuple[list[int], OutcomeBuffer] | None] = queue.SimpleQueue()
+        self._client = DrafterClient(config, link, metrics, self._keep_block)
+        self._requests: dict[int, SlotRequest] = {}  # by serial number
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._on_device: queue.SimpleQueue[tuple[list[int], OutcomeBuffer] | None] = queue.SimpleQueue()
         self._buffers = deque(self._new_buffer() for _ in range(NUM_BUFFERS))
-        self._wanted = config.num_speculative_tokens
+        self._num_drafts = config.num_speculative_tokens  # of a round
         self._ngram_gain = NgramGain(config.num_speculative_tokens)
         self.wants_ngram = config.on_miss in ("ngram", "auto")
         """Whether rows without drafts should have n-gram drafts instead; vLLM's thread reads it."""
@@ -95,48 +98,50 @@ class Courier(Sessions[RemoteSession]):
     def run(self) -> None:
         """Start the threads; they end with `stop`."""
         threading.Thread(target=self._carry, name="ssd-courier", daemon=True).start()
-        threading.Thread(target=self._await_decisions, name="ssd-outcomes", daemon=True).start()
+        threading.Thread(target=self._await_device, name="ssd-outcomes", daemon=True).start()
 
     # ---- what vLLM's thread tells ----------------------------------------------------------------------
 
     def start(self, serial: int, slot: int, token_ids: Sequence[int], temperature: float) -> None:
         """Request `serial` joins in `slot` with all its tokens so far."""
-        self._leave(functools.partial(self._start, serial, slot, token_ids, temperature))
+        self._enqueue(functools.partial(self._start, serial, slot, token_ids, temperature))
 
     def finish(self, serial: int) -> None:
         """Request `serial` has left its slot."""
-        self._leave(functools.partial(self._finish, serial))
+        self._enqueue(functools.partial(self._finish, serial))
 
     def want(self, num_drafts: int) -> None:
         """Rounds carry `num_drafts` drafts from now on; with 0 the drafter is left in peace."""
-        self._leave(functools.partial(self._want, num_drafts))
+        self._enqueue(functools.partial(self._want, num_drafts))
 
     def outcome_buffer(self) -> OutcomeBuffer:
-        """A buffer for `decided`, used again once its rows were read; one more when all are under way."""
+        """A buffer for `await_outcomes`, used again once its rows were read; one more when all are under way."""
         try:
             return self._buffers.popleft()
         except IndexError:
             return self._new_buffer()
 
-    def decided(self, serials: list[int], outcomes: OutcomeBuffer) -> None:
-        """A round of requests `serials`, whose outcomes the current stream writes to the first rows of a buffer."""
+    def await_outcomes(self, serials: list[int], buffer: OutcomeBuffer) -> None:
+        """A round of requests `serials`, whose outcomes the current stream writes to the first rows of `buffer`."""
         if self._stopped:
-            self._buffers.append(outcomes)
-        elif outcomes.written is None:
-            self._leave(functools.partial(self._decide, serials, outcomes))
+            self._buffers.append(buffer)
+        elif buffer.written is None:
+            self._enqueue(functools.partial(self._take_outcomes, serials, buffer))
         else:
-            outcomes.written.record()
-            self._undecided.put((serials, outcomes))
+            buffer.written.record()
+            self._on_device.put((serials, buffer))
 
     def stop(self) -> None:
         """End the threads and the drafter."""
         self._stopped = True
-        self._undecided.put(None)
-        self._leave(list)
-
-    def _leave(self, task: Callable[[], list[Event]]) -> None:
-        self._tasks.append(task)
+        self._on_device.put(None)
         os.eventfd_write(self._wakeup, 1)
+
+    def _enqueue(self, task: Callable[[], None]) -> None:
+        """Leave work to the courier's thread, if it still runs."""
+        if not self._stopped:
+            self._tasks.append(task)
+            os.eventfd_write(self._wakeup, 1)
 
     def _new_buffer(self) -> OutcomeBuffer:
         num_slots, _, _, num_drafts = self._cache.blocks.draft_token_ids.shape
@@ -146,12 +151,12 @@ class Courier(Sessions[RemoteSession]):
 
     # ---- the threads -----------------------------------------------------------------------------------
 
-    def _await_decisions(self) -> None:
+    def _await_device(self) -> None:
         """Waiting for the device and waiting for the drafter take two threads."""
-        while (item := self._undecided.get()) is not None:
-            serials, outcomes = item
-            outcomes.written.synchronize()
-            self._leave(functools.partial(self._decide, serials, outcomes))
+        while (item := self._on_device.get()) is not None:
+            serials, buffer = item
+            buffer.written.synchronize()
+            self._enqueue(functools.partial(self._take_outcomes, serials, buffer))
 
     def _carry(self) -> None:
         try:
@@ -168,65 +173,58 @@ class Courier(Sessions[RemoteSession]):
         """Bring the blocks that have arrived to the device, then tell the drafter all that was left to tell."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wakeup)
-        self._absorb(self._link.poll())
+        self._client.poll()
         self._cache.flush()
-        events: list[Event] = []
         while self._tasks:
-            events += self._tasks.popleft()()
-        if events:
-            self._send(events, self._wanted)
+            self._tasks.popleft()()
+        self._client.send(self._num_drafts)
         self._metrics.log()
 
-    def _start(self, serial: int, slot: int, token_ids: Sequence[int], temperature: float) -> list[Event]:
-        session = RemoteSession(str(serial), temperature, len(token_ids), slot=slot, token_ids=list(token_ids))
-        self._sessions[session.request_id] = session
-        return [*self._open(session, token_ids)] if self._wanted else []
+    def _keep_block(self, block: SpeculationBlock) -> None:
+        serial = int(block.request_id)
+        self._cache.put(self._requests[serial].slot, serial, block)
 
-    def _finish(self, serial: int) -> list[Event]:
-        session = self._sessions.pop(str(serial))
-        return [Close(session.request_id)] if session.generation == self._link.generation else []
+    def _start(self, serial: int, slot: int, token_ids: Sequence[int], temperature: float) -> None:
+        remote = self._client.add(str(serial), temperature)
+        self._requests[serial] = SlotRequest(remote, slot, list(token_ids))
+        if self._num_drafts:
+            self._client.open(remote, token_ids)
 
-    def _want(self, num_drafts: int) -> list[Event]:
-        self._wanted = num_drafts
-        return []
+    def _finish(self, serial: int) -> None:
+        self._requests.pop(serial, None)
+        self._client.close(str(serial))
 
-    def _decide(self, serials: list[int], outcomes: OutcomeBuffer) -> list[Event]:
-        self._round += 1
-        events: list[Event] = []
-        offered, accepted, missed = [], [], False
-        rows = outcomes.rows[: len(serials)].tolist()
-        self._buffers.append(outcomes)
+    def _want(self, num_drafts: int) -> None:
+        self._num_drafts = num_drafts
+
+    def _take_outcomes(self, serials: list[int], buffer: OutcomeBuffer) -> None:
+        """Commit what the rows of a round emitted, and queue it for the drafter."""
+        self._client.begin_round()
+        offered, accepted, any_missed = [], [], False
+        rows = buffer.rows[: len(serials)].tolist()
+        self._buffers.append(buffer)
         for serial, (num_emitted, last, found, _, num_drafts, *drafts) in zip(serials, rows):
-            session = self._sessions.get(str(serial))
-            if session is None or not num_emitted:  # it has left since, or its prompt is not through
+            request = self._requests.get(serial)
+            if request is None or not num_emitted:  # it has left since, or its prompt is not through
                 continue
-            emitted = [*session.verifying[: num_emitted - 1], last]
-            offered.append(len(session.verifying))
+            offered.append(len(request.verifying))
             accepted.append(num_emitted - 1)
-            if session.by_ngram:
-                self._ngram_gain.observe(len(session.verifying), num_emitted - 1)
-            missed = missed or found != Found.HIT
-            session.by_ngram = num_drafts > 0 and found != Found.HIT
-            session.token_ids += emitted
-            session.verifying = drafts[:num_drafts]
-            if not self._wanted:
-                continue
-            if session.generation != self._link.generation:
-                opened = self._reopen(session, session.token_ids)
-                events += opened
-                if not opened or not session.verifying:
-                    continue
-            else:
-                self._metrics.outcome(hit=found == Found.HIT, block=found != Found.LATE)
-            unheard, session.length = session.token_ids[session.length :], len(session.token_ids)
-            events.append(Outcome(session.request_id, session.epoch, session.length, unheard, session.verifying))
+            if request.by_ngram:
+                self._ngram_gain.observe(len(request.verifying), num_emitted - 1)
+            any_missed = any_missed or found != Found.HIT
+            request.by_ngram = num_drafts > 0 and found != Found.HIT
+            request.token_ids += [*request.verifying[: num_emitted - 1], last]
+            request.verifying = drafts[:num_drafts]
+            if self._num_drafts:
+                self._tell(request, found)
         self._metrics.accepted(offered, accepted)
-        if missed and self._config.on_miss == "auto":
+        if any_missed and self._config.on_miss == "auto":
             self.wants_ngram = self._ngram_gain.drafts(self._config.num_speculative_tokens, NGRAM_LOSS)[0] > 0
-        return events
 
-    def _take(self, session: RemoteSession, block: SpeculationBlock) -> bool:
-        if not session.expects(block):
-            return False
-        self._cache.put(session.slot, int(session.request_id), block)
-        return True
+    def _tell(self, request: SlotRequest, found: int) -> None:
+        remote = request.remote
+        if self._client.holds(remote):
+            self._metrics.outcome(hit=found == Found.HIT, block=found != Found.LATE)
+            self._client.outcome(remote, request.token_ids[remote.length :], request.verifying)
+        else:
+            self._client.open(remote, request.token_ids, request.verifying)

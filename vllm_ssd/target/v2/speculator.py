@@ -15,7 +15,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm_ssd.compat.target.runner_v2 import V2Speculator, install, ngram_drafts, ngram_speculator
 from vllm_ssd.kernels import DeviceSpeculation, lookup, write_draft_logits
 from vllm_ssd.target.start import logger, start_drafter, user_config
-from vllm_ssd.target.v2.courier import Courier, OutcomeBuffer
+from vllm_ssd.target.v2.courier import Courier
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
 
 
@@ -90,29 +90,11 @@ class SSDSpeculator(V2Speculator):
         self, batch: Any, num_sampled: torch.Tensor, last_sampled: torch.Tensor, temperatures: torch.Tensor, wanted: int
     ) -> torch.Tensor:
         """Drafts [B, K] int64: those of the outcome's branch, and the last token again where there is none."""
-        slots = batch.idx_mapping_np
-        outcomes = None if self._courier is None else self._courier.outcome_buffer()
-        sampled = bool(self._sampled[slots].any())
-        self._decide(batch, num_sampled, last_sampled, temperatures, wanted, sampled, outcomes)
-        if self._courier is not None:
-            self._courier.decided(self._serials[slots].tolist(), outcomes)
-        return self._drafts[: batch.num_reqs, 1:]
-
-    def _decide(
-        self,
-        batch: Any,
-        num_sampled: torch.Tensor,
-        last_sampled: torch.Tensor,
-        temperatures: torch.Tensor,
-        wanted: int,
-        sampled: bool,
-        outcomes: OutcomeBuffer | None,
-    ) -> None:
-        """Launch what chooses the drafts: one kernel, one more if `sampled`, and what n-grams and other ranks take."""
-        slots = batch.idx_mapping
-        if self._courier is not None:
-            ngram = None
-            if self._ngram is not None and self._courier.wants_ngram and wanted:
+        slots, slots_on_host = batch.idx_mapping, batch.idx_mapping_np
+        courier = self._courier
+        if courier is not None:
+            ngram, outcomes = None, courier.outcome_buffer()
+            if self._ngram is not None and courier.wants_ngram and wanted:
                 ngram = ngram_drafts(self._ngram, batch, num_sampled, self._req_states)
             lookup(
                 self._cache.blocks,
@@ -128,10 +110,14 @@ class SSDSpeculator(V2Speculator):
                 outcomes.rows,
                 ngram,
             )
+        sampled = bool(self._sampled[slots_on_host].any())
         if self._group.world_size > 1:
             self._broadcast(slots, sampled)
         if sampled:
             write_draft_logits(self.draft_logits, self._columns, self._verifying, slots, temperatures)
+        if courier is not None:
+            courier.await_outcomes(self._serials[slots_on_host].tolist(), outcomes)
+        return self._drafts[: batch.num_reqs, 1:]
 
     def _broadcast(self, slots: torch.Tensor, sampled: bool) -> None:
         """Rank 0's choice on every rank; proposals travel only when a row of the batch needs them."""
@@ -143,12 +129,13 @@ class SSDSpeculator(V2Speculator):
             q_token_ids[slots], q_probs[slots] = q[0], q[1].view(torch.float32)
 
     def _warm_up(self) -> None:
-        """Launch everything once for a request that emitted nothing: else the first one would wait for compilers."""
-        batch = SimpleNamespace(num_reqs=1, idx_mapping=torch.zeros(1, dtype=torch.int64, device=self._device))
+        """Launch everything once for a row that emitted nothing: else the first request would wait for compilers."""
+        slots = np.zeros(1, np.int64)
+        batch = SimpleNamespace(num_reqs=1, idx_mapping=torch.from_numpy(slots).to(self._device), idx_mapping_np=slots)
         num_sampled = torch.zeros(1, dtype=torch.int32, device=self._device)
         temperatures = torch.zeros(len(self.num_drafts), device=self._device)
-        outcomes = None if self._courier is None else self._courier.outcome_buffer()
-        last_sampled = self._req_states.last_sampled_tokens
-        self._decide(batch, num_sampled, last_sampled, temperatures, self._drafts.shape[1] - 1, True, outcomes)
-        if self._courier is not None:
-            self._courier.decided([], outcomes)
+        self._sampled[0] = True
+        self.speculate(
+            batch, num_sampled, self._req_states.last_sampled_tokens, temperatures, self._drafts.shape[1] - 1
+        )
+        self._sampled[0] = False

@@ -1,0 +1,150 @@
+"""What the rows that missed carry: n-gram drafts, just-in-time drafts that are waited for, or nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from vllm_ssd.config import SSDConfig
+from vllm_ssd.link.protocol import JIT_TOKEN
+from vllm_ssd.policy import Adaptation, NgramGain, jit_drafts, jit_gain, ngram_drafts
+from vllm_ssd.target.requests import DrafterClient
+from vllm_ssd.target.v1.request import Speculation
+from vllm_ssd.target.v1.round import Round, Row
+
+SLOWNESS_KEPT = 0.998
+"""Of the time just-in-time drafts take, at each miss that does not wait for them: a drafter that was slow once is tried
+again, after some hundred misses (a guess)."""
+
+Matches = list[tuple[Row, list[int]]]
+"""Rows with their n-gram drafts."""
+
+
+class Fallback:
+    """Decides for the rows that missed, and learns what its choices bring."""
+
+    def __init__(self, config: SSDConfig, adaptation: Adaptation) -> None:
+        self._config = config
+        self._adaptation = adaptation
+        self._ngram_gain = NgramGain(config.num_speculative_tokens)
+        self._survival = [0.0] * config.num_speculative_tokens
+        self._tokens_per_s = 0.0
+        self._jit_first_s = self._jit_step_s = 0.0
+
+    def decide(self, round_: Round, num_requests: int, client: DrafterClient) -> None:
+        """Give n-gram drafts to missed rows, or let them wait, whichever gains most; `num_requests` are open."""
+        missed = round_.missed
+        if not missed:
+            return
+        matches: Matches = []
+        matched_gain = 0.0
+        if self._config.on_miss in ("ngram", "auto"):
+            matches, matched_gain = self._match_ngrams(round_, missed, num_requests)
+        waiting = self._may_wait(missed, client)
+        jit, gain = self._num_jit_drafts(len(waiting), round_.num_drafts)
+        if waiting and not jit:
+            self._jit_first_s *= SLOWNESS_KEPT
+            self._jit_step_s *= SLOWNESS_KEPT
+        if matches:
+            matched = {row.index for row, _ in matches}
+            others = [row for row in waiting if row.index not in matched]
+            others_jit, others_gain = self._num_jit_drafts(len(others), round_.num_drafts)
+            if gain <= matched_gain + others_gain:
+                for row, drafts in matches:
+                    row.drafts, row.by_ngram = Speculation(drafts, [None] * len(drafts)), True
+                waiting, jit = others, others_jit
+        if jit:
+            round_.wait_for(waiting, jit)
+
+    def wait(self, round_: Round, client: DrafterClient) -> float:
+        """Wait, boundedly, for the drafts that rows wait for, and tell which are taken; returns the seconds."""
+        waiting, jit = round_.waiting, round_.waiting[0].jit
+        started = now = time.perf_counter()
+        deadline = started + self._config.wait_ms / 1e3
+        first_s, ready = None, 0
+        while client.connected:
+            ready = min(_num_ready(row, client) for row in waiting)
+            now = time.perf_counter()
+            if first_s is None and ready:
+                first_s = now - started
+            if ready >= jit or now >= deadline:
+                break
+            client.poll(deadline - now)
+        seconds = now - started
+        held = [row for row in waiting if client.holds(row.request.remote)]
+        reading = any(row.request.remote.awaiting_first_block for row in held)
+        if client.connected and len(held) == len(waiting) and not reading:
+            self._learn_wait(seconds, first_s, ready, jit)  # of drafting, not of reading a new prompt
+        for row in held:
+            row.drafts = row.request.lookup(0, JIT_TOKEN).since(0, min(jit, row.max_drafts))
+            row.request.blocks = []
+            client.outcome(row.request.remote, [], row.drafts.token_ids)
+        client.send(round_.num_drafts)
+        return seconds
+
+    def observe(
+        self, by_ngram: Sequence[bool], num_verified: Sequence[int], accepted: Sequence[int], seconds: float | None
+    ) -> None:
+        """Learn from a verified round, row by row: whether drafts were by n-gram, how many, how many were accepted.
+
+        seconds: time since the round before; None where that says nothing about decoding.
+        """
+        for guessed, m, k in zip(by_ngram, num_verified, accepted):
+            if guessed and m:
+                self._ngram_gain.observe(m, k)
+        if seconds is None:
+            return
+        rate = (sum(accepted) + len(accepted)) / seconds
+        self._tokens_per_s += 0.05 * (rate - self._tokens_per_s)
+        for guessed, m, k in zip(by_ngram, num_verified, accepted):
+            for j in range(0 if guessed else m):
+                self._survival[j] += 0.02 * ((k > j) - self._survival[j])
+
+    def _match_ngrams(self, round_: Round, missed: list[Row], num_requests: int) -> tuple[Matches, float]:
+        """n-gram drafts of the rows that have any, as many as pay, and the tokens they are expected to gain."""
+        config = self._config
+        matches: Matches = []
+        total = 0.0
+        lost_per_draft = self._tokens_per_s * self._adaptation.draft_seconds(num_requests)
+        for row in missed:
+            drafts = ngram_drafts(round_.tokens(row), row.max_drafts, config.ngram_min, config.ngram_max)
+            if drafts and config.on_miss == "auto":
+                num_drafts, gain = self._ngram_gain.drafts(len(drafts), lost_per_draft)
+                drafts = drafts[:num_drafts]
+                total += gain
+            if drafts:
+                matches.append((row, drafts))
+        return matches, total
+
+    def _may_wait(self, missed: list[Row], client: DrafterClient) -> list[Row]:
+        """Rows whose drafter can be told to hurry; none while it still owes what was waited for."""
+        if self._config.on_miss not in ("wait", "auto") or not client.connected or client.awaiting_push:
+            return []
+        return [row for row in missed if row.emitted is not None and row.length <= client.max_length]
+
+    def _num_jit_drafts(self, num_missed: int, wanted: int) -> tuple[int, float]:
+        """Just-in-time drafts worth waiting for, and tokens gained: all with "wait", what was measured with "auto"."""
+        if not num_missed:
+            return 0, 0.0
+        if self._config.on_miss == "wait" or not self._jit_step_s:
+            return wanted, float(num_missed)
+        first_s, step_s = self._jit_first_s, self._jit_step_s
+        bound_s = self._config.wait_ms / 1e3
+        drafts = jit_drafts(num_missed, wanted, self._survival, self._tokens_per_s, first_s, step_s, bound_s)
+        if not drafts:
+            return 0, 0.0
+        return drafts, jit_gain(num_missed, drafts, self._survival, self._tokens_per_s, first_s + drafts * step_s)
+
+    def _learn_wait(self, seconds: float, first_s: float | None, ready: int, jit: int) -> None:
+        """Learn from a wait in which `ready` of `jit` drafts came, the first after `first_s` (None: not even that)."""
+        first_s = seconds if first_s is None else first_s
+        steps = jit - 1 if ready >= jit else ready  # of an unfinished wait, at least so long was the step it ended in
+        step_s = (seconds - first_s) / steps if steps else first_s / 2
+        weight = 0.1 if self._jit_step_s else 1.0
+        self._jit_first_s += weight * (first_s - step_s - self._jit_first_s)
+        self._jit_step_s += weight * (step_s - self._jit_step_s)
+
+
+def _num_ready(row: Row, client: DrafterClient) -> int:
+    """Just-in-time drafts of a row that are there; all where none will come any more."""
+    return len(row.request.lookup(0, JIT_TOKEN).token_ids) if client.holds(row.request.remote) else row.jit

@@ -1,0 +1,107 @@
+"""The target's side of SSD on the V1 runner: take the speculation that waits for an outcome, tell the drafter of it.
+
+vLLM's rejection sampler stays the only judge of tokens. Nothing here waits for the drafter but a missed row,
+and that only up to a bound.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+from vllm_ssd.config import SSDConfig
+from vllm_ssd.link.protocol import Proposal, SpeculationBlock
+from vllm_ssd.policy import Adaptation
+from vllm_ssd.target.metrics import Metrics
+from vllm_ssd.target.requests import DrafterClient, Link
+from vllm_ssd.target.v1.fallback import Fallback
+from vllm_ssd.target.v1.request import Request
+from vllm_ssd.target.v1.round import Batch, Round
+
+
+class Verifier:
+    """Turn outcomes into drafts for one vLLM worker."""
+
+    def __init__(self, config: SSDConfig, link: Link, metrics: Metrics) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._requests: dict[str, Request] = {}
+        self._client = DrafterClient(config, link, metrics, self._keep_block)
+        self._adaptation = Adaptation(config.num_speculative_tokens)
+        self._fallback = Fallback(config, self._adaptation)
+        self._last_round: Round | None = None
+
+    def start_requests(self, requests: Iterable[tuple[str, Sequence[int], float, int]]) -> None:
+        """Open `(request_id, prompt token ids, temperature, min_tokens)` on the drafter, while the target prefills."""
+        for request_id, token_ids, temperature, min_tokens in requests:
+            remote = self._client.add(request_id, temperature if temperature >= 1e-5 else 0.0)
+            self._requests[request_id] = Request(remote, len(token_ids) + min_tokens)
+            if self._num_drafts(len(self._requests)):
+                self._client.open(remote, token_ids)
+        self._client.send(self._config.num_speculative_tokens)
+
+    def finish_requests(self, request_ids: Iterable[str]) -> None:
+        """Forget requests; the drafter is told with the next step, or now if that may be long in coming."""
+        for request_id in request_ids:
+            if self._requests.pop(request_id, None) is not None:
+                self._client.close(request_id)
+        if not self._requests:
+            self._client.send(self._config.num_speculative_tokens)
+
+    def propose(self, batch: Batch) -> list[list[int]]:
+        """Drafts for the next round of every row, `[]` where there are none."""
+        started_s = time.perf_counter()
+        self._client.begin_round()
+        self._client.poll()
+        self._observe(batch, started_s)
+        round_ = Round(started_s, batch, self._num_drafts(sum(map(bool, batch.sampled_token_ids))))
+        if round_.num_drafts:
+            round_.look_up(self._requests, self._client, self._metrics)
+            self._fallback.decide(round_, len(self._requests), self._client)
+        round_.tell(self._client)
+        if round_.waiting:
+            self._metrics.waited(self._fallback.wait(round_, self._client))
+        proposed = round_.hand_over()
+        self._last_round = round_
+        if not round_.waiting:
+            self._metrics.handed_over(time.perf_counter() - started_s)
+        self._metrics.log()
+        return proposed
+
+    def proposals(
+        self, request_ids: Sequence[str], num_tokens: Sequence[int], draft_token_ids: list[list[int]]
+    ) -> list[list[Proposal | None]] | None:
+        """The distribution of each draft now under verification, or None when no row has any.
+
+        num_tokens [B] committed lengths before this round; draft_token_ids [B] lists as vLLM verifies them: a prefix
+        of what was handed over at that length, or filler, which no distribution must be claimed for.
+        """
+        found: list[list[Proposal | None]] = []
+        for request_id, length, drafts in zip(request_ids, num_tokens, draft_token_ids):
+            request = self._requests.get(request_id)
+            found.append([None] * len(drafts) if request is None else request.known_proposals(length, drafts))
+        return found if any(p is not None for row in found for p in row) else None
+
+    def _num_drafts(self, batch_size: int) -> int:
+        return self._adaptation.choose(batch_size) if self._config.adaptive else self._config.num_speculative_tokens
+
+    def _keep_block(self, block: SpeculationBlock) -> None:
+        self._requests[block.request_id].blocks.append(block)
+
+    def _observe(self, batch: Batch, now_s: float) -> None:
+        """Count what was accepted, and learn from rounds of pure decoding that followed directly on another."""
+        last, self._last_round = self._last_round, None
+        accepted = [max(len(sampled) - 1, 0) for sampled in batch.sampled_token_ids]
+        self._metrics.accepted(batch.num_verified, accepted)
+        requests = [self._requests.get(request_id) for request_id in batch.request_ids]
+        by_ngram = [request is not None and request.by_ngram for request in requests]
+        seconds = None
+        if (
+            last is not None
+            and last.request_ids == batch.request_ids
+            and all(batch.sampled_token_ids)
+            and self._client.connected  # rounds without a drafter say nothing about speculation
+        ):
+            seconds = now_s - last.started_s
+            self._adaptation.observe(len(accepted), last.num_drafts, batch.num_verified, accepted, seconds)
+        self._fallback.observe(by_ngram, batch.num_verified, accepted, seconds)
