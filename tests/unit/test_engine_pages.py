@@ -1,0 +1,41 @@
+"""Pages that requests share."""
+
+from __future__ import annotations
+
+import numpy as np
+from engine_target import grow
+
+
+def test_shared_prompts_share_pages(make_target):
+    target = make_target(num_pages=40)
+    engine = target.engine
+    prompt = [3] * 17
+    target.open("a", prompt)
+    grow(target)
+    free = engine.pages.num_free
+    target.open("b", prompt)
+    assert engine.sequences["b"].computed == 16
+    assert free == engine.pages.num_free
+    grow(target)
+    assert set(target.blocks["a"]) == set(target.blocks["b"])
+
+
+def test_pages_that_are_shared_before_the_device_knows(make_target):
+    """Nothing is carried out between the verbs: a second spine reads the first, a third the second, the first ends."""
+    pages, nobody = make_target(num_pages=20).engine.pages, np.empty(0, np.int64)
+    pages.reserve(0, 30)
+    pages.share(1, 0, 5)
+    pages.share(2, 1, 3)
+    pages.reserve(2, 13)
+    assert pages.num_free == 20 - 8 - 1
+    pages.close(0, nobody)
+    assert pages.num_free == 20 - 5 - 1
+    pages.close(1, nobody)
+    pages.reserve(0, 1)
+    assert pages.num_free == 20 - 4 - 1
+    if hasattr(pages, "trees"):
+        pages.carry_out()
+        trees = pages.trees
+        assert int(pages.device_pool.num_free) == pages.num_free
+        assert trees.num_pages.tolist() == pages.num_pages.tolist() == [1, 0, 4, 0]
+        assert not set(trees.page_tables[0, :1].tolist()) & set(trees.page_tables[2, :4].tolist())
