@@ -33,7 +33,6 @@ When pages run out, requests are evicted whole, the least recently advanced firs
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence as SequenceOf
 
@@ -51,8 +50,8 @@ from vllm_ssd.policy import BranchBudget, FanOut
 
 PREFILL_TOKENS_PER_STEP = 256
 """Prompt tokens forwarded beside one step of the branches, so that a long prompt delays nobody for long."""
-MIN_TEMPERATURE = 1e-5
-"""Lowest temperature above 0, as vLLM's; logits divided by less are not finite."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e5
+"""Of requests that sample. vLLM takes lower ones for 0; beyond them, logits divided by one are not finite, or all 0."""
 
 
 class DraftEngine:
@@ -96,7 +95,7 @@ class DraftEngine:
         """Start a request from all its committed tokens, `token_ids` `[L]` int32; replaces an earlier epoch."""
         self._stepper.settle()
         known = len(token_ids) and 0 <= token_ids.min() and token_ids.max() < self._vocab_size
-        can_draw = temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf
+        can_draw = temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE
         if not known or not can_draw or not self._fits(len(token_ids), num_drafts):
             self.refuse(request_id, epoch)
             return
