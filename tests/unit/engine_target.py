@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Protocol
 
 import numpy as np
@@ -166,3 +167,24 @@ def check_proposals(
 def grow(target: Target) -> None:
     while target.engine.has_work:
         target.step()
+
+
+def drive(target: Target, rng: Random, num_rounds: int) -> None:
+    """Requests join, hit, miss and leave, some of them between the steps of a tree, three at a time."""
+    for i in range(num_rounds):
+        live = sorted(target.tokens)
+        if len(live) < 3:
+            shared = target.tokens[live[0]][:40] if live else []
+            target.open(f"r{i}", shared + [rng.randrange(13) for _ in range(rng.randint(1, 9))], rng.choice([0.0, 0.8]))
+        for _ in range(rng.choice([1, 2, 3, 9])):
+            if target.engine.has_work:
+                target.step()
+        request_id = rng.choice(sorted(target.tokens))
+        drafts, block = target.drafts[request_id], target.blocks[request_id]
+        if rng.random() < 0.1 or len(target.tokens[request_id]) > 80:
+            target.close(request_id)
+        elif block and rng.random() < 0.7:
+            accept_length, bonus = rng.choice(sorted(block))
+            target.advance(request_id, [*drafts[:accept_length], bonus], block[accept_length, bonus])
+        else:
+            target.advance(request_id, [*drafts[: rng.randint(0, len(drafts))], rng.randrange(13)], [])

@@ -1,9 +1,11 @@
-"""Pages that requests share."""
+"""Pages of the trees of several requests, and those that they share."""
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
-from engine_target import grow
+from engine_target import drive, grow
 
 
 def test_shared_prompts_share_pages(make_target):
@@ -39,3 +41,13 @@ def test_pages_that_are_shared_before_the_device_knows(make_target):
         assert int(pages.device_pool.num_free) == pages.num_free
         assert trees.num_pages.tolist() == pages.num_pages.tolist() == [1, 0, 4, 0]
         assert not set(trees.page_tables[0, :1].tolist()) & set(trees.page_tables[2, :4].tolist())
+
+
+def test_pages_are_conserved_over_many_rounds(make_target):
+    """Checked after every verb and every step, in a pool that is often too small for three trees."""
+    target = make_target(num_pages=40, max_model_len=120, max_num_seqs=3)
+    drive(target, random.Random(0), 300)
+    assert target.engine.num_evictions > 20 and target.engine.num_steps > 300
+    for request_id in list(target.engine.sequences):
+        target.close(request_id)
+    assert target.engine.pages.num_free == 40
