@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 
@@ -48,6 +50,7 @@ class DeviceSteps:
 
         Every call seeds the noise of each row anew: draws are independent between branches and rounds.
         """
+        began = time.perf_counter()
         pages, branches = self._pages, self._branches
         pages.carry_out()
         order = np.argsort(branches.owner[rows], kind="stable")  # the branches of a request side by side
@@ -84,16 +87,28 @@ class DeviceSteps:
             seeds=self._random.integers(1 << 63, size=n),
             fan_out=None if fan_out is None else fan_out[:, order],
         )
-        return DeviceRun(bucket, rows, place, num_steps, branches.num_candidates, bool(temperatures.any()))
+        return DeviceRun(bucket, rows, place, num_steps, branches.num_candidates, bool(temperatures.any()), began)
 
 
 class DeviceRun:
-    """Steps of `rows` under way: `take` them one after the other, until it `is_done`."""
+    """Steps of `rows` under way, since `began`: `take` them one after the other, until it `is_done`.
+
+    The device works between two takes, too: a step's time is that since the step before it was taken.
+    """
 
     def __init__(
-        self, bucket: _Bucket, rows: np.ndarray, place: np.ndarray, num_steps: int, num_candidates: int, sampled: bool
+        self,
+        bucket: _Bucket,
+        rows: np.ndarray,
+        place: np.ndarray,
+        num_steps: int,
+        num_candidates: int,
+        sampled: bool,
+        began: float,
     ) -> None:
         self.rows = rows
+        self.step_s = 0.0
+        self._began = began
         self._bucket = bucket
         self._place = place  # of each row in the bucket
         self._num_steps, self._num_launched, self._num_taken = num_steps, 0, 0
@@ -113,6 +128,8 @@ class DeviceRun:
             self._num_launched += 1
         token_ids, q_token_ids, q_probs = (drawn[self._place] for drawn in bucket.drawn(step))
         self._num_taken += 1
+        now = time.perf_counter()
+        self.step_s, self._began = now - self._began, now
         return Draw(
             q_token_ids[:, : self._num_candidates],
             token_ids,

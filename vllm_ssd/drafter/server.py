@@ -158,10 +158,14 @@ def build_engine(
     if model.tree_attention:
         top_m = max(top_m, num_candidates)  # the kernel draws both from one list
     branches = Branches(max_num_seqs, max_branches + 1, num_speculative_tokens, num_candidates, top_m)
-    pages = (DevicePages if model.tree_attention else HostPages)(model, branches)
-    eager = runner = EagerRunner(model, pages, branches, Sampler(num_candidates, top_m, seed, saguaro_c))
-    if model.tree_attention and top_m <= MAX_TOP_M:
-        runner = DeviceSteps(model, pages, branches, top_m, seed, saguaro_c)
+    sampler = Sampler(num_candidates, top_m, seed, saguaro_c)
+    if model.tree_attention:
+        pages = DevicePages(model, branches)
+        eager = EagerRunner(model, pages, branches, sampler)
+        runner = DeviceSteps(model, pages, branches, top_m, seed, saguaro_c) if top_m <= MAX_TOP_M else eager
+    else:
+        pages = HostPages(model, branches)
+        runner = eager = EagerRunner(model, pages, branches, sampler)
     budget = BranchBudget(max_num_seqs * max_branches)
     stepper = Stepper(branches, eager, runner, budget, saguaro_c)
     return DraftEngine(

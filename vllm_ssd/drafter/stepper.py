@@ -28,16 +28,19 @@ FanOutAfterHit = Callable[[int], SequenceOf[int]]
 
 
 class Run(Protocol):
-    """Steps of the branches in `rows` [n], taken one after the other."""
+    """Steps of the branches in `rows` [n], taken one after the other; the last one took `step_s`."""
 
     rows: np.ndarray
+    step_s: float
 
     @property
     def is_done(self) -> bool:
         """Whether every step was taken."""
+        ...
 
     def take(self) -> Draw:
         """What the next step drew after `rows`."""
+        ...
 
     def stop(self) -> None:
         """End with the steps that were launched, which are still to be taken."""
@@ -51,6 +54,7 @@ class Runner(Protocol):
 
         fan_out [num_steps, n] int64: how many of the likeliest tokens of each step are down-weighted; None for none.
         """
+        ...
 
 
 class EagerRunner:
@@ -87,6 +91,7 @@ class EagerRun:
 
     def __init__(self, runner: EagerRunner, rows: np.ndarray, num_steps: int, fan_out: np.ndarray | None) -> None:
         self.rows = rows
+        self.step_s = 0.0
         self._runner = runner
         self._num_steps, self._num_taken = num_steps, 0
         self._fan_out = fan_out
@@ -98,9 +103,12 @@ class EagerRun:
 
     def take(self) -> Draw:
         """Run the next step."""
+        began = time.perf_counter()
         fan_out = None if self._fan_out is None else self._fan_out[self._num_taken]
         self._num_taken += 1
-        return self._runner.forward((), self.rows, fan_out)[1]
+        _, draw = self._runner.forward((), self.rows, fan_out)
+        self.step_s = time.perf_counter() - began
+        return draw
 
     def stop(self) -> None:
         """End here: nothing was launched."""
@@ -122,7 +130,6 @@ class Stepper:
         self._budget = budget
         self._down_weights = saguaro_c < 1
         self._run: Run | None = None
-        self._step_began = 0.0
         self.num_steps = 0
 
     def step(
@@ -134,7 +141,6 @@ class Stepper:
         What is drawn after branches goes to them; what is drawn after spines is returned, as the first draws.
         """
         if self._run is None:
-            self._step_began = time.perf_counter()
             rows, finished = np.flatnonzero(self._branches.growing), self._branches.finished
             if spines:
                 return self._step_spines(spines, rows, fan_out_after_hit)
@@ -145,9 +151,7 @@ class Stepper:
             self._run = self._start_run(rows, is_last, fan_out_after_hit)
         run = self._run
         self._take(run)
-        now = time.perf_counter()
-        self._budget.observe_step(len(run.rows), now - self._step_began)
-        self._step_began = now
+        self._budget.observe_step(len(run.rows), run.step_s)
         if run.is_done:
             self._run = None
         return None

@@ -67,6 +67,7 @@ class PagedModel(Protocol):
 
     def forward(self, batch: ForwardBatch | TreeBatch) -> torch.Tensor:
         """Logits `[n, vocab]` at `batch.logit_indices`; KV of every token lands in its slot."""
+        ...
 
     def copy_pages(self, sources: list[int], destinations: list[int]) -> None:
         """Copy whole pages; all sources are read before any destination is written."""

@@ -26,9 +26,11 @@ class Pages(Protocol):
     @property
     def num_free(self) -> int:
         """Pages that nobody holds."""
+        ...
 
     def missing(self, slot: int, num_tokens: int) -> int:
         """Pages that a spine lacks to hold `num_tokens`."""
+        ...
 
     def reserve(self, slot: int, num_tokens: int) -> None:
         """Give a spine the pages it lacks; as many must be free."""
@@ -38,6 +40,7 @@ class Pages(Protocol):
 
     def needed(self, rows: np.ndarray) -> int:
         """Pages that `fork` takes for new branches in `rows`."""
+        ...
 
     def fork(self, rows: np.ndarray) -> None:
         """Give pages to new branches in `rows` [n], all of one fork point; as many as they need must be free.
@@ -54,3 +57,4 @@ class Pages(Protocol):
 
     def batch(self, tokens: StepTokens) -> ForwardBatch | TreeBatch:
         """The forward of `tokens`, before which everything asked for is carried out."""
+        ...
