@@ -61,10 +61,8 @@ class DevicePages(SpinePages):
 
     def needed(self, rows: np.ndarray) -> int:
         """Pages that `fork` takes for new branches in `rows`: room for all K drafts, however many are wanted."""
-        return int(self._per_branch(rows).sum())
-
-    def _per_branch(self, rows: np.ndarray) -> np.ndarray:
-        return (self._branches.base[rows] % self.page_size + self._num_drafts) // self.page_size + 1
+        base = int(self._branches.base[rows[0]])
+        return len(rows) * ((base % self.page_size + self._num_drafts) // self.page_size + 1)
 
     def fork(self, rows: np.ndarray) -> None:
         """See `Pages.fork`."""
@@ -73,8 +71,9 @@ class DevicePages(SpinePages):
         is_jit = branches.accept_length[first] == JIT_ACCEPT_LENGTH
         k = 0 if is_jit else int(branches.accept_length[first])
         self._index[rows] = self._fan_out[slot].sum() + np.arange(len(rows))
-        self._num_branch_pages[rows] = self._per_branch(rows)
-        self._held_by_branches += int(self._num_branch_pages[rows].sum())
+        needed = self.needed(rows)
+        self._num_branch_pages[rows] = needed // len(rows)
+        self._held_by_branches += needed
         self._lengths[slot] = base - k
         begin, end = self._forks[slot]
         self._forks[slot] = (begin if begin < end else k, k + 1)

@@ -31,19 +31,19 @@ class HostPages(SpinePages):
 
     def needed(self, rows: np.ndarray) -> int:
         """Pages that `fork` takes for new branches in `rows`: up to their last drafts."""
-        base, num_drafts = self._branches.base[rows], self._branches.num_drafts[rows]
-        return int(((base + num_drafts) // self.page_size - base // self.page_size + 1).sum())
+        base, num_drafts = int(self._branches.base[rows[0]]), int(self._branches.num_drafts[rows[0]])
+        return len(rows) * ((base + num_drafts) // self.page_size - base // self.page_size + 1)
 
     def fork(self, rows: np.ndarray) -> None:
         """See `Pages.fork`."""
         branches, first = self._branches, rows[0]
-        base, slot = int(branches.base[first]), int(branches.owner[first])
         pages = self.pool.allocate(self.needed(rows)).reshape(len(rows), -1)
         self.branch_pages[rows] = 0
         self.branch_pages[rows, : pages.shape[1]] = pages
         self.num_branch_pages[rows] = pages.shape[1]
+        base = int(branches.base[first])
         if base % self.page_size or branches.accept_length[first] == JIT_ACCEPT_LENGTH:
-            source = int(self.tables[slot, base // self.page_size])
+            source = int(self.tables[branches.owner[first], base // self.page_size])
             source = self._copies.get(source, source)
             for destination in pages[:, 0].tolist():
                 self._copies[destination] = source

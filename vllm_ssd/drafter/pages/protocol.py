@@ -39,7 +39,7 @@ class Pages(Protocol):
         """Begin the empty spine of `slot` with the first pages of another's, all of them full."""
 
     def needed(self, rows: np.ndarray) -> int:
-        """Pages that `fork` takes for new branches in `rows`."""
+        """Pages that `fork` takes for new branches in `rows`, all of one fork point."""
         ...
 
     def fork(self, rows: np.ndarray) -> None:
