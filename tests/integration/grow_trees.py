@@ -1,6 +1,7 @@
-"""`python grow_trees.py FOLDER tree|vllm`: what a real drafter speculates through a script of outcomes, as JSON.
+"""`python grow_trees.py FOLDER KIND`: what a real drafter speculates through a script of outcomes, as JSON.
 
-With tree attention, also what the check at start says of the drafter as it is, and once attention misses own pages.
+KIND: `tree` (our attention), `vllm` (vLLM's) or `compiled` (vLLM's, in a model that vLLM compiles). With `tree`, also
+what the check at start says of the drafter as it is, and once attention misses own pages.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import torch
 from vllm_ssd.compat.drafter import tree_backend
 from vllm_ssd.compat.drafter.draft_model import DraftModel
 from vllm_ssd.drafter.engine import DraftEngine
-from vllm_ssd.drafter.pages.device import DevicePages
-from vllm_ssd.drafter.pages.host import HostPages
 from vllm_ssd.drafter.self_check import WrongTrees, check_trees
+from vllm_ssd.drafter.server import build_engine
 from vllm_ssd.policy import FanOut
 
 K = 4
@@ -26,17 +26,19 @@ PROMPT_LENGTHS = (1, 31, 32, 90)
 """One token; up to, and on, the boundary of a page; several pages."""
 
 
-def main(folder: str, attention: str) -> None:
+def main(folder: str, kind: str) -> None:
     model = DraftModel(
         model=folder,
-        tree_attention=attention == "tree",
+        tree_attention=kind == "tree",
         dtype="float32",
-        enforce_eager=True,
+        enforce_eager=kind != "compiled",
         max_model_len=256,
         max_num_seqs=4,
         kv_cache_memory_bytes=32 << 20,
+        max_num_batched_tokens=64,  # the prompts together are more: no compiled model takes so many
     )
-    engine = DraftEngine(
+    eager_forwards = count_eager_forwards(model)
+    engine = build_engine(
         model,
         FanOut(K, [3, 2, 2, 1, 3]),
         num_speculative_tokens=K,
@@ -45,7 +47,6 @@ def main(folder: str, attention: str) -> None:
         max_fan_out=3,
         top_m=8,
         seed=0,
-        pages=DevicePages if attention == "tree" else HostPages,
     )
     engine._budget.observe_window = lambda seconds: None  # what time allows must not decide what is compared
     rng = random.Random(0)
@@ -53,6 +54,8 @@ def main(folder: str, attention: str) -> None:
     drafts: dict[str, list[int]] = {name: [] for name in tokens}
     for name, prompt in tokens.items():
         engine.open(name, 0, np.array(prompt, np.int32), 0.0, K)
+        if len(prompt) == 1:
+            engine.speculate()  # one token alone
     grown = []
     for _ in range(ROUNDS):
         blocks: dict[str, dict[tuple[int, int], list[int]]] = {name: {} for name in tokens}
@@ -75,13 +78,31 @@ def main(folder: str, attention: str) -> None:
                 emitted, drafts[name] = named[:1] + [rng.randrange(model.vocab_size)], []
             tokens[name] = tokens[name] + emitted
             engine.advance(name, 0, len(tokens[name]), emitted, drafts[name], num_drafts=K)
-    result = {"backend": type(model._metadata_builder).__module__, "steps": engine.num_steps, "grown": grown}
-    if attention == "tree":
+    result = {
+        "backend": type(model._metadata_builder).__module__,
+        "steps": engine.num_steps,
+        "eager_forwards": len(eager_forwards),
+        "grown": grown,
+    }
+    if kind == "tree":
         for name in tokens:
             engine.close(name)
         check_trees(engine, model, K)
         result["fault"] = fault_without_own_pages(engine, model)
     print(json.dumps(result))
+
+
+def count_eager_forwards(model: DraftModel) -> list[int]:
+    """Tokens of every forward that runs the decoder's own Python, which a compiled one passes by; grows from now on."""
+    decoder, num_tokens = model._model.model, []
+    forward = decoder.forward
+
+    def counted(input_ids: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        num_tokens.append(len(input_ids))
+        return forward(input_ids, *arguments, **options)
+
+    decoder.forward = counted
+    return num_tokens
 
 
 def fault_without_own_pages(engine: DraftEngine, model: DraftModel) -> str | None:

@@ -1,4 +1,4 @@
-"""A real drafter says the same, token for token, through our attention backend and through vLLM's own."""
+"""A real drafter says the same, token for token, whatever its attention and whether vLLM compiles it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engines import ENVIRONMENT, PAIR
@@ -14,23 +15,42 @@ from engines import ENVIRONMENT, PAIR
 SCRIPT = Path(__file__).with_name("grow_trees.py")
 
 
-@pytest.mark.compat
-def test_trees_on_the_device_equal_sequences_on_the_host(tmp_path):
-    """The kernels' references, pages and slots from `expand`, one trunk a request; against one page table a branch."""
+@pytest.fixture(scope="module")
+def grow_trees(tmp_path_factory: pytest.TempPathFactory):
+    """What a drafter of some kind says: `grow_trees(kind)`."""
     environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    results = {}
-    for attention in ("tree", "vllm"):
-        run = subprocess.run(
-            [sys.executable, str(SCRIPT), str(PAIR / "drafter"), attention],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr[-4000:]
-        results[attention] = json.loads(run.stdout.splitlines()[-1])
-    tree, plain = results["tree"], results["vllm"]
+    environment["VLLM_CACHE_ROOT"] = str(tmp_path_factory.mktemp("cache"))  # what is compiled is compiled here
+    results: dict[str, dict[str, Any]] = {}
+
+    def grow(kind: str) -> dict[str, Any]:
+        if kind not in results:
+            run = subprocess.run(
+                [sys.executable, str(SCRIPT), str(PAIR / "drafter"), kind],
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+            assert run.returncode == 0, run.stderr[-4000:]
+            results[kind] = json.loads(run.stdout.splitlines()[-1])
+        return results[kind]
+
+    return grow
+
+
+@pytest.mark.compat
+def test_trees_on_the_device_equal_sequences_on_the_host(grow_trees):
+    """The kernels' references, pages and slots from `expand`, one trunk a request; against one page table a branch."""
+    tree, plain = grow_trees("tree"), grow_trees("vllm")
     assert tree["backend"] == "vllm_ssd.compat.drafter.tree_backend" and plain["backend"].startswith("vllm.")
     assert tree["grown"] == plain["grown"] and tree["steps"] == plain["steps"]
     assert "standard deviations" in tree["fault"]
     drafts = [drafts for blocks in tree["grown"] for block in blocks.values() for _, drafts in block]
     assert len(drafts) > 200 and all(len(branch) == 4 for branch in drafts)
+
+
+@pytest.mark.compat
+def test_a_compiled_drafter_equals_an_eager_one(grow_trees):
+    """`enforce_eager: false`: compiled for every number of tokens up to a bound, beyond which it runs eagerly."""
+    compiled, plain = grow_trees("compiled"), grow_trees("vllm")
+    assert compiled["grown"] == plain["grown"] and compiled["steps"] == plain["steps"]
+    assert 0 < compiled["eager_forwards"] < 10 < plain["eager_forwards"] == plain["steps"]

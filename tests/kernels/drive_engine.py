@@ -17,10 +17,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 import test_engine
+import test_engine_pages
+from engine_target import Target, drive
 
 from vllm_ssd.compat.drafter.paged import TreeBatch
 from vllm_ssd.drafter import device_steps
-from vllm_ssd.drafter.pages.device import DevicePages
 from vllm_ssd.kernels import copy_pages, reference_ops, sample
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,6 +31,7 @@ MODULUS = 2**31 - 1
 class HashModel:
     """Logits are a hash of the prefix that is read back through the page tables, by ops that a graph can hold."""
 
+    tree_attention = True
     vocab_size = 13
     page_size = 4
     dtype = torch.float32
@@ -46,7 +48,7 @@ class HashModel:
     def forward(self, batch: TreeBatch) -> torch.Tensor:
         self.num_forwards += 1
         scrap = self.num_pages * self.page_size
-        self.kv.view(-1).index_copy_(0, batch.slots.where(batch.slots >= 0, scrap), batch.token_ids)
+        self.kv.view(-1).index_copy_(0, batch.slots.where(batch.slots >= 0, scrap), batch.token_ids.long())
         row = torch.arange(len(batch.token_ids), device=DEVICE, dtype=torch.int32)
         request = torch.searchsorted(batch.query_start_loc[1:], row, right=True)
         trunk = self.kv[batch.page_tables[request].clamp(min=0)].flatten(1)
@@ -68,56 +70,30 @@ class HashModel:
         hashed = (state[:, None] % MODULUS * self.factors + self.offsets) % MODULUS
         return 10 * hashed.float() / MODULUS
 
+    def reference_logits(self, prefix: list[int]) -> torch.Tensor:
+        tokens = torch.tensor([prefix], device=DEVICE)
+        return self.logits(self.hashed(tokens, torch.arange(len(prefix), device=DEVICE)[None]))[0].cpu()
+
     def copy_slots(self, sources: torch.Tensor, destinations: torch.Tensor, num_slots: torch.Tensor) -> None:
         copy_pages([self.kv.view(len(self.kv), self.page_size, 1, 1)], sources, destinations, num_slots)
 
 
+def make_target(num_pages: int = 400, **options) -> Target:
+    """As the fixture of `tests/unit`."""
+    return Target(HashModel(num_pages), **options)
+
+
 def main() -> None:
-    model = HashModel(1)
-
-    def reference_logits(prefix: list[int]) -> torch.Tensor:
-        tokens = torch.tensor([prefix], device=DEVICE)
-        return model.logits(model.hashed(tokens, torch.arange(len(prefix), device=DEVICE)[None]))[0].cpu()
-
-    def reference_drafts(prefix: list[int], num_drafts: int) -> list[int]:
-        drafts: list[int] = []
-        for _ in range(num_drafts):
-            drafts.append(int(reference_logits(prefix + drafts).argmax()))
-        return drafts
-
     if DEVICE.type == "cpu":
         device_steps.sample = reference_ops()(sample)
-    test_engine.PAGES, test_engine.FakePagedModel = DevicePages, HashModel
-    test_engine.reference_logits, test_engine.reference_drafts = reference_logits, reference_drafts
-    test_engine.test_hit_recomputes_nothing()
-    test_engine.test_shared_prompts_share_pages()
-    test_engine.test_just_in_time_speculation_becomes_the_spine()
-    test_engine.test_an_end_between_steps_leaves_the_others_growing()
-    target = test_engine.Target(test_engine.make_engine(num_pages=90, max_num_seqs=3))
+    test_engine.test_hit_recomputes_nothing(make_target)
+    test_engine.test_just_in_time_speculation_becomes_the_spine(make_target)
+    test_engine.test_an_end_between_steps_leaves_the_others_growing(make_target)
+    test_engine_pages.test_shared_prompts_share_pages(make_target)
+    target = make_target(num_pages=90, max_num_seqs=3)
     drive(target, random.Random(0), 40)
-    buckets = target.engine._steps._buckets.values()
+    buckets = target.engine._stepper._runner._buckets.values()
     print(json.dumps({"steps": target.engine.num_steps, "captured": sum(b._graph is not None for b in buckets)}))
-
-
-def drive(target: test_engine.Target, rng: random.Random, num_rounds: int) -> None:
-    """Requests join, hit, miss and leave, some of them between the steps of a tree, three at a time."""
-    for i in range(num_rounds):
-        live = sorted(target.tokens)
-        if len(live) < 3:
-            shared = target.tokens[live[0]][:40] if live else []
-            target.open(f"r{i}", shared + [rng.randrange(13) for _ in range(rng.randint(1, 9))], rng.choice([0.0, 0.8]))
-        for _ in range(rng.choice([1, 2, 3, 9])):
-            if target.engine.has_work:
-                target.step()
-        request_id = rng.choice(sorted(target.tokens))
-        drafts, block = target.drafts[request_id], target.blocks[request_id]
-        if rng.random() < 0.1 or len(target.tokens[request_id]) > 80:
-            target.close(request_id)
-        elif block and rng.random() < 0.7:
-            accept_length, bonus = rng.choice(sorted(block))
-            target.advance(request_id, [*drafts[:accept_length], bonus], block[accept_length, bonus])
-        else:
-            target.advance(request_id, [*drafts[: rng.randint(0, len(drafts))], rng.randrange(13)], [])
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import socket
 
 import fake_model
 
-from vllm_ssd.drafter.engine import DraftEngine
-from vllm_ssd.drafter.server import apply
+from vllm_ssd.drafter.server import apply, build_engine
 from vllm_ssd.link.protocol import Push, Step
 from vllm_ssd.link.transport import DEFAULT_MAX_PENDING_BYTES, ProcessTransport
 from vllm_ssd.policy import FanOut
@@ -36,7 +35,7 @@ class InProcessLink:
 
     def _restart(self) -> None:
         self._target, self._drafter = pair()
-        self.engine = DraftEngine(
+        self.engine = build_engine(
             fake_model.FakePagedModel(self._num_pages, self.max_model_len),
             FanOut(K, 3),
             num_speculative_tokens=K,

@@ -22,7 +22,8 @@ class FakePagedModel:
     dtype = torch.float32
     device = torch.device("cpu")
 
-    def __init__(self, num_pages: int, max_model_len: int = 200) -> None:
+    def __init__(self, num_pages: int, max_model_len: int = 200, tree_attention: bool = False) -> None:
+        self.tree_attention = tree_attention
         self.num_pages = num_pages
         self.max_model_len = max_model_len
         self.kv = np.full((num_pages, self.page_size), POISON, np.int64)
@@ -30,6 +31,7 @@ class FakePagedModel:
 
     def forward(self, batch: ForwardBatch | TreeBatch) -> torch.Tensor:
         self.num_forwards += 1
+        assert batch.token_ids.dtype in (torch.int32, np.int32), "vLLM compiles its models for int32"
         if isinstance(batch, TreeBatch):
             return self._forward_trees(batch)
         assert len(set(batch.slots.tolist())) == len(batch.slots), "two tokens were written to one slot"
@@ -70,6 +72,10 @@ class FakePagedModel:
         for source, destination, n in copies:
             self.kv[destination, :n] = self.kv[source, :n]
 
+    @staticmethod
+    def reference_logits(prefix: list[int]) -> torch.Tensor:
+        return reference_logits(prefix)
+
     def copy_pages(self, sources: list[int], destinations: list[int]) -> None:
         self.kv[destinations] = self.kv[sources]
 
@@ -82,11 +88,3 @@ def reference_logits(prefix: list[int]) -> torch.Tensor:
         state = (state * 31 + token + 1) % 1000003
     order = np.random.default_rng(state).permutation(FakePagedModel.vocab_size)
     return torch.from_numpy(order.astype(np.float32))
-
-
-def reference_drafts(prefix: list[int], num_drafts: int) -> list[int]:
-    """The greedy continuation of `prefix`."""
-    drafts: list[int] = []
-    for _ in range(num_drafts):
-        drafts.append(int(reference_logits(prefix + drafts).argmax()))
-    return drafts

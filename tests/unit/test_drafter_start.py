@@ -33,7 +33,7 @@ class FakeDraftModel(FakePagedModel):
     """As `DraftModel`, which boots vLLM."""
 
     def __init__(self, *, tree_attention: bool, model: str) -> None:
-        super().__init__(num_pages=60)
+        super().__init__(num_pages=60, tree_attention=tree_attention)
 
     def tokenizer_vocab(self) -> dict[str, int]:
         return {"a": 0}

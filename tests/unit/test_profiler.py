@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from fake_model import FakePagedModel
 
-from vllm_ssd.drafter.pages.host import HostPages
 from vllm_ssd.drafter.trace import TRACE_ENV, TracedFanOut
 from vllm_ssd.planning import measure
 from vllm_ssd.planning.measure import Profiler, ProfilerFailed, Subject
@@ -101,7 +100,7 @@ def test_an_engine_that_does_not_start_is_reported_with_its_log(tmp_path, monkey
 
 def test_every_tree_of_a_drafter_gives_a_time():
     drafter = DrafterEngine.__new__(DrafterEngine)
-    drafter._model, drafter._pages = FakePagedModel(num_pages=4096), HostPages
+    drafter._model = FakePagedModel(num_pages=4096)
     for rows, branches in ((1, 1), (6, 4)):  # six prompts are not read in one step
         seconds = drafter.run(Steps(rows, branches, num_drafts=5))
         assert len(seconds) == STEP_TREES - 1 and min(seconds) > 0

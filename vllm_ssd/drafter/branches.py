@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from vllm_ssd.drafter.forward import Draw
+from vllm_ssd.drafter.sampler import Draw
+
+JIT_ACCEPT_LENGTH = -1
+"""Accept length of the just-in-time branch: its base is the last committed token, one before the first fork point.
+The protocol names its outcome (0, JIT_TOKEN)."""
 
 
 class Branches:
-    """Up to `capacity` branches; row `i` of every array belongs to branch `i`.
+    """Up to `per_request` branches for each of `max_num_seqs` requests; row `i` of every array belongs to branch `i`.
 
-    A branch starts at KV position `base` with its first token, a predicted bonus token, and holds up to
-    `num_drafts` draft tokens after it. Where its KV lies is told by `HostPages` or `DevicePages`.
+    A branch starts at KV position `base` with its first token, a predicted bonus token, and holds up to `num_drafts`
+    draft tokens after it. Where its KV lies is told by `Pages`.
 
-    tokens [capacity, K + 1] int64: first token, then drafts; the first `computed` have KV, and one more is
+    tokens [capacity, K + 1] int32: first token, then drafts; the first `computed` have KV, and one more is
     drawn while `computed <= num_drafts`; the first `sent` drafts were pushed. candidates [capacity, K + 1, C]
     int32: likeliest tokens after each computed one. q_token_ids, q_probs [capacity, K, M]: the proposal each
-    draft was drawn from.
+    draft was drawn from. temperature [capacity] float32: 0 for greedy branches.
     """
 
-    def __init__(self, capacity: int, num_speculative_tokens: int, num_candidates: int, top_m: int) -> None:
+    def __init__(
+        self, max_num_seqs: int, per_request: int, num_speculative_tokens: int, num_candidates: int, top_m: int
+    ) -> None:
         k = num_speculative_tokens
-        self.owner = np.zeros(capacity, np.int64)
+        self.max_num_seqs = max_num_seqs
+        self.per_request = per_request
+        self.num_speculative_tokens = k
+        self.num_candidates = num_candidates
+        capacity = max_num_seqs * per_request
+        self.owner = np.zeros(capacity, np.int64)  # slot of the request
         self.accept_length = np.zeros(capacity, np.int64)
         self.base = np.zeros(capacity, np.int64)
         self.computed = np.zeros(capacity, np.int64)
         self.num_drafts = np.zeros(capacity, np.int64)
         self.sent = np.zeros(capacity, np.int64)
         self.alive = np.zeros(capacity, bool)
-        self.tokens = np.zeros((capacity, k + 1), np.int64)
+        self.temperature = np.zeros(capacity, np.float32)
+        self.tokens = np.zeros((capacity, k + 1), np.int32)
         self.candidates = np.zeros((capacity, k + 1, num_candidates), np.int32)
         self.q_token_ids = np.zeros((capacity, k, top_m), np.int32)
         self.q_probs = np.zeros((capacity, k, top_m), np.float32)
@@ -52,7 +61,20 @@ class Branches:
         """Which branches have all their drafts, but not what may follow the last one, [capacity] bool."""
         return self.alive & (self.computed == self.num_drafts)
 
-    def add(self, owner: int, accept_length: int, base: int, num_drafts: int, first_tokens: np.ndarray) -> np.ndarray:
+    @property
+    def want_steps(self) -> bool:
+        """Whether a branch is growing or finished."""
+        return bool((self.alive & (self.computed <= self.num_drafts)).any())
+
+    def add(
+        self,
+        owner: int,
+        accept_length: int,
+        base: int,
+        num_drafts: int,
+        first_tokens: np.ndarray,
+        temperature: float,
+    ) -> np.ndarray:
         """Rows `[n]` int64 of new branches, one for each of `first_tokens` `[n]`."""
         rows = np.array([self._free.pop() for _ in first_tokens], np.int64)
         self.owner[rows] = owner
@@ -62,6 +84,7 @@ class Branches:
         self.sent[rows] = 0
         self.num_drafts[rows] = num_drafts
         self.alive[rows] = True
+        self.temperature[rows] = temperature
         self.tokens[rows, 0] = first_tokens
         return rows
 

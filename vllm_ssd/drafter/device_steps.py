@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 
 from vllm_ssd.compat.drafter.paged import PagedModel, TreeBatch
 from vllm_ssd.drafter.branches import Branches
-from vllm_ssd.drafter.forward import Draw
 from vllm_ssd.drafter.pages.device import DevicePages
+from vllm_ssd.drafter.sampler import Draw
 from vllm_ssd.kernels import sample
 
 MAX_TOP_M = 256
@@ -33,24 +35,23 @@ class DeviceSteps:
     """
 
     def __init__(
-        self, model: PagedModel, pages: DevicePages, num_candidates: int, top_m: int, seed: int, saguaro_c: float
+        self, model: PagedModel, pages: DevicePages, branches: Branches, top_m: int, seed: int, saguaro_c: float
     ) -> None:
         self._model = model
         self._pages = pages
-        self._num_candidates = num_candidates
+        self._branches = branches
         self._sampling = {"top_m": top_m, "factor": saguaro_c}
         self._random = np.random.default_rng(seed)
         self._buckets: dict[tuple[int, int, int], _Bucket] = {}  # longest unused first
         self._memory = torch.cuda.graph_pool_handle() if torch.device(model.device).type == "cuda" else None
 
-    def start(self, branches: Branches, rows: np.ndarray, temperatures: np.ndarray, fan_out: np.ndarray) -> Run:
-        """The next token of every branch in `rows` [n], and so on, for as many steps as `fan_out` [steps, n] has.
+    def start(self, rows: np.ndarray, num_steps: int, fan_out: np.ndarray | None) -> DeviceRun:
+        """As `Runner.start`: until the run is done no other may start, and nothing may be asked of the pages.
 
-        temperatures [n] float32, 0 for greedy branches. fan_out: how many of the likeliest tokens of each step are
-        down-weighted. Every call seeds the noise of each row anew: draws are independent between branches and rounds.
-        Until the run is done no other may start, and nothing may be asked of the pages.
+        Every call seeds the noise of each row anew: draws are independent between branches and rounds.
         """
-        pages = self._pages
+        began = time.perf_counter()
+        pages, branches = self._pages, self._branches
         pages.carry_out()
         order = np.argsort(branches.owner[rows], kind="stable")  # the branches of a request side by side
         place = np.empty_like(order)
@@ -70,7 +71,7 @@ class DeviceSteps:
                 del self._buckets[next(iter(self._buckets))]
             bucket = _Bucket(self._model, pages, self._sampling, self._memory, *key)
         self._buckets[key] = bucket
-        step, base = branches.computed[ordered], branches.base[ordered]
+        step, base, temperatures = branches.computed[ordered], branches.base[ordered], branches.temperature[ordered]
         shared = base // pages.page_size * pages.page_size
         bucket.load(
             token_ids=branches.tokens[ordered, step],
@@ -82,20 +83,32 @@ class DeviceSteps:
             steps=step,
             shared_lens=shared,
             own_lens=base + step + 1 - shared,
-            temperatures=temperatures[order],
+            temperatures=temperatures,
             seeds=self._random.integers(1 << 63, size=n),
-            fan_out=fan_out[:, order],
+            fan_out=None if fan_out is None else fan_out[:, order],
         )
-        return Run(bucket, rows, place, len(fan_out), self._num_candidates, bool(temperatures.any()))
+        return DeviceRun(bucket, rows, place, num_steps, branches.num_candidates, bool(temperatures.any()), began)
 
 
-class Run:
-    """Steps of `rows` under way: `take` them one after the other, until it `is_done`."""
+class DeviceRun:
+    """Steps of `rows` under way, since `began`: `take` them one after the other, until it `is_done`.
+
+    The device works between two takes, too: a step's time is that since the step before it was taken.
+    """
 
     def __init__(
-        self, bucket: _Bucket, rows: np.ndarray, place: np.ndarray, num_steps: int, num_candidates: int, sampled: bool
+        self,
+        bucket: _Bucket,
+        rows: np.ndarray,
+        place: np.ndarray,
+        num_steps: int,
+        num_candidates: int,
+        sampled: bool,
+        began: float,
     ) -> None:
         self.rows = rows
+        self.step_s = 0.0
+        self._began = began
         self._bucket = bucket
         self._place = place  # of each row in the bucket
         self._num_steps, self._num_launched, self._num_taken = num_steps, 0, 0
@@ -115,6 +128,8 @@ class Run:
             self._num_launched += 1
         token_ids, q_token_ids, q_probs = (drawn[self._place] for drawn in bucket.drawn(step))
         self._num_taken += 1
+        now = time.perf_counter()
+        self.step_s, self._began = now - self._began, now
         return Draw(
             q_token_ids[:, : self._num_candidates],
             token_ids,
@@ -150,7 +165,7 @@ class _Bucket:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self._inputs = {
-            "token_ids": zeros(num_rows),
+            "token_ids": zeros(num_rows, dtype=torch.int32),
             "positions": zeros(num_rows),
             "requests": zeros(num_requests),
             "starts": zeros(num_requests + 1, dtype=torch.int32),
@@ -176,7 +191,7 @@ class _Bucket:
         self._down_weighted = False  # whether `_fan_out` holds anything
         self._graph = self._capture() if on_gpu else None
 
-    def load(self, *, fan_out: np.ndarray, **inputs: np.ndarray) -> None:
+    def load(self, *, fan_out: np.ndarray | None, **inputs: np.ndarray) -> None:
         """Fill the buffers; rows and requests beyond the given ones are padding, which reads and writes no KV."""
         self._num_loaded = len(inputs["token_ids"])
         for name, values in inputs.items():
@@ -185,10 +200,11 @@ class _Bucket:
             if name == "starts":  # padding belongs to the last request, the requests after it are empty
                 padded[len(values) - 1 :] = self._num_rows
             self._fill(self._inputs[name], padded)
-        if fan_out.any() or self._down_weighted:
-            self._down_weighted = bool(fan_out.any())
+        if fan_out is not None or self._down_weighted:
+            self._down_weighted = fan_out is not None
             padded = np.zeros(self._fan_out.shape, np.int32)
-            padded[: len(fan_out), : self._num_loaded] = fan_out
+            if fan_out is not None:
+                padded[: len(fan_out), : self._num_loaded] = fan_out
             self._fill(self._fan_out, padded)
         self._done.zero_()
 
@@ -238,19 +254,20 @@ class _Bucket:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        trees, of = self._trees, self._inputs
-        owners, indices, own_lens, positions = of["owners"], of["indices"], of["own_lens"], of["positions"]
+        trees, inputs = self._trees, self._inputs
+        owners, indices, steps = inputs["owners"], inputs["indices"], inputs["steps"]
+        own_lens, positions = inputs["own_lens"], inputs["positions"]
         alive = own_lens > 0
         last_step = trees.slots.shape[2] - 1
-        slots = trees.slots[owners, indices, of["steps"].clamp(max=last_step)].masked_fill(~alive, -1)
+        slots = trees.slots[owners, indices, steps.clamp(max=last_step)].masked_fill(~alive, -1)
         logits = self._model.forward(
             TreeBatch(
-                token_ids=of["token_ids"],
+                token_ids=inputs["token_ids"],
                 positions=positions,
                 slots=slots,
-                page_tables=trees.page_tables[of["requests"]],
-                query_start_loc=of["starts"],
-                shared_lens=of["shared_lens"],
+                page_tables=trees.page_tables[inputs["requests"]],
+                query_start_loc=inputs["starts"],
+                shared_lens=inputs["shared_lens"],
                 own_pages=trees.branch_pages[owners, indices],
                 own_lens=own_lens,
                 max_shared_len=self._context,
@@ -259,10 +276,10 @@ class _Bucket:
             )
         )
         fan_out = self._fan_out.index_select(0, self._done)[0]
-        drawn = sample(logits, of["temperatures"], of["seeds"], positions, fan_out, **self._sampling)
+        drawn = sample(logits, inputs["temperatures"], inputs["seeds"], positions, fan_out, **self._sampling)
         for buffer, values in zip(self._drawn, (drawn.token_ids, drawn.q_token_ids, drawn.q_probs)):
             buffer.index_copy_(0, self._done, values[None])
-        of["token_ids"].copy_(drawn.token_ids)
-        for counter in (positions, of["steps"], own_lens):
+        inputs["token_ids"].copy_(drawn.token_ids)
+        for counter in (positions, steps, own_lens):
             counter += alive.to(counter.dtype)
         self._done += 1

@@ -1,80 +1,91 @@
-"""The token trees of all requests, and the batched forwards that grow them.
+"""The token trees of all requests.
 
-Each request has a *spine*: its committed tokens (the trunk) followed by the drafts now under verification.
-At every point of the spine where an outcome can fall, *branches* start, one for each likely bonus token.
-An outcome names tokens; following them along the spine and into a branch finds all the KV that is already
-there: a branch that was hit becomes the spine by relinking its pages, everything else is released.
+Theory of operation
+-------------------
+Each request has a *spine*: its committed tokens, the *trunk*, followed by the drafts now under verification. An outcome
+(k, t*) accepts k of these drafts and emits the bonus token t* after them. The token that t* follows is *fork point* k.
+There a *branch* starts for each of the likeliest bonus tokens, except the draft that stands there already: its bonus
+token, then the drafts that follow it.
+
+    trunk        drafts under verification
+    a  b  c      d1     d2     d3
+          |      |      |      |
+          k = 0  k = 1  k = 2  k = 3       fork points
+          x      y      z      w           first tokens of branches, as many as the fan-out says
+          ..     ..     ..     ..          their drafts
+
+The target reports an outcome as tokens: those emitted since its last report, then the drafts that it verifies next,
+whatever proposed them. Together they are a *path* from the trunk, and `advance` is one walk along it: down the spine as
+far as the tokens match, then into the branch that starts at this fork point with the next token, if there is one.
+
+- Hit: the whole path matches. The pages of the branch become the spine's, nothing is computed again, and the candidates
+  of the next fork points were seen when the branch was grown.
+- Miss: the walk ends before t*, which is forwarded; the next tree forks there.
+- Late, trimmed and skipped rounds, drafts by n-gram: the same walk, which matches less.
+- Just in time: the target waits for drafts after a miss. One branch, from the last committed token, repeats the trunk's
+  end; the report that names its drafts emits nothing, and its path is followed from there.
+
+All other branches return their pages. What the walk left uncomputed of the spine is forwarded, and every fork point
+whose candidates are known starts its branches; which forward comes next is the business of `Stepper`.
+
+When pages run out, requests are evicted whole, the least recently advanced first; the target opens them anew.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
-from vllm_ssd.compat.drafter.paged import PagedModel
-from vllm_ssd.drafter.branches import Branches
-from vllm_ssd.drafter.device_steps import MAX_TOP_M, DeviceSteps, Run
-from vllm_ssd.drafter.forward import Draw, Sampler, step_tokens
-from vllm_ssd.drafter.pages.device import DevicePages
-from vllm_ssd.drafter.pages.host import HostPages
-from vllm_ssd.drafter.pushes import JUST_IN_TIME, due_rows, take_blocks
-from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
+from vllm_ssd.drafter.branches import JIT_ACCEPT_LENGTH, Branches
+from vllm_ssd.drafter.pages.protocol import Pages
+from vllm_ssd.drafter.pushes import due_rows, take_blocks
+from vllm_ssd.drafter.sampler import Draw
+from vllm_ssd.drafter.sequence import NO_ROWS, Sequence, most_shared
+from vllm_ssd.drafter.step_tokens import StepTokens
+from vllm_ssd.drafter.stepper import Stepper
 from vllm_ssd.link.protocol import DrafterStats, Evicted, Push, common_prefix
 from vllm_ssd.policy import BranchBudget, FanOut
 
 PREFILL_TOKENS_PER_STEP = 256
 """Prompt tokens forwarded beside one step of the branches, so that a long prompt delays nobody for long."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e5
+"""Of requests that sample. vLLM takes lower ones for 0; beyond them, logits divided by one are not finite, or all 0."""
 
 
 class DraftEngine:
     """Grow the speculation of every open request, one batched forward at a time.
 
     `open`, `advance` and `close` only move tokens and pages; `speculate` runs one forward and returns what
-    the target should hear of it.
+    the target should hear of it. What a sound target would not say is answered with an eviction.
     """
 
     def __init__(
         self,
-        model: PagedModel,
         fan_out: FanOut,
+        budget: BranchBudget,
+        branches: Branches,
+        pages: Pages,
+        stepper: Stepper,
         *,
-        num_speculative_tokens: int,
-        max_num_seqs: int,
-        max_branches: int,
-        max_fan_out: int,
-        top_m: int,
-        seed: int,
-        saguaro_c: float = 1.0,
-        pages: type[HostPages] | type[DevicePages] = HostPages,
+        vocab_size: int,
+        max_model_len: int,
     ) -> None:
-        self._model = model
         self._fan_out = fan_out
-        self._budget = BranchBudget(max_num_seqs * max_branches)
-        self._page_size = model.page_size
-        num_candidates = min(max_fan_out + 1, model.vocab_size)  # one may be the drafted token
-        top_m = min(top_m, model.vocab_size)
-        if pages is DevicePages:
-            top_m = max(top_m, num_candidates)  # there both come from one list
-        self._saguaro_c = saguaro_c
-        self._sampler = Sampler(num_candidates, top_m, seed, saguaro_c)
-        capacity = max_num_seqs * (max_branches + 1)
-        self.branches = Branches(capacity, num_speculative_tokens, num_candidates, top_m)
-        self.pages = pages(model, max_num_seqs, max_branches, num_speculative_tokens, num_candidates)
-        self._steps: DeviceSteps | None = None
-        self._run: Run | None = None  # under way; every verb that changes its branches takes what it launched first
-        self._step_began = 0.0
-        if isinstance(self.pages, DevicePages) and top_m <= MAX_TOP_M:
-            self._steps = DeviceSteps(model, self.pages, num_candidates, top_m, seed, saguaro_c)
+        self._budget = budget
+        self.branches = branches
+        self.pages = pages
+        self._stepper = stepper
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
         self.sequences: dict[str, Sequence] = {}  # least recently advanced first
-        self._by_slot: list[Sequence | None] = [None] * max_num_seqs
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._by_slot: list[Sequence | None] = [None] * branches.max_num_seqs
+        self._free_slots = list(range(branches.max_num_seqs - 1, -1, -1))
         self._unfinished: dict[str, Sequence] = {}  # spine not wholly computed
         self._evicted: list[Evicted] = []
-        self._temperatures = np.zeros(max_num_seqs, np.float32)
-        self._num_branches = max_branches  # a request grows now
-        self.num_steps = 0
-        self.num_evictions = 0
+        self._num_branches = branches.per_request - 1  # a request grows now
+        self.num_evictions = 0  # for lack of pages
         self.build_s = 0.0  # from an outcome to the whole tree after it, last seen
         self._growing_since = 0.0
 
@@ -82,19 +93,21 @@ class DraftEngine:
 
     def open(self, request_id: str, epoch: int, token_ids: np.ndarray, temperature: float, num_drafts: int) -> None:
         """Start a request from all its committed tokens, `token_ids` `[L]` int32; replaces an earlier epoch."""
-        self._settle()
-        self.close(request_id)
-        if len(token_ids) + num_drafts + 1 >= self._model.max_model_len or not len(token_ids):
-            self._evicted.append(Evicted(request_id, epoch))
+        self._stepper.settle()
+        known = len(token_ids) and 0 <= token_ids.min() and token_ids.max() < self._vocab_size
+        can_draw = temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE
+        if not known or not can_draw or not self._fits(len(token_ids), num_drafts):
+            self.refuse(request_id, epoch)
             return
+        self.close(request_id)
         if not self._free_slots:
-            self._evict(next(iter(self.sequences.values())))
+            oldest = next(iter(self.sequences.values()))
+            self.refuse(oldest.request_id, oldest.epoch)
         sequence = Sequence(request_id, epoch, self._free_slots.pop(), temperature, token_ids.tolist(), len(token_ids))
         self._by_slot[sequence.slot] = sequence
-        self._temperatures[sequence.slot] = temperature
         self._share_prefix(sequence)
         self.sequences[request_id] = sequence
-        self._begin_round(sequence, num_drafts, jit=0)
+        self._begin_round(sequence, num_drafts)
 
     def advance(
         self,
@@ -115,14 +128,15 @@ class DraftEngine:
         sequence = self.sequences.get(request_id)
         if sequence is None or sequence.epoch != epoch or sequence.length + len(emitted) != length:
             if sequence is None or sequence.epoch <= epoch:
-                self.close(request_id)
-                self._evicted.append(Evicted(request_id, epoch))
+                self.refuse(request_id, epoch)
             return
-        self._settle()
         path = emitted + draft_token_ids
-        if length + len(draft_token_ids) + num_drafts + 1 >= self._model.max_model_len:
-            self._evict(sequence)
+        known = 0 <= min(path, default=0) and max(path, default=0) < self._vocab_size
+        fits = len(draft_token_ids) <= self.branches.num_speculative_tokens
+        if not known or not fits or not self._fits(length + len(draft_token_ids), max(num_drafts, jit)):
+            self.refuse(request_id, epoch)
             return
+        self._stepper.settle()
         if emitted:
             now = time.perf_counter()
             self._growing_since = self._growing_since or now
@@ -130,7 +144,10 @@ class DraftEngine:
                 self._budget.observe_window(now - sequence.decided_at)
             sequence.decided_at = now
         self._observe(sequence, emitted)
-        sequence.waited = bool(jit) or (sequence.waited and not emitted)
+        if jit or emitted:
+            sequence.awaited = jit or None
+        elif sequence.awaited:
+            sequence.awaited = 0  # the drafts that were taken are named now
         self._follow(sequence, path)
         sequence.length = length
         sequence.candidates = {i: c for i, c in sequence.candidates.items() if i >= length - 1}
@@ -139,14 +156,19 @@ class DraftEngine:
                 sequence.computed = position
                 break
         self.sequences[request_id] = self.sequences.pop(request_id)
-        self._begin_round(sequence, num_drafts, jit)
+        self._begin_round(sequence, num_drafts)
+
+    def refuse(self, request_id: str, epoch: int) -> None:
+        """Report a request as evicted that can have no drafts now, and forget it."""
+        self.close(request_id)
+        self._evicted.append(Evicted(request_id, epoch))
 
     def close(self, request_id: str) -> None:
         """Forget a request and free its pages; unknown requests are fine."""
         sequence = self.sequences.pop(request_id, None)
         if sequence is None:
             return
-        self._settle()
+        self._stepper.settle()
         self._unfinished.pop(request_id, None)
         self.branches.remove(sequence.rows)
         self.pages.close(sequence.slot, sequence.rows)
@@ -156,38 +178,13 @@ class DraftEngine:
     @property
     def has_work(self) -> bool:
         """Whether `speculate` would run a forward or has something to report."""
-        return bool(self._unfinished or self._evicted or self.branches.growing.any() or self.branches.finished.any())
+        return bool(self._unfinished or self._evicted or self.branches.want_steps)
 
     def speculate(self) -> Push | None:
-        """One forward: uncomputed spines, and the next token of every branch that wants one.
-
-        With pages on the device, steps of branches alone are launched ahead: this takes what the next one drew.
-        Only when nothing else is wanted are finished branches run once more, over their last draft: then all
-        fork points of the next round are known before its outcome is.
-        """
-        if self._run is not None:
-            return self._take_step(self._run)
-        branches, started = self.branches, time.perf_counter()
-        spines = self._schedule_spines()
-        growing, finished = branches.growing, branches.finished
-        rows = np.flatnonzero(growing if growing.any() or spines else finished)
-        if not len(rows) and not spines:
-            return self._report()
-        if self._steps is not None and not spines:
-            return self._take_step(self._start_run(self._steps, rows, alone=not (growing.any() and finished.any())))
-        tokens = step_tokens(branches, spines, rows)
-        spine_logits = tokens.spine_logits
-        batch = self.pages.batch(branches, spines, rows, tokens)
-        temperatures = np.array([s.temperature for s, _ in spine_logits], np.float32)
-        temperatures = np.concatenate([temperatures, self._temperatures[branches.owner[rows]]])
-        down_weighted = self._saguaro_c < 1 and temperatures.any()
-        fan_out = self._prepared(rows, len(spine_logits)) if down_weighted else None
-        draw = self._sampler.draw(self._model.forward(batch), temperatures, fan_out)
-        self.num_steps += 1
-        branches.extend(rows, draw, len(spine_logits))
-        self._extend_spines(spines, spine_logits, draw)
-        if not spines:
-            self._budget.observe_step(len(rows), time.perf_counter() - started)
+        """One forward, if any is wanted, and what the target should hear then."""
+        drawn = self._stepper.step(self._schedule_spines(), self._fan_out_after_hit)
+        if drawn is not None:
+            self._extend_spines(*drawn)
         return self._report()
 
     # ---- outcomes --------------------------------------------------------------------------------------
@@ -196,31 +193,33 @@ class DraftEngine:
         """Make `path` the spine after the trunk, keeping the KV of every token already computed on it."""
         branches, length = self.branches, sequence.length
         k = common_prefix(path, sequence.tokens[length:])
-        row = -1
-        if k < len(path):
-            row = branches.find(sequence.rows, k, path[k])
-        first = length + k
-        offset = 0
+        row = branches.find(sequence.rows, k, path[k]) if k < len(path) else -1
+        skipped = 0  # leading tokens of the branch that are trunk
         if row < 0 and k == 0 and path:
-            row = branches.find(sequence.rows, JUST_IN_TIME, sequence.tokens[length - 1])
+            row = branches.find(sequence.rows, JIT_ACCEPT_LENGTH, sequence.tokens[length - 1])
             if row >= 0 and (branches.computed[row] < 1 or branches.tokens[row, 1] != path[0]):
                 row = -1
-            first, offset = length - 1, 1
+            skipped = 1
         sequence.computed = min(sequence.computed, length + k)
         sequence.after_hit = row >= 0 or (bool(path) and k == len(path))
         if row >= 0:
-            known = branches.tokens[row, offset : min(branches.computed[row], branches.num_drafts[row]) + 1]
-            matched = offset + common_prefix(path[k:], known.tolist())
-            matched = min(matched, int(branches.computed[row]))
-            sequence.computed = first + matched
-            for i in range(offset, matched):
-                sequence.candidates[first + i] = branches.candidates[row, i].copy()
+            base, computed = int(branches.base[row]), int(branches.computed[row])
+            known = branches.tokens[row, skipped : min(computed, branches.num_drafts[row]) + 1]
+            matched = min(skipped + common_prefix(path[k:], known.tolist()), computed)
+            sequence.computed = base + matched
+            for i in range(skipped, matched):
+                sequence.candidates[base + i] = branches.candidates[row, i].copy()
         sequence.tokens[length:] = path
         kept = sequence.computed
         sequence.candidates = {i: c for i, c in sequence.candidates.items() if i < kept}
-        self.pages.commit(sequence.slot, sequence.rows, row, first)
+        self.pages.commit(sequence.slot, sequence.rows, row)
         branches.remove(sequence.rows)
         sequence.rows = NO_ROWS
+
+    def _fits(self, num_tokens: int, num_drafts: int) -> bool:
+        """Whether a spine of `num_tokens` may have branches of `num_drafts`."""
+        most_drafts = self.branches.num_speculative_tokens
+        return num_drafts <= most_drafts and num_tokens + num_drafts + 1 < self._max_model_len
 
     def _observe(self, sequence: Sequence, emitted: list[int]) -> None:
         """Tell the policies where the outcome fell, when it was that of one round."""
@@ -228,8 +227,9 @@ class DraftEngine:
         k = common_prefix(emitted, drafts)
         if k != len(emitted) - 1:
             return
-        if sequence.waited or not sequence.after_hit:
-            self._budget.observe_miss(0 if sequence.waited else k)
+        waited = sequence.awaited is not None
+        if waited or not sequence.after_hit:
+            self._budget.observe_miss(0 if waited else k)
         candidates = sequence.candidates.get(sequence.length - 1 + k)
         if candidates is None:
             return
@@ -237,10 +237,9 @@ class DraftEngine:
         rank = others.index(emitted[k]) if emitted[k] in others else None
         self._fan_out.observe(len(drafts), k, rank, sequence.after_hit, len(others))
 
-    def _begin_round(self, sequence: Sequence, num_drafts: int, jit: int) -> None:
+    def _begin_round(self, sequence: Sequence, num_drafts: int) -> None:
         sequence.num_forks = 0
         sequence.num_drafts = num_drafts
-        sequence.jit = jit
         num_named = len(sequence.tokens) - sequence.length
         self._num_branches = self._budget.branches(
             num_drafts,
@@ -255,14 +254,18 @@ class DraftEngine:
             self._unfinished.pop(sequence.request_id, None)
         self._fork(sequence)
 
+    def _fan_out_after_hit(self, num_drafts: int) -> SequenceOf[int]:
+        """Branches by accept length of the round after one that is hit with so many drafts."""
+        return self._fan_out.counts(num_drafts, True, self._num_branches)
+
     def _fork(self, sequence: Sequence) -> None:
         """Start the branches of every fork point whose candidates are known."""
-        if not sequence.num_drafts or sequence.jit:
+        if not sequence.num_drafts or sequence.awaited:
             return
-        length, drafts = sequence.length, sequence.tokens[sequence.length :]
+        drafts = sequence.tokens[sequence.length :]
         while sequence.num_forks <= len(drafts):
             k = sequence.num_forks
-            candidates = sequence.candidates.get(length - 1 + k)
+            candidates = sequence.candidates.get(sequence.length - 1 + k)
             if candidates is None:
                 return
             sequence.num_forks += 1
@@ -270,38 +273,46 @@ class DraftEngine:
                 candidates = candidates[candidates != drafts[k]]
             first_tokens = candidates[: min(sequence.fan_out[k], self.branches.num_free)]
             if len(first_tokens):
-                self._add_branches(sequence, k, length + k, sequence.num_drafts, first_tokens, length + k)
+                self._add_branches(sequence, k, sequence.num_drafts, first_tokens)
 
     def _add_branches(
-        self, sequence: Sequence, accept_length: int, base: int, num_drafts: int, first_tokens: np.ndarray, filled: int
+        self, sequence: Sequence, accept_length: int, num_drafts: int, first_tokens: np.ndarray
     ) -> np.ndarray:
-        """Branches from `base`, with the slots below `filled` of its page copied from the spine."""
-        while len(first_tokens) * self.pages.per_branch(base, num_drafts) > self.pages.num_free:
+        """Rows of the branches that start after `accept_length` drafts; none if even evicting all others is no help."""
+        base = sequence.length + accept_length
+        rows = self.branches.add(sequence.slot, accept_length, base, num_drafts, first_tokens, sequence.temperature)
+        while self.pages.needed(rows) > self.pages.num_free:
             victim = next(iter(self.sequences.values()))
             if victim is sequence:
+                self.branches.remove(rows)
                 return NO_ROWS
             self._evict(victim)
-        rows = self.branches.add(sequence.slot, accept_length, base, num_drafts, first_tokens)
-        self.pages.fork(sequence.slot, rows, accept_length, base, num_drafts, first_tokens, filled)
+        self.pages.fork(rows)
         sequence.rows = np.concatenate([sequence.rows, rows])
         return rows
 
-    # ---- pages -----------------------------------------------------------------------------------------
+    # ---- spines ----------------------------------------------------------------------------------------
 
     def _share_prefix(self, sequence: Sequence) -> None:
         """Read full pages of a prompt that another request has already computed (`n > 1`, shared prefixes)."""
-        best, best_pages = None, 0
-        for other in self.sequences.values():
-            usable = min(other.computed, other.length, sequence.length - 1)
-            if usable // self._page_size > best_pages:
-                pages = common_prefix(sequence.tokens[:usable], other.tokens[:usable]) // self._page_size
-                if pages > best_pages:
-                    best, best_pages = other, pages
-        if best is not None:
-            self.pages.share(sequence.slot, best.slot, best_pages)
-            sequence.computed = best_pages * self._page_size
+        other, num_pages = most_shared(sequence, self.sequences.values(), self.pages.page_size)
+        if other is not None:
+            self.pages.share(sequence.slot, other.slot, num_pages)
+            sequence.computed = num_pages * self.pages.page_size
 
-    def _grow_table(self, sequence: Sequence, num_tokens: int) -> bool:
+    def _schedule_spines(self) -> list[tuple[Sequence, int]]:
+        """Uncomputed spines and how many of their tokens ride in the next step; they have the pages for these."""
+        budget, spines = PREFILL_TOKENS_PER_STEP, []
+        for sequence in list(self._unfinished.values()):
+            num_tokens = min(len(sequence.tokens) - sequence.computed, budget)
+            if not num_tokens:
+                break
+            if self._is_open(sequence) and self._reserve(sequence, sequence.computed + num_tokens):
+                budget -= num_tokens
+                spines.append((sequence, num_tokens))
+        return [(sequence, n) for sequence, n in spines if self._is_open(sequence)]
+
+    def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give the spine pages for `num_tokens`, evicting the least recently advanced requests if needed."""
         while self.pages.missing(sequence.slot, num_tokens) > self.pages.num_free:
             victim = next(iter(self.sequences.values()))
@@ -312,99 +323,33 @@ class DraftEngine:
         return True
 
     def _evict(self, sequence: Sequence) -> None:
-        self.close(sequence.request_id)
-        self._evicted.append(Evicted(sequence.request_id, sequence.epoch))
+        """Forget a request for lack of pages."""
+        self.refuse(sequence.request_id, sequence.epoch)
         self.num_evictions += 1
 
-    # ---- one forward -----------------------------------------------------------------------------------
+    def _is_open(self, sequence: Sequence) -> bool:
+        """Whether it was not evicted meanwhile."""
+        return self.sequences.get(sequence.request_id) is sequence
 
-    def _schedule_spines(self) -> list[tuple[Sequence, int]]:
-        """Uncomputed spines and how many of their tokens ride in this step."""
-        budget, spines = PREFILL_TOKENS_PER_STEP, []
-        for sequence in list(self._unfinished.values()):
-            num_tokens = min(len(sequence.tokens) - sequence.computed, budget)
-            if not num_tokens:
-                break
-            if sequence.request_id not in self.sequences or not self._grow_table(
-                sequence, sequence.computed + num_tokens
-            ):
-                continue
-            budget -= num_tokens
-            spines.append((sequence, num_tokens))
-        return [(s, n) for s, n in spines if self.sequences.get(s.request_id) is s]
-
-    def _prepared(self, rows: np.ndarray, num_spine_logits: int, ahead: int = 0) -> np.ndarray:
-        """Bonus tokens that will be predicted where the token drawn after each logits row is rejected, `[n]`.
-
-        The token is the one drawn now, or so many steps ahead.
-        """
-        branches = self.branches
-        prepared = np.zeros(len(rows), np.int64)
-        for k in set(branches.num_drafts[rows].tolist()):
-            of_k = branches.num_drafts[rows] == k
-            counts = np.array(self._fan_out.counts(k, True, self._num_branches))
-            prepared[of_k] = counts[branches.computed[rows[of_k]] + ahead]
-        return np.concatenate([np.zeros(num_spine_logits, np.int64), prepared])
-
-    def _start_run(self, steps: DeviceSteps, rows: np.ndarray, alone: bool) -> Run:
-        """The steps that no branch in `rows` is done before; the last one too, if they finish at once and are alone."""
-        branches = self.branches
-        missing = branches.num_drafts[rows] - branches.computed[rows]
-        num_steps = max(int(missing.min()), 1)
-        if alone and (missing == num_steps).all():
-            num_steps += 1
-        temperatures = self._temperatures[branches.owner[rows]]
-        fan_out = np.zeros((num_steps, len(rows)), np.int64)
-        if self._saguaro_c < 1 and temperatures.any():
-            fan_out = np.stack([self._prepared(rows, 0, step) for step in range(num_steps)])
-        self._step_began = time.perf_counter()
-        self._run = steps.start(branches, rows, temperatures, fan_out)
-        return self._run
-
-    def _take_step(self, run: Run) -> Push | None:
-        """Store what the next step of `run` drew, and report it."""
-        self.branches.extend(run.rows, run.take())
-        self.num_steps += 1
-        now = time.perf_counter()
-        self._budget.observe_step(len(run.rows), now - self._step_began)
-        self._step_began = now
-        if run.is_done:
-            self._run = None
-        return self._report()
-
-    def _settle(self) -> None:
-        """End the run under way with the steps that it has launched, whose draws and KV are as good as any."""
-        run, self._run = self._run, None
-        if run is not None:
-            run.stop()
-            while not run.is_done:
-                self.branches.extend(run.rows, run.take())
-                self.num_steps += 1
-
-    def _extend_spines(
-        self, spines: list[tuple[Sequence, int]], spine_logits: list[tuple[Sequence, int]], draw: Draw
-    ) -> None:
-        """Count what was computed of `spines`, and start the branches that this allows."""
-        for i, (sequence, position) in enumerate(spine_logits):
+    def _extend_spines(self, tokens: StepTokens, draw: Draw) -> None:
+        """Count what was computed of the spines, and start the branches that this allows."""
+        for i, (sequence, position) in enumerate(tokens.spine_logits):
             sequence.candidates[position] = draw.candidates[i]
-        for sequence, n in spines:
-            if self.sequences.get(sequence.request_id) is not sequence:
+        for sequence, n in tokens.spines:
+            if not self._is_open(sequence):
                 continue  # evicted just now, for the branches of one before it
             sequence.computed += n
             if sequence.is_computed:
                 del self._unfinished[sequence.request_id]
             self._fork(sequence)
-        for i, (sequence, position) in enumerate(spine_logits):
-            alive = self.sequences.get(sequence.request_id) is sequence
-            if alive and sequence.jit and position == sequence.length - 1:
+        for i, (sequence, position) in enumerate(tokens.spine_logits):
+            if self._is_open(sequence) and sequence.awaited and position == sequence.length - 1:
                 self._start_jit(sequence, draw, i)
 
     def _start_jit(self, sequence: Sequence, draw: Draw, i: int) -> None:
         """One branch for the very round that waits, from the token just drawn after the trunk."""
-        base = sequence.length - 1
-        rows = self._add_branches(
-            sequence, JUST_IN_TIME, base, sequence.jit, np.array([sequence.tokens[base]]), sequence.length
-        )
+        last_token = np.array(sequence.tokens[sequence.length - 1 : sequence.length])
+        rows = self._add_branches(sequence, JIT_ACCEPT_LENGTH, sequence.awaited, last_token)
         if len(rows):
             self.branches.extend(rows, draw, i)
 
@@ -420,8 +365,12 @@ class DraftEngine:
         evicted, self._evicted = self._evicted, []
         return Push(blocks, evicted, None) if blocks or evicted else None
 
+    @property
+    def num_steps(self) -> int:
+        """Forwards run so far."""
+        return self._stepper.num_steps
+
     def stats(self) -> DrafterStats:
         """Counters and page use for the target's metrics."""
-        return DrafterStats(
-            self.pages.num_free, self._model.num_pages, self.build_s * 1e3, self.num_steps, self.num_evictions
-        )
+        pages = self.pages
+        return DrafterStats(pages.num_free, pages.capacity, self.build_s * 1e3, self.num_steps, self.num_evictions)

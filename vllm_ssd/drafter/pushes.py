@@ -7,13 +7,10 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
-from vllm_ssd.drafter.branches import Branches
+from vllm_ssd.drafter.branches import JIT_ACCEPT_LENGTH, Branches
 from vllm_ssd.drafter.sequence import Sequence
 from vllm_ssd.link.protocol import JIT_TOKEN, SpeculationBlock, pack_ids
 from vllm_ssd.policy import BranchBudget
-
-JUST_IN_TIME = -1
-"""Accept length under which the just-in-time branch is kept: it starts at the last committed token."""
 
 
 def due_rows(branches: Branches, by_slot: SequenceOf[Sequence | None], budget: BranchBudget) -> np.ndarray:
@@ -29,11 +26,11 @@ def due_rows(branches: Branches, by_slot: SequenceOf[Sequence | None], budget: B
     owners = branches.owner[rows]
     now, due = time.perf_counter(), np.zeros(len(rows), bool)
     for slot in set(owners.tolist()):
-        sequence, of_slot = by_slot[slot], owners == slot
+        sequence = by_slot[slot]
         waiting = branches.num_drafts[sequence.rows] - branches.computed[sequence.rows]
         steps = max(int(waiting.max()), 0) + (not sequence.is_computed)
-        if not steps or sequence.jit or not budget.in_time(now - sequence.decided_at, steps):
-            due |= of_slot
+        if not steps or sequence.awaited or not budget.in_time(now - sequence.decided_at, steps):
+            due |= owners == slot
     return rows[due]
 
 
@@ -49,7 +46,7 @@ def take_blocks(branches: Branches, by_slot: SequenceOf[Sequence | None], rows: 
 
 def _block(branches: Branches, sequence: Sequence, rows: list[int], offset: int, depth: int) -> SpeculationBlock:
     outcomes = np.stack([branches.accept_length[rows], branches.tokens[rows, 0]], axis=1)
-    outcomes[outcomes[:, 0] == JUST_IN_TIME] = (0, JIT_TOKEN)
+    outcomes[outcomes[:, 0] == JIT_ACCEPT_LENGTH] = (0, JIT_TOKEN)
     q_token_ids = q_probs = b""
     if sequence.temperature > 0:
         q_token_ids = pack_ids(branches.q_token_ids[rows, offset:depth])

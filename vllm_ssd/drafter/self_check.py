@@ -102,7 +102,7 @@ def _spread(branches: list[_Branch], num: int) -> Iterator[_Branch]:
 
 def _error(model: PagedModel, branch: _Branch) -> float:
     """The largest error of a draft of `branch`; infinite for a token outside its own proposal."""
-    token_ids = np.array(branch.prefix + branch.drafts[:-1], np.int64)
+    token_ids = np.array(branch.prefix + branch.drafts[:-1], np.int32)
     n, num_pages = len(token_ids), -(-len(token_ids) // model.page_size)
     positions = np.arange(n)
     batch = ForwardBatch(

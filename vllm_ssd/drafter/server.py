@@ -14,10 +14,14 @@ from typing import NoReturn
 import msgspec
 
 from vllm_ssd.compat.drafter.paged import PagedModel
+from vllm_ssd.drafter.branches import Branches
+from vllm_ssd.drafter.device_steps import MAX_TOP_M, DeviceSteps
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.pages.device import DevicePages
 from vllm_ssd.drafter.pages.host import HostPages
+from vllm_ssd.drafter.sampler import Sampler
 from vllm_ssd.drafter.self_check import check_trees
+from vllm_ssd.drafter.stepper import EagerRunner, Stepper
 from vllm_ssd.drafter.trace import TRACE_ENV, TracedFanOut
 from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import (
@@ -26,38 +30,38 @@ from vllm_ssd.link.protocol import (
     Hello,
     Open,
     Outcome,
+    ProtocolError,
     Push,
     Refused,
+    Step,
     Welcome,
     fingerprint,
     unpack_ids,
 )
 from vllm_ssd.link.transport import Transport, TransportClosed
-from vllm_ssd.policy import FanOut
+from vllm_ssd.policy import BranchBudget, FanOut
 
 logger = logging.getLogger("vllm.vllm_ssd")
 
 STATS_INTERVAL_S = 1.0
-"""A drafter that was spoken to says something at least this often: silence means it hangs."""
+"""The stats are sent so often while anything changes, and at once when the last request has gone. A drafter that was
+spoken to thus says something at least so often: silence means that it hangs."""
 
 
 def serve(transport: Transport, engine: DraftEngine) -> None:
     """Apply what the target says and push what the engine grows, until the transport closes."""
-    heard, reported_at = False, time.monotonic()
-    num_drafts = 0
+    reported_at, changed = time.monotonic(), False  # since the stats were sent
     while True:
-        steps = transport.poll(0.0 if engine.has_work else (STATS_INTERVAL_S if heard else None))
-        for step in steps:
-            heard = True
-            num_drafts = step.num_speculative_tokens
-            for event in step.events:
-                apply(engine, event, num_drafts)
+        messages = transport.poll(0.0 if engine.has_work else (STATS_INTERVAL_S if changed else None))
+        for step in messages:
+            for event in step.events if isinstance(step, Step) else ():
+                apply(engine, event, step.num_speculative_tokens)
+        changed = changed or bool(messages) or engine.has_work
         push = engine.speculate() if engine.has_work else None
         now = time.monotonic()
-        if heard and now - reported_at >= STATS_INTERVAL_S:
-            push = push or Push([], [], None)
-            push = msgspec.structs.replace(push, stats=engine.stats())
-            heard, reported_at = False, now
+        if changed and (now - reported_at >= STATS_INTERVAL_S or not engine.sequences):
+            push = msgspec.structs.replace(push or Push([], [], None), stats=engine.stats())
+            reported_at, changed = now, False
         if push is not None:
             transport.send(push)
 
@@ -76,8 +80,12 @@ def apply(engine: DraftEngine, event: Open | Outcome | Close, num_drafts: int) -
                 jit=event.jit,
             )
         case Open():
-            token_ids = unpack_ids(event.token_ids)
-            engine.open(event.request_id, event.epoch, token_ids, event.temperature, num_drafts)
+            try:
+                token_ids = unpack_ids(event.token_ids)
+            except ProtocolError:
+                engine.refuse(event.request_id, event.epoch)
+            else:
+                engine.open(event.request_id, event.epoch, token_ids, event.temperature, num_drafts)
         case Close():
             engine.close(event.request_id)
 
@@ -93,9 +101,9 @@ def run(fd: int, options: DrafterOptions) -> int:
 
         model = DraftModel(tree_attention=options.tree_attention, **options.engine_args)
         tokenizer = fingerprint(model.tokenizer_vocab())
-        if options.tree_attention:
+        if model.tree_attention:
             plain = msgspec.structs.replace(options, saguaro_c=1.0)
-            check_trees(_engine(model, plain, FanOut), model, options.num_speculative_tokens)
+            check_trees(_engine_of(model, plain, FanOut), model, options.num_speculative_tokens)
     except Exception as error:  # whatever vLLM's start-up raises is the reason the target reports
         if options.tree_attention:
             _start_over(fd, options, environment, error)
@@ -103,7 +111,7 @@ def run(fd: int, options: DrafterOptions) -> int:
         transport.poll(0.0)
         raise
     trace = os.environ.get(TRACE_ENV)
-    engine = _engine(model, options, functools.partial(TracedFanOut, trace) if trace else FanOut)
+    engine = _engine_of(model, options, functools.partial(TracedFanOut, trace) if trace else FanOut)
     welcome = Welcome(
         PROTOCOL_VERSION, model.vocab_size, tokenizer, model.max_model_len, model.num_pages, model.page_size
     )
@@ -129,8 +137,50 @@ def _start_over(fd: int, options: DrafterOptions, environment: dict[str, str], e
     os.execve(sys.executable, [sys.executable, *arguments], environment)
 
 
-def _engine(model: PagedModel, options: DrafterOptions, learner: Callable[..., FanOut]) -> DraftEngine:
+def build_engine(
+    model: PagedModel,
+    fan_out: FanOut,
+    *,
+    num_speculative_tokens: int,
+    max_num_seqs: int,
+    max_branches: int,
+    max_fan_out: int,
+    top_m: int,
+    seed: int,
+    saguaro_c: float = 1.0,
+) -> DraftEngine:
+    """An engine over `model`, whose attention decides whether pages are kept on the host or on the device.
+
+    max_branches: of a request; max_fan_out: of a fork point; top_m: tokens that a proposal keeps; seed: of the draws.
+    """
+    num_candidates = min(max_fan_out + 1, model.vocab_size)  # one may be the drafted token
+    top_m = min(top_m, model.vocab_size)
+    if model.tree_attention:
+        top_m = max(top_m, num_candidates)  # the kernel draws both from one list
+    branches = Branches(max_num_seqs, max_branches + 1, num_speculative_tokens, num_candidates, top_m)
+    sampler = Sampler(num_candidates, top_m, seed, saguaro_c)
+    if model.tree_attention:
+        pages = DevicePages(model, branches)
+        eager = EagerRunner(model, pages, branches, sampler)
+        runner = DeviceSteps(model, pages, branches, top_m, seed, saguaro_c) if top_m <= MAX_TOP_M else eager
+    else:
+        pages = HostPages(model, branches)
+        runner = eager = EagerRunner(model, pages, branches, sampler)
+    budget = BranchBudget(max_num_seqs * max_branches)
+    stepper = Stepper(branches, eager, runner, budget, saguaro_c)
     return DraftEngine(
+        fan_out,
+        budget,
+        branches,
+        pages,
+        stepper,
+        vocab_size=model.vocab_size,
+        max_model_len=model.max_model_len,
+    )
+
+
+def _engine_of(model: PagedModel, options: DrafterOptions, learner: Callable[..., FanOut]) -> DraftEngine:
+    return build_engine(
         model,
         learner(options.num_speculative_tokens, options.fan_out, options.branch_budget),
         num_speculative_tokens=options.num_speculative_tokens,
@@ -139,7 +189,6 @@ def _engine(model: PagedModel, options: DrafterOptions, learner: Callable[..., F
         max_fan_out=options.max_fan_out,
         top_m=options.top_m,
         saguaro_c=options.saguaro_c,
-        pages=DevicePages if options.tree_attention else HostPages,
         seed=int.from_bytes(os.urandom(8), "little") >> 1,  # never the stream that verification draws from
     )
 

@@ -145,18 +145,15 @@ class DrafterEngine:
 
     def __init__(self, engine_args: dict[str, Any]) -> None:
         from vllm_ssd.compat.drafter.draft_model import DraftModel
-        from vllm_ssd.drafter.pages.device import DevicePages
-        from vllm_ssd.drafter.pages.host import HostPages
 
         self._model = DraftModel(**engine_args)
-        self._pages = DevicePages if engine_args["tree_attention"] else HostPages
 
     def run(self, request: Steps) -> list[float]:
         """Mean seconds of the steps over all branches, of each of a few trees."""
-        from vllm_ssd.drafter.engine import DraftEngine
+        from vllm_ssd.drafter.server import build_engine
         from vllm_ssd.policy import FanOut
 
-        engine = DraftEngine(
+        engine = build_engine(
             self._model,
             FanOut(request.num_drafts, request.branches),
             num_speculative_tokens=request.num_drafts,
@@ -165,7 +162,6 @@ class DrafterEngine:
             max_fan_out=request.branches,
             top_m=64,
             seed=0,
-            pages=self._pages,
         )
         means = []
         for _ in range(STEP_TREES):

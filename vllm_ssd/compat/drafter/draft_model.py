@@ -53,6 +53,7 @@ class DraftModel:
             )
         attention_group = runner.attn_groups[0][0]
         self._model = runner.model
+        self.tree_attention = tree_attention
         self._layer_names = attention_group.layer_names
         self._metadata_builder = attention_group.get_metadata_builder()
         self.device = runner.device
@@ -76,7 +77,7 @@ class DraftModel:
         A `TreeBatch` needs a model loaded with tree attention.
         """
         if isinstance(batch, TreeBatch):
-            metadata = tree_backend.TreeAttentionMetadata.of(batch)
+            metadata = tree_backend.TreeAttentionMetadata.from_batch(batch)
             return self._run(metadata, batch.token_ids, batch.positions, batch.slots, batch.logit_indices)
         to_device = self._to_device
         num_tokens = len(batch.token_ids)
@@ -118,6 +119,7 @@ class DraftModel:
             self.vllm_config,
             num_tokens=len(token_ids),
             slot_mapping=dict.fromkeys(names, slots),
+            skip_compiled=len(token_ids) > self.max_num_tokens,  # vLLM compiles for no more
         ):
             hidden_states = self._model(token_ids, positions)
         return self._model.compute_logits(hidden_states if logit_indices is None else hidden_states[logit_indices])

@@ -13,7 +13,7 @@ import torch
 class ForwardBatch:
     """One ragged forward over `B` sequences and `T` tokens; every array lives on the host.
 
-    token_ids [T] int64, positions [T] int64, slots [T] int64 (page * page_size + offset),
+    token_ids [T] int32, positions [T] int64, slots [T] int64 (page * page_size + offset),
     query_start_loc [B + 1] int32, seq_lens [B] int32 (KV length after this forward),
     page_tables [B, P] int32, logit_indices [n] int64 into the T tokens.
     """
@@ -31,7 +31,7 @@ class ForwardBatch:
 class TreeBatch:
     """One forward over `B` tokens of `R` requests' trees, those of a request adjacent; pages live on the device.
 
-    token_ids [B] int64, positions [B] int64, slots [B] int64; page_tables [R, W] int32, query_start_loc [R + 1] int32,
+    token_ids [B] int32, positions [B] int64, slots [B] int64; page_tables [R, W] int32, query_start_loc [R + 1] int32,
     shared_lens [B] int32, own_pages [B, Q] int32 and own_lens [B] int32 as `kernels.tree_attention` takes them, with
     its bounds max_shared_len and max_rows; logit_indices [n] int64 into the B tokens, None for all of them. A token of
     slot -1 is padding: it reads and writes no KV.
@@ -51,17 +51,26 @@ class TreeBatch:
 
 
 class PagedModel(Protocol):
-    """A causal language model whose KV pages are the caller's to assign."""
+    """A causal language model whose KV pages are the caller's to assign.
 
+    tree_attention: whether `forward` takes a `TreeBatch`, too, and pages are copied by `copy_slots`, not `copy_pages`.
+    dtype: of activations and KV.
+    """
+
+    tree_attention: bool
     vocab_size: int
     max_model_len: int
     page_size: int
     num_pages: int
-    dtype: torch.dtype  # of activations and KV
+    dtype: torch.dtype
     device: torch.device
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch | TreeBatch) -> torch.Tensor:
         """Logits `[n, vocab]` at `batch.logit_indices`; KV of every token lands in its slot."""
+        ...
 
     def copy_pages(self, sources: list[int], destinations: list[int]) -> None:
         """Copy whole pages; all sources are read before any destination is written."""
+
+    def copy_slots(self, sources: torch.Tensor, destinations: torch.Tensor, num_slots: torch.Tensor) -> None:
+        """Copy the first slots of pages to others; device tensors as `kernels.copy_pages` takes them."""

@@ -45,7 +45,7 @@ class TreeAttentionMetadata:
     num_actual_tokens: int
 
     @classmethod
-    def of(cls, batch: TreeBatch) -> TreeAttentionMetadata:
+    def from_batch(cls, batch: TreeBatch) -> TreeAttentionMetadata:
         """The metadata of one step of the drafter's trees."""
         return cls(
             batch.page_tables,

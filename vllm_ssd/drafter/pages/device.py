@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
-
 import numpy as np
 import torch
 
 from vllm_ssd.compat.drafter.paged import PagedModel, TreeBatch
-from vllm_ssd.drafter.branches import Branches
-from vllm_ssd.drafter.forward import StepTokens
-from vllm_ssd.drafter.pages.host import NO_PAGES, SpinePages
-from vllm_ssd.drafter.sequence import Sequence
+from vllm_ssd.drafter.branches import JIT_ACCEPT_LENGTH, Branches
+from vllm_ssd.drafter.pages.spines import NO_PAGES, SpinePages
+from vllm_ssd.drafter.step_tokens import StepTokens
 from vllm_ssd.kernels import CLOSE, MISS, SKIP, DevicePool, Trees, commit, expand, reserve, share
 
 
 class DevicePages(SpinePages):
-    """The verbs of `HostPages` over `kernels.Trees`: page ids never come to the host.
+    """`Pages` over `kernels.Trees`: page ids never come to the host.
 
     What is asked for is collected and carried out before the next forward, one launch of `commit`, `share`, `reserve`,
     `expand` and `copy_pages` for all requests. How many pages are free is known here all the same, because every
     operation's need is, and `tables` hold stand-ins that are shared as the pages are; so nothing waits for the device.
     """
 
-    def __init__(
-        self, model: PagedModel, max_num_seqs: int, max_branches: int, num_speculative_tokens: int, num_candidates: int
-    ) -> None:
-        super().__init__(model, max_num_seqs)
-        self._num_drafts = k = num_speculative_tokens
+    def __init__(self, model: PagedModel, branches: Branches) -> None:
+        super().__init__(model, branches.max_num_seqs)
+        self._branches = branches
+        self._num_drafts = k = branches.num_speculative_tokens
+        num_slots, per_slot = branches.max_num_seqs, branches.per_request
         self.device_pool = DevicePool.full(model.num_pages, model.device)
-        self.trees = Trees.empty(max_num_seqs, max_branches + 1, k, model.page_size, self.tables.shape[1], model.device)
-        rows = max_num_seqs * (max_branches + 1)
-        self._index = np.zeros(rows, np.int64)  # of each row among its request's
-        self._num_branch_pages = np.zeros(rows, np.int64)
+        self.trees = Trees.empty(num_slots, per_slot, k, model.page_size, self.tables.shape[1], model.device)
+        self._index = np.zeros(num_slots * per_slot, np.int64)  # of each row among its request's
+        self._num_branch_pages = np.zeros(num_slots * per_slot, np.int64)
         self._held_by_branches = 0
         # What is due, by slot; `_fan_out` also holds what was carried out.
-        self._winners = np.full(max_num_seqs, SKIP, np.int32)
-        self._sources = np.zeros(max_num_seqs, np.int32)
-        self._num_shared = np.zeros(max_num_seqs, np.int32)
-        self._num_tokens = np.zeros(max_num_seqs, np.int32)
-        self._lengths = np.zeros(max_num_seqs, np.int32)
-        self._forks = np.zeros((max_num_seqs, 2), np.int32)
-        self._fan_out = np.zeros((max_num_seqs, k + 1), np.int32)
-        self._candidates = np.full((max_num_seqs, k + 1, num_candidates + 1), -1, np.int32)
+        self._winners = np.full(num_slots, SKIP, np.int32)
+        self._sources = np.zeros(num_slots, np.int32)
+        self._num_shared = np.zeros(num_slots, np.int32)
+        self._num_tokens = np.zeros(num_slots, np.int32)
+        self._lengths = np.zeros(num_slots, np.int32)
+        self._forks = np.zeros((num_slots, 2), np.int32)
+        self._fan_out = np.zeros((num_slots, k + 1), np.int32)
+        self._candidates = np.full((num_slots, k + 1, branches.num_candidates + 1), -1, np.int32)
         self._filled_base: set[int] = set()  # slots whose branch also copies the slot of its base
 
     @property
@@ -63,49 +59,42 @@ class DevicePages(SpinePages):
         super().share(slot, other, num_pages)
         self._sources[slot], self._num_shared[slot] = other, num_pages
 
-    def per_branch(self, base: int, num_drafts: int) -> int:
-        """Pages that a branch from position `base` owns, room for all K drafts in it."""
-        return (base % self.page_size + self._num_drafts) // self.page_size + 1
+    def needed(self, rows: np.ndarray) -> int:
+        """Pages that `fork` takes for new branches in `rows`: room for all K drafts, however many are wanted."""
+        base = int(self._branches.base[rows[0]])
+        return len(rows) * ((base % self.page_size + self._num_drafts) // self.page_size + 1)
 
-    def fork(
-        self,
-        slot: int,
-        rows: np.ndarray,
-        accept_length: int,
-        base: int,
-        num_drafts: int,
-        tokens: np.ndarray,
-        filled: int,
-    ) -> None:
-        """Branches in `rows` [n] that start with `tokens` [n] at position `base`; copies as `HostPages.fork`.
-
-        The accept lengths of a round come in ascending order; one below 0 is a branch that starts before the spine's
-        end, from a position whose KV is known.
-        """
-        k = max(accept_length, 0)
+    def fork(self, rows: np.ndarray) -> None:
+        """See `Pages.fork`."""
+        branches, first = self._branches, rows[0]
+        slot, base = int(branches.owner[first]), int(branches.base[first])
+        is_jit = branches.accept_length[first] == JIT_ACCEPT_LENGTH
+        k = 0 if is_jit else int(branches.accept_length[first])
         self._index[rows] = self._fan_out[slot].sum() + np.arange(len(rows))
-        self._num_branch_pages[rows] = self.per_branch(base, num_drafts)
-        self._held_by_branches += int(self._num_branch_pages[rows].sum())
+        needed = self.needed(rows)
+        self._num_branch_pages[rows] = needed // len(rows)
+        self._held_by_branches += needed
         self._lengths[slot] = base - k
         begin, end = self._forks[slot]
         self._forks[slot] = (begin if begin < end else k, k + 1)
         self._fan_out[slot, k] = len(rows)
-        self._candidates[slot, k, : len(rows)] = tokens
-        if filled > base:
+        self._candidates[slot, k, : len(rows)] = branches.tokens[rows, 0]
+        if is_jit:
             self._filled_base.add(slot)
 
     def index(self, rows: np.ndarray) -> np.ndarray:
         """Where the branches in `rows` [n] lie among their requests' rows of `trees`, [n] int64."""
         return self._index[rows]
 
-    def commit(self, slot: int, rows: np.ndarray, winner: int = -1, base: int = 0) -> None:
+    def commit(self, slot: int, rows: np.ndarray, winner: int = -1) -> None:
         """Free the branches in `rows`; a `winner` among them becomes the spine from the page of its base on."""
         if not len(rows):
             return
         self._before_commit(slot)
         self._held_by_branches -= int(self._num_branch_pages[rows].sum())
         if winner >= 0:
-            self._relink(slot, base // self.page_size, self.pool.allocate(int(self._num_branch_pages[winner])))
+            first_page = int(self._branches.base[winner]) // self.page_size
+            self._relink(slot, first_page, self.pool.allocate(int(self._num_branch_pages[winner])))
         self._winners[slot] = self._index[winner] if winner >= 0 else MISS
         self._fan_out[slot] = 0
 
@@ -159,11 +148,10 @@ class DevicePages(SpinePages):
         trees.copy_lens.zero_()
         self._forks[:] = 0
 
-    def batch(
-        self, branches: Branches, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray, tokens: StepTokens
-    ) -> TreeBatch:
-        """The forward of `tokens`: the next of each spine, then one of each branch in `rows`."""
+    def batch(self, tokens: StepTokens) -> TreeBatch:
+        """The forward of `tokens`, before which everything asked for is carried out."""
         self.carry_out()
+        branches, spines, rows = self._branches, tokens.spines, tokens.rows
         to_device, size = self._to_device, self.page_size
         num_spine_tokens = len(tokens.positions) - len(rows)
         slots = np.concatenate(

@@ -1,53 +1,13 @@
-"""From spines and branches to one ragged forward, and from its logits to drawn tokens."""
+"""The next token of each branch, drawn on the host from a forward's logits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from vllm_ssd.drafter.branches import Branches
-from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
 from vllm_ssd.policy import saguaro
-
-
-@dataclass(slots=True)
-class StepTokens:
-    """The tokens of one step: those of the spines, then one of each branch.
-
-    token_ids [T] int64, positions [T] int64; logit_indices [n] int64 into them, of each branch token and of those spine
-    tokens from the last committed one on. spine_logits: (sequence, token index) of each spine logit, which come first.
-    """
-
-    token_ids: np.ndarray
-    positions: np.ndarray
-    logit_indices: np.ndarray
-    spine_logits: list[tuple[Sequence, int]]
-
-
-def step_tokens(branches: Branches, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray) -> StepTokens:
-    """The next `n` tokens of each spine and the next token of each branch in `rows`."""
-    token_ids: list[int] = []
-    positions: list[np.ndarray] = [NO_ROWS]
-    logit_indices: list[int] = []
-    spine_logits: list[tuple[Sequence, int]] = []
-    for sequence, n in spines:
-        start = sequence.computed
-        for position in range(max(start, sequence.length - 1), start + n):
-            logit_indices.append(len(token_ids) + position - start)
-            spine_logits.append((sequence, position))
-        token_ids.extend(sequence.tokens[start : start + n])
-        positions.append(np.arange(start, start + n))
-    step = branches.computed[rows]
-    row_indices = len(token_ids) + np.arange(len(rows), dtype=np.int64)
-    return StepTokens(
-        np.concatenate([np.array(token_ids, np.int64), branches.tokens[rows, step]]),
-        np.concatenate([*positions, branches.base[rows] + step]),
-        np.concatenate([np.array(logit_indices, np.int64), row_indices]),
-        spine_logits,
-    )
 
 
 @dataclass(slots=True)

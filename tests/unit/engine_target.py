@@ -1,0 +1,190 @@
+"""A target in plain dicts, which checks all that a drafter's engine pushes against what the model says."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from vllm_ssd.compat.drafter.paged import PagedModel
+from vllm_ssd.drafter.engine import DraftEngine
+from vllm_ssd.drafter.server import build_engine
+from vllm_ssd.link.protocol import JIT_TOKEN, Push, SpeculationBlock
+from vllm_ssd.policy import FanOut
+
+K = 3
+
+
+class CheckedModel(PagedModel, Protocol):
+    """A model that can be asked what it should have said."""
+
+    num_forwards: int
+
+    def reference_logits(self, prefix: list[int]) -> torch.Tensor:
+        """Logits `[vocab]` after `prefix`, distinct for all tokens."""
+
+
+def engine_of(model: PagedModel, fan_out: int | list[int] = 2, **options) -> DraftEngine:
+    defaults = dict(max_num_seqs=4, max_branches=2 * (K + 1), max_fan_out=2, top_m=5, seed=1)
+    return build_engine(model, FanOut(K, fan_out), num_speculative_tokens=K, **(defaults | options))
+
+
+def reference_drafts(model: CheckedModel, prefix: list[int], num_drafts: int) -> list[int]:
+    """The greedy continuation of `prefix`."""
+    drafts: list[int] = []
+    for _ in range(num_drafts):
+        drafts.append(int(model.reference_logits(prefix + drafts).argmax()))
+    return drafts
+
+
+def check_conservation(engine: DraftEngine) -> None:
+    """Every page is free or held; holders are exactly the trunks and branches that name the page."""
+    alive = sum(len(s.rows) for s in engine.sequences.values())
+    assert engine.branches.alive.sum() == alive
+    if hasattr(engine.pages, "trees"):
+        check_device_pages(engine)
+    else:
+        check_host_pages(engine)
+
+
+def check_host_pages(engine: DraftEngine) -> None:
+    kept = engine.pages
+    holders = np.zeros(kept.pool.num_pages, np.int32)
+    for sequence in engine.sequences.values():
+        pages = kept.tables[sequence.slot, : kept.num_pages[sequence.slot]]
+        assert len(set(pages.tolist())) == len(pages)
+        np.add.at(holders, pages, 1)
+        branch_pages = kept.owned(sequence.rows)
+        np.add.at(holders, branch_pages, 1)
+        assert not set(branch_pages.tolist()) & set(pages.tolist())
+        for row in sequence.rows.tolist():
+            held = kept.branch_pages[row, : kept.num_branch_pages[row]]
+            assert (kept.pool.holders(held) == 1).all(), "a branch writes to a shared page"
+    assert np.array_equal(holders, kept.pool.holders(np.arange(kept.pool.num_pages)))
+    assert kept.num_free == (holders == 0).sum()
+
+
+def check_device_pages(engine: DraftEngine) -> None:
+    """What the host counted is what the kernels did, once they have done it."""
+    kept = engine.pages
+    kept.carry_out()
+    pool, trees = kept.device_pool, kept.trees
+    assert int(pool.num_free) == kept.num_free
+    assert trees.num_pages.tolist() == kept.num_pages.tolist()
+    spines = [table[:n] for table, n in zip(trees.page_tables, trees.num_pages.tolist())]
+    held = torch.cat([*spines, trees.branch_pages[trees.branch_pages >= 0]]).long()
+    assert torch.equal(torch.bincount(held, minlength=len(pool.holders)), pool.holders.long())
+    assert kept.num_free == (pool.holders == 0).sum()
+    assert (pool.holders[trees.branch_pages[trees.branch_pages >= 0].long()] == 1).all(), "a branch's page is shared"
+    standing_in = np.concatenate([table[:n] for table, n in zip(kept.tables, kept.num_pages)])
+    assert kept.pool.holders(standing_in).tolist() == pool.holders[torch.cat(spines).long()].tolist()
+    assert not pool.holders[pool.free[: kept.num_free].long()].any()
+    for slot, sequence in enumerate(engine._by_slot):
+        rows = sequence.rows.tolist() if sequence else []
+        outcomes = [(max(engine.branches.accept_length[r], 0), engine.branches.tokens[r, 0]) for r in rows]
+        alive = trees.accept_lengths[slot] >= 0
+        found = list(zip(trees.accept_lengths[slot][alive].tolist(), trees.first_tokens[slot][alive].tolist()))
+        assert found == outcomes
+
+
+class Target:
+    """The target's view in plain dicts: what was pushed for each request's current round."""
+
+    def __init__(self, model: CheckedModel, **options) -> None:
+        self.model = model
+        self.engine = engine_of(model, **options)
+        self.tokens: dict[str, list[int]] = {}
+        self.drafts: dict[str, list[int]] = {}
+        self.blocks: dict[str, dict[tuple[int, int], list[int]]] = {}
+        self.epoch: dict[str, int] = {}
+        self.temperature: dict[str, float] = {}
+        self.evicted = 0
+
+    def open(self, request_id: str, tokens: list[int], temperature: float = 0.0) -> None:
+        self.epoch[request_id] = self.epoch.get(request_id, 0) + 1
+        self.temperature[request_id] = temperature
+        self.tokens[request_id], self.drafts[request_id], self.blocks[request_id] = list(tokens), [], {}
+        self.engine.open(request_id, self.epoch[request_id], np.array(tokens, np.int32), temperature, K)
+        check_conservation(self.engine)
+
+    def step(self) -> None:
+        push = self.engine.speculate()
+        check_conservation(self.engine)
+        self.absorb(push)
+
+    def absorb(self, push: Push | None) -> None:
+        for block in push.blocks if push else []:
+            tokens = self.tokens[block.request_id]
+            assert (block.epoch, block.length) == (self.epoch[block.request_id], len(tokens))
+            for i, (accept_length, bonus) in enumerate(np.frombuffer(block.outcomes, "<i4").reshape(-1, 2).tolist()):
+                known = self.blocks[block.request_id].setdefault((accept_length, bonus), [])
+                assert block.offset == len(known), "a push left a gap or repeated tokens"
+                known += block.drafts(i)
+                prefix = list(tokens)
+                if bonus != JIT_TOKEN:
+                    drafts = self.drafts[block.request_id]
+                    assert drafts[accept_length : accept_length + 1] != [bonus]
+                    prefix += drafts[:accept_length] + [bonus]
+                if self.temperature[block.request_id]:
+                    check_proposals(
+                        self.model, block, i, prefix + known[: block.offset], self.temperature[block.request_id]
+                    )
+                else:
+                    assert known == reference_drafts(self.model, prefix, len(known)), "a draft read the wrong prefix"
+        for evicted in push.evicted if push else []:
+            self.evicted += 1
+            if self.epoch.get(evicted.request_id) == evicted.epoch:
+                self.tokens.pop(evicted.request_id, None)
+
+    def advance(self, request_id: str, emitted: list[int], drafts: list[int], jit: int = 0) -> None:
+        self.tokens[request_id] += emitted
+        self.drafts[request_id], self.blocks[request_id] = drafts, {}
+        tokens = self.tokens[request_id]
+        self.engine.advance(request_id, self.epoch[request_id], len(tokens), emitted, drafts, num_drafts=K, jit=jit)
+        check_conservation(self.engine)
+
+    def close(self, request_id: str) -> None:
+        self.engine.close(request_id)
+        self.tokens.pop(request_id, None)
+        check_conservation(self.engine)
+
+
+def check_proposals(
+    model: CheckedModel, block: SpeculationBlock, i: int, prefix: list[int], temperature: float
+) -> None:
+    """The drafts of a branch after `prefix` were drawn from what they carry: the likeliest tokens' softmax."""
+    for token, (ids, probs) in zip(block.drafts(i), block.proposals(i), strict=True):
+        logits = model.reference_logits(prefix).numpy() / temperature
+        order = np.argsort(-logits)[: len(ids)]
+        weights = np.exp(logits[order] - logits[order].max())
+        assert ids.tolist() == order.tolist() and token in ids
+        assert np.allclose(probs, weights / weights.sum(), atol=1e-5)
+        prefix = prefix + [token]
+
+
+def grow(target: Target) -> None:
+    while target.engine.has_work:
+        target.step()
+
+
+def drive(target: Target, rng: Random, num_rounds: int) -> None:
+    """Requests join, hit, miss and leave, some of them between the steps of a tree, three at a time."""
+    for i in range(num_rounds):
+        live = sorted(target.tokens)
+        if len(live) < 3:
+            shared = target.tokens[live[0]][:40] if live else []
+            target.open(f"r{i}", shared + [rng.randrange(13) for _ in range(rng.randint(1, 9))], rng.choice([0.0, 0.8]))
+        for _ in range(rng.choice([1, 2, 3, 9])):
+            if target.engine.has_work:
+                target.step()
+        request_id = rng.choice(sorted(target.tokens))
+        drafts, block = target.drafts[request_id], target.blocks[request_id]
+        if rng.random() < 0.1 or len(target.tokens[request_id]) > 80:
+            target.close(request_id)
+        elif block and rng.random() < 0.7:
+            accept_length, bonus = rng.choice(sorted(block))
+            target.advance(request_id, [*drafts[:accept_length], bonus], block[accept_length, bonus])
+        else:
+            target.advance(request_id, [*drafts[: rng.randint(0, len(drafts))], rng.randrange(13)], [])

@@ -1,0 +1,80 @@
+"""What branches are drawn from, and when it is pushed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from engine_target import K, grow
+
+from vllm_ssd.drafter import device_steps
+from vllm_ssd.drafter.sampler import Sampler
+
+
+def test_sampled_branches_carry_the_distribution_they_were_drawn_from(make_target):
+    target = make_target()
+    target.open("a", [1, 2, 3], temperature=0.8)
+    grow(target)
+    assert [len(drafts) for drafts in target.blocks["a"].values()] == [K, K]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_every_step_is_pushed_while_the_next_ones_run(make_target, monkeypatch, temperature):
+    """On the device, a step is launched before the host looks at what the one before it drew."""
+    order: list[tuple[str, int]] = []
+    for name in ("launch", "drawn"):
+        original = getattr(device_steps._Bucket, name)
+
+        def logged(self, step, *arguments, name=name, original=original):
+            order.append((name, step))
+            return original(self, step, *arguments)
+
+        monkeypatch.setattr(device_steps._Bucket, name, logged)
+    target = make_target()
+    target.open("a", [1, 2, 3, 4, 5], temperature)
+    target.step()
+    for depth in range(1, K + 1):
+        target.step()
+        assert {len(drafts) for drafts in target.blocks["a"].values()} == {depth}
+    target.step()
+    assert not target.engine.has_work
+    if target.model.tree_attention:
+        launched = [("launch", 0)]
+        for step in range(K):
+            launched += [("launch", step + 1), ("drawn", step)]
+        assert order == launched + [("drawn", K)]
+
+
+def test_predicted_bonus_tokens_are_proposed_less_and_q_says_so():
+    logits = torch.tensor([2.0, 0.5, 1.0, -1.0, 0.0]).repeat(40_000, 1)
+    draw = Sampler(num_candidates=3, top_m=4, seed=0, saguaro_c=0.25).draw(
+        logits, np.full(len(logits), 0.8, np.float32), np.full(len(logits), 2)
+    )
+    assert draw.q_token_ids[0].tolist() == [0, 2, 1, 4]
+    weights = torch.exp(logits[0, [0, 2, 1, 4]] / 0.8) * torch.tensor([0.25, 0.25, 1, 1])
+    expected = (weights / weights.sum()).numpy()
+    np.testing.assert_allclose(draw.q_probs, np.broadcast_to(expected, draw.q_probs.shape), rtol=1e-5)
+    seen = np.bincount(draw.drawn, minlength=5)[[0, 2, 1, 4]]
+    chi_square = ((seen - len(logits) * expected) ** 2 / (len(logits) * expected)).sum()
+    assert seen.sum() == len(logits) and chi_square < 25  # 3 degrees of freedom: 1.5e-5
+
+
+@pytest.mark.parametrize("saguaro_c", [1.0, 0.2])
+def test_branches_down_weight_what_the_next_tree_predicts(make_target, saguaro_c):
+    """Two branches a fork point: their proposals have the two likeliest tokens down-weighted, and no others."""
+    target = make_target(max_num_seqs=2, saguaro_c=saguaro_c)
+    engine = target.engine
+    prompt = [1, 2, 3]
+    engine.open("sampled", 1, np.array(prompt, np.int32), 1.0, 3)
+    engine.open("greedy", 1, np.array(prompt, np.int32), 0.0, 3)
+    while engine.has_work:
+        engine.speculate()
+    branches, sequence = engine.branches, engine.sequences["sampled"]
+    for row in sequence.rows:
+        for depth in range(3):
+            logits = target.model.reference_logits(prompt + branches.tokens[row, : depth + 1].tolist()).float()
+            values, ids = torch.topk(logits, 5)
+            weights = torch.exp(values - values[0]) * torch.tensor([saguaro_c] * 2 + [1.0] * 3)
+            assert branches.q_token_ids[row, depth].tolist() == ids.tolist()
+            np.testing.assert_allclose(branches.q_probs[row, depth], weights / weights.sum(), rtol=1e-4)
+    assert len(sequence.rows) and len(engine.sequences["greedy"].rows)

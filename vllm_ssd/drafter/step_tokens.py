@@ -1,0 +1,53 @@
+"""The tokens that one forward of the draft model takes, before it is known where their KV lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_ssd.drafter.branches import Branches
+from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
+
+
+@dataclass(slots=True)
+class StepTokens:
+    """The next tokens of some spines, then the next one of each branch in `rows`.
+
+    spines: sequences, and how many tokens of each; rows [m] int64. token_ids [T] int32, positions [T] int64;
+    logit_indices [n] int64 into them: spine tokens from the last committed one on, then all branch tokens.
+    spine_logits: (sequence, token index) of each spine logit.
+    """
+
+    spines: SequenceOf[tuple[Sequence, int]]
+    rows: np.ndarray
+    token_ids: np.ndarray
+    positions: np.ndarray
+    logit_indices: np.ndarray
+    spine_logits: list[tuple[Sequence, int]]
+
+    @classmethod
+    def gather(cls, branches: Branches, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray) -> StepTokens:
+        """The next `n` tokens of each (sequence, n) of `spines`, and the next token of each branch in `rows`."""
+        token_ids: list[int] = []
+        positions: list[np.ndarray] = [NO_ROWS]
+        logit_indices: list[int] = []
+        spine_logits: list[tuple[Sequence, int]] = []
+        for sequence, n in spines:
+            start = sequence.computed
+            for position in range(max(start, sequence.length - 1), start + n):
+                logit_indices.append(len(token_ids) + position - start)
+                spine_logits.append((sequence, position))
+            token_ids.extend(sequence.tokens[start : start + n])
+            positions.append(np.arange(start, start + n))
+        step = branches.computed[rows]
+        row_indices = len(token_ids) + np.arange(len(rows), dtype=np.int64)
+        return cls(
+            spines,
+            rows,
+            np.concatenate([np.array(token_ids, np.int32), branches.tokens[rows, step]]),
+            np.concatenate([*positions, branches.base[rows] + step]),
+            np.concatenate([np.array(logit_indices, np.int64), row_indices]),
+            spine_logits,
+        )

@@ -1,0 +1,203 @@
+"""Which forward of the draft model comes next, and what it draws.
+
+Spines that are not wholly computed ride with one step of every growing branch. Where there are none, the branches grow
+in *runs*: as many steps of the same branches as none of them is done before. Only when no branch is growing are the
+finished ones run once more, over their last draft: then all fork points of the next round are known before its outcome
+is. A run may be launched ahead of what is taken of it (`DeviceSteps`); whoever changes the branches settles it first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
+
+import numpy as np
+
+from vllm_ssd.compat.drafter.paged import PagedModel
+from vllm_ssd.drafter.branches import Branches
+from vllm_ssd.drafter.pages.protocol import Pages
+from vllm_ssd.drafter.sampler import Draw, Sampler
+from vllm_ssd.drafter.sequence import Sequence
+from vllm_ssd.drafter.step_tokens import StepTokens
+from vllm_ssd.policy import BranchBudget
+
+FanOutAfterHit = Callable[[int], SequenceOf[int]]
+"""Branches by accept length of the round after a hit, from its number of drafts."""
+
+
+class Run(Protocol):
+    """Steps of the branches in `rows` [n], taken one after the other; the last one took `step_s`."""
+
+    rows: np.ndarray
+    step_s: float
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every step was taken."""
+        ...
+
+    def take(self) -> Draw:
+        """What the next step drew after `rows`."""
+        ...
+
+    def stop(self) -> None:
+        """End with the steps that were launched, which are still to be taken."""
+
+
+class Runner(Protocol):
+    """Runs steps of branches alone."""
+
+    def start(self, rows: np.ndarray, num_steps: int, fan_out: np.ndarray | None) -> Run:
+        """Begin `num_steps` of the branches in `rows` [n]; until the run is done, nothing may be asked of the pages.
+
+        fan_out [num_steps, n] int64: how many of the likeliest tokens of each step are down-weighted; None for none.
+        """
+        ...
+
+
+class EagerRunner:
+    """One forward a step, over pages of either kind, drawn on the host."""
+
+    def __init__(self, model: PagedModel, pages: Pages, branches: Branches, sampler: Sampler) -> None:
+        self._model = model
+        self._pages = pages
+        self._branches = branches
+        self._sampler = sampler
+
+    def start(self, rows: np.ndarray, num_steps: int, fan_out: np.ndarray | None) -> EagerRun:
+        """As `Runner.start`; no step is launched before it is taken."""
+        return EagerRun(self, rows, num_steps, fan_out)
+
+    def forward(
+        self, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray, fan_out: np.ndarray | None
+    ) -> tuple[StepTokens, Draw]:
+        """Forward the next n tokens of each (sequence, n) of `spines` and one of each branch in `rows`, and draw.
+
+        The first draws belong to the spine logits. fan_out [m] int64, of `rows`.
+        """
+        tokens = StepTokens.gather(self._branches, spines, rows)
+        temperatures = self._branches.temperature[rows]
+        if spines:
+            before = tokens.spine_logits
+            temperatures = np.array([s.temperature for s, _ in before] + temperatures.tolist(), np.float32)
+            fan_out = None if fan_out is None else np.concatenate([np.zeros(len(before), np.int64), fan_out])
+        return tokens, self._sampler.draw(self._model.forward(self._pages.batch(tokens)), temperatures, fan_out)
+
+
+class EagerRun:
+    """Steps of an `EagerRunner`."""
+
+    def __init__(self, runner: EagerRunner, rows: np.ndarray, num_steps: int, fan_out: np.ndarray | None) -> None:
+        self.rows = rows
+        self.step_s = 0.0
+        self._runner = runner
+        self._num_steps, self._num_taken = num_steps, 0
+        self._fan_out = fan_out
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every step was taken."""
+        return self._num_taken == self._num_steps
+
+    def take(self) -> Draw:
+        """Run the next step."""
+        began = time.perf_counter()
+        fan_out = None if self._fan_out is None else self._fan_out[self._num_taken]
+        self._num_taken += 1
+        _, draw = self._runner.forward((), self.rows, fan_out)
+        self.step_s = time.perf_counter() - began
+        return draw
+
+    def stop(self) -> None:
+        """End here: nothing was launched."""
+        self._num_steps = self._num_taken
+
+
+class Stepper:
+    """Runs one step at a time, and stores what the branches draw.
+
+    eager: for steps with spines; runner: for those of branches alone, often the same.
+    """
+
+    def __init__(
+        self, branches: Branches, eager: EagerRunner, runner: Runner, budget: BranchBudget, saguaro_c: float
+    ) -> None:
+        self._branches = branches
+        self._eager = eager
+        self._runner = runner
+        self._budget = budget
+        self._down_weights = saguaro_c < 1
+        self._run: Run | None = None
+        self.num_steps = 0
+
+    def step(
+        self, spines: SequenceOf[tuple[Sequence, int]], fan_out_after_hit: FanOutAfterHit
+    ) -> tuple[StepTokens, Draw] | None:
+        """One forward, if there is anything to forward.
+
+        `spines`, (sequence, tokens in this step), have the pages they need, and are empty while a run is under way.
+        What is drawn after branches goes to them; what is drawn after spines is returned, as the first draws.
+        """
+        if self._run is None:
+            rows, finished = np.flatnonzero(self._branches.growing), self._branches.finished
+            if spines:
+                return self._step_spines(spines, rows, fan_out_after_hit)
+            is_last = not len(rows) or not finished.any()
+            rows = rows if len(rows) else np.flatnonzero(finished)
+            if not len(rows):
+                return None
+            self._run = self._start_run(rows, is_last, fan_out_after_hit)
+        run = self._run
+        self._take(run)
+        self._budget.observe_step(len(run.rows), run.step_s)
+        if run.is_done:
+            self._run = None
+        return None
+
+    def settle(self) -> None:
+        """End the run under way with the steps that it has launched, whose draws and KV are as good as any."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.stop()
+            while not run.is_done:
+                self._take(run)
+
+    def _take(self, run: Run) -> None:
+        self._branches.extend(run.rows, run.take())
+        self.num_steps += 1
+
+    def _step_spines(
+        self, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray, fan_out_after_hit: FanOutAfterHit
+    ) -> tuple[StepTokens, Draw]:
+        fan_out = self._predicted(rows, 0, fan_out_after_hit) if self._down_weights else None
+        tokens, draw = self._eager.forward(spines, rows, fan_out)
+        self.num_steps += 1
+        self._branches.extend(rows, draw, len(tokens.spine_logits))
+        return tokens, draw
+
+    def _start_run(self, rows: np.ndarray, is_last: bool, fan_out_after_hit: FanOutAfterHit) -> Run:
+        """The steps that no branch in `rows` is done before; one more if then all are, and no others wait to finish."""
+        branches = self._branches
+        missing = branches.num_drafts[rows] - branches.computed[rows]
+        num_steps = max(int(missing.min()), 1)
+        if is_last and (missing == num_steps).all():
+            num_steps += 1
+        fan_out = None
+        if self._down_weights and branches.temperature[rows].any():
+            fan_out = np.stack([self._predicted(rows, step, fan_out_after_hit) for step in range(num_steps)])
+        return self._runner.start(rows, num_steps, fan_out)
+
+    def _predicted(self, rows: np.ndarray, ahead: int, fan_out_after_hit: FanOutAfterHit) -> np.ndarray:
+        """Bonus tokens that will be predicted where the next token of each branch in `rows` is rejected, [n] int64.
+
+        The token is the one drawn now, or so many steps ahead.
+        """
+        branches = self._branches
+        predicted = np.zeros(len(rows), np.int64)
+        for num_drafts in set(branches.num_drafts[rows].tolist()):
+            alike = branches.num_drafts[rows] == num_drafts
+            counts = np.array(fan_out_after_hit(num_drafts))
+            predicted[alike] = counts[branches.computed[rows[alike]] + ahead]
+        return predicted
