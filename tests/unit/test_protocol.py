@@ -33,7 +33,7 @@ TOKEN_ID = st.integers(0, 2**31 - 1)
 TOKEN_IDS = st.lists(TOKEN_ID, max_size=8)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 DATA = st.binary(max_size=40)
-FLOAT = st.floats(allow_nan=False)
+FLOAT = st.floats(0, allow_nan=False)
 
 EVENT = (
     st.builds(Open, TEXT, COUNT, TOKEN_IDS.map(pack_ids), FLOAT)
