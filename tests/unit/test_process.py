@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 
+import msgspec
 import pytest
 from fake_link import pair
 
@@ -16,6 +17,8 @@ from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import Hello, Push, Refused, Step, Welcome, encode
 from vllm_ssd.link.transport import PREFIX_BYTES
 
+OPTIONS = DrafterOptions({}, 1, 1, None, 1, 2, 1, [], os.getpid())
+HELLO = Hello(1, 1, 1, "")
 STEP = Step([], 1)
 PUSH = Push([], [], None)
 
@@ -26,10 +29,15 @@ def link(monkeypatch):
     monkeypatch.setattr(launch.threading.Thread, "start", lambda self: None)
     clock = [1000.0]
     monkeypatch.setattr(launch.time, "monotonic", lambda: clock[0])
-    link = launch.DrafterProcess(None, None, environment={}, startup_timeout_s=1, logger=logging.getLogger("test"))
-    link._transport, drafter = pair()
-    link.connected, link.clock, link.drafter = True, clock, drafter
+    link = launch.DrafterProcess(
+        OPTIONS, HELLO, environment={}, startup_timeout_s=1, logger=logging.getLogger("test")
+    )
+    transport, drafter = pair()
+    link._newcomer = launch.Drafter(None, transport, generation=1, max_model_len=100)
+    link.clock, link.drafter = clock, drafter
     link._wanted.clear()
+    link.poll()
+    assert link.connected
     return link
 
 
@@ -95,10 +103,10 @@ def start(monkeypatch, tmp_path):
         script.chmod(0o755)
         monkeypatch.setattr(launch.sys, "executable", str(script))
         monkeypatch.setattr(launch, "EXIT_S", 0.2)
-        options = DrafterOptions({}, 1, 1, None, 1, 1, 1, list(cpus), os.getpid(), **more)
+        options = msgspec.structs.replace(OPTIONS, cpus=list(cpus), **more)
         links.append(
             launch.DrafterProcess(
-                options, Hello(1, 1, 1, ""), environment={}, startup_timeout_s=20, logger=logging.getLogger("test")
+                options, HELLO, environment={}, startup_timeout_s=20, logger=logging.getLogger("test")
             )
         )
         return links[-1]
@@ -153,16 +161,10 @@ def test_the_pause_before_a_restart_doubles_until_a_drafter_lives(link):
             link.clock[0] += lives_s.pop() if lives_s else 0
             return True
 
-    class Closed:
-        """Never set; waiting turns the clock."""
-
-        def is_set(self):
-            return False
-
-        def wait(self, pause_s):
-            pauses.append(pause_s)
-            link.clock[0] += pause_s
-            return len(pauses) == 12
+    def pause(pause_s):
+        pauses.append(pause_s)
+        link.clock[0] += pause_s
+        return len(pauses) == 12
 
     def start():
         link.clock[0] += 30  # loading takes its time, whether it ends well or not
@@ -170,7 +172,7 @@ def test_the_pause_before_a_restart_doubles_until_a_drafter_lives(link):
             raise launch.DrafterFailed("no memory")
         lives_s.append(launch.BACKOFF_S[1] + 1)
 
-    link.generation, link._wanted, link._closed, link._start = 1, Wanted(), Closed(), start
+    link._num_started, link._wanted, link._pause, link._start = 1, Wanted(), pause, start
     link._kill = link._do_without_trees = lambda: None
     launch._supervise(weakref.ref(link))
     assert pauses == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0, 60.0, 1.0, 2.0]
