@@ -57,4 +57,4 @@ def test_a_line_every_ten_seconds(caplog, monkeypatch):
         metrics.log()
         metrics.log()
     (record,) = caplog.records
-    assert "hit rate 50.0%, late 25.0%, accepted 0.50 of 1.50 drafts" in record.getMessage()
+    assert "hit rate 50.0%, late 25.0%, accepted 1.00 of 3.00 drafts a round" in record.getMessage()

@@ -29,9 +29,7 @@ def link(monkeypatch):
     monkeypatch.setattr(launch.threading.Thread, "start", lambda self: None)
     clock = [1000.0]
     monkeypatch.setattr(launch.time, "monotonic", lambda: clock[0])
-    link = launch.DrafterProcess(
-        OPTIONS, HELLO, environment={}, startup_timeout_s=1, logger=logging.getLogger("test")
-    )
+    link = launch.DrafterProcess(OPTIONS, HELLO, environment={}, startup_timeout_s=1, logger=logging.getLogger("test"))
     transport, drafter = pair()
     link._newcomer = launch.Drafter(None, transport, generation=1, max_model_len=100)
     link.clock, link.drafter = clock, drafter

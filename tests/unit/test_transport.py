@@ -117,7 +117,10 @@ def test_sending_flushes_what_waits(ends):
     received = receive(drafter, sent)
     target.send(hello(0))
     assert target.pending_bytes == 0
-    assert received + receive(drafter, sent + 2 - len(received)) == [*(opening(1000 + i) for i in range(sent)), hello(0)]
+    assert received + receive(drafter, sent + 2 - len(received)) == [
+        *(opening(1000 + i) for i in range(sent)),
+        hello(0),
+    ]
 
 
 def test_waiting_also_flushes(ends):

@@ -1,6 +1,6 @@
 """Whether what a drafter pushes may reach the target, by value.
 
-Checked are shapes and ranges. Not whether the drafter drew a draft from the q it names: nobody but the drafter can know.
+Checked are shapes and ranges. Whether a draft was drawn from the q that comes with it, only the drafter can know.
 """
 
 from __future__ import annotations

@@ -16,9 +16,10 @@ NAMES = frozenset(
 )
 PREFIXES = tuple(
     """
-    LC_ LD_ XDG_ PYTHON CONDA_ OMP_ GOMP_ KMP_ MKL_ OPENBLAS_ NUMEXPR_ MALLOC_ ONEDNN_ DNNL_ CUDA_ NVIDIA_ NCCL_ CUDNN_
-    CUBLAS_ ROCM_ ROCR_ HIP_ HSA_ RCCL_ MIOPEN_ AMD_ GPU_ ZE_ SYCL_ ONEAPI_ CCL_ GLOO_ TORCH PYTORCH_ TRITON_ FLASHINFER_
-    AITER_ FLASH_ATTENTION_ FLA_ FLYDSL_ XPU_ NVCC_ CUTE_DSL_ DG_JIT_ TVM_ NUMBA_ HF_HUB_ HF_XET_ TRANSFORMERS_ SAFETENSORS_ VLLM_
+    LC_ LD_ XDG_ PYTHON CONDA_ OMP_ GOMP_ KMP_ MKL_ OPENBLAS_ NUMEXPR_ MALLOC_ ONEDNN_ DNNL_ CUDA_ NVIDIA_ NCCL_
+    CUDNN_ CUBLAS_ ROCM_ ROCR_ HIP_ HSA_ RCCL_ MIOPEN_ AMD_ GPU_ ZE_ SYCL_ ONEAPI_ CCL_ GLOO_ TORCH PYTORCH_
+    TRITON_ FLASHINFER_ AITER_ FLASH_ATTENTION_ FLA_ FLYDSL_ XPU_ NVCC_ CUTE_DSL_ DG_JIT_ TVM_ NUMBA_ HF_HUB_
+    HF_XET_ TRANSFORMERS_ SAFETENSORS_ VLLM_
     """.split()
 )
 SECRET = re.compile(r"API_?KEY|ACCESS_KEY|SECRET|PASSWORD|CREDENTIAL|_TOKEN$|_AUTH$")
@@ -27,10 +28,10 @@ SECRET = re.compile(r"API_?KEY|ACCESS_KEY|SECRET|PASSWORD|CREDENTIAL|_TOKEN$|_AU
 def is_passed_on(name: str) -> bool:
     """Whether the drafter gets the variable.
 
-    Passed on is what loads and runs a model: paths, locale and temporary folders; Python and the dynamic linker; OpenMP,
-    MKL and oneDNN; CUDA, ROCm, oneAPI and their collectives; PyTorch, Triton and other compilers with their caches; proxies
-    and certificates for downloads; the Hugging Face and ModelScope caches and tokens; vLLM's own variables. Anything
-    else stays with the server, and so does whatever is named like a secret, `VLLM_API_KEY` and `NVIDIA_API_KEY` included.
+    Passed on is what loads and runs a model: paths, locale, temporary folders; Python and the dynamic linker; OpenMP,
+    MKL and oneDNN; CUDA, ROCm, oneAPI and their collectives; PyTorch, Triton and other compilers with their caches;
+    proxies and certificates for downloads; the Hugging Face and ModelScope caches and tokens; vLLM's own variables.
+    Anything else stays with the server, and so does what is named like a secret: `VLLM_API_KEY`, `NVIDIA_API_KEY`.
     """
     if name in NAMES or name.upper() in NAMES and name.lower().endswith("_proxy"):
         return True

@@ -1,11 +1,11 @@
 """Start the drafter's process, watch it, and start it again when it dies.
 
 Two threads meet here. The *supervisor*, a thread of each `DrafterProcess`, starts processes, watches and ends them; the
-*target's thread* calls `send` and `poll`. A drafter that has shaken hands is left by the supervisor in `_newcomer`, and the
-target's thread takes it up in `poll`: between two polls `generation` does not change, so the events of one step all reach
-the drafter that they were written for. Only while the target is idle, when nobody polls, does the supervisor take up and
-listen in its place, so that a drafter is replaced and its statistics are read without a request. One lock guards all that
-both touch; the supervisor holds it for no longer than one bounded poll.
+*target's thread* calls `send` and `poll`. The supervisor leaves a drafter that has shaken hands in `_newcomer`, and the
+target's thread takes it up in `poll`: between two polls `generation` does not change, so the events of one step all
+reach the drafter that they were written for. Only while the target is idle and nobody polls does the supervisor take
+up and listen in its place, so that a drafter is replaced and its statistics are read without a request. One lock guards
+what both touch; the supervisor holds it for no longer than one bounded poll.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ EXIT_S = 10.0
 BACKOFF_S = (1.0, 60.0)
 """First and longest pause before a drafter is started again; doubled with each failure."""
 WATCH_S = 0.5
-"""How often the supervisor looks at the drafter's process and the server's; a target that did not poll for so long is idle."""
+"""How often the supervisor looks at the processes of drafter and server; a target that polls less often is idle."""
 MAX_FULL_POLLS = 16
 """A drafter that fills the bound of so many polls in a row is flooding the target."""
 MAX_IDLE_BYTES = 16 << 20
@@ -71,9 +71,11 @@ class DrafterProcess:
     """A link to one drafter process, which a thread of its own starts and restarts.
 
     `send` and `poll` never raise and never wait for a drafter that is gone: without one, steps are dropped and
-    nothing is heard. What a drafter pushes is checked by value; one that sends nonsense is replaced. `generation` grows when
-    a new drafter has shaken hands. `on_stats` gets a drafter's statistics and its generation; `on_end` is called once, when
-    the link is closed, the server has ended or nobody holds the link any more.
+    nothing is heard. What a drafter pushes is checked by value; one that sends nonsense is replaced. `generation` grows
+    when a new drafter has shaken hands.
+
+    on_stats: gets a drafter's statistics, which `poll` then leaves out, and its generation
+    on_end: called once, when the link is closed, the server has ended or nobody holds the link any more
     """
 
     def __init__(

@@ -53,10 +53,11 @@ class Transport(ABC):
     def poll(self, timeout_s: float | None = 0.0) -> list[Any]:
         """Flush what waits to be sent and return the complete messages that have arrived, oldest first.
 
-        A flood is returned in parts: one call stops after MAX_POLL_MESSAGES messages, or when it has read MIN_POLL_BYTES
-        and twice the largest message. With none there, wait for one up to `timeout_s` seconds, rounded up to whole milliseconds (None = forever), then
-        return an empty list. Raises TransportClosed when nothing is left to deliver and nothing can arrive any more:
-        the other end is gone, what it sent is not a message, or this end was closed.
+        A flood is returned in parts: one call stops after MAX_POLL_MESSAGES messages, or when it has read
+        MIN_POLL_BYTES and twice the largest message. With no message there, wait for one up to `timeout_s` seconds,
+        rounded up to whole milliseconds (None = forever), then return an empty list. Raises TransportClosed when
+        nothing is left to deliver and nothing can arrive any more: the other end is gone, what it sent is not a
+        message, or this end was closed.
         """
 
     @abstractmethod
