@@ -20,7 +20,7 @@ MAX_MESSAGE_BYTES = 256 << 20
 """Largest message of any transport; an end may be given a lower bound for what it receives."""
 MAX_POLL_MESSAGES = 1024
 """Messages that one `poll` returns at most; the rest waits for the next one."""
-MIN_POLL_BYTES = 4 << 20
+MIN_POLL_BYTES = 2 << 20
 """Bytes that one `poll` may read; where the largest message is over half of it, twice that message instead."""
 PREFIX_BYTES = 4
 SOCKET_BUFFER_BYTES = 8 << 20
