@@ -234,15 +234,15 @@ class SSDConfig:
                 meant = [key for key in difflib.get_close_matches(name, names) if _misspells(name, key)]
                 hint = f"did you mean {meant[0]!r}?" if meant else f"valid keys are {', '.join(names)}"
                 raise ValueError(f"ssd: unknown key {name!r} in speculative_config; {hint}")
-        values = {"model": None} | dict(values)
-        if isinstance(values.get("fan_out"), list):
-            values["fan_out"] = tuple(values["fan_out"])
-        if isinstance(values.get("kv_cache_memory"), str):
+        given: dict[str, Any] = {"model": None, **values}
+        if isinstance(given.get("fan_out"), list):
+            given["fan_out"] = tuple(given["fan_out"])
+        if isinstance(given.get("kv_cache_memory"), str):
             try:
-                values["kv_cache_memory"] = parse_size(values["kv_cache_memory"])
+                given["kv_cache_memory"] = parse_size(given["kv_cache_memory"])
             except ValueError as error:
                 raise ValueError(f"ssd: kv_cache_memory: {error}") from error
-        return cls(**values)
+        return cls(**given)
 
 
 def _misspells(name: str, key: str) -> bool:

@@ -36,7 +36,7 @@ def link(monkeypatch):
     monkeypatch.setattr(launch.time, "monotonic", lambda: clock[0])
     link = launch.DrafterProcess(OPTIONS, HELLO, environment={}, startup_timeout_s=1, logger=logging.getLogger("test"))
     transport, drafter = pair()
-    link._newcomer = launch.Drafter(None, transport, generation=1, max_model_len=100)
+    link._newcomer = launch.Drafter(transport, generation=1, max_model_len=100)
     link.clock, link.drafter = clock, drafter
     link._wanted.clear()
     link.poll()

@@ -60,7 +60,6 @@ class DrafterFailed(RuntimeError):
 class Drafter:
     """One drafter process that has shaken hands."""
 
-    process: subprocess.Popen | None
     transport: ProcessTransport
     generation: int
     max_model_len: int
@@ -135,13 +134,14 @@ class DrafterProcess:
     def send(self, step: Step) -> None:
         """Tell the drafter of one target step; dropped while there is no drafter."""
         with self._lock:
-            if not self.connected:
+            drafter = self._drafter
+            if not self.connected or drafter is None:
                 return
             self._awaiting_reply = True
             try:
-                self._drafter.transport.send(step)
+                drafter.transport.send(step)
             except TransportClosed as error:
-                self._lose(self._drafter, str(error))
+                self._lose(drafter, str(error))
 
     def poll(self, timeout_s: float = 0.0) -> list[Push]:
         """What the drafter has pushed since the last call, waiting at most `timeout_s` when there is nothing."""
@@ -194,9 +194,9 @@ class DrafterProcess:
 
     def _listen(self, timeout_s: float) -> list[Push]:
         """What has arrived, if all of it is sound; a drafter that is gone, hangs or sends nonsense is lost."""
-        if not self.connected:
-            return []
         drafter = self._drafter
+        if not self.connected or drafter is None:
+            return []
         try:
             pushes = drafter.transport.poll(timeout_s)
         except TransportClosed as error:
@@ -239,19 +239,19 @@ class DrafterProcess:
 
     def _attend(self) -> None:
         """Notice a process that has ended, and stand in for a target that is idle."""
-        ended = self._process is not None and self._process.poll() is not None
+        status = None if self._process is None else self._process.poll()
         with self._lock:
             youngest = self._newcomer or self._drafter
-            if ended and youngest is not None:
-                self._lose(youngest, f"it ended with status {self._process.returncode}")
+            if status is not None and youngest is not None:
+                self._lose(youngest, f"it ended with status {status}")
             if time.monotonic() - self._polled_at <= WATCH_S:
                 return
             self._take_up()
-            if self.connected and self._kept_bytes < MAX_IDLE_BYTES:
-                transport = self._drafter.transport
-                before = transport.received_bytes
+            drafter = self._drafter
+            if drafter is not None and self._kept_bytes < MAX_IDLE_BYTES:
+                before = drafter.transport.received_bytes
                 self._kept += self._listen(0.0)
-                self._kept_bytes += transport.received_bytes - before
+                self._kept_bytes += drafter.transport.received_bytes - before
 
     def _ends(self) -> bool:
         """Whether the link is closed, which it is from now on if the server has ended."""
@@ -277,11 +277,12 @@ class DrafterProcess:
 
     def _do_without_trees(self) -> None:
         """Start no drafter with its own attention again if the one that was lost crashed, perhaps in it."""
-        if not self._options.tree_attention:
+        process = self._process
+        if process is None or not self._options.tree_attention:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(CRASH_S)
-        if self._process.returncode not in (None, 0, -signal.SIGKILL, -signal.SIGTERM):
+            process.wait(CRASH_S)
+        if process.returncode not in (None, 0, -signal.SIGKILL, -signal.SIGTERM):
             self._logger.warning("SSD: the drafter crashed; it is started again with vLLM's attention")
             self._options = msgspec.structs.replace(self._options, tree_attention=False)
 
@@ -298,7 +299,7 @@ class DrafterProcess:
         transport, child_socket = socket_pair(max_push_bytes(self._options))
         _run_on(self._options.cpus)
         with child_socket:
-            self._process = subprocess.Popen(
+            process = self._process = subprocess.Popen(
                 [
                     sys.executable,
                     "-m",
@@ -311,7 +312,7 @@ class DrafterProcess:
                 stdin=subprocess.DEVNULL,
             )
         try:
-            welcome = self._shake_hands(transport)
+            welcome = self._shake_hands(process, transport)
         except BaseException:
             transport.close()
             raise
@@ -319,19 +320,19 @@ class DrafterProcess:
         with self._lock:
             if self._newcomer is not None:
                 self._newcomer.transport.close()
-            self._newcomer = Drafter(self._process, transport, self._num_started, welcome.max_model_len)
+            self._newcomer = Drafter(transport, self._num_started, welcome.max_model_len)
             if time.monotonic() - self._polled_at > WATCH_S:
                 self._take_up()
         self._logger.info(
             "SSD drafter %d ready: pid %d, %d KV pages of %d tokens, at most %d tokens a request",
             self._num_started,
-            self._process.pid,
+            process.pid,
             welcome.num_pages,
             welcome.page_size,
             welcome.max_model_len,
         )
 
-    def _shake_hands(self, transport: ProcessTransport) -> Welcome:
+    def _shake_hands(self, process: subprocess.Popen, transport: ProcessTransport) -> Welcome:
         deadline, answers = time.monotonic() + self._startup_timeout_s, []
         try:
             transport.send(self._hello)
@@ -339,7 +340,7 @@ class DrafterProcess:
                 answers = transport.poll(min(WATCH_S, max(deadline - time.monotonic(), 0.0)))
         except TransportClosed as error:
             try:
-                how = f"ended with status {self._process.wait(EXIT_S)}"
+                how = f"ended with status {process.wait(EXIT_S)}"
             except subprocess.TimeoutExpired:
                 how = f"was lost ({error})"
             raise DrafterFailed(f"the SSD drafter {how} before it was ready; see its output above") from None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 import numpy as np
@@ -203,11 +203,12 @@ class Push(_Message, tag=2):
 
 ToDrafter = Hello | Step
 ToTarget = Welcome | Refused | Push
+M = TypeVar("M")
 
 _outcome = struct.Struct("<ii")
 _encoder = msgspec.msgpack.Encoder()
-_to_drafter = msgspec.msgpack.Decoder(ToDrafter)
-_to_target = msgspec.msgpack.Decoder(ToTarget)
+_to_drafter: msgspec.msgpack.Decoder[ToDrafter] = msgspec.msgpack.Decoder(ToDrafter)
+_to_target: msgspec.msgpack.Decoder[ToTarget] = msgspec.msgpack.Decoder(ToTarget)
 
 
 def encode(message: ToDrafter | ToTarget) -> bytes:
@@ -229,7 +230,7 @@ def decode_to_target(data: bytes | bytearray | memoryview) -> ToTarget:
     return _decode(_to_target, data)
 
 
-def _decode(decoder: msgspec.msgpack.Decoder, data: bytes | bytearray | memoryview) -> ToDrafter | ToTarget:
+def _decode(decoder: msgspec.msgpack.Decoder[M], data: bytes | bytearray | memoryview) -> M:
     try:
         return decoder.decode(data)
     except (ValueError, RecursionError) as error:  # msgspec's own errors and bad UTF-8 are ValueErrors
