@@ -6,9 +6,11 @@ import logging
 import os
 import resource
 import time
+import timeit
 from pathlib import Path
 
 import hostile_drafter as hostile
+import msgspec
 import pytest
 from hostile_drafter import ACTED, SOUND, UNSOUND
 
@@ -102,6 +104,16 @@ def test_an_unsound_message_is_refused(what):
 @pytest.mark.parametrize("what", SOUND)
 def test_a_sound_push_is_let_through(what):
     assert PushChecker.of(OPTIONS, hostile.VOCAB_SIZE).reason(decode_to_target(SOUND[what])) is None
+
+
+def test_checking_a_block_takes_microseconds():
+    """4 µs for 24 branches of 5 greedy drafts where this was written; the least of many, as other processes run too."""
+    options = msgspec.structs.replace(OPTIONS, num_speculative_tokens=5, max_branches=24)
+    outcomes, drafts = [[i % 6, i] for i in range(24)], [[i, 1, 2, 3, 4] for i in range(24)]
+    push = decode_to_target(hostile.push(hostile.block(outcomes=outcomes, draft_token_ids=drafts)))
+    checker = PushChecker.of(options, hostile.VOCAB_SIZE)
+    assert checker.reason(push) is None
+    assert min(timeit.repeat(lambda: checker.reason(push), number=100, repeat=50)) / 100 < 20e-6
 
 
 def test_the_target_s_vocabulary_bounds_ids():
