@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 RUNTIME_ENV = "VLLM_SSD_RUNTIME"
-"""Environment variable that carries `runtime_json()` to the workers."""
+"""Environment variable that carries `runtime_json()` to the workers: vLLM copies its VLLM_ variables to them."""
 SERVER_PID_ENV = "VLLM_SSD_SERVER_PID"
 """Environment variable with the process id of the server, whose end the drafter must not outlive."""
 REPLICAS_ENV = "VLLM_SSD_REPLICAS"
 """Environment variable with the number of data-parallel replicas on this node, which vLLM's workers are not told."""
 
-RUNTIME_FIELDS = ("wait_ms", "startup_timeout_s", "metrics_port")
-"""Fields kept out of `to_json()`: its result enters vLLM's compile-cache key, and these change nothing compiled."""
+TARGET_FIELDS = ("num_speculative_tokens",)
+"""Fields in `to_json()`, whose result enters vLLM's compile-cache key: those that change the target's forward.
+
+The others are about the drafter, or about what the target does between two forwards.
+"""
 
 MAX_CPUS = 4096
 SIZE_UNITS = {"B": 1} | {
@@ -192,22 +196,25 @@ class SSDConfig:
         return cls._from_values(values)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> SSDConfig:
-        """The configuration that `to_json` described; runtime fields have their defaults until `with_runtime`."""
-        return cls._from_values(values)
+    def from_json(cls, values: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> SSDConfig:
+        """The configuration that `to_json` described, and `runtime_json` in the environment variable RUNTIME_ENV.
+
+        Raises ValueError when that did not reach this process.
+        """
+        if RUNTIME_ENV not in environment:
+            raise ValueError(
+                f"ssd: this worker's environment has no {RUNTIME_ENV}, which the server sets; pass the server's VLLM_ "
+                "variables on to its workers"
+            )
+        return cls._from_values({**json.loads(environment[RUNTIME_ENV]), **values})
 
     def to_json(self) -> dict[str, Any]:
-        """All fields but the runtime ones, as JSON types."""
-        values = {name: value for name, value in asdict(self).items() if name not in RUNTIME_FIELDS}
-        return values | {"fan_out": list(self.fan_out) if isinstance(self.fan_out, tuple) else self.fan_out}
+        """The fields that change what the target computes, as JSON types."""
+        return {name: getattr(self, name) for name in TARGET_FIELDS}
 
     def runtime_json(self) -> str:
-        """The runtime fields as a JSON text."""
-        return json.dumps({name: getattr(self, name) for name in RUNTIME_FIELDS})
-
-    def with_runtime(self, text: str) -> SSDConfig:
-        """This configuration with the runtime fields of `runtime_json`'s text."""
-        return replace(self, **json.loads(text))
+        """All other fields as a JSON text."""
+        return json.dumps({name: value for name, value in asdict(self).items() if name not in TARGET_FIELDS})
 
     @property
     def max_branches(self) -> int:
@@ -224,18 +231,30 @@ class SSDConfig:
         names = [item.name for item in fields(cls)]
         for name in values:
             if name not in names:
-                nearest = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys are {', '.join(names)}"
+                meant = [key for key in difflib.get_close_matches(name, names) if _misspells(name, key)]
+                hint = f"did you mean {meant[0]!r}?" if meant else f"valid keys are {', '.join(names)}"
                 raise ValueError(f"ssd: unknown key {name!r} in speculative_config; {hint}")
-        values = {"model": None} | dict(values)
-        if isinstance(values.get("fan_out"), list):
-            values["fan_out"] = tuple(values["fan_out"])
-        if isinstance(values.get("kv_cache_memory"), str):
+        given: dict[str, Any] = {"model": None, **values}
+        if isinstance(given.get("fan_out"), list):
+            given["fan_out"] = tuple(given["fan_out"])
+        if isinstance(given.get("kv_cache_memory"), str):
             try:
-                values["kv_cache_memory"] = parse_size(values["kv_cache_memory"])
+                given["kv_cache_memory"] = parse_size(given["kv_cache_memory"])
             except ValueError as error:
                 raise ValueError(f"ssd: kv_cache_memory: {error}") from error
-        return cls(**values)
+        return cls(**given)
+
+
+def _misspells(name: str, key: str) -> bool:
+    """Whether `name` may be meant as `key`: nearly the same letters, and no word that is another one altogether."""
+
+    def alike(a: str, b: str, ratio: float) -> bool:
+        return difflib.SequenceMatcher(None, a, b).ratio() >= ratio
+
+    words = list(zip(name.split("_"), key.split("_")))
+    if name.count("_") == key.count("_") and not all(alike(a, b, 0.5) for a, b in words):
+        return False
+    return alike(name, key, 0.8)
 
 
 def _shown(value: Any) -> str:

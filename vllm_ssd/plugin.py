@@ -54,9 +54,9 @@ def build_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
 def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     """Check the user's ssd configuration and put it into the form that vLLM carries to its workers.
 
-    vLLM is left with a method of its own, behind which the runner that it will choose finds us. Our own keys travel in
-    `additional_config["ssd"]`, which enters vLLM's compile-cache key, and the volatile ones in an environment variable,
-    which does not.
+    vLLM is left with a method of its own, behind which the runner that it will choose finds us. Keys that change the
+    target's forward travel in `additional_config["ssd"]`, which enters vLLM's compile-cache key, all others in an
+    environment variable, which does not.
     """
     import vllm
 

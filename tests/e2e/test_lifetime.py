@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 from engines import PAIR, Engine, EngineFailed, request
 from tiny_models import random_llama, save
 
-GONE_S = 15.0
-"""Longest time that a process may outlive its parent."""
+GONE_S = 5.0
+"""Longest time that a process may outlive its parent, and a port its server."""
 
 
 @pytest.fixture
@@ -67,6 +68,35 @@ def test_drafter_dies_with_a_server_killed_at_start(engine: Engine) -> None:
     wait_until_gone(drafters)
 
 
+def test_a_killed_server_frees_its_metrics_port(start_engine: Callable[..., Engine]) -> None:
+    """The engine's process, a child of the killed one, may live on; drafter and port go."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    engine = start_engine(speculative={"metrics_port": port}, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    try:
+        deadline = time.monotonic() + 120
+        while not is_served(port):
+            assert time.monotonic() < deadline and engine.process.poll() is None, engine.log.read_text()[-4000:]
+            time.sleep(0.1)
+        children = psutil.Process(engine.process.pid).children(recursive=True)
+        drafters = [p for p in children if "vllm_ssd.drafter" in p.cmdline()]
+        assert drafters
+        engine.process.kill()
+        wait_until_gone(drafters)
+        deadline = time.monotonic() + GONE_S
+        while is_served(port):
+            assert time.monotonic() < deadline, "the port outlives its server"
+            time.sleep(0.1)
+    finally:
+        engine.close()
+
+
+def is_served(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="module")
 def failing(start_engine: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A process in which one start after the other fails; the first, of a drafter without a model, is under way."""
@@ -114,8 +144,24 @@ def test_drafter_that_takes_too_long(failing: Engine) -> None:
 
 
 def test_drafter_without_memory(failing: Engine) -> None:
-    reason = start_with(failing, model=str(PAIR / "drafter"), kv_cache_memory="1MiB", max_model_len=1024)
-    assert "SSD drafter cannot serve" in reason
+    """2 KiB a token: the whole of the target's length takes 4 MiB."""
+    speculative = failing.arguments["speculative_config"] | {"model": str(PAIR / "drafter")}
+    arguments = failing.arguments | {"max_model_len": 2048}
+    with pytest.raises(EngineFailed) as failure:
+        failing.call("start", **arguments | {"speculative_config": speculative | {"kv_cache_memory": "1MiB"}})
+    reason = str(failure.value).strip().splitlines()[-1]
+    assert "SSD drafter cannot serve: ValueError: kv_cache_memory = 1MiB cannot hold" in reason
+    assert 'set kv_cache_memory in speculative_config to "8MiB" or more, or max_model_len to 256 or less' in reason
+    assert not drafters_of(failing)
+
+
+@pytest.mark.parametrize("works", [{"kv_cache_memory": "8MiB"}, {"kv_cache_memory": "1MiB", "max_model_len": 256}])
+def test_the_memory_that_is_advised_suffices(start_engine: Callable[..., Engine], works: dict[str, object]) -> None:
+    engine = start_engine(speculative=works, max_model_len=2048)
+    try:
+        assert engine.call("drafter").connected
+    finally:
+        engine.close()
 
 
 def test_drafter_that_is_killed_while_it_boots(failing: Engine) -> None:

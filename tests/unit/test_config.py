@@ -7,8 +7,9 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.config import VllmConfig
 
-from vllm_ssd.config import MAX_CPUS, RUNTIME_FIELDS, SSDConfig, parse_cpus, parse_size
+from vllm_ssd.config import MAX_CPUS, RUNTIME_ENV, TARGET_FIELDS, SSDConfig, parse_cpus, parse_size
 
 NAME = st.text("abc/-.", min_size=1, max_size=10)
 COMMON = {
@@ -61,8 +62,8 @@ def test_valid_configurations_travel_unchanged(values):
             assert getattr(config, name) == (tuple(value) if isinstance(value, list) else value)
     travelled = json.loads(json.dumps(config.to_json()))
     assert travelled == config.to_json()
-    assert not travelled.keys() & set(RUNTIME_FIELDS)
-    received = SSDConfig.from_json(travelled).with_runtime(config.runtime_json())
+    assert travelled.keys() == set(TARGET_FIELDS)
+    received = SSDConfig.from_json(travelled, {RUNTIME_ENV: config.runtime_json()})
     assert received == config
     assert hash(received) == hash(config)
 
@@ -78,10 +79,33 @@ def test_every_field_is_covered_by_the_round_trip():
     }  # fmt: skip
 
 
-def test_runtime_fields_are_separate():
-    config = SSDConfig(model="m", wait_ms=3.5, startup_timeout_s=9, metrics_port=9100)
-    assert json.loads(config.runtime_json()) == {"wait_ms": 3.5, "startup_timeout_s": 9, "metrics_port": 9100}
-    assert SSDConfig.from_json(config.to_json()) == SSDConfig(model="m")
+CHANGES_THE_TARGET = {"num_speculative_tokens": 3}
+"""Keys after which the target's compiled forward may be another one, with a value that is not the default."""
+LEAVES_THE_TARGET_ALONE = {
+    "model": "other", "fan_out": 3, "branch_budget": 30, "on_miss": "skip", "wait_ms": 3.5, "ngram_min": 3,
+    "ngram_max": 5, "adaptive": False, "drafter_device": "cpu", "drafter_cpus": "1", "dtype": "float32",
+    "quantization": "fp8", "revision": "main", "trust_remote_code": True, "enforce_eager": False,
+    "max_model_len": 100, "kv_cache_memory": "64MiB", "gpu_memory_utilization": 0.3, "top_m": 5, "saguaro_c": 0.5,
+    "tree_attention": False, "seed": 1, "startup_timeout_s": 9, "metrics_port": 9100,
+}  # fmt: skip
+
+
+def test_only_keys_of_the_target_enter_its_compile_cache_key():
+    assert CHANGES_THE_TARGET.keys() | LEAVES_THE_TARGET_ALONE.keys() == {item.name for item in fields(SSDConfig)}
+    assert set(TARGET_FIELDS) == CHANGES_THE_TARGET.keys()
+
+    def key(**user) -> str:
+        ours = SSDConfig.from_user({"model": "m", **user}).to_json()
+        return VllmConfig(additional_config={"ssd": ours}).compute_hash()
+
+    assert {name for name, value in LEAVES_THE_TARGET_ALONE.items() if key(**{name: value}) != key()} == set()
+    assert {name for name, value in CHANGES_THE_TARGET.items() if key(**{name: value}) == key()} == set()
+
+
+def test_a_worker_without_the_server_s_variable_says_so():
+    config = SSDConfig(model="m", wait_ms=3.5)
+    with pytest.raises(ValueError, match=f"no {RUNTIME_ENV}, which the server sets"):
+        SSDConfig.from_json(config.to_json(), {})
 
 
 def test_defaults():
@@ -112,6 +136,10 @@ def test_max_branches(values, max_branches):
         ({"fanout": 3}, "unknown key 'fanout' in speculative_config; did you mean 'fan_out'?"),
         ({"num-spec-tokens": 3}, "unknown key 'num_spec_tokens' .*did you mean 'num_speculative_tokens'?"),
         ({"zzz": 3}, "unknown key 'zzz' .*valid keys are model, num_speculative_tokens, fan_out"),
+        ({"kv_cache_dtype": "fp8"}, "unknown key 'kv_cache_dtype' .*; valid keys are model, .*kv_cache_memory"),
+        ({"top_k": 5}, "unknown key 'top_k' .*; valid keys are "),
+        ({"max_len": 5}, "unknown key 'max_len' .*; valid keys are "),
+        ({"metric_port": 5}, "unknown key 'metric_port' .*did you mean 'metrics_port'?"),
         ({"top-m": 3, "top_m": 3}, "top_m is given twice, once as 'top_m'"),
         ({"method": "eagle"}, "method must be 'ssd', got 'eagle'"),
         ({"fan_out": 2, "branch_budget": 9}, "give fan_out or branch_budget, not both"),
@@ -173,9 +201,9 @@ def test_values_out_of_range_are_refused(name, wrong):
 
 def test_received_values_are_checked_too():
     with pytest.raises(ValueError, match="wait_ms"):
-        SSDConfig("m").with_runtime('{"wait_ms": -1}')
+        SSDConfig.from_json({}, {RUNTIME_ENV: '{"model": "m", "wait_ms": -1}'})
     with pytest.raises(ValueError, match="unknown key"):
-        SSDConfig.from_json({"model": "m", "method": "ssd"})
+        SSDConfig.from_json({"model": "m", "method": "ssd"}, {RUNTIME_ENV: "{}"})
 
 
 @pytest.mark.parametrize(

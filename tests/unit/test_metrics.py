@@ -48,6 +48,88 @@ def test_prometheus_answers_on_loopback_only():
         assert line in text.splitlines()
 
 
+class FakeLink:
+    connected, max_model_len = True, 100
+
+
+def shown(metrics: Metrics) -> dict[str, float]:
+    return {sample.name: sample.value for family in metrics.collect() for sample in family.samples}
+
+
+def test_counters_add_up_over_drafters():
+    metrics = Metrics(3, logging.getLogger("test_metrics"))
+    counters = []
+    for generation, steps, evictions in [(1, 50, 2), (1, 100, 2), (2, 5, 0), (2, 30, 1), (2, 30, 1), (4, 7, 3)]:
+        metrics.drafter(DrafterStats(10, 30, 4.0, steps, evictions), generation)
+        seen = shown(metrics)
+        counters.append([seen[f"vllm_ssd:{name}_total"] for name in ("drafter_steps", "evictions", "restarts")])
+    assert counters == [[50, 2, 0], [100, 2, 0], [105, 2, 1], [130, 3, 1], [130, 3, 1], [137, 6, 3]]
+
+
+def test_a_drafter_s_counters_that_fall_do_not_lower_ours():
+    metrics = Metrics(3, logging.getLogger("test_metrics"))
+    for steps in (50, 10, 20):
+        metrics.drafter(DrafterStats(10, 30, 4.0, steps, 0), 1)
+    assert shown(metrics)["vllm_ssd:drafter_steps_total"] == 60
+
+
+def test_gauges_have_an_age_and_go_with_the_drafter(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("vllm_ssd.target.metrics.time.monotonic", lambda: now[0])
+    metrics, link = make(), FakeLink()
+    metrics.watch(link)
+    now[0] += 7
+    seen = shown(metrics)
+    assert seen["vllm_ssd:drafter_stats_age_seconds"] == 7 and seen["vllm_ssd:drafter_pages_in_use"] == 20
+    assert seen["vllm_ssd:drafter_connected"] == 1
+    link.connected = False
+    seen = shown(metrics)
+    assert seen["vllm_ssd:drafter_connected"] == 0 and seen["vllm_ssd:drafter_steps_total"] == 100
+    assert not {
+        "vllm_ssd:drafter_stats_age_seconds",
+        "vllm_ssd:drafter_pages_in_use",
+        "vllm_ssd:drafter_pages",
+        "vllm_ssd:build_seconds",
+    } & set(seen)
+
+
+def test_a_line_without_a_drafter_says_so(caplog, monkeypatch):
+    monkeypatch.setattr("vllm_ssd.target.metrics.LOG_INTERVAL_S", 0.0)
+    metrics, link = make(), FakeLink()
+    metrics.watch(link)
+    metrics.log()
+    link.connected = False
+    metrics.accepted([4, 0, 0], [3, 0, 0])  # drafted by n-gram
+    with caplog.at_level(logging.INFO, "test_metrics"):
+        metrics.log()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "accepted 3.00 of 4.00 drafts a round" in line and "no drafter is connected" in line
+    assert "hit rate" not in line and "pages" not in line
+
+
+def test_requests_beyond_the_drafter_s_length_are_counted_and_told_once(caplog):
+    metrics, link = make(), FakeLink()
+    metrics.watch(link)
+    for request_id in ("a", "a", "b", "a", "c"):
+        metrics.too_long(request_id)
+    assert shown(metrics)["vllm_ssd:too_long_total"] == 3 and metrics.counts["evictions"] == 2
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING" and "max_model_len=100" in warning.getMessage()
+
+
+def test_the_port_is_free_again_when_metrics_are_closed():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for _ in range(2):
+        metrics = make()
+        metrics.serve(port)
+        metrics.close()
+        metrics.close()
+        with socket.socket() as client:
+            assert client.connect_ex(("127.0.0.1", port)) != 0
+
+
 def test_a_line_every_ten_seconds(caplog, monkeypatch):
     metrics = make()
     with caplog.at_level(logging.INFO, "test_metrics"):
@@ -57,4 +139,4 @@ def test_a_line_every_ten_seconds(caplog, monkeypatch):
         metrics.log()
         metrics.log()
     (record,) = caplog.records
-    assert "hit rate 50.0%, late 25.0%, accepted 0.50 of 1.50 drafts" in record.getMessage()
+    assert "hit rate 50.0%, late 25.0%, accepted 1.00 of 3.00 drafts a round" in record.getMessage()

@@ -12,7 +12,7 @@ from vllm.config import SpeculativeConfig
 
 from vllm_ssd.compat.target import runner
 from vllm_ssd.compat.version import UnsupportedVLLM
-from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV
+from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV, SSDConfig
 from vllm_ssd.plugin import translate
 
 ON_V2 = {
@@ -61,14 +61,15 @@ def test_v1(monkeypatch: pytest.MonkeyPatch) -> None:
         "model": "vllm_ssd.target.v1.proposer.SSDProposer",
         "num_speculative_tokens": 5,
     }
-    assert found.additional_config["mine"] == 1 and found.additional_config["ssd"]["model"] == "org/draft"
+    assert found.additional_config == {"mine": 1, "ssd": {"num_speculative_tokens": 5}}
+    assert SSDConfig.from_json(found.additional_config["ssd"]).model == "org/draft"
     assert found.worker_extension_cls == "vllm_ssd.compat.target.pipeline.WorkerExtension"
 
 
 def test_v2(monkeypatch: pytest.MonkeyPatch) -> None:
     found = translated(monkeypatch, v2=True, stages=2, adaptive=False)
     assert found.speculative_config == ON_V2
-    assert found.additional_config["ssd"]["ngram_min"] == 3
+    assert SSDConfig.from_json(found.additional_config["ssd"]).ngram_min == 3
     assert found.worker_extension_cls == "" and found.scheduler_cls is None
 
 
@@ -104,7 +105,7 @@ def test_a_draft_model_at_home_is_found(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "draft").mkdir()
     found = translated(monkeypatch, model="~/draft")
-    assert found.additional_config["ssd"]["model"] == str(tmp_path / "draft")
+    assert SSDConfig.from_json(found.additional_config["ssd"]).model == str(tmp_path / "draft")
     with pytest.raises(ValueError, match="absent' is neither a folder nor the name of a model on the Hub"):
         translated(monkeypatch, model="~/absent")
 

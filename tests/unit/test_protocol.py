@@ -33,7 +33,7 @@ TOKEN_ID = st.integers(0, 2**31 - 1)
 TOKEN_IDS = st.lists(TOKEN_ID, max_size=8)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 DATA = st.binary(max_size=40)
-FLOAT = st.floats(allow_nan=False)
+FLOAT = st.floats(0, allow_nan=False)
 
 EVENT = (
     st.builds(Open, TEXT, COUNT, TOKEN_IDS.map(pack_ids), FLOAT)
@@ -118,6 +118,10 @@ def test_truncated_and_overlong_messages_are_refused(decode, message):
         pytest.param(msgspec.msgpack.encode([1, [[1, "a", 0, 9, [-1], []]], 5]), id="negative token id"),
         pytest.param(msgspec.msgpack.encode([1, [[1, "a", 0, 9, [2**31], []]], 5]), id="token id over int32"),
         pytest.param(msgspec.msgpack.encode([1, [], -1]), id="negative count"),
+        pytest.param(msgspec.msgpack.encode([1, [], 2**53]), id="count that floats do not hold"),
+        pytest.param(encode(Step([Open("a", 0, pack_ids([1]), float("nan"))], 5)), id="temperature of NaN"),
+        pytest.param(encode(Step([Open("a", 0, pack_ids([1]), -0.5)], 5)), id="negative temperature"),
+        pytest.param(encode(Step([Open("a", 0, pack_ids([1, -1]), 0.0)], 5)), id="negative id in a prompt"),
         pytest.param(b"\x93\x01\x91\x92\x02\xa2\xff\xfe\x05", id="invalid UTF-8"),
         pytest.param(b"\x93\x01\xdd\xff\xff\xff\xff", id="four billion events announced"),
         pytest.param(b"\x94\x01\x90\x05" + b"\x91" * 100_000, id="nested too deeply"),

@@ -7,12 +7,20 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import pytest
 from fake_link import pair
 
 from vllm_ssd.link.protocol import Close, Hello, Open, Push, Refused, SpeculationBlock, Step, encode
-from vllm_ssd.link.transport import INBOX_BYTES, MAX_MESSAGE_BYTES, TransportClosed, socket_pair
+from vllm_ssd.link.transport import (
+    INBOX_BYTES,
+    MAX_MESSAGE_BYTES,
+    MAX_POLL_MESSAGES,
+    MIN_POLL_BYTES,
+    TransportClosed,
+    socket_pair,
+)
 
 ECHO = """
 import sys
@@ -64,7 +72,7 @@ def hello(i: int) -> Hello:
 
 
 def opening(num_bytes: int) -> Step:
-    return Step([Open("a", 0, bytes(num_bytes), 0.0)], 5)
+    return Step([Open("a" * (1 + num_bytes % 4), 0, bytes(num_bytes // 4 * 4), 0.0)], 5)
 
 
 def frame(message) -> bytes:
@@ -107,17 +115,22 @@ def test_what_a_slow_reader_leaves_waits_and_arrives_in_order(ends):
     while target.pending_bytes:
         received += drafter.poll()
         target.poll()
-    received += drafter.poll()
+    received += receive(drafter, sent + 50 - len(received))
     assert received == [opening(1000 + i) for i in range(sent + 50)]
 
 
 def test_sending_flushes_what_waits(ends):
     target, drafter = ends
     sent = fill(target)
-    received = drafter.poll()
+    received = []
+    while arrived := drafter.poll():
+        received += arrived
     target.send(hello(0))
     assert target.pending_bytes == 0
-    assert received + drafter.poll() == [*(opening(1000 + i) for i in range(sent)), hello(0)]
+    assert received + receive(drafter, sent + 2 - len(received)) == [
+        *(opening(1000 + i) for i in range(sent)),
+        hello(0),
+    ]
 
 
 def test_waiting_also_flushes(ends):
@@ -148,7 +161,7 @@ def test_a_reader_that_never_reads_closes_the_transport_at_the_bound():
         target.poll()
     assert len(drafter.poll()) > 10
     with pytest.raises(TransportClosed, match="the other end closed"):
-        drafter.poll()
+        receive(drafter, 100_000)
 
 
 def test_everything_sent_before_the_end_closed_is_delivered(ends):
@@ -276,6 +289,52 @@ def test_malformed_bytes_close_after_what_came_before(raw, bad, reason):
         with pytest.raises(TransportClosed, match=reason):
             transport.poll(None)
     assert transport.fileno() == -1
+
+
+def test_memory_grows_with_what_arrives_not_with_what_is_announced(raw):
+    transport, sock = raw
+    tracemalloc.start()
+    try:
+        sock.sendall(MAX_MESSAGE_BYTES.to_bytes(4, "little") + b"1234")
+        assert transport.poll() == [] and transport.mid_message
+        assert tracemalloc.get_traced_memory()[1] < 4 * INBOX_BYTES
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_lower_bound_refuses_longer_messages():
+    transport, sock = socket_pair(max_message_bytes=1000)
+    sock.sendall((1000).to_bytes(4, "little"))
+    assert transport.poll() == []
+    sock.sendall(bytes(1000))
+    with pytest.raises(TransportClosed, match="not a message"):
+        transport.poll()
+    transport, sock = socket_pair(max_message_bytes=1000)
+    sock.sendall((1001).to_bytes(4, "little"))
+    with pytest.raises(TransportClosed, match="1001 bytes announced"):
+        transport.poll()
+
+
+def test_one_poll_returns_a_bounded_number_of_messages(ends):
+    target, drafter = ends
+    for i in range(MAX_POLL_MESSAGES + 10):
+        drafter.send(Refused(str(i)))
+    assert target.poll() == [Refused(str(i)) for i in range(MAX_POLL_MESSAGES)]
+    assert target.at_bound and not target.mid_message
+    assert target.poll(None) == [Refused(str(MAX_POLL_MESSAGES + i)) for i in range(10)]
+    assert not target.at_bound and target.poll() == []
+
+
+def test_one_poll_reads_a_bounded_number_of_bytes():
+    target, drafter = pair()
+    target.limit_messages(1 << 20)
+    total = 2 * MIN_POLL_BYTES >> 16
+    for _ in range(total):
+        drafter.send(Refused("x" * (1 << 16)))
+    first = target.poll()
+    assert target.at_bound and len(first) << 16 <= MIN_POLL_BYTES + INBOX_BYTES
+    drafter.poll()
+    assert len(receive(target, total - len(first))) == total - len(first)
 
 
 def test_end_in_the_middle_of_a_message(raw):

@@ -23,6 +23,7 @@ from vllm_ssd.drafter.sampler import Sampler
 from vllm_ssd.drafter.self_check import check_trees
 from vllm_ssd.drafter.stepper import EagerRunner, Stepper
 from vllm_ssd.drafter.trace import TRACE_ENV, TracedFanOut
+from vllm_ssd.link.checks import max_step_bytes
 from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import (
     PROTOCOL_VERSION,
@@ -115,6 +116,7 @@ def run(fd: int, options: DrafterOptions) -> int:
     welcome = Welcome(
         PROTOCOL_VERSION, model.vocab_size, tokenizer, model.max_model_len, model.num_pages, model.page_size
     )
+    transport.limit_messages(max_step_bytes(model.max_model_len, options.max_num_seqs))
     try:
         if not _shake_hands(transport, welcome):
             return 1

@@ -29,3 +29,8 @@ class DrafterOptions(msgspec.Struct, frozen=True):
         if self.fan_out is None:
             return min(self.max_branches, MAX_LEARNED_FAN_OUT)
         return self.fan_out if isinstance(self.fan_out, int) else max(self.fan_out)
+
+    @property
+    def max_support(self) -> int:
+        """Most token ids in the proposal of one draft."""
+        return max(self.top_m, self.max_fan_out + 1)

@@ -37,7 +37,7 @@ def place_drafter(
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     replica = parallel.data_parallel_rank_local or 0
     num_replicas = max(int(os.environ.get(REPLICAS_ENV, "1")), replica + 1)
-    max_model_len = config.max_model_len
+    target_len = vllm_config.model_config.max_model_len
     engine_args = {
         "model": config.model,
         "revision": config.revision,
@@ -45,7 +45,8 @@ def place_drafter(
         "dtype": config.dtype,
         "quantization": config.quantization,
         "enforce_eager": config.enforce_eager,
-        "max_model_len": max_model_len,
+        "max_model_len": min(config.max_model_len, target_len) if config.max_model_len else None,
+        "target_max_model_len": target_len,
         "max_num_seqs": scheduler.max_num_seqs,
         "load_format": "auto",
         "seed": 0,

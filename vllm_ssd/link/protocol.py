@@ -11,18 +11,24 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 import numpy as np
 
 PROTOCOL_VERSION = 1
 
+MAX_BLOCKS = 1 << 16
+"""Most speculation blocks in a push; one with more is refused before they are decoded."""
+MAX_EVICTED = 1 << 18
+"""Most evictions in a push: every outcome of a request the drafter has lost is answered by one."""
+
 JIT_TOKEN = -1
 """Bonus token id of the branch that continues the committed tokens themselves, at accept length 0."""
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]  # refuses NaN too
 
 Proposal = tuple[np.ndarray, np.ndarray]
 """The distribution a draft was drawn from: token ids `[M]` int32 and probabilities `[M]` float32."""
@@ -72,7 +78,7 @@ class Open(_Message, tag=0):
     request_id: str
     epoch: Count
     token_ids: bytes
-    temperature: float
+    temperature: NonNegative
 
 
 class Outcome(_Message, tag=1):
@@ -182,7 +188,7 @@ class DrafterStats(_Message):
 
     pages_free: Count
     pages_total: Count
-    build_ms: float
+    build_ms: NonNegative
     steps: Count
     evictions: Count
 
@@ -190,18 +196,19 @@ class DrafterStats(_Message):
 class Push(_Message, tag=2):
     """Drafter → target, after each drafter step that has news."""
 
-    blocks: list[SpeculationBlock]
-    evicted: list[Evicted]
+    blocks: Annotated[list[SpeculationBlock], msgspec.Meta(max_length=MAX_BLOCKS)]
+    evicted: Annotated[list[Evicted], msgspec.Meta(max_length=MAX_EVICTED)]
     stats: DrafterStats | None
 
 
 ToDrafter = Hello | Step
 ToTarget = Welcome | Refused | Push
+M = TypeVar("M")
 
 _outcome = struct.Struct("<ii")
 _encoder = msgspec.msgpack.Encoder()
-_to_drafter = msgspec.msgpack.Decoder(ToDrafter)
-_to_target = msgspec.msgpack.Decoder(ToTarget)
+_to_drafter: msgspec.msgpack.Decoder[ToDrafter] = msgspec.msgpack.Decoder(ToDrafter)
+_to_target: msgspec.msgpack.Decoder[ToTarget] = msgspec.msgpack.Decoder(ToTarget)
 
 
 def encode(message: ToDrafter | ToTarget) -> bytes:
@@ -211,7 +218,11 @@ def encode(message: ToDrafter | ToTarget) -> bytes:
 
 def decode_to_drafter(data: bytes | bytearray | memoryview) -> ToDrafter:
     """The message that the target sent; raises ProtocolError for anything else."""
-    return _decode(_to_drafter, data)
+    message = _decode(_to_drafter, data)
+    for event in message.events if isinstance(message, Step) else ():
+        if isinstance(event, Open) and len(event.token_ids) and unpack_ids(event.token_ids).min() < 0:
+            raise ProtocolError(f"not a message: a negative token id in the prompt of {event.request_id!r}")
+    return message
 
 
 def decode_to_target(data: bytes | bytearray | memoryview) -> ToTarget:
@@ -219,7 +230,7 @@ def decode_to_target(data: bytes | bytearray | memoryview) -> ToTarget:
     return _decode(_to_target, data)
 
 
-def _decode(decoder: msgspec.msgpack.Decoder, data: bytes | bytearray | memoryview) -> ToDrafter | ToTarget:
+def _decode(decoder: msgspec.msgpack.Decoder[M], data: bytes | bytearray | memoryview) -> M:
     try:
         return decoder.decode(data)
     except (ValueError, RecursionError) as error:  # msgspec's own errors and bad UTF-8 are ValueErrors

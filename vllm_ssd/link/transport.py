@@ -17,9 +17,15 @@ from vllm_ssd.link.protocol import ProtocolError, decode_to_drafter, decode_to_t
 
 DEFAULT_MAX_PENDING_BYTES = 64 << 20
 MAX_MESSAGE_BYTES = 256 << 20
+"""Largest message of any transport; an end may be given a lower bound for what it receives."""
+MAX_POLL_MESSAGES = 1024
+"""Messages that one `poll` returns at most; the rest waits for the next one."""
+MIN_POLL_BYTES = 2 << 20
+"""Bytes that one `poll` may read; where the largest message is over half of it, twice that message instead."""
 PREFIX_BYTES = 4
 SOCKET_BUFFER_BYTES = 8 << 20
 INBOX_BYTES = 1 << 20
+"""Initial size of the receive buffer, which grows as the bytes of a larger message arrive and shrinks after it."""
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 """A host that resets SIGPIPE to its default must not be killed by a dead drafter."""
 
@@ -45,11 +51,13 @@ class Transport(ABC):
 
     @abstractmethod
     def poll(self, timeout_s: float | None = 0.0) -> list[Any]:
-        """Flush what waits to be sent and return all complete messages that have arrived, oldest first.
+        """Flush what waits to be sent and return the complete messages that have arrived, oldest first.
 
-        With none there, wait for one up to `timeout_s` seconds, rounded up to whole milliseconds (None = forever), then
-        return an empty list. Raises TransportClosed when nothing is left to deliver and nothing can arrive any more:
-        the other end is gone, what it sent is not a message, or this end was closed.
+        A flood is returned in parts: one call stops after MAX_POLL_MESSAGES messages, or when it has read
+        MIN_POLL_BYTES and twice the largest message. With no message there, wait for one up to `timeout_s` seconds,
+        rounded up to whole milliseconds (None = forever), then return an empty list. Raises TransportClosed when
+        nothing is left to deliver and nothing can arrive any more: the other end is gone, what it sent is not a
+        message, or this end was closed.
         """
 
     @abstractmethod
@@ -67,19 +75,20 @@ class Transport(ABC):
 
 
 class ProcessTransport(Transport):
-    """One end of a socket pair; `side` is who uses this end."""
+    """One end of a socket pair; `side` is who uses this end, `max_message_bytes` bounds what it receives."""
 
     def __init__(
         self,
         sock: socket.socket,
         side: Literal["target", "drafter"],
         max_pending_bytes: int = DEFAULT_MAX_PENDING_BYTES,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         sock.setblocking(False)
         sock.set_inheritable(False)  # a grandchild that held this end would hide its death from the other
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
         self._socket = sock
-        self._inbox = Inbox(decode_to_target if side == "target" else decode_to_drafter)
+        self._inbox = Inbox(decode_to_target if side == "target" else decode_to_drafter, max_message_bytes)
         self._outbox = bytearray()
         self._max_pending_bytes = max_pending_bytes
         self._unsendable: str | None = None
@@ -90,6 +99,10 @@ class ProcessTransport(Transport):
     def from_fd(cls, fd: int, side: Literal["target", "drafter"]) -> ProcessTransport:
         """Take over the inherited descriptor `fd` of a connected stream socket."""
         return cls(socket.socket(fileno=fd), side)
+
+    def limit_messages(self, max_message_bytes: int) -> None:
+        """Refuse messages over `max_message_bytes` from now on."""
+        self._inbox.limit(max_message_bytes)
 
     def send(self, message: Any) -> None:
         data = encode(message)
@@ -130,6 +143,21 @@ class ProcessTransport(Transport):
     def pending_bytes(self) -> int:
         return len(self._outbox)
 
+    @property
+    def received_bytes(self) -> int:
+        """Bytes received since the start."""
+        return self._inbox.received_bytes
+
+    @property
+    def at_bound(self) -> bool:
+        """Whether the last `poll` stopped at its bound of messages or bytes instead of reading all there was."""
+        return self._inbox.at_bound
+
+    @property
+    def mid_message(self) -> bool:
+        """Whether part of a message has arrived and the rest has not."""
+        return self._inbox.mid_message
+
     def _enqueue(self, frame: bytes) -> None:
         """Write what the kernel takes after everything older, and keep the rest."""
         if self._outbox:
@@ -162,16 +190,33 @@ class ProcessTransport(Transport):
 class Inbox:
     """Bytes on their way to becoming messages."""
 
-    def __init__(self, decode: Callable[[memoryview], Any]) -> None:
+    def __init__(self, decode: Callable[[memoryview], Any], max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         self.broken: str | None = None  # why nothing more will be received
+        self.at_bound = False  # the last `receive` stopped at its bound of messages or bytes
+        self.received_bytes = 0
         self._decode = decode
         self._buffer = memoryview(bytearray(INBOX_BYTES))
         self._start = self._end = 0
+        self._undecoded = False  # complete messages may be left in the buffer
+        self.limit(max_message_bytes)
+
+    def limit(self, max_message_bytes: int) -> None:
+        """Refuse messages over `max_message_bytes` from now on."""
+        self._max_message_bytes = min(max_message_bytes, MAX_MESSAGE_BYTES)
+        self._max_poll_bytes = max(MIN_POLL_BYTES, 2 * self._max_message_bytes)
+
+    @property
+    def mid_message(self) -> bool:
+        """Whether part of a message has arrived and the rest has not."""
+        return self._end > self._start and not self._undecoded
 
     def receive(self, sock: socket.socket) -> list[Any]:
-        """Read what has arrived, without blocking, and return the messages that are complete."""
+        """Read what has arrived, without blocking, and return the messages that are complete, within the bounds."""
         messages: list[Any] = []
-        while self.broken is None:
+        left = self._max_poll_bytes
+        if self._undecoded:
+            self._take_messages(messages)
+        while self.broken is None and not self._undecoded and left > 0:
             try:
                 count = sock.recv_into(self._buffer[self._end :])
             except BlockingIOError:
@@ -184,19 +229,26 @@ class Inbox:
                 self.broken = f"the other end closed{part}"
                 break
             self._end += count
+            self.received_bytes += count
+            left -= count
             full = self._end == len(self._buffer)
             self._take_messages(messages)
             if not full:
                 break
+        self.at_bound = self._undecoded or left <= 0
         return messages
 
     def _take_messages(self, messages: list[Any]) -> None:
         """Move the complete messages out and leave room for the rest of an incomplete one."""
         buffer, start, end = self._buffer, self._start, self._end
         needed = PREFIX_BYTES
+        self._undecoded = False
         while end - start >= PREFIX_BYTES:
+            if len(messages) >= MAX_POLL_MESSAGES:
+                self._undecoded = True
+                break
             size = int.from_bytes(buffer[start : start + PREFIX_BYTES], "little")
-            if size > MAX_MESSAGE_BYTES:
+            if size > self._max_message_bytes:
                 self.broken = f"not a message: {size} bytes announced"
                 return
             needed = PREFIX_BYTES + size
@@ -210,19 +262,30 @@ class Inbox:
             start += needed
             needed = PREFIX_BYTES
         self._start, self._end = start, end
-        capacity = max(INBOX_BYTES, needed)
-        if len(buffer) != capacity:
+        if not self._undecoded:
+            self._make_room(needed)
+
+    def _make_room(self, needed: int) -> None:
+        """Leave room for the next message, of `needed` bytes; memory grows with what has arrived, not with `needed`."""
+        buffer, start, size = self._buffer, self._start, self._end - self._start
+        capacity = len(buffer)
+        if size == capacity:
+            capacity = min(needed, 2 * size)
+        elif needed <= INBOX_BYTES:
+            capacity = INBOX_BYTES
+        if capacity != len(buffer):
             self._buffer = memoryview(bytearray(capacity))
-        if start == end or start + needed > capacity or len(buffer) != capacity:
-            self._start, self._end = 0, end - start
-            self._buffer[: end - start] = buffer[start:end]
+        if not size or start + needed > capacity or capacity != len(buffer):
+            self._start, self._end = 0, size
+            if size and (start or capacity != len(buffer)):
+                self._buffer[:size] = buffer[start : start + size]
 
 
-def socket_pair() -> tuple[ProcessTransport, socket.socket]:
-    """The target's end, and the end for a child process.
+def socket_pair(max_message_bytes: int = MAX_MESSAGE_BYTES) -> tuple[ProcessTransport, socket.socket]:
+    """The target's end, which takes messages up to `max_message_bytes`, and the end for a child process.
 
     Pass the child's `fileno()` through `subprocess.Popen(pass_fds=...)`, then close the socket in this process: while
     it stays open here, the child's death goes unnoticed.
     """
     target, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    return ProcessTransport(target, "target"), child
+    return ProcessTransport(target, "target", max_message_bytes=max_message_bytes), child

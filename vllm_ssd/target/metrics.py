@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
+from typing import Protocol
+from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,10 +24,12 @@ COUNTERS = {
     "stale_blocks": "Blocks that answered a committed length that had passed.",
     "waits": "Rounds that waited for just-in-time drafts.",
     "evictions": "Requests that the drafter dropped for lack of KV pages.",
-    "too_long": "Requests that outgrew the drafter's context.",
     "restarts": "Drafter processes started after the first.",
     "draft_tokens": "Draft tokens verified by the target.",
     "accepted_tokens": "Draft tokens accepted by the target.",
+    "drafted_rounds": "Rounds of a request that verified draft tokens.",
+    "too_long": "Requests that the drafter did not take for their length.",
+    "drafter_steps": "Forwards of the draft model.",
 }
 SECONDS = {
     "waited_seconds": "Time spent waiting for just-in-time drafts.",
@@ -31,8 +37,22 @@ SECONDS = {
 }
 
 
+MAX_REMEMBERED = 4096
+"""Request ids that are kept to count each request beyond the drafter's length once."""
+
+
+class DrafterStatus(Protocol):
+    """What metrics show of the link to the drafter."""
+
+    connected: bool
+    max_model_len: int
+
+
 class Metrics:
-    """Plain integers on the hot path, rendered only when somebody looks."""
+    """Plain integers on the hot path, rendered only when somebody looks.
+
+    Counters are the target's: they add up what every drafter reported, so none falls when a drafter is replaced.
+    """
 
     def __init__(self, num_speculative_tokens: int, logger: logging.Logger) -> None:
         self.counts = dict.fromkeys(COUNTERS, 0)
@@ -40,9 +60,26 @@ class Metrics:
         self.handovers = 0
         self.accepted_at = [0] * num_speculative_tokens
         self.drafter_stats: DrafterStats | None = None
+        self._generation = 0
+        self._reported_at = 0.0
+        self._drafter: weakref.ref[DrafterStatus] | None = None
+        self._too_long: dict[str, None] = {}  # the latest ids
         self._logger = logger
         self._logged_at = time.monotonic()
         self._logged = dict(self.counts)
+        self._server: tuple[WSGIServer, threading.Thread] | None = None
+
+    def watch(self, drafter: DrafterStatus) -> None:
+        """Show a drafter's gauges only while it is connected; without a call, whenever it has reported any."""
+        self._drafter = weakref.ref(drafter)
+
+    @property
+    def has_drafter(self) -> bool:
+        """Whether a drafter is connected, as far as is known."""
+        if self._drafter is None:
+            return True
+        drafter = self._drafter()
+        return drafter is not None and drafter.connected
 
     def outcome(self, *, hit: bool, block: bool) -> None:
         """One request's outcome: found in its block, not in it, or no block there yet."""
@@ -52,6 +89,7 @@ class Metrics:
         """Drafts verified and accepted, per row of one round."""
         self.counts["draft_tokens"] += sum(offered)
         self.counts["accepted_tokens"] += sum(accepted)
+        self.counts["drafted_rounds"] += len(offered) - offered.count(0)
         for k in accepted:
             for position in range(k):
                 self.accepted_at[position] += 1
@@ -61,9 +99,24 @@ class Metrics:
         self.counts["stale_blocks"] += 1
 
     def too_long(self, request_id: str) -> None:
-        """A request outgrew the drafter's context and goes on without its drafts."""
+        """The drafter does not take a request for its length; counted once a request, and told once."""
+        if request_id in self._too_long:
+            return
+        self._too_long[request_id] = None
+        if len(self._too_long) > MAX_REMEMBERED:
+            del self._too_long[next(iter(self._too_long))]
         self.counts["too_long"] += 1
-        self._logger.info("SSD: request %s is longer than the drafter allows; it goes on without drafts", request_id)
+        if self.counts["too_long"] > 1:
+            return
+        drafter = self._drafter() if self._drafter is not None else None
+        self._logger.warning(
+            "SSD: request %s has no room on the drafter and runs without its drafts: max_model_len=%s in "
+            "speculative_config, of which 2 * num_speculative_tokens + 2 = %d are kept for drafts; more such requests "
+            "are only counted, as too_long",
+            request_id,
+            drafter.max_model_len if drafter is not None else "(none given)",
+            2 * len(self.accepted_at) + 2,
+        )
 
     def waited(self, seconds: float) -> None:
         """One bounded wait for just-in-time drafts."""
@@ -76,10 +129,12 @@ class Metrics:
         self.seconds["handover_seconds"] += seconds
 
     def drafter(self, stats: DrafterStats, generation: int) -> None:
-        """The drafter's own counters, and how often it was started."""
-        self.drafter_stats = stats
-        self.counts["evictions"] = stats.evictions
-        self.counts["restarts"] = generation - 1
+        """What the `generation`-th drafter reports of itself: its gauges, and its counters since it started."""
+        last = self.drafter_stats if generation == self._generation else None
+        self.counts["evictions"] += max(stats.evictions - (last.evictions if last else 0), 0)
+        self.counts["drafter_steps"] += max(stats.steps - (last.steps if last else 0), 0)
+        self.counts["restarts"] = max(self.counts["restarts"], generation - 1)
+        self.drafter_stats, self._generation, self._reported_at = stats, generation, time.monotonic()
 
     def log(self) -> None:
         """One line about the last ten seconds, if there was anything to tell."""
@@ -89,31 +144,42 @@ class Metrics:
         new = {name: value - self._logged[name] for name, value in self.counts.items()}
         self._logged_at, self._logged = now, dict(self.counts)
         outcomes = new["hits"] + new["misses"] + new["late"]
-        if not outcomes:
+        rounds = new["drafted_rounds"]
+        if not outcomes and not rounds:
             return
+        told = []
+        if outcomes:
+            told.append(f"hit rate {100 * new['hits'] / outcomes:.1f}%, late {100 * new['late'] / outcomes:.1f}%")
+        if rounds:
+            accepted, offered = new["accepted_tokens"] / rounds, new["draft_tokens"] / rounds
+            told.append(f"accepted {accepted:.2f} of {offered:.2f} drafts a round with drafts")
+        told.append(f"{new['waits']} waits")
         stats = self.drafter_stats
-        self._logger.info(
-            "SSD: hit rate %.1f%%, late %.1f%%, accepted %.2f of %.2f drafts a round, %d waits, "
-            "block built in %.1f ms, drafter pages %s in use, %d evictions, %d restarts",
-            100 * new["hits"] / outcomes,
-            100 * new["late"] / outcomes,
-            new["accepted_tokens"] / outcomes,
-            new["draft_tokens"] / outcomes,
-            new["waits"],
-            stats.build_ms if stats else 0.0,
-            f"{stats.pages_total - stats.pages_free}/{stats.pages_total}" if stats else "-",
-            self.counts["evictions"],
-            self.counts["restarts"],
-        )
+        if not self.has_drafter:
+            told.append("no drafter is connected")
+        elif stats is not None:
+            told.append(f"block built in {stats.build_ms:.1f} ms")
+            told.append(f"drafter pages {stats.pages_total - stats.pages_free}/{stats.pages_total} in use")
+        told.append(f"{self.counts['evictions']} evictions, {self.counts['restarts']} restarts")
+        self._logger.info("SSD: %s", ", ".join(told))
 
     def serve(self, port: int) -> None:
-        """Answer Prometheus on 127.0.0.1:`port`; raises OSError when the port is taken."""
+        """Answer Prometheus on 127.0.0.1:`port` until `close`; raises OSError when the port is taken."""
         registry = CollectorRegistry()
         registry.register(self)
         try:
-            start_http_server(port, addr="127.0.0.1", registry=registry)
+            self._server = start_http_server(port, addr="127.0.0.1", registry=registry)
         except OSError as error:
             raise OSError(f"ssd: metrics_port {port} cannot be served: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Free the port; idempotent."""
+        served, self._server = self._server, None
+        if served is not None:
+            server, thread = served
+            server.shutdown()
+            server.server_close()
+            thread.join()
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, for `prometheus_client`."""
@@ -128,7 +194,9 @@ class Metrics:
         for position, value in enumerate(self.accepted_at):
             accepted.add_metric([str(position)], value)
         yield accepted
-        if (stats := self.drafter_stats) is not None:
+        connected = self.has_drafter
+        yield GaugeMetricFamily("vllm_ssd:drafter_connected", "Whether there is a drafter.", value=connected)
+        if (stats := self.drafter_stats) is not None and connected:
             yield GaugeMetricFamily(
                 "vllm_ssd:drafter_pages_in_use",
                 "KV pages in use on the drafter.",
@@ -138,4 +206,8 @@ class Metrics:
             yield GaugeMetricFamily(
                 "vllm_ssd:build_seconds", "Time the drafter took for its last whole tree.", value=stats.build_ms / 1e3
             )
-            yield CounterMetricFamily("vllm_ssd:drafter_steps", "Forwards of the draft model.", value=stats.steps)
+            yield GaugeMetricFamily(
+                "vllm_ssd:drafter_stats_age_seconds",
+                "Time since the drafter reported its gauges, which it does every second while it has work.",
+                value=time.monotonic() - self._reported_at,
+            )

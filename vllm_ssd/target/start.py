@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.tokenizers import get_tokenizer
 
-from vllm_ssd.config import RUNTIME_ENV, SERVER_PID_ENV, SSDConfig
+from vllm_ssd.config import SERVER_PID_ENV, SSDConfig
 from vllm_ssd.link.placement import place_drafter
 from vllm_ssd.link.process import DrafterProcess
 from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, fingerprint
@@ -20,12 +20,14 @@ logger = init_logger("vllm.vllm_ssd")
 
 def user_config(vllm_config: VllmConfig) -> SSDConfig:
     """What the user asked for, as it travelled to this worker."""
-    config = SSDConfig.from_json(vllm_config.additional_config["ssd"])
-    return config.with_runtime(os.environ.get(RUNTIME_ENV, "{}"))
+    return SSDConfig.from_json(vllm_config.additional_config["ssd"])
 
 
 def start_drafter(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, DrafterProcess]:
-    """Start a drafter for this worker, which loads beside the target, and the counters about it."""
+    """Start a drafter for this worker, which loads beside the target, and the counters about it.
+
+    The metrics' port is free again when the drafter is closed or the server has ended.
+    """
     metrics = Metrics(config.num_speculative_tokens, logger)
     if config.metrics_port is not None:
         metrics.serve(config.metrics_port + vllm_config.parallel_config.data_parallel_index)
@@ -37,7 +39,10 @@ def start_drafter(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, 
         startup_timeout_s=config.startup_timeout_s,
         logger=logger,
         server_pid=int(os.environ.get(SERVER_PID_ENV, "0")),
+        on_stats=metrics.drafter,
+        on_end=metrics.close,
     )
+    metrics.watch(drafter)
     return metrics, drafter
 
 

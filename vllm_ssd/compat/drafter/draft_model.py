@@ -20,6 +20,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_ssd.compat.drafter import tree_backend
 from vllm_ssd.compat.drafter.cpu_norms import use_compiled_norms
+from vllm_ssd.compat.drafter.memory import explained
 from vllm_ssd.compat.drafter.paged import ForwardBatch, TreeBatch
 from vllm_ssd.kernels import copy_pages
 
@@ -35,15 +36,20 @@ class DraftModel:
     """The loaded draft model, its KV pages, and two ways to run it: with vLLM's attention on sequences that each have
     a page table, or with tree attention (`tree_attention`) on the trees of requests."""
 
-    def __init__(self, *, tree_attention: bool = False, **engine_args) -> None:
+    def __init__(self, *, tree_attention: bool = False, target_max_model_len: int | None = None, **engine_args) -> None:
         if tree_attention:
             engine_args["attention_backend"] = tree_backend.register()
         args = EngineArgs(block_size=PAGE_SIZE, enable_prefix_caching=False, disable_log_stats=True, **engine_args)
+        if args.max_model_len is None and target_max_model_len is not None:  # no request will be longer
+            args.max_model_len = min(args.create_model_config().max_model_len, target_max_model_len)
         self.vllm_config = args.create_engine_config()
         if self.vllm_config.device_config.device_type == "cpu":
             use_compiled_norms()
         with _own_temporary_folder():
-            self._core = EngineCore(self.vllm_config, UniProcExecutor, log_stats=False)
+            try:
+                self._core = EngineCore(self.vllm_config, UniProcExecutor, log_stats=False)
+            except ValueError as error:
+                raise explained(error, self.vllm_config) from error
         runner = self._core.model_executor.driver_worker.worker.model_runner
         groups = runner.kv_cache_config.kv_cache_groups
         if len(groups) != 1 or len(runner.attn_groups[0]) != 1 or not runner.kv_caches:

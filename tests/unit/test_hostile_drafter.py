@@ -1,0 +1,130 @@
+"""Whatever a drafter sends costs the target its drafts for a while, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import time
+import timeit
+from pathlib import Path
+
+import hostile_drafter as hostile
+import msgspec
+import pytest
+from hostile_drafter import ACTED, SOUND, UNSOUND
+
+from vllm_ssd.link import process as launch
+from vllm_ssd.link.checks import PushChecker, max_push_bytes
+from vllm_ssd.link.options import DrafterOptions
+from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, ProtocolError, Push, Step, decode_to_target
+
+OPTIONS = DrafterOptions(
+    engine_args={},
+    num_speculative_tokens=hostile.K,
+    fan_out=3,
+    branch_budget=None,
+    max_num_seqs=4,
+    max_branches=12,
+    top_m=hostile.TOP_M,
+    cpus=[],
+    parent_pid=os.getpid(),
+)
+POLL_S = 0.25
+"""No poll takes so much of the target's thread, flooded or not."""
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    """Start a link to a drafter that is hostile once, in the way that is named."""
+    monkeypatch.setattr(launch, "DRAFTER_MODULE", "hostile_drafter")
+    monkeypatch.setattr(launch, "BACKOFF_S", (0.01, 0.05))
+    monkeypatch.setattr(launch, "HANG_S", 1.0)
+    monkeypatch.setenv("PYTHONPATH", str(Path(hostile.__file__).parent))
+    links = []
+
+    def start(what: str) -> launch.DrafterProcess:
+        environment = {"VLLM_SSD_HOSTILE": what, "VLLM_SSD_HOSTILE_ONCE": str(tmp_path / "started")}
+        links.append(
+            launch.DrafterProcess(
+                OPTIONS,
+                Hello(PROTOCOL_VERSION, hostile.VOCAB_SIZE, hostile.K, ""),
+                environment=environment,
+                startup_timeout_s=60,
+                logger=logging.getLogger("test_hostile"),
+            )
+        )
+        links[-1].wait_until_ready()
+        return links[-1]
+
+    yield start
+    for link in links:
+        link.close()
+
+
+def poll_until(link: launch.DrafterProcess, done, timeout_s: float = 20.0) -> float:
+    """Poll until `done(pushes)`; the most time of this thread that one poll took."""
+    longest, deadline = 0.0, time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        started = time.thread_time()
+        pushes = link.poll()
+        longest = max(longest, time.thread_time() - started)
+        if done(pushes):
+            return longest
+        time.sleep(0.005)
+    raise AssertionError("it did not come to that")
+
+
+@pytest.mark.parametrize("what", [*ACTED, "drafts beyond the vocabulary", "a q of NaN", "noise", "negative statistics"])
+def test_a_hostile_drafter_is_replaced(start, caplog, what):
+    link = start(what)
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    link.send(Step([], hostile.K))
+    with caplog.at_level(logging.WARNING, "test_hostile"):
+        longest = poll_until(link, lambda _: link.generation == 2)
+    (warning,) = caplog.records
+    assert "SSD drafter lost" in warning.getMessage()
+    assert longest < POLL_S
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_kib < 64 << 10
+    link.send(Step([], hostile.K))
+    poll_until(link, lambda pushes: pushes == [Push([], [], hostile.DrafterStats(1, 2, 0.5, 3, 4))])
+    assert link.generation == 2
+
+
+@pytest.mark.parametrize("what", UNSOUND)
+def test_an_unsound_message_is_refused(what):
+    checker = PushChecker.of(OPTIONS, hostile.VOCAB_SIZE)
+    try:
+        message = decode_to_target(UNSOUND[what])
+    except ProtocolError:
+        return
+    assert not isinstance(message, Push) or checker.reason(message)
+
+
+@pytest.mark.parametrize("what", SOUND)
+def test_a_sound_push_is_let_through(what):
+    assert PushChecker.of(OPTIONS, hostile.VOCAB_SIZE).reason(decode_to_target(SOUND[what])) is None
+
+
+def test_checking_a_block_takes_microseconds():
+    """4 µs for 24 branches of 5 greedy drafts where this was written; the least of many, as other processes run too."""
+    options = msgspec.structs.replace(OPTIONS, num_speculative_tokens=5, max_branches=24)
+    outcomes, drafts = [[i % 6, i] for i in range(24)], [[i, 1, 2, 3, 4] for i in range(24)]
+    push = decode_to_target(hostile.push(hostile.block(outcomes=outcomes, draft_token_ids=drafts)))
+    checker = PushChecker.of(options, hostile.VOCAB_SIZE)
+    assert checker.reason(push) is None
+    assert min(timeit.repeat(lambda: checker.reason(push), number=100, repeat=50)) / 100 < 20e-6
+
+
+def test_the_target_s_vocabulary_bounds_ids():
+    push = decode_to_target(hostile.push(hostile.block(draft_token_ids=[[3, 4, 99], [6, 7, 8]])))
+    assert PushChecker.of(OPTIONS, 100).reason(push) is None
+    assert "draft that is not in the target's vocabulary" in PushChecker.of(OPTIONS, 99).reason(push)
+
+
+def test_the_largest_sound_push_fits_the_bound():
+    rows = OPTIONS.max_branches + 1
+    largest = hostile.sampled(
+        outcomes=[[1, 2]] * rows, draft_token_ids=[[3, 4, 5]] * rows, request_id="chatcmpl-" + "0" * 64
+    )
+    assert len(hostile.push(*[largest] * OPTIONS.max_num_seqs)) < max_push_bytes(OPTIONS)
