@@ -47,8 +47,8 @@ class RoundSums:
 class Arm(RoundSums):
     """Sums over rounds that asked for the same number of drafts.
 
-    `carried[j]`, `accepted[j]` [max_drafts]: rows that carried, and that accepted, more than j drafts; rejected[j]: rows
-    that rejected the draft after j accepted ones.
+    `carried[j]`, `accepted[j]` [max_drafts]: rows that carried, and that accepted, more than j drafts; `rejected[j]`:
+    rows that rejected the draft after j accepted ones.
     """
 
     __slots__ = ("carried", "accepted", "rejected")

@@ -37,10 +37,6 @@ SECONDS = {
 }
 
 
-MAX_REMEMBERED = 4096
-"""Request ids that are kept to count each request beyond the drafter's length once."""
-
-
 class DrafterStatus(Protocol):
     """What metrics show of the link to the drafter."""
 
@@ -63,7 +59,6 @@ class Metrics:
         self._generation = 0
         self._reported_at = 0.0
         self._drafter: weakref.ref[DrafterStatus] | None = None
-        self._too_long: dict[str, None] = {}  # the latest ids
         self._logger = logger
         self._logged_at = time.monotonic()
         self._logged = dict(self.counts)
@@ -99,12 +94,7 @@ class Metrics:
         self.counts["stale_blocks"] += 1
 
     def too_long(self, request_id: str) -> None:
-        """The drafter does not take a request for its length; counted once a request, and told once."""
-        if request_id in self._too_long:
-            return
-        self._too_long[request_id] = None
-        if len(self._too_long) > MAX_REMEMBERED:
-            del self._too_long[next(iter(self._too_long))]
+        """A request has outgrown the drafter; the caller says it once a request, the log once."""
         self.counts["too_long"] += 1
         if self.counts["too_long"] > 1:
             return
