@@ -46,6 +46,7 @@ def install(proposer_class: type) -> None:
     _wrap("execute_model", proposer_class, _execute_model)
     _wrap("propose_draft_token_ids", proposer_class, _propose_draft_token_ids)
     _wrap("_sample", proposer_class, _sample)
+    _wrap("_input_fits_in_drafter", proposer_class, _input_fits_in_drafter)
     _wrap("_get_spec_decode_draft_probs", proposer_class, _get_spec_decode_draft_probs)
     if current_platform.is_cpu() and not _expand_is_correct():
         rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
@@ -89,14 +90,27 @@ def _propose_draft_token_ids(original, runner, proposer: V1Proposer, scheduler_o
 
 
 def _sample(original, runner, proposer: V1Proposer, logits, spec_decode_metadata):
-    """Sample as without speculation when no row has a draft.
+    """Sample a step in which no row has drafts as bonus tokens alone.
 
-    vLLM would send such a step through the rejection sampler too: slower, and on the CPU a crash in 0.30 to 0.32
-    when a request sets top_k but not top_p.
+    That is all that vLLM's rejection sampler does in such a step, but it is slower, and on the CPU it crashes in 0.30
+    to 0.32 when a request sets top_k but not top_p. The sampler must know that these are bonus tokens: with
+    speculation on, the thinking budget otherwise counts only the rows of drafts, and forces the end marker in a wrong
+    row. vLLM 0.30 and 0.31 forget to say so themselves.
     """
-    if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
-        spec_decode_metadata = None
-    return original(logits, spec_decode_metadata)
+    if spec_decode_metadata is not None and any(spec_decode_metadata.num_draft_tokens):
+        return original(logits, spec_decode_metadata)
+    batch = runner.input_batch
+    batch.update_async_output_token_ids()
+    return runner.sampler(logits=logits, sampling_metadata=batch.sampling_metadata, predict_bonus_token=True)
+
+
+def _input_fits_in_drafter(original, runner, proposer: V1Proposer, common_attn_metadata):
+    """Ask for drafts even when a row is within K tokens of `max_model_len`.
+
+    vLLM then has zeros verified for every row of the batch, since a drafter of its own would write KV beyond the
+    limit. Ours does not; the scheduler cuts the drafts of the one row to what fits.
+    """
+    return common_attn_metadata is not None
 
 
 def _get_spec_decode_draft_probs(original, runner, proposer: V1Proposer, spec_decode_metadata):
