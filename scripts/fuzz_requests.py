@@ -20,7 +20,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from engines import ON_V2, PAIR, Engine, assert_conclusive, assert_counts_agree  # noqa: E402
-from random_requests import VARIANTS, TieBreaker, differences, engine_arguments, random_requests  # noqa: E402
+from random_requests import (  # noqa: E402
+    VARIANTS,
+    TieBreaker,
+    differences,
+    engine_arguments,
+    random_requests,
+    reference_arguments,
+    reference_requests,
+)
 
 CORPUS = ("argparse", "ast", "collections", "configparser", "csv", "dataclasses", "decimal", "difflib")
 
@@ -41,7 +49,7 @@ def check(
     target: Engine, engine: Engine, requests: list[dict[str, Any]], first: int, min_seconds: float
 ) -> tuple[list[str], dict[str, int]]:
     """Run one chunk on both engines -> the differences, with their requests, and the counts."""
-    target.send("generate", requests=requests)
+    target.send("generate", requests=reference_requests(requests))
     run = engine.generate(requests, min_seconds=min_seconds)
     expected = target.receive()
     found = differences(requests, run, expected, TieBreaker(target, requests))
@@ -77,7 +85,7 @@ def main() -> int:
                 arguments = engine_arguments(variant)
                 environment = ON_V2 if options.v2 else None
                 engines[variant] = (
-                    Engine(folder / f"{variant}-target.log", **arguments),
+                    Engine(folder / f"{variant}-target.log", **reference_arguments(variant)),
                     Engine(
                         folder / f"{variant}-ssd.log",
                         speculative={"branch_budget": 12, "on_miss": "skip"},

@@ -9,7 +9,15 @@ from collections.abc import Callable
 
 import pytest
 from engines import ON_V2, Engine, assert_conclusive, assert_counts_agree
-from random_requests import VARIANTS, TieBreaker, differences, engine_arguments, random_requests
+from random_requests import (
+    VARIANTS,
+    TieBreaker,
+    differences,
+    engine_arguments,
+    random_requests,
+    reference_arguments,
+    reference_requests,
+)
 
 SEED = 1
 ROUND_S = 0.008
@@ -20,12 +28,12 @@ def compare(
     start_engine: Callable[..., Engine], corpus: list[int], variant: str, numbers: range, **arguments: object
 ) -> None:
     requests = random_requests(SEED, numbers, corpus, variant, MARKERS)
-    target = start_engine(**engine_arguments(variant))
+    target = start_engine(**reference_arguments(variant))
     engine = start_engine(
         speculative={"branch_budget": 12, "on_miss": "skip"}, **(engine_arguments(variant) | arguments)
     )
     try:
-        target.send("generate", requests=requests)
+        target.send("generate", requests=reference_requests(requests))
         run = engine.generate(requests, min_seconds=ROUND_S)
         expected = target.receive()
         assert not differences(requests, run, expected, TieBreaker(target, requests))

@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_ssd.compat.target.thinking_budget import ThinkingBudget
 from vllm_ssd.compat.version import UnsupportedVLLM
 from vllm_ssd.link.protocol import Proposal
 
@@ -97,6 +98,7 @@ def _sample(original, runner, proposer: V1Proposer, logits, spec_decode_metadata
     speculation on, the thinking budget otherwise counts only the rows of drafts, and forces the end marker in a wrong
     row. vLLM 0.30 and 0.31 forget to say so themselves.
     """
+    ThinkingBudget.take_over(runner.input_batch.thinking_budget_state_holder)
     if spec_decode_metadata is not None and any(spec_decode_metadata.num_draft_tokens):
         return original(logits, spec_decode_metadata)
     batch = runner.input_batch
