@@ -209,6 +209,8 @@ class EngineHost:
             params["structured_outputs"] = StructuredOutputsParams(regex=regex)
         if schema := params.pop("json_schema", None):
             params["structured_outputs"] = StructuredOutputsParams(json=schema)
+        if isinstance(structured := params.get("structured_outputs"), dict):
+            params["structured_outputs"] = StructuredOutputsParams(**structured)
         kind = RequestOutputKind.CUMULATIVE if request["abort_after"] else RequestOutputKind.FINAL_ONLY
         self._engine.add_request(
             str(index),
@@ -238,7 +240,8 @@ def plain_output(output: Any) -> SimpleNamespace:
         )
         for sample in sorted(output.outputs, key=lambda sample: sample.index)
     ]
-    return SimpleNamespace(samples=samples, num_cached_tokens=output.num_cached_tokens)
+    prompt_logprobs = [{t: e.logprob for t, e in step.items()} for step in (output.prompt_logprobs or ()) if step]
+    return SimpleNamespace(samples=samples, num_cached_tokens=output.num_cached_tokens, prompt_logprobs=prompt_logprobs)
 
 
 def distorted(proposal: Any, exponent: float) -> Any:

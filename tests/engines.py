@@ -147,3 +147,14 @@ def assert_conclusive(run: SimpleNamespace, *, hits: int = 1, misses: int = 0, a
     wanted = dict(zip(found, (hits, misses, accepted)))
     short = {name: value for name, value in found.items() if value < wanted[name]}
     assert not short, f"inconclusive: {short} where at least {wanted} are needed; all counts: {counts}"
+
+
+def assert_counts_agree(run: SimpleNamespace) -> None:
+    """Fail unless SSD's own counters of drafts verified and accepted are vLLM's, to 0.1 %.
+
+    Without SSD's counters, which a worker process of its own keeps to itself, nothing is compared.
+    """
+    counts = run.counts
+    for ours in {"draft_tokens", "accepted_tokens"} & counts.keys():
+        theirs = counts[f"vllm:spec_decode_num_{ours}"]
+        assert abs(counts[ours] - theirs) <= 0.001 * theirs, f"{ours}: {counts[ours]}, in vLLM's counters {theirs}"

@@ -181,8 +181,8 @@ def uses_of_vllm(tree: SourceTree) -> list[str]:
 
 
 def needs_of_kernels(tree: SourceTree) -> list[str]:
-    """Packages beside torch and triton that kernels import."""
-    allowed = sys.stdlib_module_names | {"torch", "triton", "vllm_ssd"}
+    """Packages beside numpy, torch and triton that kernels import."""
+    allowed = sys.stdlib_module_names | {"numpy", "torch", "triton", "vllm_ssd"}
     return [
         str(r)
         for r in tree.all_references()

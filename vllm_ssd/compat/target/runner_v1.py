@@ -1,7 +1,7 @@
 """The seam with vLLM's V1 model runner.
 
 vLLM gives a `custom_class` proposer lists of sampled tokens, but no request ids, and never its proposal's
-distribution. Four methods of the runner are wrapped so that a proposer of ours sees requests come and go,
+distribution. Five methods of the runner are wrapped so that a proposer of ours sees requests come and go,
 knows whose rows it is asked about, supplies the q of exactly the drafts that are verified, and costs nothing
 in steps that verify no drafts.
 """
@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
 
 from vllm_ssd.compat import patch
+from vllm_ssd.compat.target.thinking_budget import ThinkingBudget
 from vllm_ssd.link.protocol import Proposal
 
 EXPAND = "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens"
@@ -54,6 +55,7 @@ def install(proposer_class: type) -> None:
         _wrap("execute_model", _execute_model, "scheduler_output")
         _wrap("propose_draft_token_ids", _propose_draft_token_ids, "scheduler_output")
         _wrap("_sample", _sample, "logits", "spec_decode_metadata")
+        _wrap("_input_fits_in_drafter", _input_fits_in_drafter, "common_attn_metadata")
         _wrap("_get_spec_decode_draft_probs", _get_spec_decode_draft_probs, "spec_decode_metadata")
         repair_cpu_sampling()
 
@@ -101,14 +103,28 @@ def _propose_draft_token_ids(original, runner, proposer: V1Proposer, scheduler_o
 
 
 def _sample(original, runner, proposer: V1Proposer, logits, spec_decode_metadata):
-    """Sample as without speculation when no row has a draft.
+    """Sample a step in which no row has drafts as bonus tokens alone.
 
-    vLLM would send such a step through the rejection sampler too: slower, and on the CPU a crash in 0.30 to 0.32
-    when a request sets top_k but not top_p.
+    That is all that vLLM's rejection sampler does in such a step, but it is slower, and on the CPU it crashes in 0.30
+    to 0.32 when a request sets top_k but not top_p. The sampler must know that these are bonus tokens: with
+    speculation on, the thinking budget otherwise counts only the rows of drafts, and forces the end marker in a wrong
+    row. vLLM 0.30 and 0.31 forget to say so themselves.
     """
-    if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
-        spec_decode_metadata = None
-    return original(logits, spec_decode_metadata)
+    ThinkingBudget.take_over(runner.input_batch.thinking_budget_state_holder)
+    if spec_decode_metadata is not None and any(spec_decode_metadata.num_draft_tokens):
+        return original(logits, spec_decode_metadata)
+    batch = runner.input_batch
+    batch.update_async_output_token_ids()
+    return runner.sampler(logits=logits, sampling_metadata=batch.sampling_metadata, predict_bonus_token=True)
+
+
+def _input_fits_in_drafter(original, runner, proposer: V1Proposer, common_attn_metadata):
+    """Ask for drafts even when a row is within K tokens of `max_model_len`.
+
+    vLLM then has zeros verified for every row of the batch, since a drafter of its own would write KV beyond the
+    limit. Ours does not; the scheduler cuts the drafts of the one row to what fits.
+    """
+    return common_attn_metadata is not None
 
 
 def _get_spec_decode_draft_probs(original, runner, proposer: V1Proposer, spec_decode_metadata):

@@ -1,0 +1,54 @@
+"""Random requests over everything that vLLM keeps per request: text, logprobs and ends are those of the target alone.
+
+`scripts/fuzz_requests.py` runs as many as there is time for; the suite runs a few hundred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from engines import ON_V2, Engine, assert_conclusive, assert_counts_agree
+from random_requests import (
+    VARIANTS,
+    TieBreaker,
+    differences,
+    engine_arguments,
+    random_requests,
+    reference_arguments,
+    reference_requests,
+)
+
+SEED = 1
+ROUND_S = 0.008
+MARKERS = (316, 1989)  # "def" and "return"
+
+
+def compare(
+    start_engine: Callable[..., Engine], corpus: list[int], variant: str, numbers: range, **arguments: object
+) -> None:
+    requests = random_requests(SEED, numbers, corpus, variant, MARKERS)
+    target = start_engine(**reference_arguments(variant))
+    engine = start_engine(
+        speculative={"branch_budget": 12, "on_miss": "skip"}, **(engine_arguments(variant) | arguments)
+    )
+    try:
+        target.send("generate", requests=reference_requests(requests))
+        run = engine.generate(requests, min_seconds=ROUND_S)
+        expected = target.receive()
+        assert not differences(requests, run, expected, TieBreaker(target, requests))
+    finally:
+        engine.close()
+        target.close()
+    assert_conclusive(run, hits=20, misses=5, accepted=50)
+    assert_counts_agree(run)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_random_requests(start_engine: Callable[..., Engine], corpus: list[int], variant: str) -> None:
+    first = 100 * list(VARIANTS).index(variant)
+    compare(start_engine, corpus, variant, range(first, first + 48))
+
+
+def test_random_requests_on_v2(start_engine: Callable[..., Engine], corpus: list[int]) -> None:
+    compare(start_engine, corpus, "processed_logprobs", range(1000, 1025), environment=ON_V2)
