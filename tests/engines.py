@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from vllm_ssd.planning.engine_host import EngineFailed, EngineProcess
+
+__all__ = ["ENVIRONMENT", "ON_V2", "PAIR", "Engine", "EngineFailed", "assert_conclusive", "request", "texts"]
 
 HOST = Path(__file__).with_name("engine_host.py")
 PAIR = Path(__file__).parent / "assets" / "pair"
@@ -25,12 +25,8 @@ ANSWER_S = 240
 """No start and no run takes so long: an engine that has not answered by then hangs."""
 
 
-class EngineFailed(RuntimeError):
-    """What the engine's process raised, as text."""
-
-
-class Engine:
-    """A vLLM engine in a process of its own; see `engine_host.EngineHost` for what it can do.
+class Engine(EngineProcess):
+    """A vLLM engine in a process of its own, whose start has begun; see `engine_host.EngineHost` for what it can do.
 
     Without `speculative` it is the target alone.
     """
@@ -43,19 +39,15 @@ class Engine:
         environment: dict[str, str] | None = None,
         **engine_args: Any,
     ) -> None:
-        ours, theirs = socket.socketpair()
-        self.log = log
-        with theirs, log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, str(HOST), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (environment or {}),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        self._connection = Connection(ours.detach())
-        self.pending = False
+        cores = sorted(os.sched_getaffinity(0))
+        super().__init__(
+            [str(HOST)],
+            log,
+            environment=ENVIRONMENT | (environment or {}),
+            cpus=cores[:-1] or cores,  # the last one is the drafter's
+            name="the engine's process",
+            answer_timeout_s=ANSWER_S,
+        )
         defaults = dict(
             model=str(PAIR / "target"),
             dtype="float32",
@@ -79,44 +71,9 @@ class Engine:
         self.arguments = {**defaults, **engine_args}
         self.send("start", **self.arguments)
 
-    def send(self, method: str, **arguments: Any) -> None:
-        """Ask for something and do not wait for the answer."""
-        if self.pending:
-            self.receive()
-        self._connection.send((method, arguments))
-        self.pending = True
-
-    def receive(self) -> Any:
-        """The answer to the last `send`."""
-        self.pending = False
-        if not self._connection.poll(ANSWER_S):
-            self.process.kill()
-            raise EngineFailed(f"no answer within {ANSWER_S} s:\n{self.log.read_text()[-4000:]}")
-        try:
-            succeeded, answer = self._connection.recv()
-        except EOFError:
-            raise EngineFailed(f"the engine's process ended:\n{self.log.read_text()[-4000:]}") from None
-        if not succeeded:
-            raise EngineFailed(answer)
-        return answer
-
-    def call(self, method: str, **arguments: Any) -> Any:
-        """Ask for something and wait for the answer."""
-        self.send(method, **arguments)
-        return self.receive()
-
     def generate(self, requests: list[dict[str, Any]], **arguments: Any) -> SimpleNamespace:
         """Run requests to their ends; see `EngineHost.generate`."""
         return self.call("generate", requests=requests, **arguments)
-
-    def close(self) -> None:
-        """End the process; its drafter ends with it."""
-        self._connection.close()
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 def request(

@@ -1,20 +1,15 @@
-"""One engine in a process of its own, which decodes what it is asked to and tells how long each step took."""
+"""The engines that a profile is measured with, each in a process of its own."""
 
 from __future__ import annotations
 
 import gc
-import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-
-from vllm_ssd.drafter.lifetime import die_with
 
 DRAFTER_PROMPT_TOKENS = 64
 STEP_TREES = 6
@@ -51,38 +46,6 @@ class Steps:
     num_drafts: int
 
 
-class Junk:
-    """A `custom_class` proposer of drafts that cost nothing: as many as the number of a prompt's first token."""
-
-    def __init__(self, vllm_config: Any) -> None:
-        from vllm_ssd.compat.target import runner_v1
-
-        runner_v1.install(Junk)
-        self._most = vllm_config.speculative_config.num_speculative_tokens
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to load."""
-
-    def on_schedule(self, started: Sequence[Any], finished: Sequence[str]) -> None:
-        """Requests join and leave unnoticed."""
-
-    def on_rows(self, request_ids: Sequence[str], num_verified: Sequence[int]) -> None:
-        """Rows need no names here."""
-
-    def proposals(self, *args: Any) -> None:
-        """Every draft is one-hot."""
-
-    def propose(
-        self,
-        sampled_token_ids: list[list[int]],
-        num_tokens: np.ndarray,
-        token_ids: np.ndarray,
-        slot_mappings: Any = None,
-    ) -> list[list[int]]:
-        """Drafts of token 1 for every row that decodes."""
-        return [[1] * min(int(token_ids[i, 0]), self._most) if s else [] for i, s in enumerate(sampled_token_ids)]
-
-
 def decode(
     engine: Any, prompts: Mapping[str, Any], max_tokens: int, temperature: float
 ) -> Iterator[tuple[float, list[Any]]]:
@@ -107,8 +70,7 @@ class TargetEngine:
     """vLLM's engine in this process."""
 
     def __init__(self, engine_args: dict[str, Any]) -> None:
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm import EngineArgs, LLMEngine
 
         self._engine = LLMEngine.from_engine_args(EngineArgs(disable_log_stats=True, **engine_args))
         self._num_requests = 0
@@ -184,24 +146,16 @@ class DrafterEngine:
         return means[1:]
 
 
-def serve(connection: Connection) -> None:
-    """Receive a task, start, tell (placement or None), then answer requests with seconds until the connection closes.
+class Worker:
+    """The host of an engine that is measured, see `engine_host.serve`."""
 
-    What goes wrong is answered as text.
-    """
-    task: Task = connection.recv()
-    die_with(os.getppid())
-    if task.cpus and sys.platform == "linux":
-        os.sched_setaffinity(0, task.cpus)
-    try:
-        engine = (DrafterEngine if task.method == "steps" else TargetEngine)(task.engine_args)
-        connection.send(engine.placement() if isinstance(engine, TargetEngine) else None)
+    def start(self, task: Task) -> dict[str, Any] | None:
+        """Start what `task` describes; returns where an SSD engine placed its drafter, see `TargetEngine.placement`."""
+        self._engine = (DrafterEngine if task.method == "steps" else TargetEngine)(task.engine_args)
         gc.collect()
         gc.freeze()
-        while True:
-            connection.send(engine.run(connection.recv()))
-    except EOFError:
-        return
-    except Exception as error:
-        connection.send(f"{type(error).__name__}: {error}")
-        raise
+        return self._engine.placement() if isinstance(self._engine, TargetEngine) else None
+
+    def run(self, request: Decode | Steps) -> list[float]:
+        """Seconds of the steps that `request` takes."""
+        return self._engine.run(request)
