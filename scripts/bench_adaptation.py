@@ -22,8 +22,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
 
-from bench_decode import PAIR, Fleet, console, held_out_prompts, prompt_windows, run_script, running, ssd_system
+from bench_prompts import held_out_prompts, prompt_windows
 from bench_report import environment, spread
+from bench_systems import PAIR, Fleet, add_cores, bundled_pair, choose_cores, console, run_script, running
 from bench_worker import Request, Turn
 from resize_model import deepen, widen
 from rich.box import SIMPLE_HEAD
@@ -183,7 +184,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--intermediate-size", type=int, default=40960, help="of the widened target")
     parser.add_argument("--drafter-layers", type=int, default=13)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--cores", nargs=2, type=int, default=[0, 1], help="of the engines, and of the drafters")
+    add_cores(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts")
     return parser.parse_args()
 
@@ -191,7 +192,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run all repetitions; results are written after each."""
     args = parse_arguments()
-    os.environ["OMP_NUM_THREADS"] = "1"  # before an engine's process loads torch: its threads share one core
+    cores = choose_cores(args.cores, is_cpu=True)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     args.out.mkdir(parents=True, exist_ok=True)
     code, english = held_out_prompts(args.seed), english_prompts(args.seed)
     before, after = args.batch_sizes
@@ -206,9 +208,10 @@ def main() -> None:
         widen(PAIR / "target", folder / "target", args.intermediate_size, dtype=args.dtype)
         deepen(PAIR / "drafter", folder / "drafter", args.drafter_layers, dtype=args.dtype)
         options = {"num_speculative_tokens": args.start_k}
-        system = ssd_system(f"adaptive, from K={args.start_k}", folder / "target", folder / "drafter", options, args)
+        pair = bundled_pair("drafter", folder / "target", folder / "drafter", args.dtype, cores)
+        system = pair.speculative(options, name=f"adaptive, from K={args.start_k}")
         for _ in range(args.repetitions):
-            with running([system], args.dtype, args.cores[0], folder) as engine:
+            with running([system], cores[0], folder) as engine:
                 found.append(
                     {
                         phase.name: {"settled": settle(engine, phase, args), "measured": measure(engine, phase, args)}

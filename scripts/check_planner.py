@@ -18,21 +18,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
-from bench_decode import PAIR, Fleet, console, held_out_prompts, run_script, running, ssd_system
+from bench_prompts import held_out_prompts
 from bench_report import environment
-from bench_worker import KV_CACHE_BYTES, MAX_MODEL_LEN, PROMPT_TOKENS, Request, System, Turn
+from bench_systems import PAIR, Fleet, Pair, add_cores, bundled_pair, choose_cores, console, run_script, running
+from bench_worker import Request, System, Turn
 from resize_model import deepen, widen
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vllm_ssd.planning import Prediction, Profile, Setting, predict_plain, predict_sd, predict_ssd
-from vllm_ssd.planning.measure import Profiler, ProfilerFailed, Subject
+from vllm_ssd.planning.measure import Profiler, Subject
 
 
-def make_systems(target: str, drafter: str, args: argparse.Namespace) -> list[System]:
+def make_systems(pair: Pair, args: argparse.Namespace) -> list[System]:
     """Plain, stock at one K, and SSD at every setting."""
-    stock = {"method": "draft_model", "model": drafter, "num_speculative_tokens": args.stock_k}
-    systems = [System("plain", "plain", target), System(f"stock K={args.stock_k}", "stock", target, stock)]
+    systems = [pair.plain(), pair.stock(args.stock_k)]
     for num_drafts, budget in args.points:
         options = {
             "num_speculative_tokens": num_drafts,
@@ -40,7 +40,7 @@ def make_systems(target: str, drafter: str, args: argparse.Namespace) -> list[Sy
             "on_miss": args.on_miss,
             "adaptive": False,
         }
-        systems.append(ssd_system(f"SSD K={num_drafts} N={budget}", target, drafter, options, args))
+        systems.append(pair.speculative(options, name=f"SSD K={num_drafts} N={budget}"))
     return systems
 
 
@@ -201,7 +201,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--prompts", type=int, default=4, help="a turn; a multiple of all batch sizes")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--cores", nargs=2, type=int, default=[0, 1], help="of the engines, and of the drafters")
+    add_cores(parser)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -210,29 +210,24 @@ def check(layers: int, target: Path, folder: Path, args: argparse.Namespace) -> 
     """Measured and predicted points with a drafter of so many layers, and the profile, after every turn."""
     folder.mkdir()
     deepen(PAIR / "drafter", folder / "drafter", layers, dtype=args.dtype)
-    drafter = str(folder / "drafter")
+    cores = choose_cores(args.cores, is_cpu=True)
+    pair = bundled_pair("drafter", target, folder / "drafter", args.dtype, cores)
     source = held_out_prompts(args.seed)
     prompts = [next(source) for _ in range((args.turns + 1) * args.prompts)]
-    systems = make_systems(str(target), drafter, args)
+    systems = make_systems(pair, args)
     subject = Subject(
-        str(target),
-        drafter,
+        pair.target,
+        pair.drafter,
         prompts[args.prompts :],
-        {
-            "dtype": args.dtype,
-            "enforce_eager": True,
-            "max_model_len": MAX_MODEL_LEN,
-            "max_num_batched_tokens": 32 * PROMPT_TOKENS,
-            "kv_cache_memory_bytes": KV_CACHE_BYTES,
-        },
-        {"dtype": args.dtype, "drafter_cpus": str(args.cores[1]), "kv_cache_memory": "192MiB"},
+        {name: value for name, value in pair.engine_args.items() if name != "max_num_seqs"},
+        pair.ssd,
         args.batch_sizes,
         max(num_drafts for num_drafts, _ in args.points),
         tokens=args.tokens,
         prompts_a_turn=args.prompts,
-        target_cpus=(args.cores[0],),
+        target_cpus=cores[0],
     )
-    with running(systems, args.dtype, args.cores[0], folder) as fleet, Profiler(subject, folder, True) as profiler:
+    with running(systems, cores[0], folder) as fleet, Profiler(subject, folder, True) as profiler:
         for found in measure(fleet, systems, profiler, prompts, args):
             profile = profiler.profile()
             yield compare(layers, profile, systems, found, args), profile
@@ -242,7 +237,7 @@ def main() -> None:
     """Measure, predict, compare."""
     args = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = "1"  # before an engine's process loads torch: its threads share one core
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     rows: list[dict] = []
     with tempfile.TemporaryDirectory(prefix="check-planner-") as temporary:
         target = Path(temporary) / "target"
@@ -260,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, ProfilerFailed)
+    run_script(main)

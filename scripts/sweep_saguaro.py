@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_decode import PAIR, held_out_prompts
+from bench_prompts import held_out_prompts
+from bench_systems import PAIR
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
