@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 def held_out_prompts(seed: int) -> Iterator[list[int]]:
     """Windows of the files that the bundled pair was not trained on, each of another place."""
-    from train_pair import read_sources
+    from pair_corpus import read_sources
 
     _, texts = read_sources(0)
     yield from prompt_windows(texts, seed)
