@@ -51,7 +51,7 @@ class Request:
 
 @dataclass
 class Turn:
-    """What one request gave; times and counts are of the steps in which the whole batch was decoding.
+    """The result of one request; times and counts cover the steps in which the whole batch was decoding.
 
     seconds: of all decoding steps; row_rounds: steps times the rows in them; handovers_s: host time from the outcome
     to the drafts, in rounds where every row hit; delayed_s: a core was wanted but taken by another process;
@@ -78,7 +78,7 @@ def text_key(token_ids: np.ndarray, length: int) -> tuple[bytes, int]:
 
 
 class Replay:
-    """A `custom_class` proposer that costs nothing: it hands over drafts that were recorded elsewhere."""
+    """A `custom_class` proposer that costs nothing: it replays drafts recorded from another engine."""
 
     def __init__(self, vllm_config: Any) -> None:
         self.drafts: Drafts = {}
@@ -102,7 +102,7 @@ class Replay:
 
 
 class Recorder:
-    """Remembers what an SSD proposer hands over, and how long it took where every row hit."""
+    """Records the drafts of an SSD proposer, and the time of each call in which every row hit."""
 
     def __init__(self, proposer: Any) -> None:
         self._propose = proposer.propose
@@ -136,7 +136,7 @@ class Recorder:
 
 
 class Steered:
-    """Stands in for an SSD proposer's adaptation: counts rounds, may hold it at a number of drafts while it rests."""
+    """Wraps an SSD proposer's adaptation: counts rounds, and can fix the number of drafts."""
 
     def __init__(self, proposer: Any) -> None:
         self._adaptation = proposer._verifier._adaptation
@@ -144,7 +144,7 @@ class Steered:
         proposer._verifier._adaptation = self
 
     def begin(self, num_held_drafts: int | None) -> None:
-        """Forget the rounds counted; with `num_held_drafts` the adaptation is neither asked nor taught anything."""
+        """Reset the counter; while `num_held_drafts` is given, the adaptation is neither asked nor updated."""
         self._num_held_drafts = num_held_drafts
         self.wanted: Counter[int] = Counter()
 
@@ -155,13 +155,13 @@ class Steered:
         return self._adaptation.choose(batch_size)
 
     def observe(self, batch_size: int, wanted: int, *of_round: Any) -> None:
-        """A round, of which a resting adaptation does not hear."""
+        """Count a round, and pass it on unless the number of drafts is fixed."""
         self.wanted[wanted] += 1
         if self._num_held_drafts is None:
             self._adaptation.observe(batch_size, wanted, *of_round)
 
     def draft_seconds(self, batch_size: int) -> float:
-        """What the adaptation knows."""
+        """The adaptation's own estimate."""
         return self._adaptation.draft_seconds(batch_size)
 
 
@@ -218,7 +218,7 @@ class Worker:
             named[str(self._num_requests)] = {"prompt_token_ids": prompt}
         emitted = {name: [] for name in named}
         prefilled = False
-        full = True  # until the first row is done: rows of unequal luck would otherwise be timed as smaller batches
+        full = True  # until the first row is done: the rest would be timed as a smaller batch
         for seconds, outputs in decode(self._engine, named, request.max_tokens, request.temperature):
             if prefilled and full:
                 turn.steps_s.append(seconds)

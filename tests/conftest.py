@@ -15,6 +15,10 @@ from engines import PAIR, Engine
 CORPUS = ("argparse", "ast", "collections", "configparser", "csv", "dataclasses", "decimal", "difflib")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "timed: needs the machine to itself; not for `-n 2`, as drafts would come late")
+
+
 @pytest.fixture(scope="session")
 def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Engine]]:
     """Start engines that live until the session ends or their user closes them."""

@@ -21,8 +21,17 @@ ENVIRONMENT = {
 }
 ON_V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 """Environment of an engine on vLLM's V2 model runner."""
+XDIST_WORKER = "PYTEST_XDIST_WORKER"
+"""Environment variable with the name of a test process of `pytest -n`: gw0, gw1 and so on."""
 ANSWER_S = 240
 """No start and no run takes so long: an engine that has not answered by then hangs."""
+
+
+def own_cores() -> list[int]:
+    """The cores of this test process, the drafters' last; with `pytest -n 2` each process has another one last."""
+    cores = sorted(os.sched_getaffinity(0))
+    first = int(os.environ.get(XDIST_WORKER, "gw0").removeprefix("gw")) % len(cores)
+    return cores[first:] + cores[:first]
 
 
 class Engine(EngineProcess):
@@ -39,7 +48,7 @@ class Engine(EngineProcess):
         environment: dict[str, str] | None = None,
         **engine_args: Any,
     ) -> None:
-        cores = sorted(os.sched_getaffinity(0))
+        cores = own_cores()
         super().__init__(
             [str(HOST)],
             log,
@@ -66,6 +75,7 @@ class Engine(EngineProcess):
                 "dtype": "float32",
                 "kv_cache_memory": "64MiB",
                 "adaptive": False,
+                **({"drafter_cpus": str(cores[-1])} if os.environ.get(XDIST_WORKER) else {}),
                 **speculative,
             }
         self.arguments = {**defaults, **engine_args}

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from engines import Engine, assert_conclusive, request, texts
 
+pytestmark = pytest.mark.timed
+
 ROUND_S = 0.05
 HANG_S = 3.0
 RESTART_S = 90.0

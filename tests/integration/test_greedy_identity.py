@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from engines import Engine, assert_conclusive, request, texts
 
+pytestmark = pytest.mark.timed
+
 NUM_REQUESTS = 72
 ROUND_S = 0.03
 """Each round is stretched to this: eight requests' blocks are then mostly there, as with a larger target."""

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from engines import Engine, assert_conclusive, request, texts
 
+pytestmark = pytest.mark.timed
+
 Prompts = Callable[..., list[list[int]]]
 
 ROUND_S = 0.02

@@ -7,6 +7,7 @@ answer a pickled (True, result) or (False, exception as text).
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,9 +142,10 @@ class EngineProcess:
 
 
 def end_of_log(log: Path) -> str:
-    """The last lines of a log."""
+    """The last lines of a log, after the errors further up, one of which is usually the cause."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return "\n".join(lines[-LOG_LINES:])
+    errors = [line for line in lines[:-LOG_LINES] if re.search(r"(Error|Failed|Exception): ", line)]
+    return "\n".join([*errors, *lines[-LOG_LINES:]])
 
 
 def threads_on(cpus: Sequence[int]) -> dict[str, str | None]:

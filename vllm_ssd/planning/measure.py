@@ -1,4 +1,4 @@
-"""The measurements behind a profile, and how they become one."""
+"""Measure a pair of models and turn the measurements into a profile."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ class Engine:
 
 
 class Profiler:
-    """Runs engines in turns and collects what they took.
+    """Runs engines in turns and collects the times of their steps.
 
-    Engines that compete for devices run one after the other; with `together` all stay up and are asked in turn, so that
-    whatever slows the machine down for a while hits them alike.
+    By default one engine runs at a time; with `together` all stay up and take turns, so that a slow phase of the
+    machine affects all of them.
     """
 
     def __init__(self, subject: Subject, folder: Path, together: bool) -> None:
@@ -120,7 +120,7 @@ class Profiler:
                     self._measure(method, engine)
 
     def sample(self, progress: Callable[[str], None] = lambda text: None) -> None:
-        """One turn of every engine; they must run together."""
+        """One turn of every engine; needs `together`."""
         for method, engine in self._engines.items():
             progress(method)
             self._measure(method, engine)
@@ -208,10 +208,10 @@ class Profiler:
                     self._verify.setdefault((batch_size, 1 + num_drafts), []).append(seconds)
 
     def profile(self) -> Profile:
-        """What all measurements so far say; engines that take turns must have run as often."""
+        """The profile of all measurements so far."""
         subject = self._subject
         factor = subject.ssd.get("saguaro_c", 1.0)
-        # Means, not medians: what now and then takes long counts in tokens per second as well.
+        # Means, not medians: occasional slow steps cost throughput too.
         means = {point: [fmean(seconds) for seconds in turns] for point, turns in self._verify.items()}
         verify = tuple((b, m, fmean(turns)) for (b, m), turns in sorted(means.items()))
         costs = Costs(
@@ -248,7 +248,7 @@ class Profiler:
         )
 
     def write_trace(self, path: Path) -> None:
-        """Keep the recorded outcomes, one JSON line each, for `scripts/simulate.py`."""
+        """Write the recorded outcomes as JSON lines, which `scripts/simulate.py` reads."""
         path.write_text(self._trace.read_text())
 
 
@@ -272,7 +272,7 @@ def _prompt(num_drafts: int) -> list[int]:
 
 
 def _rising(points: Iterator[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """More branches never cost less: noise that says otherwise is levelled."""
+    """Make the costs non-decreasing in the number of branches, against noise."""
     found: list[tuple[float, float]] = []
     for x, y in points:
         found.append((x, max(y, found[-1][1]) if found else y))
@@ -280,11 +280,11 @@ def _rising(points: Iterator[tuple[float, float]]) -> tuple[tuple[float, float],
 
 
 def _scatter(seconds: Sequence[float]) -> float:
-    """Relative standard deviation as the quartiles of a normal distribution tell it."""
+    """Relative standard deviation, estimated from the quartiles."""
     low, middle, high = quantiles(seconds, n=4)
     return (high - low) / 1.35 / middle
 
 
 def _error(turns: Sequence[float]) -> float:
-    """Relative standard error of the mean of several turns; a twentieth when there is only one."""
+    """Relative standard error of the mean over turns; 0.05 for a single turn."""
     return stdev(turns) / fmean(turns) / len(turns) ** 0.5 if len(turns) > 1 else 0.05

@@ -17,7 +17,7 @@ STEP_TREES = 6
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a worker runs. engine_args: vLLM's EngineArgs, of the target or (method "steps") of the drafter.
+    """An engine to measure. engine_args: vLLM's EngineArgs, of the target or (method "steps") of the drafter.
 
     environment: variables to set, or with None to remove; cpus: cores to run on, empty for all.
     """
@@ -76,7 +76,7 @@ class TargetEngine:
         self._num_requests = 0
 
     def placement(self) -> dict[str, Any] | None:
-        """How this server's drafter was started, if it has one: engine_args, cpus and environment."""
+        """engine_args, cpus and environment of this engine's drafter; None without one."""
         from vllm.platforms import current_platform
 
         from vllm_ssd.config import SSDConfig
@@ -91,7 +91,7 @@ class TargetEngine:
         return {"engine_args": engine_args, "cpus": tuple(options.cpus), "environment": environment}
 
     def run(self, request: Decode) -> list[float]:
-        """Seconds of every step in which all rows decoded, but for the first two."""
+        """Seconds of every step in which all rows decoded, without the first two."""
         prompts = {}
         for prompt in request.prompts:
             self._num_requests += 1
@@ -114,7 +114,7 @@ class DrafterEngine:
         self._pages = DevicePages if engine_args["tree_attention"] else HostPages
 
     def run(self, request: Steps) -> list[float]:
-        """Mean seconds of the steps over all branches, of each of a few trees."""
+        """Mean seconds of a step over all branches, for each of STEP_TREES - 1 trees."""
         from vllm_ssd.drafter.engine import DraftEngine
         from vllm_ssd.policy import FanOut
 
