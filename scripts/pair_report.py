@@ -67,21 +67,21 @@ def write_readme(args: argparse.Namespace, corpus: Tensor, text: dict, own: dict
 README = """\
 # The bundled pair
 
-A tiny target (5 layers, 4.46 M parameters) and a drafter distilled from it (2 layers, 1.31 M), with one
-byte-level BPE tokenizer of 2048 tokens. Both are ordinary Llama checkpoints in bfloat16, {size:.1f} MB
-together. They exist so that tests and demonstrations of speculative decoding run anywhere with a drafter
-that really does predict its target; neither writes useful code.
+A tiny target (`target/`: 5 layers, 4.46 M parameters) and a drafter distilled from it (`drafter/`: 2 layers,
+1.31 M), with one byte-level BPE tokenizer of 2048 tokens. Both are ordinary Llama checkpoints in bfloat16,
+{size:.1f} MB together; the wheel does not contain them. With them, tests, demo and benchmarks run anywhere with a
+drafter that does predict its target. Neither model writes useful code.
 
 The training text is CPython {python}'s standard library ({tokens:.1f} M tokens, without its tests, codec
 tables and help topics), which is under the Python Software Foundation License.
 
-## Remake
+## Retrain
 
     python scripts/train_pair.py --minutes 30
 
-trains on two CPU cores and rewrites this file. The learning rates follow the clock, so a remake differs
-with the machine's speed; with `--co-training-steps` and `--distillation-steps` they follow step counts
-instead. This pair came from:
+trains on two CPU cores and writes `tests/assets/pair`, including this file. The learning rates follow the
+clock, so the result depends on the machine's speed; with `--co-training-steps` and
+`--distillation-steps` they follow step counts instead. This pair came from:
 
 {history}
 

@@ -6,6 +6,7 @@ import inspect
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         return engines[-1]
 
     yield start
-    for engine in engines:
-        engine.close()
+    with ThreadPoolExecutor() as pool:  # vLLM takes seconds to exit
+        list(pool.map(Engine.close, engines))
 
 
 @pytest.fixture(scope="session")
