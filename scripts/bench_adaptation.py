@@ -1,13 +1,13 @@
-"""Adaptation from a bad start against the best fixed setting, on two cores, interleaved.
+"""Compare the adaptive number of drafts, from a bad start, with the best fixed one, on two cores.
 
     python scripts/bench_adaptation.py --out results
 
-In every repetition a fresh engine starts with far too many drafts and an unlearned split of branches. After so many
-rounds it is measured, adaptive in turns with the same engine held at fixed numbers of drafts, of which its adaptation
-learns nothing (its drafter does, for all settings alike). Then the prompts change (from Python sources to the English
-of package descriptions), later the batch size, and each time it gets as many rounds again before it is measured. An
-engine is compared with itself because equal engines differ by several percent, and the best setting is taken from the
-other repetitions: of settings that are equally good, noise would make the best one.
+In every repetition a fresh engine starts with far too many drafts and an unlearned split of branches. After `--settle`
+rounds its adaptive rate is measured in turns with fixed numbers of drafts on the same engine; the adaptation does not
+learn from the fixed turns, the drafter learns from all. Then the prompts change (from Python sources to the English of
+package descriptions), later the batch size, each time with as many rounds before the next measurement. The comparison
+is within one engine because equal engines differ by several percent. The best fixed setting is taken from the other
+repetitions, otherwise noise would pick it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Phase:
-    """What the engines are asked from one change to the next."""
+    """Prompts and batch size between two changes."""
 
     name: str
     prompts: Iterator[list[int]]
@@ -76,7 +76,7 @@ def settle(engine: Fleet, phase: Phase, args: argparse.Namespace) -> list[tuple[
 
 
 def measure(engine: Fleet, phase: Phase, args: argparse.Namespace) -> dict[str, Measured]:
-    """Every setting over the same prompts, in an order that changes from turn to turn; no drafts in the first turn."""
+    """Measure every setting on the same prompts, in rotating order; "no drafts" in the first turn only."""
     settings = [("adaptive", None), *((f"K={k}", k) for k in args.fixed_k)]
     found = {name: Measured() for name in ["no drafts", *dict(settings)]}
     for turn in range(args.turns):
@@ -90,7 +90,7 @@ def measure(engine: Fleet, phase: Phase, args: argparse.Namespace) -> dict[str, 
 
 
 def summarise(phases: Sequence[Phase], found: Sequence[dict]) -> list[dict]:
-    """For each phase all rates, and in every repetition the adaptive one over the one that was best in the others."""
+    """For each phase the rates, and the adaptive rate over that of the setting that is best in the other repetitions."""
     rows = []
     for phase in phases:
         measured = [repetition[phase.name]["measured"] for repetition in found]

@@ -1,11 +1,11 @@
-"""The planner against reality: predicted and measured tokens per second on two cores, interleaved.
+"""Compare the planner's predictions with measured tokens per second, on two cores.
 
     python scripts/check_planner.py --out results --drafter-layers 2 8
 
-In every turn each engine of the profile is asked once, then every setting of SSD, plain decoding and stock
-speculation, at each batch size: a machine that slows down for a while does so for predictions and measurements alike.
-The profile knows nothing of the measured settings; its acceptance comes from an engine of its own, with the same
-prompts: texts differ far more in acceptance than predictions should.
+In every turn each engine of the profile runs once, then every setting of SSD, plain decoding and stock speculation, at
+each batch size, so that a slow phase of the machine affects predictions and measurements alike. The profile contains
+none of the measured settings. Its acceptance comes from an engine of its own with the same prompts, because acceptance
+varies more between texts than predictions may be wrong.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def make_systems(pair: Pair, args: argparse.Namespace) -> list[System]:
 
 
 def predict(profile: Profile, system: System, rows: float) -> Prediction:
-    """What the planner says of one system, between two whole batch sizes in proportion: requests end one by one."""
+    """The prediction for one system, interpolated between whole batch sizes because requests end one by one."""
     low = predict_at(profile, system, int(rows))
     if rows == int(rows):
         return low
@@ -69,7 +69,7 @@ def predict_at(profile: Profile, system: System, batch_size: int) -> Prediction:
 def measure(
     fleet: Fleet, systems: Sequence[System], profiler: Profiler, prompts: list[list[int]], args: argparse.Namespace
 ) -> Iterator[dict[tuple[str, int], list[Turn]]]:
-    """All turns so far by system and batch size, again and again; a first one warms up."""
+    """After each turn but the first, which warms up, all turns so far by system and batch size."""
     found: dict[tuple[str, int], list[Turn]] = {}
     with console.status("") as status:
         for turn in range(args.turns + 1):
@@ -121,7 +121,7 @@ def compare(
 
 
 def verdict(rows: Sequence[dict]) -> dict:
-    """Median error over the points of SSD, and the recommended system against the best measured, within turns."""
+    """Median error over the points of SSD, and the recommended system's rate over the best measured one's."""
     ssd = [row for row in rows if row["method"] == "ssd"]
     recommended = []
     for case in dict.fromkeys((row["drafter_layers"], row["batch_size"]) for row in rows):
@@ -141,7 +141,7 @@ def verdict(rows: Sequence[dict]) -> dict:
 
 
 def show(rows: Sequence[dict], result: dict) -> None:
-    """The table, and the verdict below it."""
+    """Print the table, and the verdict below it."""
     table = Table(box=SIMPLE_HEAD)
     for name in ("layers", "batch", "system", "predicted", "measured", "error", "tok/round", "ms/round", "hits"):
         table.add_column(name, justify="left" if name == "system" else "right")

@@ -48,12 +48,11 @@ class Engine(EngineProcess):
         environment: dict[str, str] | None = None,
         **engine_args: Any,
     ) -> None:
-        cores = own_cores()
+        *self._cores, drafter_core = own_cores()
         super().__init__(
             [str(HOST)],
             log,
-            environment=ENVIRONMENT | (environment or {}),
-            cpus=cores[:-1] or cores,  # the last one is the drafter's
+            environment=ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | (environment or {}),
             name="the engine's process",
             answer_timeout_s=ANSWER_S,
         )
@@ -75,11 +74,18 @@ class Engine(EngineProcess):
                 "dtype": "float32",
                 "kv_cache_memory": "64MiB",
                 "adaptive": False,
-                **({"drafter_cpus": str(cores[-1])} if os.environ.get(XDIST_WORKER) else {}),
+                **({"drafter_cpus": str(drafter_core)} if os.environ.get(XDIST_WORKER) else {}),
                 **speculative,
             }
         self.arguments = {**defaults, **engine_args}
         self.send("start", **self.arguments)
+
+    def receive(self, timeout_s: float | None = None) -> Any:
+        """The result of the last `send`. A start may use all cores; then the drafter has the last one to itself."""
+        result = super().receive(timeout_s)
+        self.pin(self._cores)
+        self._cores = []
+        return result
 
     def generate(self, requests: list[dict[str, Any]], **arguments: Any) -> SimpleNamespace:
         """Run requests to their ends; see `EngineHost.generate`."""
