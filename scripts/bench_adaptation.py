@@ -90,7 +90,7 @@ def measure(engine: Fleet, phase: Phase, args: argparse.Namespace) -> dict[str, 
 
 
 def summarise(phases: Sequence[Phase], found: Sequence[dict]) -> list[dict]:
-    """For each phase the rates, and the adaptive rate over that of the setting that is best in the other repetitions."""
+    """For each phase the rates, and the adaptive rate over the best fixed one, chosen from the other repetitions."""
     rows = []
     for phase in phases:
         measured = [repetition[phase.name]["measured"] for repetition in found]
