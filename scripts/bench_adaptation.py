@@ -1,13 +1,13 @@
-"""Adaptation from a bad start against the best fixed setting, on two cores, interleaved.
+"""Compare the adaptive number of drafts, from a bad start, with the best fixed one, on two cores.
 
     python scripts/bench_adaptation.py --out results
 
-In every repetition a fresh engine starts with far too many drafts and an unlearned split of branches. After so many
-rounds it is measured, adaptive in turns with the same engine held at fixed numbers of drafts, of which its adaptation
-learns nothing (its drafter does, for all settings alike). Then the prompts change (from Python sources to the English
-of package descriptions), later the batch size, and each time it gets as many rounds again before it is measured. An
-engine is compared with itself because equal engines differ by several percent, and the best setting is taken from the
-other repetitions: of settings that are equally good, noise would make the best one.
+In every repetition a fresh engine starts with far too many drafts and an unlearned split of branches. After `--settle`
+rounds its adaptive rate is measured in turns with fixed numbers of drafts on the same engine; the adaptation does not
+learn from the fixed turns, the drafter learns from all. Then the prompts change (from Python sources to the English of
+package descriptions), later the batch size, each time with as many rounds before the next measurement. The comparison
+is within one engine because equal engines differ by several percent. The best fixed setting is taken from the other
+repetitions, otherwise noise would pick it.
 """
 
 import argparse
@@ -22,8 +22,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
 
-from bench_decode import PAIR, Fleet, console, held_out_prompts, prompt_windows, run_script, running, ssd_system
+from bench_prompts import held_out_prompts, prompt_windows
 from bench_report import environment, spread
+from bench_systems import PAIR, Fleet, add_cores, bundled_pair, choose_cores, console, run_script, running
 from bench_worker import Request, Turn
 from resize_model import deepen, widen
 from rich.box import SIMPLE_HEAD
@@ -32,7 +33,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Phase:
-    """What the engines are asked from one change to the next."""
+    """Prompts and batch size between two changes."""
 
     name: str
     prompts: Iterator[list[int]]
@@ -75,7 +76,7 @@ def settle(engine: Fleet, phase: Phase, args: argparse.Namespace) -> list[tuple[
 
 
 def measure(engine: Fleet, phase: Phase, args: argparse.Namespace) -> dict[str, Measured]:
-    """Every setting over the same prompts, in an order that changes from turn to turn; no drafts in the first turn."""
+    """Measure every setting on the same prompts, in rotating order; "no drafts" in the first turn only."""
     settings = [("adaptive", None), *((f"K={k}", k) for k in args.fixed_k)]
     found = {name: Measured() for name in ["no drafts", *dict(settings)]}
     for turn in range(args.turns):
@@ -89,7 +90,7 @@ def measure(engine: Fleet, phase: Phase, args: argparse.Namespace) -> dict[str, 
 
 
 def summarise(phases: Sequence[Phase], found: Sequence[dict]) -> list[dict]:
-    """For each phase all rates, and in every repetition the adaptive one over the one that was best in the others."""
+    """For each phase the rates, and the adaptive rate over the best fixed one, chosen from the other repetitions."""
     rows = []
     for phase in phases:
         measured = [repetition[phase.name]["measured"] for repetition in found]
@@ -183,7 +184,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--intermediate-size", type=int, default=40960, help="of the widened target")
     parser.add_argument("--drafter-layers", type=int, default=13)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--cores", nargs=2, type=int, default=[0, 1], help="of the engines, and of the drafters")
+    add_cores(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts")
     return parser.parse_args()
 
@@ -191,7 +192,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run all repetitions; results are written after each."""
     args = parse_arguments()
-    os.environ["OMP_NUM_THREADS"] = "1"  # before an engine's process loads torch: its threads share one core
+    cores = choose_cores(args.cores, is_cpu=True)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     args.out.mkdir(parents=True, exist_ok=True)
     code, english = held_out_prompts(args.seed), english_prompts(args.seed)
     before, after = args.batch_sizes
@@ -206,9 +208,10 @@ def main() -> None:
         widen(PAIR / "target", folder / "target", args.intermediate_size, dtype=args.dtype)
         deepen(PAIR / "drafter", folder / "drafter", args.drafter_layers, dtype=args.dtype)
         options = {"num_speculative_tokens": args.start_k}
-        system = ssd_system(f"adaptive, from K={args.start_k}", folder / "target", folder / "drafter", options, args)
+        pair = bundled_pair("drafter", folder / "target", folder / "drafter", args.dtype, cores)
+        system = pair.speculative(options, name=f"adaptive, from K={args.start_k}")
         for _ in range(args.repetitions):
-            with running([system], args.dtype, args.cores[0], folder) as engine:
+            with running([system], cores[0], folder) as engine:
                 found.append(
                     {
                         phase.name: {"settled": settle(engine, phase, args), "measured": measure(engine, phase, args)}

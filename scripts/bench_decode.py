@@ -1,199 +1,76 @@
-"""Decode throughput of plain vLLM, stock `draft_model`, SSD and SSD's ceiling, interleaved on two cores.
+"""Decode throughput of plain vLLM, stock `draft_model`, SSD and SSD's ceiling, interleaved.
 
-    python scripts/bench_decode.py --out results            # everything, about an hour and a half
+    python scripts/bench_decode.py --out results            # the bundled pair, everything, about an hour and a half
     python scripts/bench_decode.py --out results --quick    # one point with a dear drafter, a few minutes
+    python scripts/bench_decode.py --out results --target Qwen/Qwen3-8B --drafter Qwen/Qwen3-0.6B --prompts mine.jsonl
 
-Every system is an engine in a process of its own, all on one core, SSD's drafter on the other. They are started
-together and asked in turn, so that whatever changes on the machine hits them alike; ratios are taken within a round
-of turns. Idle ones are stopped: the network threads of an idle vLLM engine take 2 % of a core. The ceiling is SSD's
-own drafts of that round, replayed at no cost; where text is sampled it is not defined. A target of any cost comes
-from widening the bundled one, a drafter of any cost from deepening.
+Every system is an engine in a process of its own, on a CPU all on the same cores, SSD's drafter on others. They are
+started together and asked in turn, so that whatever changes on the machine hits them alike; ratios are taken within a
+round of turns. Idle ones are suspended: the network threads of an idle vLLM engine take 2 % of a core. The ceiling is
+SSD's own drafts of that round, replayed at no cost; where text is sampled it is not defined. On a GPU (or with --apart)
+one engine is up at a time, as each takes most of the memory, and there is no ceiling.
 
-*Dear* means that stock speculation at its best K spends nearly as long drafting as verifying, and that K + 1 of the
-drafter's steps just fit into one verification; *cheap* is one fifth of that. What the sizes below give on this
-machine is measured first and printed.
+Of the bundled pair, a target of any cost comes from widening, a drafter of any cost from deepening. *Dear* means that
+stock speculation at its best K spends nearly as long drafting as verifying, and that K + 1 of the drafter's steps just
+fit into one verification; *cheap* is one fifth of that. What the sizes below give on this machine is measured first
+and printed. Models of your own are measured as they are, on your prompts: JSON lines with `prompt` or
+`prompt_token_ids`. `--engine` and `--ssd` hold what they need beside vLLM's defaults.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
-import random
-import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
+from bench_prompts import encode_prompts, held_out_prompts, read_prompts, repeated
 from bench_report import Round, environment, plot, print_costs, print_point, summarise
-from bench_worker import MAX_NUM_SEQS, PROMPT_TOKENS, Request, System, Turn, serve
+from bench_systems import (
+    MAX_NUM_SEQS,
+    PAIR,
+    Fleet,
+    Pair,
+    UserError,
+    add_cores,
+    bundled_pair,
+    choose_cores,
+    console,
+    drafter_cores,
+    on_cpu,
+    run_script,
+    running,
+)
+from bench_worker import Request, System
 from resize_model import deepen, widen
-from rich.console import Console
-from tokenizers import Tokenizer
-from train_pair import read_sources
 
-PAIR = Path(__file__).resolve().parents[1] / "tests" / "assets" / "pair"
-STARTS_AT_ONCE = 2
-STARTUP_TIMEOUT_S = 300
 COST_ROUNDS = 3
 COST_TOKENS = 64
-LOG_LINES = 25
-
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-
-
-class WorkerFailed(RuntimeError):
-    """A worker did not start, or ended; the message holds its last log lines."""
-
-
-class Fleet:
-    """All systems of one drafter, each in its process, which is stopped unless it has been asked."""
-
-    def __init__(self, systems: Sequence[System], dtype: str, core: int, folder: Path) -> None:
-        self.systems = list(systems)
-        self._dtype, self._core, self._folder = dtype, core, folder
-        self._connections: dict[str, Connection] = {}
-        self._pids: dict[str, list[int]] = {}
-        self._processes: list[multiprocessing.process.BaseProcess] = []
-
-    def start(self) -> None:
-        """Start all workers, a few at a time on all cores; each pins itself once it is up."""
-        spawn = multiprocessing.get_context("spawn")
-        waiting: list[str] = []
-        for system in self.systems:
-            if len(waiting) == STARTS_AT_ONCE:
-                self._wait_until_up(waiting.pop(0))
-            ours, theirs = spawn.Pipe()
-            log = self._log(system.name)
-            process = spawn.Process(target=serve, args=(theirs, system, self._dtype, self._core, log))
-            process.start()
-            theirs.close()
-            self._connections[system.name] = ours
-            self._processes.append(process)
-            waiting.append(system.name)
-        for name in waiting:
-            self._wait_until_up(name)
-
-    def ask(self, name: str, request: Request) -> Turn:
-        """Let one system generate while all others are stopped."""
-        self._signal(name, signal.SIGCONT)
-        try:
-            self._connections[name].send(request)
-        except OSError:
-            raise self._failure(name, "ended") from None
-        turn = self._receive(name, None)
-        self._pids[name] = turn.pids
-        self._signal(name, signal.SIGSTOP)
-        return turn
-
-    def close(self) -> None:
-        """End all workers; SSD's take their drafters along."""
-        for name in self._pids:
-            self._signal(name, signal.SIGCONT)
-        for connection in self._connections.values():
-            connection.close()
-        for process in self._processes:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
-                process.join()
-
-    def _wait_until_up(self, name: str) -> None:
-        self._pids[name] = self._receive(name, STARTUP_TIMEOUT_S)
-        self._signal(name, signal.SIGSTOP)
-
-    def _signal(self, name: str, number: signal.Signals) -> None:
-        for pid in self._pids[name]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def _receive(self, name: str, timeout_s: float | None) -> Turn | list[int]:
-        try:
-            if not self._connections[name].poll(timeout_s):
-                raise self._failure(name, f"was not up after {timeout_s} s")
-            answer = self._connections[name].recv()
-        except EOFError:
-            raise self._failure(name, "ended") from None
-        if isinstance(answer, str):
-            raise self._failure(name, answer)
-        return answer
-
-    def _failure(self, name: str, what: str) -> WorkerFailed:
-        last_lines = self._log(name).read_text(errors="replace").splitlines()[-LOG_LINES:]
-        return WorkerFailed("\n".join([f"{name}: {what}", *last_lines]))
-
-    def _log(self, name: str) -> Path:
-        return self._folder / f"{name.replace(' ', '-').replace('/', '-')}.log"
+SPARE_TOKENS = 64
+"""Room for drafts behind the longest text, so that no row comes near max_model_len."""
+CPU_KV_CACHE_BYTES = 1 << 30
+"""KV memory of each engine on a CPU for models of the user's; all engines are up together."""
+BUNDLED_DEFAULTS = {
+    "drafters": ["dear", "cheap"],
+    "intermediate_size": 40960,
+    "dear_layers": 13,
+    "cheap_layers": 2,
+}
 
 
-@contextmanager
-def running(systems: Sequence[System], dtype: str, core: int, folder: Path) -> Iterator[Fleet]:
-    """A fleet that is ended whatever happens."""
-    fleet = Fleet(systems, dtype, core, folder)
-    try:
-        with console.status(f"starting {len(systems)} engines"):
-            fleet.start()
-        yield fleet
-    finally:
-        fleet.close()
-
-
-def held_out_prompts(seed: int) -> Iterator[list[int]]:
-    """Windows of the files that the bundled pair was not trained on, each of another place."""
-    _, texts = read_sources(0)
-    yield from prompt_windows(texts, seed)
-
-
-def prompt_windows(texts: Sequence[str], seed: int) -> Iterator[list[int]]:
-    """Prompts cut from `texts`, each of another place, shuffled."""
-    tokenizer = Tokenizer.from_file(str(PAIR / "target" / "tokenizer.json"))
-    tokens = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    places = [(i, start) for i, ids in enumerate(tokens) for start in range(0, len(ids) - PROMPT_TOKENS, PROMPT_TOKENS)]
-    random.Random(seed).shuffle(places)
-    for i, start in places:
-        yield tokens[i][start : start + PROMPT_TOKENS]
-
-
-def ssd_system(
-    name: str, target: str | Path, drafter: str | Path, options: dict[str, object], args: argparse.Namespace
-) -> System:
-    """SSD with a drafter on the second core; `options` are further keys of its speculative_config."""
-    config = {
-        "method": "ssd",
-        "model": str(drafter),
-        "dtype": args.dtype,
-        "drafter_cpus": str(args.cores[1]),
-        "kv_cache_memory": "192MiB",
-        **options,
-    }
-    return System(name, "ssd", str(target), config)
-
-
-def make_systems(target: Path, drafter: Path, args: argparse.Namespace) -> list[System]:
+def make_systems(pair: Pair, args: argparse.Namespace, *, ceiling: bool) -> list[System]:
     """Plain, stock at every K, every SSD, and one ceiling that serves them all."""
-
-    def system(name: str, method: str, config: dict | None = None) -> System:
-        return System(name, method, str(target), config)
-
-    systems = [system("plain", "plain")]
-    for k in args.stock_k:
-        config = {
-            "method": "draft_model",
-            "model": str(drafter),
-            "num_speculative_tokens": k,
-            "draft_sample_method": args.stock_draft_sampling,
-        }
-        systems.append(system(f"stock K={k}", "stock", config))
+    systems = [pair.plain()]
+    systems += [pair.stock(k, draft_sample_method=args.stock_draft_sampling) for k in args.stock_k]
     for options in args.ssd:
-        k = options["num_speculative_tokens"]
-        more = [f"{key}={value}" for key, value in options.items() if key != "num_speculative_tokens"]
-        systems.append(ssd_system(" ".join([f"SSD K={k}", *more]), target, drafter, options, args))
-    longest = max([*args.stock_k, *(options["num_speculative_tokens"] for options in args.ssd)])
-    replay = {"method": "custom_class", "model": "bench_worker.Replay", "num_speculative_tokens": longest}
-    return [*systems, system("ceiling", "ceiling", replay)]
+        systems.append(pair.speculative(options))
+        if args.ssd_only_hidden:
+            systems.append(pair.speculative({**options, "on_miss": "skip"}))
+    if ceiling:
+        systems.append(pair.ceiling(max([*args.stock_k, *(o["num_speculative_tokens"] for o in args.ssd)])))
+    return list({system.name: system for system in systems}.values())
 
 
 def measure_costs(fleet: Fleet, prompts: Iterator[list[int]]) -> dict:
@@ -235,13 +112,10 @@ def measure_point(
     fleet: Fleet, prompts: Iterator[list[int]], batch_size: int, temperature: float, args: argparse.Namespace
 ) -> list[Round]:
     """`--rounds` undisturbed rounds after one that warms up, or what twice as many attempts gave."""
-    num_prompts = max(batch_size, args.prompts)
-    num_prompts -= num_prompts % batch_size
     rounds: list[Round] = []
     with console.status("") as status:
         for turn in range(2 * args.rounds + 1):
-            request = Request([next(prompts) for _ in range(num_prompts)], batch_size, args.tokens, temperature)
-            done = one_round(fleet, request, turn)
+            done = one_round(fleet, make_request(prompts, batch_size, temperature, args), turn)
             if turn:
                 rounds.append(done)
             undisturbed = sum(not r.disturbed for r in rounds)
@@ -251,12 +125,74 @@ def measure_point(
     return rounds
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line, with `--quick` applied."""
+def make_request(
+    prompts: Iterator[list[int]], batch_size: int, temperature: float, args: argparse.Namespace
+) -> Request:
+    """One turn's request: whole batches, at least `--prompts-a-round` prompts unless a batch is larger."""
+    num_prompts = max(batch_size, args.prompts_a_round)
+    num_prompts -= num_prompts % batch_size
+    return Request([next(prompts) for _ in range(num_prompts)], batch_size, args.tokens, temperature)
+
+
+def points(args: argparse.Namespace) -> list[tuple[float, int]]:
+    """Temperatures and batch sizes, in the order in which they are measured."""
+    return [(temperature, batch_size) for temperature in args.temperatures for batch_size in args.batch_sizes]
+
+
+def measure_together(
+    pair: Pair, prompts: Iterator[list[int]], cores: list[tuple[int, ...]], folder: Path, args: argparse.Namespace
+) -> Iterator[tuple[str, dict]]:
+    """("costs", of the pair), then ("point", one) for each point: all engines up, and asked in turn."""
+    systems = make_systems(pair, args, ceiling=True)
+    with running(systems, cores[0], folder) as fleet:
+        yield "costs", measure_costs(fleet, prompts)
+        for temperature, batch_size in points(args):
+            rounds = measure_point(fleet, prompts, batch_size, temperature, args)
+            yield "point", summarise(pair.name, batch_size, temperature, systems, rounds)
+
+
+def measure_apart(
+    pair: Pair, prompts: Iterator[list[int]], cores: list[tuple[int, ...]], folder: Path, args: argparse.Namespace
+) -> Iterator[tuple[str, dict]]:
+    """("point", one) for each point at the end: one engine after the other answers the same requests."""
+    systems = make_systems(pair, args, ceiling=False)
+    requests = {
+        (temperature, batch_size): [
+            make_request(prompts, batch_size, temperature, args) for _ in range(args.rounds + 1)
+        ]
+        for temperature, batch_size in points(args)
+    }
+    rounds = {point: [Round() for _ in range(args.rounds)] for point in requests}
+    for system in systems:
+        with running([system], cores[0], folder) as fleet, console.status(system.name):
+            for point, of_point in requests.items():
+                for turn, request in enumerate(of_point):
+                    answer = fleet.ask(system.name, request)
+                    answer.drafts = {}
+                    if turn:
+                        rounds[point][turn - 1].turns[system.name] = answer
+    for (temperature, batch_size), of_point in rounds.items():
+        yield "point", summarise(pair.name, batch_size, temperature, systems, of_point)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for bench_decode.json and bench_decode.png")
     parser.add_argument("--quick", action="store_true", help="dear drafter, batch 1, greedy, 3 short rounds")
-    parser.add_argument("--drafters", nargs="+", choices=("dear", "cheap"), default=["dear", "cheap"])
+    own = parser.add_argument_group("models of your own")
+    own.add_argument("--target", help="name or folder of the served model")
+    own.add_argument("--drafter", help="name or folder of the draft model")
+    own.add_argument("--prompts", type=Path, help="JSON lines with prompt or prompt_token_ids")
+    own.add_argument(
+        "--engine", type=json_object, default={}, help="JSON of vLLM engine arguments of every engine, as dtype"
+    )
+    bundled = parser.add_argument_group("the bundled pair")
+    bundled.add_argument("--drafters", nargs="+", choices=("dear", "cheap"), help="default: both")
+    bundled.add_argument("--intermediate-size", type=int, help="of the widened target, default 40960")
+    bundled.add_argument("--dear-layers", type=int, help="default 13")
+    bundled.add_argument("--cheap-layers", type=int, help="default 2")
+    bundled.add_argument("--dtype", choices=("bfloat16", "float32"), help="default bfloat16")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8])
     parser.add_argument("--stock-k", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="stock's sweep of K")
@@ -264,65 +200,147 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ssd",
         nargs="+",
-        type=json.loads,
+        type=ssd_options,
         default=[{"num_speculative_tokens": 3}, {"num_speculative_tokens": 5}],
         help="SSD's sweep: one JSON object of speculative_config keys each",
     )
+    parser.add_argument(
+        "--ssd-only-hidden",
+        action="store_true",
+        help="add a row for each SSD without n-gram or just-in-time drafts (on_miss: skip): what hidden drafting gives",
+    )
+    parser.add_argument("--apart", action="store_true", help="one engine at a time; always so on a GPU")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=192, help="new tokens a request")
-    parser.add_argument("--prompts", type=int, default=2, help="least number of prompts a round")
-    parser.add_argument("--intermediate-size", type=int, default=40960, help="of the widened target")
-    parser.add_argument("--dear-layers", type=int, default=13)
-    parser.add_argument("--cheap-layers", type=int, default=2)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--cores", nargs=2, type=int, default=[0, 1], help="of the engines, and of SSD's drafter")
+    parser.add_argument("--prompts-a-round", type=int, default=2, help="least number of prompts a round")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts")
-    args = parser.parse_args()
-    if max(args.batch_sizes) > MAX_NUM_SEQS:
-        parser.error(f"batch sizes go up to {MAX_NUM_SEQS}")
+    add_cores(parser)
+    return parser
+
+
+def json_object(text: str) -> dict:
+    """A JSON object of the command line."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return found
+
+
+def ssd_options(text: str) -> dict:
+    """One system of `--ssd`."""
+    options = json_object(text)
+    if type(options.get("num_speculative_tokens")) is not int:
+        raise argparse.ArgumentTypeError(f"{text!r} needs num_speculative_tokens")
+    return options
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with `--quick` applied; ends the program with one sentence where it makes no sense."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    own = [args.target, args.drafter, args.prompts]
+    given = [name for name in (*BUNDLED_DEFAULTS, "dtype") if getattr(args, name) is not None]
+    if any(own) and not all(own):
+        parser.error("--target, --drafter and --prompts go together")
+    if args.target and given:
+        parser.error(f"--{given[0].replace('_', '-')} is for the bundled pair; use --engine for models of your own")
+    if args.engine and not args.target:
+        parser.error("--engine is for models of your own, given with --target")
+    for option in ("target", "drafter"):
+        check_model(parser, option, getattr(args, option))
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2: there is no spread of one")
     if args.quick:
-        args.drafters, args.batch_sizes, args.temperatures = ["dear"], [1], [0.0]
+        args.batch_sizes, args.temperatures = [1], [0.0]
         args.stock_k, args.ssd, args.rounds, args.tokens = [2, 3], [{"num_speculative_tokens": 3}], 3, 96
+    if not args.target:
+        if args.quick:
+            args.drafters = ["dear"]
+        for name, value in BUNDLED_DEFAULTS.items():
+            setattr(args, name, getattr(args, name) or value)
+        args.dtype = args.dtype or "bfloat16"
+        if max(args.batch_sizes) > MAX_NUM_SEQS:
+            parser.error(f"batch sizes go up to {MAX_NUM_SEQS}")
     return args
+
+
+def check_model(parser: argparse.ArgumentParser, option: str, model: str | None) -> None:
+    """Refuse a folder that is none or holds no model; any other name is for vLLM to find."""
+    if model is None:
+        return
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        parser.error(f"--{option}: {model} holds no config.json")
+    if not folder.exists() and (folder.is_absolute() or model.startswith(".")):
+        parser.error(f"--{option}: there is no {model}")
+
+
+def own_pair(
+    args: argparse.Namespace, cores: list[tuple[int, ...]], is_cpu: bool
+) -> Iterator[tuple[Pair, Iterator[list[int]]]]:
+    """The user's models, and prompts for them."""
+    prompts = encode_prompts(read_prompts(args.prompts), args.target, args.engine)
+    largest = max(args.batch_sizes)
+    engine_args = {
+        "max_num_seqs": largest,
+        "max_model_len": max(map(len, prompts)) + args.tokens + SPARE_TOKENS,
+        **({"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES} if is_cpu else {}),
+        **args.engine,
+    }
+    room = engine_args["max_model_len"] - args.tokens
+    too_long = next((i for i, prompt in enumerate(prompts, 1) if len(prompt) > room), None)
+    if too_long:
+        raise UserError(
+            f"--prompts: prompt {too_long} has {len(prompts[too_long - 1])} tokens, but max_model_len="
+            f"{engine_args['max_model_len']} leaves {room} beside --tokens {args.tokens}"
+        )
+    wanted = (2 * args.rounds + 1) * max(largest, args.prompts_a_round)
+    name = f"{Path(args.target).name} / {Path(args.drafter).name}"
+    yield (
+        Pair(name, args.target, args.drafter, engine_args, drafter_cores(cores)),
+        repeated(prompts, args.seed, wanted),
+    )
+
+
+def bundled_pairs(
+    args: argparse.Namespace, cores: list[tuple[int, ...]], folder: Path
+) -> Iterator[tuple[Pair, Iterator[list[int]]]]:
+    """The bundled models in the sizes asked for, and prompts for them."""
+    widen(PAIR / "target", folder / "target", args.intermediate_size, dtype=args.dtype)
+    for name in args.drafters:
+        num_layers = {"dear": args.dear_layers, "cheap": args.cheap_layers}[name]
+        deepen(PAIR / "drafter", folder / name, num_layers, dtype=args.dtype)
+        pair = bundled_pair(name, folder / "target", folder / name, args.dtype, cores)
+        yield pair, held_out_prompts(args.seed)
 
 
 def main() -> None:
     """Run the benchmark."""
     args = parse_arguments()
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded, which a worker does before anything of ours
+    is_cpu = on_cpu()
+    cores = choose_cores(args.cores, is_cpu)
+    measure = measure_together if is_cpu and not args.apart else measure_apart
     args.out.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(sys.argv), "costs": {}, "points": []}
     with tempfile.TemporaryDirectory(prefix="bench-decode-") as temporary:
         folder = Path(temporary)
-        widen(PAIR / "target", folder / "target", args.intermediate_size, dtype=args.dtype)
-        for name in args.drafters:
-            num_layers = {"dear": args.dear_layers, "cheap": args.cheap_layers}[name]
-            deepen(PAIR / "drafter", folder / name, num_layers, dtype=args.dtype)
-            prompts = held_out_prompts(args.seed)
-            systems = make_systems(folder / "target", folder / name, args)
-            with running(systems, args.dtype, args.cores[0], folder) as fleet:
-                result["costs"][name] = measure_costs(fleet, prompts)
-                print_costs(console, name, result["costs"][name])
-                for temperature in args.temperatures:
-                    for batch_size in args.batch_sizes:
-                        rounds = measure_point(fleet, prompts, batch_size, temperature, args)
-                        point = summarise(name, batch_size, temperature, systems, rounds)
-                        result["points"].append(point)
-                        print_point(console, point)
-                        (args.out / "bench_decode.json").write_text(json.dumps(result, indent=1) + "\n")
+        if not args.target:
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        pairs = own_pair(args, cores, is_cpu) if args.target else bundled_pairs(args, cores, folder)
+        for pair, prompts in pairs:
+            for kind, found in measure(pair, prompts, cores, folder, args):
+                if kind == "costs":
+                    result["costs"][pair.name] = found
+                    print_costs(console, pair.name, found)
+                else:
+                    result["points"].append(found)
+                    print_point(console, found)
+                (args.out / "bench_decode.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(result, args.out / "bench_decode.png")
     console.print(f"written to {args.out}")
-
-
-def run_script(main: Callable[[], None], *failures: type[Exception]) -> None:
-    """Run a benchmark; an engine that fails, or what else is named, is its last word, without a traceback."""
-    try:
-        main()
-    except (WorkerFailed, *failures) as failure:
-        console.print(str(failure), markup=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

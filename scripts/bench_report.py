@@ -1,4 +1,4 @@
-"""What `bench_decode.py` makes of its rounds: medians and spread, a table, a figure, and where it was measured."""
+"""The report of `bench_decode.py`: medians and spread, a table, a figure, and the machine."""
 
 import os
 import platform
@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 MAX_DELAYED_SHARE = 0.08
-"""A round is disturbed when the cores were kept from any system for more than this share of its turn; a drafter that
-wakes for every outcome waits for 4 % by itself."""
+"""A round is disturbed when any system waited for a core for more than this share of its turn; a drafter that wakes for
+every outcome waits for 4 % by itself."""
 MIN_ROUNDS = 3
 """With fewer undisturbed rounds than this, the disturbed ones are used as well."""
 COLOURS = {"best stock": "#8c8c8c", "ceiling": "#9ecae1", "SSD": "#d9480f"}
@@ -119,7 +119,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def print_costs(console: Console, drafter: str, costs: dict) -> None:
-    """What a verification and a draft step take, and how the two relate at each K."""
+    """Print the times of a verification and of a draft step, and their ratio, for each K."""
     table = Table(box=SIMPLE_HEAD, title=f"{drafter} drafter: costs at batch 1, ms")
     for heading in ("K", "verify 1 + K tokens", "stock's draft step", "(K + 1) steps / verification"):
         table.add_column(heading, justify="right")

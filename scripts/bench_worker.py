@@ -1,37 +1,34 @@
-"""One vLLM engine in a process of its own, which generates when `bench_decode.py` asks it to and sleeps otherwise."""
+"""The process of one engine of a benchmark, and what passes between the two."""
 
 import gc
 import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vllm_ssd.drafter.lifetime import die_with
+from vllm_ssd.planning.engine_host import serve
 from vllm_ssd.planning.worker import decode
 
-PROMPT_TOKENS = 64
-MAX_MODEL_LEN = 1024
-MAX_NUM_SEQS = 16
-KV_CACHE_BYTES = 192 << 20
+KEY_TOKENS = 64
 COUNTERS = ("hits", "misses", "late", "waits", "draft_tokens", "accepted_tokens", "evictions", "restarts")
 
 Drafts = dict[tuple[bytes, int], list[int]]
-"""What was drafted for a request, named by its prompt (int32 bytes), at a committed length."""
+"""What was drafted after a text, named by its last KEY_TOKENS tokens (int32 bytes) and its length in tokens."""
 
 
 @dataclass(frozen=True)
 class System:
-    """One way to decode. speculative_config: as vLLM takes it; method: plain, stock, ssd or ceiling."""
+    """One way to decode. method: plain, stock, ssd or ceiling; engine_args, speculative_config: as vLLM takes them."""
 
     name: str
     method: str
-    target: str
+    engine_args: dict[str, Any]
     speculative_config: dict[str, Any] | None = None
 
 
@@ -54,11 +51,12 @@ class Request:
 
 @dataclass
 class Turn:
-    """What one request gave; times and counts are of the steps in which the whole batch was decoding.
+    """The result of one request; times and counts cover the steps in which the whole batch was decoding.
 
     seconds: of all decoding steps; row_rounds: steps times the rows in them; handovers_s: host time from the outcome
     to the drafts, in rounds where every row hit; delayed_s: a core was wanted but taken by another process;
-    wanted: rounds by the number of drafts that the adaptation chose; pids: of the engine and, with SSD, of its drafter.
+    wanted: rounds by the number of drafts that the adaptation chose. Of an engine on the V2 runner, drafts, handovers_s
+    and wanted stay empty.
     """
 
     token_ids: list[list[int]] = field(default_factory=list)
@@ -72,11 +70,15 @@ class Turn:
     counts: dict[str, int] = field(default_factory=dict)
     build_ms: float = 0.0
     wanted: Counter[int] = field(default_factory=Counter)
-    pids: list[int] = field(default_factory=list)
+
+
+def text_key(token_ids: np.ndarray, length: int) -> tuple[bytes, int]:
+    """The key in `Drafts` of the first `length` of a row's `token_ids` [max_model_len] int32."""
+    return token_ids[max(0, length - KEY_TOKENS) : length].tobytes(), length
 
 
 class Replay:
-    """A `custom_class` proposer that costs nothing: it hands over drafts that were recorded elsewhere."""
+    """A `custom_class` proposer that costs nothing: it replays drafts recorded from another engine."""
 
     def __init__(self, vllm_config: Any) -> None:
         self.drafts: Drafts = {}
@@ -92,15 +94,15 @@ class Replay:
         token_ids: np.ndarray,
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """Drafts of each row, by prompt and committed length."""
+        """Drafts of each row, by its text."""
         return [
-            self.drafts.get((token_ids[i, :PROMPT_TOKENS].tobytes(), int(num_tokens[i])), self.junk) if sampled else []
+            self.drafts.get(text_key(token_ids[i], int(num_tokens[i])), self.junk) if sampled else []
             for i, sampled in enumerate(sampled_token_ids)
         ]
 
 
 class Recorder:
-    """Remembers what an SSD proposer hands over, and how long it took where every row hit."""
+    """Records the drafts of an SSD proposer, and the time of each call in which every row hit."""
 
     def __init__(self, proposer: Any) -> None:
         self._propose = proposer.propose
@@ -129,12 +131,12 @@ class Recorder:
             self.handovers_s.append(seconds)
         for i, drafts in enumerate(proposed):
             if drafts:
-                self.drafts[token_ids[i, :PROMPT_TOKENS].tobytes(), int(num_tokens[i])] = drafts
+                self.drafts[text_key(token_ids[i], int(num_tokens[i]))] = drafts
         return proposed
 
 
 class Steered:
-    """Stands in for an SSD proposer's adaptation: counts rounds, may hold it at a number of drafts while it rests."""
+    """Wraps an SSD proposer's adaptation: counts rounds, and can fix the number of drafts."""
 
     def __init__(self, proposer: Any) -> None:
         self._adaptation = proposer._verifier._adaptation
@@ -142,7 +144,7 @@ class Steered:
         proposer._verifier._adaptation = self
 
     def begin(self, num_held_drafts: int | None) -> None:
-        """Forget the rounds counted; with `num_held_drafts` the adaptation is neither asked nor taught anything."""
+        """Reset the counter; while `num_held_drafts` is given, the adaptation is neither asked nor updated."""
         self._num_held_drafts = num_held_drafts
         self.wanted: Counter[int] = Counter()
 
@@ -153,59 +155,38 @@ class Steered:
         return self._adaptation.choose(batch_size)
 
     def observe(self, batch_size: int, wanted: int, *of_round: Any) -> None:
-        """A round, of which a resting adaptation does not hear."""
+        """Count a round, and pass it on unless the number of drafts is fixed."""
         self.wanted[wanted] += 1
         if self._num_held_drafts is None:
             self._adaptation.observe(batch_size, wanted, *of_round)
 
     def draft_seconds(self, batch_size: int) -> float:
-        """What the adaptation knows."""
+        """The adaptation's own estimate."""
         return self._adaptation.draft_seconds(batch_size)
 
 
 class Worker:
-    """An engine for one system, pinned to `core` once it is up."""
+    """The host of one engine, see `engine_host.serve`."""
 
-    def __init__(self, system: System, dtype: str, core: int) -> None:
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-        from vllm.v1.sample import rejection_sampler
+    def start(self, system: System) -> None:
+        """Start the engine of `system`."""
+        from vllm import EngineArgs, LLMEngine
 
-        from vllm_ssd.compat.target.runner_v1 import expand_batch_to_tokens
+        from vllm_ssd.compat.target import measure
 
-        # Stock vLLM verifies with uninitialised temperatures on the CPU; SSD repairs that for itself.
-        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+        measure.repair_cpu_sampling()  # as SSD does for itself
         self._engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=system.target,
-                dtype=dtype,
-                enforce_eager=True,
-                enable_prefix_caching=False,
-                max_model_len=MAX_MODEL_LEN,
-                max_num_seqs=MAX_NUM_SEQS,
-                max_num_batched_tokens=2 * MAX_NUM_SEQS * PROMPT_TOKENS,
-                kv_cache_memory_bytes=KV_CACHE_BYTES,
-                speculative_config=system.speculative_config,
-                disable_log_stats=True,
-                seed=0,
-            )
+            EngineArgs(disable_log_stats=True, speculative_config=system.speculative_config, **system.engine_args)
         )
-        runner = self._engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-        proposer = getattr(runner, "drafter", None)
+        proposer = measure.proposer(self._engine)
+        on_v1 = hasattr(proposer, "_verifier")
         self._replay = proposer if system.method == "ceiling" else None
         self._ssd = proposer if system.method == "ssd" else None
-        self._recorder = Recorder(proposer) if self._ssd else None
-        self._steered = Steered(proposer) if self._ssd else None
+        self._recorder = Recorder(proposer) if self._ssd and on_v1 else None
+        self._steered = Steered(proposer) if self._ssd and on_v1 else None
         self._num_requests = 0
-        for thread in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(thread), {core})
         gc.collect()
         gc.freeze()
-
-    @property
-    def pids(self) -> list[int]:
-        """This process and, with SSD, its drafter."""
-        return [os.getpid(), *([self._ssd._drafter._process.pid] if self._ssd else [])]
 
     def generate(self, request: Request) -> Turn:
         """Do as asked; see `Request` and `Turn`."""
@@ -216,7 +197,7 @@ class Worker:
         if self._recorder:
             self._recorder.clear()
             self._steered.begin(request.num_held_drafts)
-        turn = Turn(delayed_s=-self._delayed_s(), pids=self.pids)
+        turn = Turn(delayed_s=-self._delayed_s())
         for i in range(0, len(request.prompts), request.batch_size):
             self._decode(request.prompts[i : i + request.batch_size], request, turn)
         turn.delayed_s += self._delayed_s()
@@ -224,6 +205,7 @@ class Worker:
         if self._recorder:
             turn.drafts, turn.handovers_s = self._recorder.drafts, self._recorder.handovers_s
             turn.wanted = self._steered.wanted
+        if self._ssd:
             stats = self._ssd._metrics.drafter_stats
             turn.build_ms = stats.build_ms if stats else 0.0
         return turn
@@ -236,7 +218,7 @@ class Worker:
             named[str(self._num_requests)] = {"prompt_token_ids": prompt}
         emitted = {name: [] for name in named}
         prefilled = False
-        full = True  # until the first row is done: rows of unequal luck would otherwise be timed as smaller batches
+        full = True  # until the first row is done: the rest would be timed as a smaller batch
         for seconds, outputs in decode(self._engine, named, request.max_tokens, request.temperature):
             if prefilled and full:
                 turn.steps_s.append(seconds)
@@ -254,34 +236,14 @@ class Worker:
 
     def _delayed_s(self) -> float:
         """Seconds that the main threads of target and drafter have waited for a core so far."""
-        return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) for pid in self.pids) / 1e9
+        waited_ns = 0
+        for pid in [os.getpid(), *([self._ssd._drafter._process.pid] if self._ssd else [])]:
+            with suppress(OSError):  # a drafter may have ended
+                waited_ns += int(Path(f"/proc/{pid}/schedstat").read_text().split()[1])
+        return waited_ns / 1e9
 
 
-def serve(connection: Connection, system: System, dtype: str, core: int, log: Path) -> None:
-    """Start `system`, then answer every `Request` with a `Turn` until the connection closes.
+if __name__ == "__main__":
+    from bench_worker import Worker  # by the name under which the benchmark knows what this process answers
 
-    The first message is the list of process ids, or the text of the exception that prevented the start. Workers are
-    stopped while they are idle, so the kernel must end them should the benchmark be killed.
-    """
-    die_with(os.getppid())
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_PLUGINS": "ssd" if system.method == "ssd" else "",
-    }
-    try:
-        worker = Worker(system, dtype, core)
-        connection.send(worker.pids)
-        while True:
-            connection.send(worker.generate(connection.recv()))
-    except EOFError:
-        return
-    except Exception as error:
-        connection.send(f"{type(error).__name__}: {error}")
-        raise
+    serve(Worker)

@@ -1,11 +1,11 @@
-"""The planner against reality: predicted and measured tokens per second on two cores, interleaved.
+"""Compare the planner's predictions with measured tokens per second, on two cores.
 
     python scripts/check_planner.py --out results --drafter-layers 2 8
 
-In every turn each engine of the profile is asked once, then every setting of SSD, plain decoding and stock
-speculation, at each batch size: a machine that slows down for a while does so for predictions and measurements alike.
-The profile knows nothing of the measured settings; its acceptance comes from an engine of its own, with the same
-prompts: texts differ far more in acceptance than predictions should.
+In every turn each engine of the profile runs once, then every setting of SSD, plain decoding and stock speculation, at
+each batch size, so that a slow phase of the machine affects predictions and measurements alike. The profile contains
+none of the measured settings. Its acceptance comes from an engine of its own with the same prompts, because acceptance
+varies more between texts than predictions may be wrong.
 """
 
 import argparse
@@ -18,21 +18,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
-from bench_decode import PAIR, Fleet, console, held_out_prompts, run_script, running, ssd_system
+from bench_prompts import held_out_prompts
 from bench_report import environment
-from bench_worker import KV_CACHE_BYTES, MAX_MODEL_LEN, PROMPT_TOKENS, Request, System, Turn
+from bench_systems import PAIR, Fleet, Pair, add_cores, bundled_pair, choose_cores, console, run_script, running
+from bench_worker import Request, System, Turn
 from resize_model import deepen, widen
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vllm_ssd.planning import Prediction, Profile, Setting, predict_plain, predict_sd, predict_ssd
-from vllm_ssd.planning.measure import Profiler, ProfilerFailed, Subject
+from vllm_ssd.planning.measure import Profiler, Subject
 
 
-def make_systems(target: str, drafter: str, args: argparse.Namespace) -> list[System]:
+def make_systems(pair: Pair, args: argparse.Namespace) -> list[System]:
     """Plain, stock at one K, and SSD at every setting."""
-    stock = {"method": "draft_model", "model": drafter, "num_speculative_tokens": args.stock_k}
-    systems = [System("plain", "plain", target), System(f"stock K={args.stock_k}", "stock", target, stock)]
+    systems = [pair.plain(), pair.stock(args.stock_k)]
     for num_drafts, budget in args.points:
         options = {
             "num_speculative_tokens": num_drafts,
@@ -40,12 +40,12 @@ def make_systems(target: str, drafter: str, args: argparse.Namespace) -> list[Sy
             "on_miss": args.on_miss,
             "adaptive": False,
         }
-        systems.append(ssd_system(f"SSD K={num_drafts} N={budget}", target, drafter, options, args))
+        systems.append(pair.speculative(options, name=f"SSD K={num_drafts} N={budget}"))
     return systems
 
 
 def predict(profile: Profile, system: System, rows: float) -> Prediction:
-    """What the planner says of one system, between two whole batch sizes in proportion: requests end one by one."""
+    """The prediction for one system, interpolated between whole batch sizes because requests end one by one."""
     low = predict_at(profile, system, int(rows))
     if rows == int(rows):
         return low
@@ -69,7 +69,7 @@ def predict_at(profile: Profile, system: System, batch_size: int) -> Prediction:
 def measure(
     fleet: Fleet, systems: Sequence[System], profiler: Profiler, prompts: list[list[int]], args: argparse.Namespace
 ) -> Iterator[dict[tuple[str, int], list[Turn]]]:
-    """All turns so far by system and batch size, again and again; a first one warms up."""
+    """After each turn but the first, which warms up, all turns so far by system and batch size."""
     found: dict[tuple[str, int], list[Turn]] = {}
     with console.status("") as status:
         for turn in range(args.turns + 1):
@@ -121,7 +121,7 @@ def compare(
 
 
 def verdict(rows: Sequence[dict]) -> dict:
-    """Median error over the points of SSD, and the recommended system against the best measured, within turns."""
+    """Median error over the points of SSD, and the recommended system's rate over the best measured one's."""
     ssd = [row for row in rows if row["method"] == "ssd"]
     recommended = []
     for case in dict.fromkeys((row["drafter_layers"], row["batch_size"]) for row in rows):
@@ -141,7 +141,7 @@ def verdict(rows: Sequence[dict]) -> dict:
 
 
 def show(rows: Sequence[dict], result: dict) -> None:
-    """The table, and the verdict below it."""
+    """Print the table, and the verdict below it."""
     table = Table(box=SIMPLE_HEAD)
     for name in ("layers", "batch", "system", "predicted", "measured", "error", "tok/round", "ms/round", "hits"):
         table.add_column(name, justify="left" if name == "system" else "right")
@@ -201,7 +201,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--prompts", type=int, default=4, help="a turn; a multiple of all batch sizes")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--cores", nargs=2, type=int, default=[0, 1], help="of the engines, and of the drafters")
+    add_cores(parser)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -210,29 +210,24 @@ def check(layers: int, target: Path, folder: Path, args: argparse.Namespace) -> 
     """Measured and predicted points with a drafter of so many layers, and the profile, after every turn."""
     folder.mkdir()
     deepen(PAIR / "drafter", folder / "drafter", layers, dtype=args.dtype)
-    drafter = str(folder / "drafter")
+    cores = choose_cores(args.cores, is_cpu=True)
+    pair = bundled_pair("drafter", target, folder / "drafter", args.dtype, cores)
     source = held_out_prompts(args.seed)
     prompts = [next(source) for _ in range((args.turns + 1) * args.prompts)]
-    systems = make_systems(str(target), drafter, args)
+    systems = make_systems(pair, args)
     subject = Subject(
-        str(target),
-        drafter,
+        pair.target,
+        pair.drafter,
         prompts[args.prompts :],
-        {
-            "dtype": args.dtype,
-            "enforce_eager": True,
-            "max_model_len": MAX_MODEL_LEN,
-            "max_num_batched_tokens": 32 * PROMPT_TOKENS,
-            "kv_cache_memory_bytes": KV_CACHE_BYTES,
-        },
-        {"dtype": args.dtype, "drafter_cpus": str(args.cores[1]), "kv_cache_memory": "192MiB"},
+        {name: value for name, value in pair.engine_args.items() if name != "max_num_seqs"},
+        pair.ssd,
         args.batch_sizes,
         max(num_drafts for num_drafts, _ in args.points),
         tokens=args.tokens,
         prompts_a_turn=args.prompts,
-        target_cpus=(args.cores[0],),
+        target_cpus=cores[0],
     )
-    with running(systems, args.dtype, args.cores[0], folder) as fleet, Profiler(subject, folder, True) as profiler:
+    with running(systems, cores[0], folder) as fleet, Profiler(subject, folder, True) as profiler:
         for found in measure(fleet, systems, profiler, prompts, args):
             profile = profiler.profile()
             yield compare(layers, profile, systems, found, args), profile
@@ -242,7 +237,7 @@ def main() -> None:
     """Measure, predict, compare."""
     args = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = "1"  # before an engine's process loads torch: its threads share one core
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     rows: list[dict] = []
     with tempfile.TemporaryDirectory(prefix="check-planner-") as temporary:
         target = Path(temporary) / "target"
@@ -260,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, ProfilerFailed)
+    run_script(main)

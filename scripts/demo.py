@@ -34,6 +34,8 @@ from rich.progress_bar import ProgressBar
 from rich.syntax import Syntax
 from rich.table import Table
 
+from vllm_ssd.planning.engine_host import end_of_log
+
 PAIR = Path(__file__).resolve().parents[1] / "tests" / "assets" / "pair"
 VLLM = Path(sys.executable).parent / "vllm"
 MODEL = "target"
@@ -46,7 +48,6 @@ WARM_UP_TOKENS = 24
 SETTLE_S = 1.2  # vLLM's processes spin for a second after their last message before they sleep
 STARTUP_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 10
-LOG_LINES = 25
 PROMPTS = (  # none ends in white space, which the tokenizer would split otherwise than in its training text
     '''def read_config(path):
     """Return the settings found in a file."""
@@ -90,7 +91,7 @@ class ServerFailed(RuntimeError):
 
 @dataclass
 class Completion:
-    """What one request gave."""
+    """The result of one request."""
 
     text: str
     num_tokens: int
@@ -124,17 +125,11 @@ class Server:
         """Whether the server answers; raises `ServerFailed` when it has ended."""
         if self.process.poll() is not None:
             raise ServerFailed(
-                f"{self.name}: vllm serve ended with status {self.process.returncode}\n{self.last_lines()}"
+                f"{self.name}: vllm serve ended with status {self.process.returncode}\n{end_of_log(self.log)}"
             )
         with suppress(OSError), urlopen(f"{self.url}/health", timeout=5):
             return True
         return False
-
-    def last_lines(self) -> str:
-        """The end of the server's log, below the errors further up, one of which is mostly the cause."""
-        lines = self.log.read_text(errors="replace").splitlines()
-        errors = [line for line in lines[:-LOG_LINES] if re.search(r"(Error|Failed|Exception): ", line)]
-        return "\n".join([*errors, *lines[-LOG_LINES:]])
 
     def complete(self, prompt: str, max_tokens: int) -> Completion:
         """One greedy completion of exactly `max_tokens` tokens."""
@@ -167,7 +162,7 @@ class Server:
         try:
             yield
         except openai.OpenAIError as error:
-            raise ServerFailed(f"{self.name}: {error}\n{self.last_lines()}") from error
+            raise ServerFailed(f"{self.name}: {error}\n{end_of_log(self.log)}") from error
 
     def counters(self) -> dict[str, float]:
         """The server's own Prometheus counters, summed over their labels."""
@@ -188,7 +183,7 @@ class SSDServer(Server):
 
 
 class Run:
-    """What one server did with all prompts."""
+    """The completions of one server, and how its counters grew meanwhile."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -196,7 +191,7 @@ class Run:
         self._before = server.counters()
 
     def finish(self) -> None:
-        """Take the counters' growth since the start."""
+        """Read the counters again."""
         self._grown = {name: value - self._before.get(name, 0) for name, value in self.server.counters().items()}
 
     @property
@@ -249,7 +244,7 @@ def two_cores() -> list[int]:
 
 @contextmanager
 def running(servers: list[Server]) -> Iterator[None]:
-    """End every server that was put into the list, its children too, whatever happens."""
+    """Stop every server in the list, with its children, on any exit."""
     try:
         yield
     finally:
@@ -280,12 +275,12 @@ def start(servers: list[Server], makers: Sequence[Callable[[], Server]]) -> None
                 progress.update(waiting.pop(server), completed=1)
             for server in waiting:
                 if time.monotonic() > deadline:
-                    raise ServerFailed(f"{server.name}: not up after {STARTUP_TIMEOUT_S} s\n{server.last_lines()}")
+                    raise ServerFailed(f"{server.name}: not up after {STARTUP_TIMEOUT_S} s\n{end_of_log(server.log)}")
             time.sleep(0.2)
 
 
 def show_stream(server: Server, prompt: str) -> None:
-    """Show one completion while it comes: what fits the screen, and at the end all of it."""
+    """Stream one completion: as much as fits the screen, then all of it."""
 
     def python(lines: list[str]) -> Syntax:
         return Syntax("\n".join(lines), "python", theme="ansi_dark", background_color="default", word_wrap=True)
@@ -320,7 +315,7 @@ def measure(servers: list[Server]) -> list[Run]:
     for run in runs:
         run.finish()
         if run.server.speculative and run.tokens_per_round == 1:
-            raise ServerFailed(f"{run.server.name}: no draft was ever accepted\n{run.server.last_lines()}")
+            raise ServerFailed(f"{run.server.name}: no draft was ever accepted\n{end_of_log(run.server.log)}")
     return runs
 
 

@@ -1,4 +1,4 @@
-"""Profile decoding steps on a GPU: how long the target's model rests between two of its forwards, and what fills that.
+"""Profile decoding steps on a GPU: the gap between two forwards of the target, and what runs in it.
 
     python scripts/profile_step.py --target Qwen/Qwen3-8B --drafter Qwen/Qwen3-0.6B --out steps.jsonl
 

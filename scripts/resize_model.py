@@ -1,4 +1,4 @@
-"""Make a Llama checkpoint dearer to run without changing the function it computes.
+"""Make a Llama checkpoint slower to run without changing the function it computes.
 
     python scripts/resize_model.py widen SOURCE DESTINATION --to 4096
     python scripts/resize_model.py deepen SOURCE DESTINATION --to 24

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_decode import PAIR, held_out_prompts
+from bench_prompts import held_out_prompts
+from bench_systems import PAIR
+from pair_model import continue_text, load_pair
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from train_pair import continue_text, load_pair
 
 from vllm_ssd.planning import Acceptance, Costs, Profile, Report, Scenario, Simulation, Synthetic, Workload
 from vllm_ssd.planning.published import published_profile

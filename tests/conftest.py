@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import inspect
 import random
+import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 from engines import PAIR, Engine
 
 CORPUS = ("argparse", "ast", "collections", "configparser", "csv", "dataclasses", "decimal", "difflib")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "timed: needs the machine to itself; not for `-n 2`, as drafts would come late")
 
 
 @pytest.fixture(scope="session")
@@ -24,14 +31,51 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         return engines[-1]
 
     yield start
-    for engine in engines:
-        engine.close()
+    with ThreadPoolExecutor() as pool:  # vLLM takes seconds to exit
+        list(pool.map(Engine.close, engines))
 
 
 @pytest.fixture(scope="session")
-def target_alone(start_engine: Callable[..., Engine]) -> Engine:
+def shared_engine(start_engine: Callable[..., Engine]) -> Callable[..., Engine]:
+    """Engines that several modules use, one a configuration: started when first asked for, and again if they ended."""
+    engines: dict[str, Engine] = {}
+
+    def get(**arguments: Any) -> Engine:
+        key = repr(sorted(arguments.items()))
+        if key not in engines or engines[key].process.poll() is not None:
+            engines[key] = start_engine(**arguments)
+        return engines[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def target_alone(shared_engine: Callable[..., Engine]) -> Engine:
     """The bundled target without speculation, which every greedy text is compared with."""
-    return start_engine()
+    return shared_engine()
+
+
+@pytest.fixture(scope="session")
+def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the bundled drafter that a test may hide from the next start."""
+    return shutil.copytree(PAIR / "drafter", tmp_path_factory.mktemp("models") / "drafter")
+
+
+@pytest.fixture(scope="module")
+def ssd_engine(shared_engine: Callable[..., Engine], draft_model: Path) -> Iterator[Engine]:
+    """The bundled pair with SSD on the V1 runner, at `on_miss` "auto"; a module may change that with "set_config"."""
+    engine = shared_engine(speculative={"model": str(draft_model), "branch_budget": 12})
+    yield engine
+    if engine.process.poll() is None:
+        engine.call("set_config", on_miss="auto")
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a target of known next-token probabilities and of a drafter that is somewhat like it."""
+    from tiny_models import write_pair
+
+    return write_pair(tmp_path_factory.mktemp("tiny"), noise=0.2)
 
 
 @pytest.fixture(scope="session")

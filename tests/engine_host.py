@@ -1,8 +1,7 @@
-"""One in-process vLLM engine, driven over a socket by `engines.Engine`: `engine_host.py FD`.
+"""The process of an `engines.Engine`: one vLLM engine, and what tests may see and change of it.
 
 An engine in a process of its own shares no distributed state with any other, and its drafter, or the whole of it,
-can be killed. Each message is a pickled (method of EngineHost, keyword arguments), each answer (True, result) or
-(False, exception as text).
+can be killed.
 """
 
 from __future__ import annotations
@@ -11,13 +10,11 @@ import contextlib
 import importlib
 import itertools
 import os
-import signal
-import sys
 import time
-import traceback
-from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
+
+from vllm_ssd.planning.engine_host import serve
 
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 if V2:  # also in the worker processes, which import this module anew
@@ -41,22 +38,35 @@ class EngineHost:
         """
         from vllm import LLM
 
-        for path, value in (patches or {}).items():
-            module, _, name = path.rpartition(".")
-            setattr(importlib.import_module(module), name, value)
+        self.patch(**(patches or {}))
         with interpreted_kernels(self._launched_at_start) if V2 else contextlib.nullcontext():
             llm = LLM(**engine_args)
         self._engine = llm.llm_engine
-        worker = getattr(self._engine.engine_core.engine_core.model_executor, "driver_worker", None)
-        if "speculative_config" in engine_args and worker is not None:
-            runner = worker.worker.model_runner
+        from vllm_ssd.compat.target import measure  # once the engine has set vLLM up
+
+        if "speculative_config" in engine_args:
+            self._proposer = measure.proposer(self._engine)
+        if self._proposer is not None:
             if V2:
-                self._proposer = runner.speculator
                 self._see_lookups()
             else:
-                self._proposer = runner.drafter
                 self._see_proposals(distort=None)
                 self._see_ngram_drafts()
+
+    def patch(self, **values: Any) -> dict[str, Any]:
+        """Set module attributes such as "vllm_ssd.link.process.HANG_S"; returns what they were."""
+        before = {}
+        for path, value in values.items():
+            module, _, name = path.rpartition(".")
+            module = importlib.import_module(module)
+            before[path] = getattr(module, name)
+            setattr(module, name, value)
+        return before
+
+    def set_config(self, **values: Any) -> None:
+        """On V1, change keys of the running speculative_config that only the target reads, such as `on_miss`."""
+        for name, value in values.items():
+            object.__setattr__(self._proposer._verifier._config, name, value)
 
     def generate(
         self, requests: list[dict[str, Any]], signals: dict[int, int] | None = None, min_seconds: float = 0.0
@@ -101,13 +111,13 @@ class EngineHost:
 
     def set_drafts(self, counts: list[int]) -> None:
         """On the V2 runner with `adaptive`: let rounds carry `counts` drafts in turn, whatever pays."""
-        adaptation = self._engine.engine_core.engine_core.scheduler._adaptation
+        adaptation = self._adaptation()
         wanted = itertools.cycle(counts)
         adaptation.choose = lambda batch_size: next(wanted)
 
     def drafts_learned(self) -> dict[int, float]:
         """On the V2 runner with `adaptive`: the rounds learned from, by number of drafts."""
-        buckets = self._engine.engine_core.engine_core.scheduler._adaptation._buckets.values()
+        buckets = self._adaptation()._buckets.values()
         rounds: dict[int, float] = {}
         for bucket in buckets:
             for k, arm in enumerate(bucket._arms):
@@ -145,6 +155,11 @@ class EngineHost:
     def distort_q(self, exponent: float | None) -> None:
         """On V1, claim q ** exponent, renormalised, to be what drafts are drawn from from now on; None: the truth."""
         self._see_proposals(exponent)
+
+    def _adaptation(self) -> Any:
+        from vllm_ssd.compat.target import measure
+
+        return measure.scheduler(self._engine)._adaptation
 
     def _see_proposals(self, distort: float | None) -> None:
         verifier = self._proposer._verifier
@@ -251,22 +266,5 @@ def distorted(proposal: Any, exponent: float) -> Any:
     return token_ids, powers / powers.sum()
 
 
-def main(fd: int) -> None:
-    """Answer messages until the socket closes."""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[:-1] or cores)  # the last one is the drafter's
-    connection, host = Connection(fd), EngineHost()
-    while True:
-        try:
-            method, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send((True, getattr(host, method)(**arguments)))
-        except Exception:  # the test decides what a failure means
-            connection.send((False, traceback.format_exc()))
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: pytest closes the socket
-    main(int(sys.argv[1]))
+    serve(EngineHost)

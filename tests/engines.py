@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from vllm_ssd.planning.engine_host import EngineFailed, EngineProcess
+
+__all__ = ["ENVIRONMENT", "ON_V2", "PAIR", "Engine", "EngineFailed", "assert_conclusive", "request", "texts"]
 
 HOST = Path(__file__).with_name("engine_host.py")
 PAIR = Path(__file__).parent / "assets" / "pair"
@@ -21,16 +21,21 @@ ENVIRONMENT = {
 }
 ON_V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 """Environment of an engine on vLLM's V2 model runner."""
+XDIST_WORKER = "PYTEST_XDIST_WORKER"
+"""Environment variable with the name of a test process of `pytest -n`: gw0, gw1 and so on."""
 ANSWER_S = 240
 """No start and no run takes so long: an engine that has not answered by then hangs."""
 
 
-class EngineFailed(RuntimeError):
-    """What the engine's process raised, as text."""
+def own_cores() -> list[int]:
+    """The cores of this test process, the drafters' last; with `pytest -n 2` each process has another one last."""
+    cores = sorted(os.sched_getaffinity(0))
+    first = int(os.environ.get(XDIST_WORKER, "gw0").removeprefix("gw")) % len(cores)
+    return cores[first:] + cores[:first]
 
 
-class Engine:
-    """A vLLM engine in a process of its own; see `engine_host.EngineHost` for what it can do.
+class Engine(EngineProcess):
+    """A vLLM engine in a process of its own, whose start has begun; see `engine_host.EngineHost` for what it can do.
 
     Without `speculative` it is the target alone.
     """
@@ -43,19 +48,14 @@ class Engine:
         environment: dict[str, str] | None = None,
         **engine_args: Any,
     ) -> None:
-        ours, theirs = socket.socketpair()
-        self.log = log
-        with theirs, log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, str(HOST), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (environment or {}),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        self._connection = Connection(ours.detach())
-        self.pending = False
+        *self._cores, drafter_core = own_cores()
+        super().__init__(
+            [str(HOST)],
+            log,
+            environment=ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | (environment or {}),
+            name="the engine's process",
+            answer_timeout_s=ANSWER_S,
+        )
         defaults = dict(
             model=str(PAIR / "target"),
             dtype="float32",
@@ -74,49 +74,22 @@ class Engine:
                 "dtype": "float32",
                 "kv_cache_memory": "64MiB",
                 "adaptive": False,
+                **({"drafter_cpus": str(drafter_core)} if os.environ.get(XDIST_WORKER) else {}),
                 **speculative,
             }
         self.arguments = {**defaults, **engine_args}
         self.send("start", **self.arguments)
 
-    def send(self, method: str, **arguments: Any) -> None:
-        """Ask for something and do not wait for the answer."""
-        if self.pending:
-            self.receive()
-        self._connection.send((method, arguments))
-        self.pending = True
-
-    def receive(self) -> Any:
-        """The answer to the last `send`."""
-        self.pending = False
-        if not self._connection.poll(ANSWER_S):
-            self.process.kill()
-            raise EngineFailed(f"no answer within {ANSWER_S} s:\n{self.log.read_text()[-4000:]}")
-        try:
-            succeeded, answer = self._connection.recv()
-        except EOFError:
-            raise EngineFailed(f"the engine's process ended:\n{self.log.read_text()[-4000:]}") from None
-        if not succeeded:
-            raise EngineFailed(answer)
-        return answer
-
-    def call(self, method: str, **arguments: Any) -> Any:
-        """Ask for something and wait for the answer."""
-        self.send(method, **arguments)
-        return self.receive()
+    def receive(self, timeout_s: float | None = None) -> Any:
+        """The result of the last `send`. A start may use all cores; then the drafter has the last one to itself."""
+        result = super().receive(timeout_s)
+        self.pin(self._cores)
+        self._cores = []
+        return result
 
     def generate(self, requests: list[dict[str, Any]], **arguments: Any) -> SimpleNamespace:
         """Run requests to their ends; see `EngineHost.generate`."""
         return self.call("generate", requests=requests, **arguments)
-
-    def close(self) -> None:
-        """End the process; its drafter ends with it."""
-        self._connection.close()
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 def request(

@@ -110,7 +110,7 @@ def profile_command(
     trace: Annotated[Path | None, typer.Option(help="also write the recorded outcomes")] = None,
 ) -> None:
     """Measure verification, draft steps and acceptance with real engines on this machine."""
-    from vllm_ssd.planning.measure import Profiler, ProfilerFailed, Subject
+    from vllm_ssd.planning.measure import EngineFailed, Profiler, Subject
 
     try:
         args = json.loads(engine_args)
@@ -135,7 +135,7 @@ def profile_command(
             with Profiler(subject, Path(folder), together) as profiler, console.status("") as status:
                 profiler.run(turns, status.update)
                 found = profiler.profile()
-        except (ProfilerFailed, ValueError) as error:
+        except (EngineFailed, ValueError) as error:
             console.print(str(error), markup=False)
             raise typer.Exit(1) from None
         if trace:

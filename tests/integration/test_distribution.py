@@ -7,25 +7,19 @@ proposals of the drafter deliberately falsified must be noticed at 1e-6.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from engines import Engine, assert_conclusive
 from sampling import p_value, sample
-from tiny_models import write_pair
+
+pytestmark = pytest.mark.timed
 
 PROMPTS = [[3, 7, 1], [11, 2, 5], [20, 20, 9], [4, 15, 8]]
 RUN = dict(prompts=PROMPTS, num_samples=2600, num_tokens=8, min_seconds=0.012)
 """Each round is stretched to this, so that a fair share of the blocks arrives in time."""
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return write_pair(tmp_path_factory.mktemp("tiny"), noise=0.2)
-
-
 SAMPLING = {
     "alike": [{"temperature": 0.7}, {"temperature": 1.0}],
     "mixed": [
@@ -37,20 +31,20 @@ SAMPLING = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def engine(
-    request: pytest.FixtureRequest, start_engine: Callable[..., Engine], pair: tuple[Path, Path]
-) -> Iterator[Engine]:
+    request: pytest.FixtureRequest, shared_engine: Callable[..., Engine], tiny_pair: tuple[Path, Path]
+) -> Engine:
     """An engine whose drafts are all from a known q ("wait"), or some of them from n-grams, which have none.
 
     The latter's proposals have the predicted bonus tokens down-weighted.
     """
-    engine = start_engine(
-        model=str(pair[0]),
+    engine = shared_engine(
+        model=str(tiny_pair[0]),
         max_model_len=64,
         max_num_seqs=16,
         speculative={
-            "model": str(pair[1]),
+            "model": str(tiny_pair[1]),
             "on_miss": request.param,
             "fan_out": 2,
             "top_m": 8,
@@ -58,8 +52,7 @@ def engine(
         },
     )
     engine.on_miss = request.param
-    yield engine
-    engine.close()
+    return engine
 
 
 @pytest.mark.parametrize(
@@ -71,18 +64,20 @@ def engine(
     ],
     indirect=["engine"],
 )
-def test_samples_have_the_distribution_of_the_target(engine: Engine, pair: tuple[Path, Path], sampling: str) -> None:
-    run, samples = sample(engine, pair[0], SAMPLING[sampling], **RUN)
+def test_samples_have_the_distribution_of_the_target(
+    engine: Engine, tiny_pair: tuple[Path, Path], sampling: str
+) -> None:
+    run, samples = sample(engine, tiny_pair[0], SAMPLING[sampling], **RUN)
     assert samples.probs.gather(1, samples.tokens[:, None]).min() > 0, "a token that the target never samples"
     assert_populated(engine, run, samples)
     assert p_value(samples) > 1e-5
 
 
 @pytest.mark.parametrize("engine", ["wait"], indirect=True)
-def test_a_wrong_q_is_noticed(engine: Engine, pair: tuple[Path, Path]) -> None:
+def test_a_wrong_q_is_noticed(engine: Engine, tiny_pair: tuple[Path, Path]) -> None:
     engine.call("distort_q", exponent=2.0)
     try:
-        run, samples = sample(engine, pair[0], [{"temperature": 1.0}], **RUN)
+        run, samples = sample(engine, tiny_pair[0], [{"temperature": 1.0}], **RUN)
     finally:
         engine.call("distort_q", exponent=None)
     assert_populated(engine, run, samples)

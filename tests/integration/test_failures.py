@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import statistics
 import threading
@@ -13,7 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import PAIR, Engine, assert_conclusive, request, texts
+from engines import Engine, assert_conclusive, request, texts
+
+pytestmark = pytest.mark.timed
 
 ROUND_S = 0.05
 HANG_S = 3.0
@@ -22,26 +23,22 @@ RESTART_S = 90.0
 
 
 @pytest.fixture(scope="module")
-def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shutil.copytree(PAIR / "drafter", tmp_path_factory.mktemp("models") / "drafter")
-
-
-@pytest.fixture(scope="module")
-def shared_engine(start_engine: Callable[..., Engine], draft_model: Path) -> Iterator[Engine]:
-    engine = start_engine(
-        speculative={"model": str(draft_model), "branch_budget": 12, "on_miss": "wait"},
-        patches={"vllm_ssd.link.process.HANG_S": HANG_S, "vllm_ssd.link.process.BACKOFF_S": (0.2, 1.0)},
-    )
-    yield engine
-    engine.close()
+def impatient_engine(ssd_engine: Engine) -> Iterator[Engine]:
+    """The engine, which waits at misses, with short times until a drafter counts as hung and is started again."""
+    times = {"vllm_ssd.link.process.HANG_S": HANG_S, "vllm_ssd.link.process.BACKOFF_S": (0.2, 1.0)}
+    before = ssd_engine.call("patch", **times)
+    ssd_engine.call("set_config", on_miss="wait")
+    yield ssd_engine
+    if ssd_engine.process.poll() is None:
+        ssd_engine.call("patch", **before)
 
 
 @pytest.fixture
-def engine(shared_engine: Engine, requests: list[dict[str, Any]]) -> Engine:
+def engine(impatient_engine: Engine, requests: list[dict[str, Any]]) -> Engine:
     """The engine, with a drafter that is alive and hits."""
-    assert shared_engine.call("wait_for_drafter", generation=1, timeout_s=RESTART_S)
-    assert_conclusive(shared_engine.generate(requests[:2], min_seconds=ROUND_S), hits=3)
-    return shared_engine
+    assert impatient_engine.call("wait_for_drafter", generation=1, timeout_s=RESTART_S)
+    assert_conclusive(impatient_engine.generate(requests[:2], min_seconds=ROUND_S), hits=3)
+    return impatient_engine
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,14 @@ no argmax of these prompts is that close.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from engines import Engine, assert_conclusive, request, texts
+
+pytestmark = pytest.mark.timed
 
 NUM_REQUESTS = 72
 ROUND_S = 0.03
@@ -35,12 +37,11 @@ def expected(target_alone: Engine, requests: list[dict[str, Any]]) -> SimpleName
 
 
 @pytest.fixture(scope="module", params=["skip", pytest.param("wait", marks=pytest.mark.compat), "ngram"])
-def engine(request: pytest.FixtureRequest, start_engine: Callable[..., Engine]) -> Iterator[Engine]:
-    """An engine with SSD for each answer to a miss."""
-    engine = start_engine(speculative={"on_miss": request.param, "branch_budget": 12})
-    engine.on_miss = request.param
-    yield engine
-    engine.close()
+def engine(request: pytest.FixtureRequest, ssd_engine: Engine) -> Engine:
+    """The engine with each answer to a miss."""
+    ssd_engine.call("set_config", on_miss=request.param)
+    ssd_engine.on_miss = request.param
+    return ssd_engine
 
 
 def test_text_is_that_of_the_target_alone(

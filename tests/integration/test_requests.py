@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from engines import Engine, assert_conclusive, request, texts
 
+pytestmark = pytest.mark.timed
+
 Prompts = Callable[..., list[list[int]]]
 
 ROUND_S = 0.02
@@ -29,10 +31,8 @@ CODE = r"def [a-z_]{3,12}\((self|cls), [a-z]{1,8}\):\n    return [a-z]{1,8}\n"
 
 
 @pytest.fixture(scope="module")
-def engine(start_engine: Callable[..., Engine]) -> Iterator[Engine]:
-    engine = start_engine(speculative={"branch_budget": 12})
-    yield engine
-    engine.close()
+def engine(ssd_engine: Engine) -> Engine:
+    return ssd_engine
 
 
 @pytest.mark.parametrize(

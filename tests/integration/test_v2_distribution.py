@@ -8,32 +8,26 @@ from pathlib import Path
 import pytest
 from engines import ON_V2, Engine, assert_conclusive
 from sampling import p_value, sample
-from tiny_models import write_pair
 
 SAMPLING = [{"temperature": 0.7}, {"temperature": 1.0, "top_k": 12, "top_p": 0.85}]
 RUN = dict(prompts=[[3, 7, 1]], num_samples=900, num_tokens=4)
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return write_pair(tmp_path_factory.mktemp("tiny"), noise=0.2)
-
-
-@pytest.fixture(scope="module")
-def engine(start_engine: Callable[..., Engine], pair: tuple[Path, Path]) -> Iterator[Engine]:
+def engine(start_engine: Callable[..., Engine], tiny_pair: tuple[Path, Path]) -> Iterator[Engine]:
     engine = start_engine(
-        model=str(pair[0]),
+        model=str(tiny_pair[0]),
         max_model_len=64,
         max_num_seqs=32,
-        speculative={"model": str(pair[1]), "num_speculative_tokens": 2, "fan_out": 3, "top_m": 8},
+        speculative={"model": str(tiny_pair[1]), "num_speculative_tokens": 2, "fan_out": 3, "top_m": 8},
         environment=ON_V2,
     )
     yield engine
     engine.close()
 
 
-def test_samples_have_the_distribution_of_the_target(engine: Engine, pair: tuple[Path, Path]) -> None:
-    run, samples = sample(engine, pair[0], SAMPLING, **RUN)
+def test_samples_have_the_distribution_of_the_target(engine: Engine, tiny_pair: tuple[Path, Path]) -> None:
+    run, samples = sample(engine, tiny_pair[0], SAMPLING, **RUN)
     assert samples.probs.gather(1, samples.tokens[:, None]).min() > 0, "a token that the target never samples"
     assert_conclusive(run, hits=200, misses=200, accepted=200)
     assert run.counts["known_q"] >= 400, f"inconclusive: {run.counts}"

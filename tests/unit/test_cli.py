@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import vllm_ssd.planning.measure
 from vllm_ssd.cli import app
 from vllm_ssd.planning import Profile
-from vllm_ssd.planning.measure import ProfilerFailed
+from vllm_ssd.planning.measure import EngineFailed
 from vllm_ssd.planning.published import published_profile
 
 CONFIG = dict(
@@ -131,7 +131,7 @@ class FakeProfiler:
 
     def run(self, turns, progress):
         if self.fails:
-            raise ProfilerFailed("the engine that measures 'ssd' ended\nOSError: no such model")
+            raise EngineFailed("the engine that measures 'ssd' ended\nOSError: no such model")
         progress(f"{turns} turns")
 
     def profile(self):

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from fake_model import FakePagedModel
 
+from vllm_ssd.compat.target.measure import ConstantDrafts
 from vllm_ssd.drafter.trace import TRACE_ENV, TracedFanOut
-from vllm_ssd.planning import measure
-from vllm_ssd.planning.measure import Profiler, ProfilerFailed, Subject
-from vllm_ssd.planning.worker import STEP_TREES, Decode, DrafterEngine, Junk, Steps, Task
+from vllm_ssd.planning import engine_host, measure
+from vllm_ssd.planning.measure import EngineFailed, Profiler, Subject
+from vllm_ssd.planning.worker import STEP_TREES, Decode, DrafterEngine, Steps, Task
 from vllm_ssd.policy import FanOut
 
 
@@ -82,7 +83,7 @@ def test_engines_get_what_they_need(fake, tmp_path):
         profiler.run(2)
     ssd, steps, verify, stock = fake.started
     assert ssd.engine_args["speculative_config"]["method"] == "ssd" and ssd.environment["VLLM_PLUGINS"] == "ssd"
-    assert verify.engine_args["speculative_config"]["model"].endswith("worker.Junk")
+    assert verify.engine_args["speculative_config"]["model"].endswith("measure.ConstantDrafts")
     assert stock.engine_args["speculative_config"]["num_speculative_tokens"] == measure.STOCK_DRAFTS
     assert steps.cpus == (1,) and steps.environment == {"OMP": "1"} and steps.engine_args["model"] == "drafter"
     assert all(task.cpus == (0,) for task in (ssd, verify, stock))
@@ -93,8 +94,8 @@ def test_an_engine_that_does_not_start_is_reported_with_its_log(tmp_path, monkey
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho no module named vllm\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(measure.sys, "executable", str(broken))
-    with pytest.raises(ProfilerFailed, match="(?s)measures 'verify' ended.*no module named vllm"):
+    monkeypatch.setattr(engine_host.sys, "executable", str(broken))
+    with pytest.raises(EngineFailed, match="(?s)measures 'verify' ended.*no module named vllm"):
         measure.Engine(Task("verify", {}), tmp_path / "verify.log", idle_stop=True)
 
 
@@ -106,11 +107,11 @@ def test_every_tree_of_a_drafter_gives_a_time():
         assert len(seconds) == STEP_TREES - 1 and min(seconds) > 0
 
 
-def test_junk_drafts_follow_the_first_token_of_the_prompt():
-    junk = Junk.__new__(Junk)
-    junk._most = 4
+def test_constant_drafts_follow_the_first_token_of_the_prompt():
+    proposer = ConstantDrafts.__new__(ConstantDrafts)
+    proposer._most = 4
     token_ids = np.array([[0, 9], [3, 9], [7, 9], [2, 9]], np.int32)
-    assert junk.propose([[5], [5], [5], []], np.array([2] * 4), token_ids) == [[], [1] * 3, [1] * 4, []]
+    assert proposer.propose([[5], [5], [5], []], np.array([2] * 4), token_ids) == [[], [1] * 3, [1] * 4, []]
 
 
 def test_a_trace_holds_what_the_fan_out_learned(tmp_path):

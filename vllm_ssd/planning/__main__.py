@@ -1,9 +1,7 @@
 """`python -m vllm_ssd.planning FD`: started by `vllm_ssd.planning.measure`, not by hand."""
 
-import sys
-from multiprocessing.connection import Connection
-
-from vllm_ssd.planning.worker import serve
+from vllm_ssd.planning.engine_host import serve
+from vllm_ssd.planning.worker import Worker
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
+    serve(Worker)

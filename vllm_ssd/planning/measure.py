@@ -1,42 +1,30 @@
-"""The measurements behind a profile, and how they become one."""
+"""Measure a pair of models and turn the measurements into a profile."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from multiprocessing import Pipe
 from pathlib import Path
 from statistics import fmean, quantiles, stdev
 from typing import Any
 
-import psutil
-
 from vllm_ssd.drafter.trace import TRACE_ENV
 from vllm_ssd.planning import Acceptance, Costs, Profile
+from vllm_ssd.planning.engine_host import EngineFailed, EngineProcess, threads_on
 from vllm_ssd.planning.worker import Decode, Steps, Task
 from vllm_ssd.policy import draft_grid
 
 STARTUP_TIMEOUT_S = 900
-EXIT_TIMEOUT_S = 3
 STOCK_DRAFTS = 2
 COST_TOKENS = 20
-LOG_LINES = 20
 BRANCHES = (1, 4, 12, 24, 48, 96, 192)
 MAX_BRANCHES_PER_ROW = 24
 HANDOVER_S = LATENCY_S = 2e-4
 """Host time of a hand-over, and of the two messages of a round: measured once, docs/benchmarks.md, Host time."""
-
-
-class ProfilerFailed(RuntimeError):
-    """An engine did not start, or ended; the message holds its last log lines."""
 
 
 @dataclass(frozen=True)
@@ -62,82 +50,38 @@ class Subject:
 
 
 class Engine:
-    """A worker process; `idle_stop` keeps it from taking any time while it is not asked."""
+    """An engine that is measured, started; `idle_stop` keeps it from taking any time while it is not asked."""
 
     def __init__(self, task: Task, log: Path, idle_stop: bool) -> None:
-        self._name, self._log, self._idle_stop = task.method, log, idle_stop
-        self._connection, theirs = Pipe()
-        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **task.environment}
-        with log.open("w") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_ssd.planning", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env={name: value for name, value in environment.items() if value is not None},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-        theirs.close()
+        self._process = EngineProcess(
+            ["-m", "vllm_ssd.planning"],
+            log,
+            environment=task.environment,
+            cpus=task.cpus,
+            name=f"the engine that measures {task.method!r}",
+            idle_stop=idle_stop,
+        )
         try:
-            self._send(task)
-            self.placement = self._receive(STARTUP_TIMEOUT_S)
-        except ProfilerFailed:
+            self._process.send("start", task=task)
+            self.placement = self._process.receive(STARTUP_TIMEOUT_S)
+        except EngineFailed:
             self.close()
             raise
-        self._signal(signal.SIGSTOP)
 
     def ask(self, request: Decode | Steps) -> list[float]:
         """Seconds of the steps that the request took."""
-        self._signal(signal.SIGCONT)
-        self._send(request)
-        answer = self._receive(None)
-        self._signal(signal.SIGSTOP)
-        return answer
+        return self._process.call("run", request=request)
 
     def close(self) -> None:
         """End the process; a drafter that it started ends with it."""
-        self._signal(signal.SIGCONT)
-        self._connection.close()
-        try:
-            self._process.wait(EXIT_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _signal(self, number: signal.Signals) -> None:
-        if self._idle_stop:
-            with suppress(psutil.NoSuchProcess, ProcessLookupError):
-                process = psutil.Process(self._process.pid)
-                for one in (process, *process.children(recursive=True)):
-                    os.kill(one.pid, number)
-
-    def _send(self, message: Task | Decode | Steps) -> None:
-        try:
-            self._connection.send(message)
-        except OSError:
-            raise self._failure("ended") from None
-
-    def _receive(self, timeout_s: float | None) -> Any:
-        try:
-            if not self._connection.poll(timeout_s):
-                raise self._failure(f"was not up after {timeout_s} s")
-            answer = self._connection.recv()
-        except (EOFError, ConnectionResetError):
-            raise self._failure("ended") from None
-        if isinstance(answer, str):
-            raise self._failure(answer)
-        return answer
-
-    def _failure(self, what: str) -> ProfilerFailed:
-        lines = self._log.read_text(errors="replace").splitlines()[-LOG_LINES:] if self._log.exists() else []
-        return ProfilerFailed("\n".join([f"the engine that measures {self._name!r} {what}", *lines]))
+        self._process.close()
 
 
 class Profiler:
-    """Runs engines in turns and collects what they took.
+    """Runs engines in turns and collects the times of their steps.
 
-    Engines that compete for devices run one after the other; with `together` all stay up and are asked in turn, so that
-    whatever slows the machine down for a while hits them alike.
+    By default one engine runs at a time; with `together` all stay up and take turns, so that a slow phase of the
+    machine affects all of them.
     """
 
     def __init__(self, subject: Subject, folder: Path, together: bool) -> None:
@@ -176,7 +120,7 @@ class Profiler:
                     self._measure(method, engine)
 
     def sample(self, progress: Callable[[str], None] = lambda text: None) -> None:
-        """One turn of every engine; they must run together."""
+        """One turn of every engine; needs `together`."""
         for method, engine in self._engines.items():
             progress(method)
             self._measure(method, engine)
@@ -213,17 +157,12 @@ class Profiler:
             },
             "verify": {
                 "method": "custom_class",
-                "model": "vllm_ssd.planning.worker.Junk",
+                "model": "vllm_ssd.compat.target.measure.ConstantDrafts",
                 "num_speculative_tokens": subject.max_drafts,
             },
             "stock": {"method": "draft_model", "model": subject.drafter, "num_speculative_tokens": STOCK_DRAFTS},
         }[method]
-        environment: dict[str, str | None] = {"VLLM_PLUGINS": "ssd" if method == "ssd" else ""}
-        if subject.target_cpus:
-            environment |= {
-                "OMP_NUM_THREADS": str(len(subject.target_cpus)),
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            }
+        environment = {"VLLM_PLUGINS": "ssd" if method == "ssd" else ""} | threads_on(subject.target_cpus)
         if method == "ssd":
             environment[TRACE_ENV] = str(self._trace)
         args = {
@@ -269,10 +208,10 @@ class Profiler:
                     self._verify.setdefault((batch_size, 1 + num_drafts), []).append(seconds)
 
     def profile(self) -> Profile:
-        """What all measurements so far say; engines that take turns must have run as often."""
+        """The profile of all measurements so far."""
         subject = self._subject
         factor = subject.ssd.get("saguaro_c", 1.0)
-        # Means, not medians: what now and then takes long counts in tokens per second as well.
+        # Means, not medians: occasional slow steps cost throughput too.
         means = {point: [fmean(seconds) for seconds in turns] for point, turns in self._verify.items()}
         verify = tuple((b, m, fmean(turns)) for (b, m), turns in sorted(means.items()))
         costs = Costs(
@@ -309,7 +248,7 @@ class Profiler:
         )
 
     def write_trace(self, path: Path) -> None:
-        """Keep the recorded outcomes, one JSON line each, for `scripts/simulate.py`."""
+        """Write the recorded outcomes as JSON lines, which `scripts/simulate.py` reads."""
         path.write_text(self._trace.read_text())
 
 
@@ -328,12 +267,12 @@ def _lines(path: str) -> list[str]:
 
 
 def _prompt(num_drafts: int) -> list[int]:
-    """Its first token tells `Junk` how many drafts to hand over."""
+    """Its first token tells `ConstantDrafts` how many drafts to hand over."""
     return [num_drafts, *range(2, 34)]
 
 
 def _rising(points: Iterator[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """More branches never cost less: noise that says otherwise is levelled."""
+    """Make the costs non-decreasing in the number of branches, against noise."""
     found: list[tuple[float, float]] = []
     for x, y in points:
         found.append((x, max(y, found[-1][1]) if found else y))
@@ -341,11 +280,11 @@ def _rising(points: Iterator[tuple[float, float]]) -> tuple[tuple[float, float],
 
 
 def _scatter(seconds: Sequence[float]) -> float:
-    """Relative standard deviation as the quartiles of a normal distribution tell it."""
+    """Relative standard deviation, estimated from the quartiles."""
     low, middle, high = quantiles(seconds, n=4)
     return (high - low) / 1.35 / middle
 
 
 def _error(turns: Sequence[float]) -> float:
-    """Relative standard error of the mean of several turns; a twentieth when there is only one."""
+    """Relative standard error of the mean over turns; 0.05 for a single turn."""
     return stdev(turns) / fmean(turns) / len(turns) ** 0.5 if len(turns) > 1 else 0.05

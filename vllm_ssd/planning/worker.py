@@ -1,20 +1,15 @@
-"""One engine in a process of its own, which decodes what it is asked to and tells how long each step took."""
+"""The engines that a profile is measured with, each in a process of its own."""
 
 from __future__ import annotations
 
 import gc
-import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-
-from vllm_ssd.drafter.lifetime import die_with
 
 DRAFTER_PROMPT_TOKENS = 64
 STEP_TREES = 6
@@ -22,7 +17,7 @@ STEP_TREES = 6
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a worker runs. engine_args: vLLM's EngineArgs, of the target or (method "steps") of the drafter.
+    """An engine to measure. engine_args: vLLM's EngineArgs, of the target or (method "steps") of the drafter.
 
     environment: variables to set, or with None to remove; cpus: cores to run on, empty for all.
     """
@@ -51,38 +46,6 @@ class Steps:
     num_drafts: int
 
 
-class Junk:
-    """A `custom_class` proposer of drafts that cost nothing: as many as the number of a prompt's first token."""
-
-    def __init__(self, vllm_config: Any) -> None:
-        from vllm_ssd.compat.target import runner_v1
-
-        runner_v1.install(Junk)
-        self._most = vllm_config.speculative_config.num_speculative_tokens
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to load."""
-
-    def on_schedule(self, started: Sequence[Any], finished: Sequence[str]) -> None:
-        """Requests join and leave unnoticed."""
-
-    def on_rows(self, request_ids: Sequence[str], num_verified: Sequence[int]) -> None:
-        """Rows need no names here."""
-
-    def proposals(self, *args: Any) -> None:
-        """Every draft is one-hot."""
-
-    def propose(
-        self,
-        sampled_token_ids: list[list[int]],
-        num_tokens: np.ndarray,
-        token_ids: np.ndarray,
-        slot_mappings: Any = None,
-    ) -> list[list[int]]:
-        """Drafts of token 1 for every row that decodes."""
-        return [[1] * min(int(token_ids[i, 0]), self._most) if s else [] for i, s in enumerate(sampled_token_ids)]
-
-
 def decode(
     engine: Any, prompts: Mapping[str, Any], max_tokens: int, temperature: float
 ) -> Iterator[tuple[float, list[Any]]]:
@@ -107,14 +70,13 @@ class TargetEngine:
     """vLLM's engine in this process."""
 
     def __init__(self, engine_args: dict[str, Any]) -> None:
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm import EngineArgs, LLMEngine
 
         self._engine = LLMEngine.from_engine_args(EngineArgs(disable_log_stats=True, **engine_args))
         self._num_requests = 0
 
     def placement(self) -> dict[str, Any] | None:
-        """How this server's drafter was started, if it has one: engine_args, cpus and environment."""
+        """engine_args, cpus and environment of this engine's drafter; None without one."""
         from vllm.platforms import current_platform
 
         from vllm_ssd.config import SSDConfig
@@ -129,7 +91,7 @@ class TargetEngine:
         return {"engine_args": engine_args, "cpus": tuple(options.cpus), "environment": environment}
 
     def run(self, request: Decode) -> list[float]:
-        """Seconds of every step in which all rows decoded, but for the first two."""
+        """Seconds of every step in which all rows decoded, without the first two."""
         prompts = {}
         for prompt in request.prompts:
             self._num_requests += 1
@@ -149,7 +111,7 @@ class DrafterEngine:
         self._model = DraftModel(**engine_args)
 
     def run(self, request: Steps) -> list[float]:
-        """Mean seconds of the steps over all branches, of each of a few trees."""
+        """Mean seconds of a step over all branches, for each of STEP_TREES - 1 trees."""
         from vllm_ssd.drafter.server import build_engine
         from vllm_ssd.policy import FanOut
 
@@ -180,24 +142,16 @@ class DrafterEngine:
         return means[1:]
 
 
-def serve(connection: Connection) -> None:
-    """Receive a task, start, tell (placement or None), then answer requests with seconds until the connection closes.
+class Worker:
+    """The host of an engine that is measured, see `engine_host.serve`."""
 
-    What goes wrong is answered as text.
-    """
-    task: Task = connection.recv()
-    die_with(os.getppid())
-    if task.cpus and sys.platform == "linux":
-        os.sched_setaffinity(0, task.cpus)
-    try:
-        engine = (DrafterEngine if task.method == "steps" else TargetEngine)(task.engine_args)
-        connection.send(engine.placement() if isinstance(engine, TargetEngine) else None)
+    def start(self, task: Task) -> dict[str, Any] | None:
+        """Start what `task` describes; returns where an SSD engine placed its drafter, see `TargetEngine.placement`."""
+        self._engine = (DrafterEngine if task.method == "steps" else TargetEngine)(task.engine_args)
         gc.collect()
         gc.freeze()
-        while True:
-            connection.send(engine.run(connection.recv()))
-    except EOFError:
-        return
-    except Exception as error:
-        connection.send(f"{type(error).__name__}: {error}")
-        raise
+        return self._engine.placement() if isinstance(self._engine, TargetEngine) else None
+
+    def run(self, request: Decode | Steps) -> list[float]:
+        """Seconds of the steps that `request` takes."""
+        return self._engine.run(request)

@@ -1,0 +1,61 @@
+"""What measurements and tests may touch of a vLLM engine that runs in their own process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from vllm import LLMEngine
+from vllm.platforms import current_platform
+from vllm.v1.sample import rejection_sampler
+
+from vllm_ssd.compat.target import runner_v1
+
+
+def scheduler(engine: LLMEngine) -> Any:
+    """The engine's scheduler."""
+    return engine.engine_core.engine_core.scheduler
+
+
+def proposer(engine: LLMEngine) -> Any:
+    """What drafts for the engine's model: V1's drafter or V2's speculator; None without one or with several workers."""
+    worker = getattr(engine.engine_core.engine_core.model_executor, "driver_worker", None)
+    runner = getattr(getattr(worker, "worker", None), "model_runner", None)
+    return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+
+
+def repair_cpu_sampling() -> None:
+    """Give any engine the repair that SSD's own get: on the CPU, vLLM verifies with uninitialised temperatures."""
+    if current_platform.is_cpu():
+        rejection_sampler.expand_batch_to_tokens = runner_v1.expand_batch_to_tokens
+
+
+class ConstantDrafts:
+    """A `custom_class` proposer of drafts that cost nothing: as many as the number of a prompt's first token."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        runner_v1.install(ConstantDrafts)
+        self._most = vllm_config.speculative_config.num_speculative_tokens
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to load."""
+
+    def on_schedule(self, started: Sequence[Any], finished: Sequence[str]) -> None:
+        """Requests join and leave unnoticed."""
+
+    def on_rows(self, request_ids: Sequence[str], num_verified: Sequence[int]) -> None:
+        """Rows need no names here."""
+
+    def proposals(self, *args: Any) -> None:
+        """Every draft is one-hot."""
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens: np.ndarray,
+        token_ids: np.ndarray,
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Drafts of token 1 for every row that decodes."""
+        return [[1] * min(int(token_ids[i, 0]), self._most) if s else [] for i, s in enumerate(sampled_token_ids)]
