@@ -172,9 +172,9 @@ class Worker:
         """Start the engine of `system`."""
         from vllm import EngineArgs, LLMEngine
 
-        from vllm_ssd.compat.target import measure
+        from vllm_ssd.compat.target import measure, runner_v1
 
-        measure.repair_cpu_sampling()  # as SSD does for itself
+        runner_v1.repair_cpu_sampling()  # as SSD does for itself
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(disable_log_stats=True, speculative_config=system.speculative_config, **system.engine_args)
         )

@@ -264,7 +264,7 @@ PLANTED = [
     (unmarked_patches, "compat/version.py", "from vllm.v1 import sample\ndel sample.x"),
     (uses_of_vllm, "policy/budget.py", "from vllm.logger import init_logger"),
     (uses_of_vllm, "drafter/engine.py", "def late():\n    import vllm"),
-    (needs_of_kernels, "kernels.py", "import numpy"),
+    (needs_of_kernels, "kernels.py", "import scipy"),
     (circles, "policy/budget.py", "import vllm_ssd.policy.other"),
     (circles, "policy/budget.py", "def late():\n    from vllm_ssd.policy.other import x"),
     (circles, "config.py", "def late():\n    from vllm_ssd.plugin import x"),

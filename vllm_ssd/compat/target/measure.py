@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 from vllm import LLMEngine
-from vllm.platforms import current_platform
-from vllm.v1.sample import rejection_sampler
 
 from vllm_ssd.compat.target import runner_v1
 
@@ -23,12 +21,6 @@ def proposer(engine: LLMEngine) -> Any:
     worker = getattr(engine.engine_core.engine_core.model_executor, "driver_worker", None)
     runner = getattr(getattr(worker, "worker", None), "model_runner", None)
     return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-
-
-def repair_cpu_sampling() -> None:
-    """Give any engine the repair that SSD's own get: on the CPU, vLLM verifies with uninitialised temperatures."""
-    if current_platform.is_cpu():
-        rejection_sampler.expand_batch_to_tokens = runner_v1.expand_batch_to_tokens
 
 
 class ConstantDrafts:
