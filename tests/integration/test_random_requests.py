@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from engines import ON_V2, Engine, assert_conclusive, assert_counts_agree
+from engines import ON_V2, Engine, assert_conclusive, assert_counts_agree, request, texts
 from random_requests import (
     VARIANTS,
     TieBreaker,
@@ -17,6 +17,7 @@ from random_requests import (
     random_requests,
     reference_arguments,
     reference_requests,
+    same_logprobs,
 )
 
 SEED = 1
@@ -48,6 +49,28 @@ def compare(
 def test_random_requests(start_engine: Callable[..., Engine], corpus: list[int], variant: str) -> None:
     first = 100 * list(VARIANTS).index(variant)
     compare(start_engine, corpus, variant, range(first, first + 48))
+
+
+def test_logprobs_of_named_tokens(
+    start_engine: Callable[..., Engine], target_alone: Engine, prompts: Callable[..., list[list[int]]]
+) -> None:
+    """Alone, and beside rows with other logprobs, where vLLM's rejection sampler raises; then without any."""
+    named = [request(p, max_tokens=30, logprob_token_ids=[5, 60, 7]) for p in prompts(2, 20, 60, seed=50)]
+    others = [request(p, max_tokens=30, logprobs=2, join_step=4) for p in prompts(3, 20, 60, seed=51)]
+    later = [request(p, max_tokens=40, join_step=60) for p in prompts(3, 20, 60, seed=52)]
+    engine = start_engine(speculative={"branch_budget": 12})
+    try:
+        run = engine.generate([*named, *others, *later], min_seconds=0.02)
+    finally:
+        engine.close()
+    expected = target_alone.generate([*named, *others, *later])
+    assert texts(run) == texts(expected)
+    for output, plain in zip(run.outputs[:2], expected.outputs[:2]):
+        found, wanted = output.samples[0].logprobs, plain.samples[0].logprobs
+        assert len(found) == 30 and all(same_logprobs(a, b) for a, b in zip(found, wanted))
+        assert all({5, 60, 7} <= step.keys() for step in found)
+    assert_conclusive(run, hits=5, accepted=10)
+    assert_counts_agree(run)
 
 
 def test_random_requests_on_v2(start_engine: Callable[..., Engine], corpus: list[int]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from types import SimpleNamespace
 
 import pytest
+import torch
+from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -14,7 +17,7 @@ from vllm_ssd.compat.target import runner_v1
 
 def a_runner(calls: list) -> SimpleNamespace:
     batch = SimpleNamespace(
-        sampling_metadata="metadata",
+        sampling_metadata=SimpleNamespace(logprob_token_ids=None),
         thinking_budget_state_holder=None,
         update_async_output_token_ids=lambda: calls.append("update_async_output_token_ids"),
     )
@@ -24,8 +27,13 @@ def a_runner(calls: list) -> SimpleNamespace:
 @pytest.mark.parametrize("metadata", [None, SimpleNamespace(num_draft_tokens=[0, 0])], ids=["none", "no drafts"])
 def test_a_round_without_drafts_is_sampled_as_bonus_tokens(metadata: SimpleNamespace | None) -> None:
     calls: list = []
-    runner_v1._sample(pytest.fail, a_runner(calls), None, "logits", metadata)
-    sampled = {"logits": "logits", "sampling_metadata": "metadata", "predict_bonus_token": True}
+    runner = a_runner(calls)
+    runner_v1._sample(pytest.fail, runner, None, "logits", metadata)
+    sampled = {
+        "logits": "logits",
+        "sampling_metadata": runner.input_batch.sampling_metadata,
+        "predict_bonus_token": True,
+    }
     assert calls == ["update_async_output_token_ids", sampled]
 
 
@@ -34,6 +42,22 @@ def test_a_round_with_drafts_goes_to_the_rejection_sampler() -> None:
     metadata = SimpleNamespace(num_draft_tokens=[0, 2])
     runner_v1._sample(lambda *arguments: calls.append(arguments), a_runner(calls), None, "logits", metadata)
     assert calls == [("logits", metadata)]
+
+
+def test_with_logprobs_of_named_tokens_the_drafts_are_left_out() -> None:
+    """Rows of three requests with two, no and one drafts: of each the first is sampled."""
+    logits = torch.arange(6.0)[:, None].expand(6, 4)
+    drafts = SimpleNamespace(num_draft_tokens=[2, 0, 1], bonus_logits_indices=torch.tensor([2, 3, 5]))
+    calls: list = []
+    runner = a_runner(calls)
+    sampling = dict.fromkeys((field.name for field in dataclasses.fields(SamplingMetadata)), None)
+    runner.input_batch.sampling_metadata = SamplingMetadata(
+        **sampling | {"logprob_token_ids": {1: [3]}, "spec_token_ids": [[7, 8], [], [9]]}
+    )
+    runner_v1._sample(pytest.fail, runner, None, logits, drafts)
+    assert calls[1]["logits"][:, 0].tolist() == [0, 3, 4] and calls[1]["predict_bonus_token"]
+    assert calls[1]["sampling_metadata"].spec_token_ids == [[], [], []]
+    assert runner.input_batch.sampling_metadata.spec_token_ids == [[7, 8], [], [9]]
 
 
 def test_a_row_at_the_limit_does_not_keep_vllm_from_asking_for_drafts() -> None:

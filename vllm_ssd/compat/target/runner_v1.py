@@ -8,6 +8,7 @@ in steps that verify no drafts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ import torch
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_ssd.compat import patch
 from vllm_ssd.compat.target.thinking_budget import ThinkingBudget
@@ -103,19 +106,35 @@ def _propose_draft_token_ids(original, runner, proposer: V1Proposer, scheduler_o
 
 
 def _sample(original, runner, proposer: V1Proposer, logits, spec_decode_metadata):
-    """Sample a step in which no row has drafts as bonus tokens alone.
+    """Sample a round in which no row has drafts as bonus tokens alone.
 
-    That is all that vLLM's rejection sampler does in such a step, but it is slower, and on the CPU it crashes in 0.30
+    That is all that vLLM's rejection sampler does in such a round, but it is slower, and on the CPU it crashes in 0.30
     to 0.32 when a request sets top_k but not top_p. The sampler must know that these are bonus tokens: with
     speculation on, the thinking budget otherwise counts only the rows of drafts, and forces the end marker in a wrong
     row. vLLM 0.30 and 0.31 forget to say so themselves.
     """
-    ThinkingBudget.take_over(runner.input_batch.thinking_budget_state_holder)
-    if spec_decode_metadata is not None and any(spec_decode_metadata.num_draft_tokens):
-        return original(logits, spec_decode_metadata)
     batch = runner.input_batch
+    metadata = batch.sampling_metadata
+    ThinkingBudget.take_over(batch.thinking_budget_state_holder)
+    if spec_decode_metadata is not None and any(spec_decode_metadata.num_draft_tokens):
+        if not metadata.logprob_token_ids:
+            return original(logits, spec_decode_metadata)
+        logits, metadata = without_drafts(logits, metadata, spec_decode_metadata)
     batch.update_async_output_token_ids()
-    return runner.sampler(logits=logits, sampling_metadata=batch.sampling_metadata, predict_bonus_token=True)
+    return runner.sampler(logits=logits, sampling_metadata=metadata, predict_bonus_token=True)
+
+
+def without_drafts(
+    logits: torch.Tensor, metadata: SamplingMetadata, spec_decode_metadata: SpecDecodeMetadata
+) -> tuple[torch.Tensor, SamplingMetadata]:
+    """The round as if it had verified nothing: of each request the first row of `logits`, [B, vocab].
+
+    For batches with `logprob_token_ids`, with which vLLM's rejection sampler loses logprobs or raises.
+    """
+    num_drafts = torch.tensor(spec_decode_metadata.num_draft_tokens, device=logits.device)
+    first = spec_decode_metadata.bonus_logits_indices - num_drafts
+    no_drafts: list[list[int]] = [[] for _ in spec_decode_metadata.num_draft_tokens]
+    return logits[first], dataclasses.replace(metadata, spec_token_ids=no_drafts)
 
 
 def _input_fits_in_drafter(original, runner, proposer: V1Proposer, common_attn_metadata):
