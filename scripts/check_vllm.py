@@ -66,7 +66,7 @@ class Release:
         if found is None:
             moved = self._elsewhere(path)
             return Finding(symbol.name, "moved", f"to {', '.join(moved)}") if moved else Finding(symbol.name, "missing")
-        problem = self._signature_problem(symbol, *found)
+        problem = self._signature_problem(symbol, *found) or self._abstract_problem(symbol, *found)
         return Finding(symbol.name, "signature changed" if problem else "present", problem)
 
     def module(self, name: str) -> ast.Module | None:
@@ -115,6 +115,19 @@ class Release:
         if not problems and symbol.exact and found.names != symbol.parameters:
             problems = [f"has another order: {', '.join(found.names)}"]
         return "; ".join(problems)
+
+    def _abstract_problem(self, symbol: Symbol, module: str, definition: Definition) -> str:
+        """The abstract methods that a subclass of ours lacks; empty where there are none."""
+        if symbol.implemented is None or not isinstance(definition, ast.ClassDef):
+            return ""
+        named = [
+            (node.name, any("abstractmethod" in ast.unparse(decorator) for decorator in node.decorator_list))
+            for _, owner in self._lineage(module, definition)
+            for node in _statements(owner.body)
+            if isinstance(node, Function)
+        ]
+        nearest = dict(reversed(named))
+        return "; ".join(f"wants {n}" for n, abstract in nearest.items() if abstract and n not in symbol.implemented)
 
     def _top_level(self, module: str, name: str, asked: frozenset[tuple[str, str]]) -> tuple[str, Definition] | None:
         """A name of a module, followed through imports."""
@@ -261,8 +274,9 @@ def newest() -> str:
 def download(version: str, folder: Path) -> Path:
     """PyPI's wheel of a release."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "download", f"vllm=={version}"]
-    platform = ["--no-deps", "--only-binary=:all:"]
-    subprocess.run([*command, *platform, "--dest", str(folder)], check=True, stdout=sys.stderr)
+    options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    if subprocess.run([*command, *options], stdout=sys.stderr).returncode:
+        raise SystemExit(f"pip could not download vllm {version}")
     (wheel,) = folder.glob("vllm-*.whl")
     return wheel
 

@@ -72,6 +72,18 @@ class Parent:
 """,
     "new/place.py": "class Moved:\n    def method(self): ...\ndef moved(): ...",
     "new/__init__.py": "from .place import moved as renamed",
+    "abstract.py": """
+class Base:
+    @abstractmethod
+    def wanted(self): ...
+    @staticmethod
+    @abc.abstractmethod
+    def another(): ...
+    @abstractmethod
+    def done(self): ...
+class Inner(Base):
+    def done(self): ...
+""",
     "circle.py": "from vllm.circle import nothing",
 }
 
@@ -146,6 +158,25 @@ def test_signatures(root: Path, name: str, parameters: str, exact: bool, problem
     assert (found.status, found.detail) == ("signature changed" if problem else "present", problem)
 
 
+@pytest.mark.parametrize(
+    ("name", "implemented", "problem"),
+    [
+        ("vllm.abstract:Base", "wanted another done", ""),
+        ("vllm.abstract:Base", "done", "wants another; wants wanted"),
+        ("vllm.abstract:Inner", "wanted another", ""),
+        ("vllm.abstract:Inner", "another", "wants wanted"),
+        ("vllm.old:Runner", "", ""),
+    ],
+)
+def test_abstract_methods(root: Path, name: str, implemented: str, problem: str) -> None:
+    """Python would refuse to make an object of a subclass that lacks one."""
+    found = check_vllm.Release(root).check(Symbol(name, implemented=tuple(implemented.split())))
+    assert (found.status, sorted(found.detail.split("; "))) == (
+        "signature changed" if problem else "present",
+        problem.split("; "),
+    )
+
+
 def run(monkeypatch: pytest.MonkeyPatch, wanted: list[Symbol], *arguments: str) -> int:
     monkeypatch.setattr(check_vllm, "symbols", lambda minor: wanted)
     return check_vllm.main(["0.40.0", *arguments])
@@ -179,17 +210,25 @@ def test_a_release_is_downloaded_by_name(root: Path, monkeypatch: pytest.MonkeyP
     """And unpacked without its compiled files; nothing is installed."""
     commands = []
 
-    def pip(command: list[str], **options: Any) -> None:
+    def pip(command: list[str], **options: Any) -> Any:
         commands.append(command)
         folder = Path(command[command.index("--dest") + 1])
         with ZipFile(folder / "vllm-0.40.0-cp38-abi3-manylinux_2_28_x86_64.whl", "w") as wheel:
             wheel.writestr("vllm/old.py", "class Runner: ...")
             wheel.writestr("vllm/_C.abi3.so", "")
+        return check_vllm.subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(check_vllm.subprocess, "run", pip)
     assert run(monkeypatch, [Symbol("vllm.old:Runner")]) == 0
     ((_, *command),) = commands
     assert command[:2] == ["-m", "pip"] and {"download", "vllm==0.40.0", "--no-deps"} <= set(command)
+
+
+def test_a_release_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = check_vllm.subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(check_vllm.subprocess, "run", lambda *args, **kwargs: done)
+    with pytest.raises(SystemExit, match="could not download vllm 0.40.0"):
+        run(monkeypatch, [])
 
 
 def test_the_newest_release_is_the_index_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +339,23 @@ def test_calls_give_only_what_the_tables_say() -> None:
     for name, keywords in uses(product(ROOT)).items():
         if keywords:
             assert set(keywords) <= set(TABLE[name].parameters or ()), name
+
+
+def test_all_subclasses_are_declared() -> None:
+    """With the abstract methods that they have."""
+    methods: dict[str, set[str]] = {}
+    for symbol in stand_ins():
+        owner, _, name = symbol.rpartition(".")
+        methods.setdefault(owner, set()).add(name)
+    for owner, declared in symbols.SUBCLASSED.items():
+        if owner in methods:
+            assert set(declared.split()) <= methods[owner], owner
+    release = check_vllm.Release(SITE)
+    wants_something = {
+        owner for owner in methods if release.check(Symbol(owner, implemented=())).status == "signature changed"
+    }
+    assert wants_something == symbols.SUBCLASSED.keys() & methods.keys()
+    assert len(methods.keys() & symbols.SUBCLASSED.keys()) == (4 if has_v2 else 3)
 
 
 @pytest.mark.compat

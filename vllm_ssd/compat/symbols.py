@@ -185,6 +185,14 @@ EXACT = {
 }
 """All parameters but `self` of functions that ours stand in for: vLLM calls ours with these."""
 
+SUBCLASSED = {
+    "vllm.v1.attention.backend:AttentionBackend": "get_builder_cls get_impl_cls get_name",
+    "vllm.v1.attention.backend:AttentionImpl": "__init__ forward",
+    "vllm.v1.attention.backend:AttentionMetadataBuilder": "__init__ build",
+    "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator": "capture init_cudagraph_manager propose",
+}
+"""Abstract methods of classes that ours are subclasses of, all of which ours have: no other may be abstract."""
+
 FROM_0_32 = (
     "vllm.config.speculative:SpeculativeConfig.uses_dynamic_speculative_decoding",
     "vllm.platforms.interface:Platform.is_unspecified",
@@ -202,12 +210,13 @@ class Symbol:
     """One of vLLM's: "module:Class.attribute", "module:name", or a module.
 
     parameters: those of a function, None where they do not matter; exact: whether it may have no others, required or
-    not.
+    not; implemented: the abstract methods of a class that a subclass of ours has, None where there is no such subclass.
     """
 
     name: str
     parameters: tuple[str, ...] | None = None
     exact: bool = False
+    implemented: tuple[str, ...] | None = None
 
 
 def symbols(minor: Minor = SUPPORTED[1]) -> Iterator[Symbol]:
@@ -221,7 +230,11 @@ def symbols(minor: Minor = SUPPORTED[1]) -> Iterator[Symbol]:
         before = minor < (0, 32)
         if before and name.startswith(FROM_0_32) and name not in UP_TO_0_31:
             continue
-        parameters = EXACT.get(name, CALLED.get(name))
+        parameters, implemented = EXACT.get(name, CALLED.get(name)), SUBCLASSED.get(name)
         if before:
             parameters = UP_TO_0_31.get(name, parameters)
-        yield Symbol(name, None if parameters is None else tuple(parameters.split()), name in EXACT)
+        yield Symbol(name, _split(parameters), name in EXACT, _split(implemented))
+
+
+def _split(names: str | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(names.split())
