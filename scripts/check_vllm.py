@@ -26,7 +26,7 @@ from vllm_ssd.compat.symbols import Symbol, symbols
 from vllm_ssd.compat.version import SUPPORTED, minor_of
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-Definition = Function | ast.ClassDef | ast.stmt
+Definition = ast.stmt | ast.Module
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Release:
         found = self._top_level(module, name, frozenset())
         if found is None or not attribute:
             return found
-        return self._attribute(*found, attribute) if isinstance(found[1], ast.ClassDef) else None
+        place, owner = found
+        return self._attribute(place, owner, attribute) if isinstance(owner, ast.ClassDef) else None
 
     def parameters(self, module: str, definition: Definition) -> Parameters | None:
         """Those of a function, or of a class's `__init__`; None for anything else."""
@@ -95,14 +96,13 @@ class Release:
         if init is not None and isinstance(init[1], Function):
             return _parameters(init[1])
         fields = [
-            item
+            (item.target.id, item.value is None)
             for _, owner in reversed(list(self._lineage(module, definition)))
             for item in owner.body
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
         ]
-        names = tuple(dict.fromkeys(item.target.id for item in fields))  # pyright: ignore[reportAttributeAccessIssue]
-        required = tuple(item.target.id for item in fields if item.value is None)  # pyright: ignore[reportAttributeAccessIssue]
-        return Parameters(names, required)
+        required = dict(fields)
+        return Parameters(tuple(required), tuple(name for name in required if required[name]))
 
     def _signature_problem(self, symbol: Symbol, module: str, definition: Definition) -> str:
         """How the parameters differ from what the symbol says; empty where they do as we need."""
@@ -137,7 +137,7 @@ class Release:
         asked |= {(module, name)}
         imported: list[tuple[str, str]] = []
         for node in _statements(tree.body):
-            if isinstance(node, (*Function.__args__, ast.ClassDef)) and node.name == name:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name == name:
                 return module, node
             if name in _assigned(node):
                 return module, node
@@ -147,8 +147,9 @@ class Release:
                         original = name if alias.name == "*" else alias.name
                         imported.append((_absolute(module, node, self._is_package(module)), original))
         for source, original in imported:
-            if self.module(f"{source}.{original}") is not None:
-                return f"{source}.{original}", tree
+            submodule = self.module(f"{source}.{original}")
+            if submodule is not None:
+                return f"{source}.{original}", submodule
             found = self._top_level(source, original, asked)
             if found is not None:
                 return found
@@ -158,7 +159,7 @@ class Release:
         """An attribute of a class: defined or assigned there, set on `self` in a method, or a base's."""
         for place, definition in self._lineage(module, owner):
             for node in _statements(definition.body):
-                if isinstance(node, (*Function.__args__, ast.ClassDef)) and node.name == name:
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name == name:
                     return place, node
                 if name in _assigned(node):
                     return place, node
@@ -166,7 +167,7 @@ class Release:
                 if isinstance(method, Function):
                     for node in ast.walk(method):
                         if _stores_on_self(node, name):
-                            return place, method if not isinstance(node, ast.stmt) else node
+                            return place, method
         return None
 
     def _lineage(self, module: str, owner: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]]:
