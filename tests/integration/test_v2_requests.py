@@ -6,6 +6,7 @@ than the V1 runner's on a CPU: runs are short, and every block is there in time.
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import re
 import signal
@@ -21,6 +22,10 @@ Prompts = Callable[..., list[list[int]]]
 
 HANG_S = 3.0
 RESTART_S = 90.0
+needs_v2 = pytest.mark.skipif(
+    importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is None,
+    reason="this vLLM has no V2 method for a CPU",
+)
 CODE = r"def [a-z_]{3,8}\(self, [a-z]{1,8}\):\n    return [a-z]{1,8}\n"
 
 
@@ -76,6 +81,8 @@ def assert_is_light(run: SimpleNamespace, ngram: bool = False) -> None:
     assert launched == {name: n for name, n in expected.items() if n}
 
 
+@needs_v2
+@pytest.mark.compat
 def test_text_is_that_of_the_target_alone(engine: Engine, target_alone: Engine, requests: list[dict[str, Any]]) -> None:
     run, expected = engine.generate(requests), target_alone.generate(requests)
     assert_same(run, expected, hits=50, misses=5, accepted=50)
@@ -120,7 +127,14 @@ def test_sampling_parameters_and_greedy_rows_beside_sampled_ones(
     assert_conclusive(run, hits=20, accepted=20)
 
 
-@pytest.mark.parametrize("ends_by", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+@needs_v2
+@pytest.mark.parametrize(
+    "ends_by",
+    [
+        pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.compat),
+        pytest.param(signal.SIGSTOP, id="hung"),
+    ],
+)
 def test_drafter_dies(
     engine: Engine, target_alone: Engine, requests: list[dict[str, Any]], ends_by: signal.Signals
 ) -> None:

@@ -9,7 +9,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 def use_compiled_norms() -> None:
     """Let every RMSNorm of this process that runs eagerly on the CPU call vLLM's C kernel.
 
-    vLLM 0.30 to 0.32 compute it there as eight PyTorch operations, several times as long as the kernel they have: in a
+    vLLM 0.29 to 0.33 compute it there as eight PyTorch operations, several times as long as the kernel they have: in a
     small draft model a fifth of the whole step. Idempotent.
     """
     if not _CompiledRMSNorm.registered:

@@ -13,7 +13,7 @@ MAX_CONCURRENT_BATCHES = "vllm.config.vllm:VllmConfig.max_concurrent_batches"
 def run_one_batch_at_a_time() -> None:
     """Keep an engine with ssd on the V1 runner from overlapping batches, which it does under pipeline parallelism.
 
-    There, vLLM (0.30 to 0.32) asks for drafts after each batch it starts and gets those of the batch in flight. Its
+    There, vLLM (0.29 to 0.33) asks for drafts after each batch it starts and gets those of the batch in flight. Its
     scheduler takes them for verifiable and schedules their requests again before their bonus tokens are known.
     Idempotent; every process needs it.
     """

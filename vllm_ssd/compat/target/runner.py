@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_ssd.compat import patch
-from vllm_ssd.compat.version import UnsupportedVLLM
+from vllm_ssd.compat.version import UnsupportedVLLM, minor_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -24,11 +24,15 @@ def is_v2() -> bool:
     """Whether vLLM will use the V2 runner, as far as can be told before it has built its configuration."""
     if importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is None:  # up to 0.31
         return False
+    import vllm
     import vllm.envs as envs
+    from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
     asked = envs.VLLM_USE_V2_MODEL_RUNNER
-    return HAS_TRITON if asked is None else asked
+    if asked is not None:
+        return asked
+    return HAS_TRITON or (minor_of(vllm.__version__) >= (0, 33) and current_platform.is_unspecified())
 
 
 def drafts_by_batch_size(num_speculative_tokens: int, max_num_seqs: int | None) -> list[list[int]]:
@@ -65,13 +69,18 @@ def has_ssd(config: Any) -> bool:
 
 
 def check_runner(config: VllmConfig) -> None:
-    """Raise `UnsupportedVLLM` when vLLM chose another runner for ssd than `is_v2` foresaw."""
+    """Raise `UnsupportedVLLM` when vLLM chose another runner for ssd than `is_v2` foresaw, or a lossy verification."""
     expected = has_ssd(config) and config.speculative_config.method == METHOD_ON_V2
     if has_ssd(config) and config.use_v2_model_runner != expected:
         runner, other = ("V2", 1) if config.use_v2_model_runner else ("V1", 0)
         raise UnsupportedVLLM(
             f"speculative method 'ssd': vLLM chose its {runner} model runner for other reasons than "
             f"VLLM_USE_V2_MODEL_RUNNER; set VLLM_USE_V2_MODEL_RUNNER={other}"
+        )
+    verification = getattr(config.speculative_config, "rejection_sample_method", "standard")
+    if has_ssd(config) and verification != "standard":
+        raise UnsupportedVLLM(
+            f"speculative method 'ssd': vLLM verifies drafts by {verification!r}, ssd by 'standard' only"
         )
 
 

@@ -108,8 +108,8 @@ def _propose_draft_token_ids(original, runner, proposer: V1Proposer, scheduler_o
 def _sample(original, runner, proposer: V1Proposer, logits, spec_decode_metadata):
     """Sample a round in which no row has drafts as bonus tokens alone.
 
-    That is all that vLLM's rejection sampler does in such a round, but it is slower, and on the CPU it crashes in 0.30
-    to 0.32 when a request sets top_k but not top_p. The sampler must know that these are bonus tokens: with
+    That is all that vLLM's rejection sampler does in such a round, but it is slower, and on the CPU it crashes in 0.29
+    to 0.33 when a request sets top_k but not top_p. The sampler must know that these are bonus tokens: with
     speculation on, the thinking budget otherwise counts only the rows of drafts, and forces the end marker in a wrong
     row. vLLM 0.30 and 0.31 forget to say so themselves.
     """
@@ -189,7 +189,7 @@ def expand_batch_to_tokens(
 ) -> torch.Tensor:
     """Repeat `x` [batch] for each token of its row -> [num_tokens]; `replace_from` becomes `replace_to`.
 
-    Stands in for vLLM's function of this name on the CPU, where 0.30 to 0.32 return uninitialised memory
+    Stands in for vLLM's function of this name on the CPU, where 0.29 to 0.33 return uninitialised memory
     unless `x` is int64: a copy is filled and dropped.
     """
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))

@@ -1,0 +1,244 @@
+"""What `compat`, and what it hands on to `target`, uses of vLLM, read from the source without running it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from source_tree import DOTTED, SourceTree
+
+CONFIG = "vllm.config.vllm:VllmConfig"
+V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+V1_BATCH = "vllm.v1.worker.gpu_input_batch:InputBatch"
+V2_BATCH = "vllm.v1.worker.gpu.input_batch:InputBatch"
+REQUESTS = "vllm.v1.worker.gpu.states:RequestState"
+SCHEDULED = "vllm.v1.core.sched.output:SchedulerOutput"
+NEW = "vllm.v1.core.sched.output:NewRequestData"
+CACHED = "vllm.v1.worker.gpu_input_batch:CachedRequestState"
+GROUP = "vllm.distributed.parallel_state:GroupCoordinator"
+ARGUMENTS = "vllm.engine.arg_utils:EngineArgs"
+PARALLEL = "vllm.config.parallel:ParallelConfig"
+COMMON = "vllm.v1.attention.backend:CommonAttentionMetadata"
+
+OBJECTS = {
+    "compat.target.batches": {
+        "config": CONFIG,
+        "getattr(config, 'speculative_config', None)": "vllm.config.speculative:SpeculativeConfig",
+    },
+    "compat.target.configuration": {"engine_args": ARGUMENTS},
+    "compat.target.pipeline": {"runner": V1, "scheduler_output": SCHEDULED, "state": CACHED},
+    "compat.target.runner": {"config": CONFIG, "engine_args": ARGUMENTS, "parallel_config": PARALLEL},
+    "compat.target.runner_v1": {
+        "runner": V1,
+        "scheduler_output": SCHEDULED,
+        "new": NEW,
+        "spec_decode_metadata": "vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
+        "batch": V1_BATCH,
+        "group": GROUP,
+    },
+    "compat.target.runner_v2": {
+        "runner": V2,
+        "new": NEW,
+        "batch": V2_BATCH,
+        "input_batch": V2_BATCH,
+        "req_states": REQUESTS,
+        "scheduler_output": SCHEDULED,
+        "speculator": "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator",
+    },
+    "compat.target.scheduler": {
+        "vllm_config": CONFIG,
+        "self": "vllm.v1.core.sched.scheduler:Scheduler",
+        "scheduler_output": SCHEDULED,
+        "model_runner_output": "vllm.v1.outputs:ModelRunnerOutput",
+    },
+    "compat.drafter.cpu_norms": {"self": "vllm.model_executor.layers.layernorm:RMSNorm"},
+    "compat.drafter.draft_model": {
+        "args": ARGUMENTS,
+        "self.vllm_config": CONFIG,
+        "self._core": "vllm.v1.engine.core:EngineCore",
+        "runner": V1,
+        "groups": "vllm.v1.kv_cache_interface:KVCacheGroupSpec",
+        "attention_group": "vllm.v1.worker.utils:AttentionGroup",
+        "self._metadata_builder": "vllm.v1.attention.backend:AttentionMetadataBuilder",
+        "config": "vllm.config.model:ModelConfig",
+    },
+    "compat.drafter.tree_backend": {
+        "batch": COMMON,
+        "common_attn_metadata": COMMON,
+        "layer": "vllm.v1.attention.backend:AttentionLayer",
+    },
+    "target.start": {"vllm_config": CONFIG, "model": "vllm.config.model:ModelConfig"},
+    "target.v1.proposer": {"get_tp_group()": GROUP},
+    "target.v2.speculator": {
+        "vllm_config": CONFIG,
+        "batch": V2_BATCH,
+        "req_states": REQUESTS,
+        "self._req_states": REQUESTS,
+        "self._group": GROUP,
+    },
+}
+"""vLLM's classes behind the names that a module has for objects of theirs."""
+
+NOT_VLLM = {("compat.drafter.tree_backend", "TreeAttentionMetadata.of"): {"batch"}}
+"""Functions in which such a name is another object's."""
+
+TYPES = {
+    f"{CONFIG}.speculative_config": "vllm.config.speculative:SpeculativeConfig",
+    f"{CONFIG}.scheduler_config": "vllm.config.scheduler:SchedulerConfig",
+    f"{CONFIG}.parallel_config": PARALLEL,
+    f"{CONFIG}.device_config": "vllm.config.device:DeviceConfig",
+    f"{CONFIG}.model_config": "vllm.config.model:ModelConfig",
+    f"{V1}.input_batch": V1_BATCH,
+    f"{V1_BATCH}.sampling_metadata": "vllm.v1.sample.metadata:SamplingMetadata",
+    f"{V1}.requests": CACHED,
+    f"{V1}.kv_cache_config": "vllm.v1.kv_cache_interface:KVCacheConfig",
+    f"{V1}.attn_groups": "vllm.v1.worker.utils:AttentionGroup",
+    f"{V2}.req_states": REQUESTS,
+    f"{SCHEDULED}.scheduled_cached_reqs": "vllm.v1.core.sched.output:CachedRequestData",
+    f"{NEW}.sampling_params": "vllm.sampling_params:SamplingParams",
+    "vllm.v1.core.sched.scheduler:Scheduler.parallel_config": PARALLEL,
+    "vllm.v1.engine.core:EngineCore.model_executor": "vllm.v1.executor.uniproc_executor:UniProcExecutor",
+    "vllm.v1.executor.uniproc_executor:UniProcExecutor.driver_worker": "vllm.v1.worker.worker_base:WorkerWrapperBase",
+    "vllm.v1.worker.worker_base:WorkerWrapperBase.worker": "vllm.v1.worker.gpu_worker:Worker",
+    "vllm.v1.kv_cache_interface:KVCacheGroupSpec.kv_cache_spec": "vllm.v1.kv_cache_interface:KVCacheSpec",
+    f"{REQUESTS}.total_len": "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor",
+    "vllm.config:SpeculativeConfig": "vllm.config.speculative:SpeculativeConfig",
+    "vllm.platforms:current_platform": "vllm.platforms.interface:Platform",
+}
+"""Classes of their attributes; of a list or dict, of what is in it."""
+
+
+def uses(tree: SourceTree) -> dict[str, set[str]]:
+    """Symbols `module:path`, and plain modules, that the source reaches; for each, the keywords it is called with."""
+    found: dict[str, set[str]] = {}
+    for module, syntax in tree.modules.items():
+        room = module.removeprefix("vllm_ssd.")
+        if (room.startswith("compat.") and room != "compat.symbols") or room in OBJECTS:
+            for name, keywords in _Module(room, syntax).uses():
+                found.setdefault(name, set()).update(keywords)
+    return found
+
+
+class _Module:
+    def __init__(self, room: str, syntax: ast.Module) -> None:
+        self._room = room
+        self._syntax = syntax
+        self._objects = OBJECTS.get(room, {})
+        self._own: set[str] = set()  # attributes of our own classes, whose `self` is vLLM's object too
+        self._imports: dict[str, str] = {}
+        self._strings: dict[str, str] = {}
+        in_compat = room.startswith("compat.")
+        for node in ast.walk(syntax):
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and not in_compat:
+                continue  # public names: see test_layers
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+                for alias in node.names:
+                    self._imports[alias.asname or alias.name] = _name(node.module, alias.name)
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    if alias.name.split(".")[0] == "vllm":
+                        self._imports[alias.asname or "vllm"] = alias.name if alias.asname else "vllm"
+            elif isinstance(node, ast.ClassDef):
+                self._own |= {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+                self._own |= {t.id for item in node.body if isinstance(item, ast.Assign) for t in item.targets}
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                for target in node.targets:
+                    if isinstance(target, ast.Name) and isinstance(node.value.value, str):
+                        self._strings[target.id] = node.value.value
+
+    def uses(self) -> Iterator[tuple[str, set[str]]]:
+        for name in self._imports.values():
+            if name != "vllm":
+                yield name, set()
+        yield from self._below(self._syntax, "", set(self._objects))
+
+    def _below(self, node: ast.AST, where: str, objects: set[str]) -> Iterator[tuple[str, set[str]]]:
+        for child in ast.iter_child_nodes(node):
+            inner, known = where, objects
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef)):
+                inner = f"{where}.{child.name}".strip(".")
+                known = objects - NOT_VLLM.get((self._room, inner), set())
+            yield from self._at(child, known)
+            yield from self._below(child, inner, known)
+
+    def _at(self, node: ast.AST, objects: set[str]) -> Iterator[tuple[str, set[str]]]:
+        if isinstance(node, ast.Attribute):
+            name = self._symbol(node, objects)
+            if name is not None:
+                yield name, set()
+        elif isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr") and len(node.args) > 1:
+                owner, attribute = self._type(node.args[0], objects), node.args[1]
+                if isinstance(node.args[0], ast.Name) and owner is None:
+                    owner = TYPES.get(self._imports.get(node.args[0].id, ""))
+                if owner is not None and isinstance(attribute, ast.Constant):
+                    yield f"{owner}.{attribute.value}", set()
+            called = self._symbol(node.func, objects)
+            if called is not None:
+                yield called, {keyword.arg for keyword in node.keywords if keyword.arg}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if DOTTED.fullmatch(node.value) and node.value.startswith("vllm.") and node.value != LOGGER:
+                yield node.value.rstrip("."), set()
+        elif isinstance(node, ast.JoinedStr) and len(node.values) == 2:
+            first, second = node.values
+            if isinstance(first, ast.FormattedValue) and isinstance(first.value, ast.Name):
+                prefix = self._strings.get(first.value.id, "")
+                if prefix.startswith("vllm.") and isinstance(second, ast.Constant):  # `f"{CLASS}.method"`
+                    yield f"{prefix}{second.value}", set()
+
+    def _symbol(self, node: ast.AST, objects: set[str]) -> str | None:
+        """The symbol that an expression names: something imported, or an attribute of an object."""
+        if isinstance(node, ast.Name):
+            name = self._imports.get(node.id)
+            return name if name != "vllm" else None
+        if not isinstance(node, ast.Attribute):
+            return None
+        if node.attr == "__name__":
+            return None
+        if isinstance(node.value, ast.Name) and self._imports.get(node.value.id, "") in TYPES:
+            return f"{TYPES[self._imports[node.value.id]]}.{node.attr}"
+        if isinstance(node.value, ast.Name) and node.value.id in self._imports:
+            return _name(self._imports[node.value.id], node.attr)
+        owner = self._type(node.value, objects)
+        if owner is None or (owner == self._objects.get("self") and node.attr in self._own):
+            return None
+        if ast.unparse(node.value) == "self" and node.attr.startswith("_"):
+            return None
+        return f"{owner}.{node.attr}"
+
+    def _type(self, node: ast.AST, objects: set[str]) -> str | None:
+        """The class of the object that an expression gives, or of what is in it."""
+        text = ast.unparse(node)
+        if text in objects:
+            return self._objects[text]
+        if isinstance(node, ast.Subscript):
+            return self._type(node.value, objects)
+        if isinstance(node, ast.Name):
+            return TYPES.get(self._imports.get(node.id, ""))
+        symbol = self._symbol(node, objects)
+        return TYPES.get(symbol or "")
+
+
+def _name(owner: str | None, attribute: str) -> str:
+    """`owner.attribute`, with a colon where `owner` is a module."""
+    assert owner
+    if ":" in owner:
+        return f"{owner}.{attribute}"
+    return f"{owner}.{attribute}" if _is_module(f"{owner}.{attribute}") else f"{owner}:{attribute}"
+
+
+LOGGER = "vllm.vllm_ssd"
+
+MODULES = {"vllm.envs", "vllm.utils.cpu_triton_utils", "vllm.v1.sample.rejection_sampler"}
+"""Modules that are imported from their package as a name."""
+
+
+def _is_module(name: str) -> bool:
+    return name in MODULES
+
+
+def product(folder: Path) -> SourceTree:
+    """The product's modules below a checkout's folder."""
+    return SourceTree({"vllm_ssd": folder / "vllm_ssd"})

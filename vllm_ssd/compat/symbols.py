@@ -1,0 +1,240 @@
+"""Everything of vLLM that `compat` uses: names, attributes of objects, and how functions are called.
+
+`scripts/check_vllm.py` looks these up in a release; `tests/unit/test_check_vllm.py` holds the tables equal to what the
+source of `compat` reaches, and to what is patched. No vLLM needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vllm_ssd.compat.version import SUPPORTED
+
+Minor = tuple[int, ...]
+
+USED = {
+    # configuration
+    "vllm": "__version__",
+    "vllm.envs": "VLLM_USE_V2_MODEL_RUNNER",
+    "vllm.config": "SpeculativeConfig VllmConfig",
+    "vllm.config.device:DeviceConfig": "device_type",
+    "vllm.config.model:ModelConfig": (
+        "dtype get_vocab_size max_model_len model revision skip_tokenizer_init tokenizer tokenizer_revision "
+        "trust_remote_code"
+    ),
+    "vllm.config.parallel:ParallelConfig": "data_parallel_index data_parallel_size pipeline_parallel_size",
+    "vllm.config.scheduler:SchedulerConfig": "async_scheduling max_num_batched_tokens max_num_seqs",
+    "vllm.config.speculative:SpeculativeConfig": "method rejection_sample_method uses_dynamic_speculative_decoding",
+    "vllm.config.vllm:VllmConfig": (
+        "additional_config device_config max_concurrent_batches model_config parallel_config scheduler_config "
+        "speculative_config use_v2_model_runner"
+    ),
+    "vllm.engine.arg_utils": "EngineArgs",
+    "vllm.engine.arg_utils:EngineArgs": (
+        "create_engine_config create_speculative_config max_num_seqs scheduler_cls spec_method speculative_config"
+    ),
+    "vllm.platforms": "current_platform",
+    "vllm.platforms.interface:Platform": "is_cpu is_unspecified",
+    "vllm.triton_utils": "HAS_TRITON",
+    # both runners
+    "vllm.distributed.parallel_state": "get_tp_group",
+    "vllm.distributed.parallel_state:GroupCoordinator": "broadcast broadcast_object rank_in_group world_size",
+    "vllm.sampling_params:SamplingParams": "min_tokens temperature",
+    "vllm.v1.core.sched.output:CachedRequestData": "all_token_ids",
+    "vllm.v1.core.sched.output:NewRequestData": "prefill_token_ids prompt_token_ids req_id sampling_params",
+    "vllm.v1.core.sched.output:SchedulerOutput": (
+        "finished_req_ids num_scheduled_tokens scheduled_cached_reqs scheduled_new_reqs scheduled_spec_decode_tokens"
+    ),
+    # the V1 runner
+    "vllm.utils.cpu_triton_utils": "",
+    "vllm.v1.sample.metadata:SamplingMetadata": "all_greedy",
+    "vllm.v1.sample.rejection_sampler": "expand_batch_to_tokens",
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "draft_token_ids num_draft_tokens",
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": "num_prompt_tokens output_token_ids",
+    "vllm.v1.worker.gpu_input_batch:InputBatch": "num_tokens_no_spec req_ids sampling_metadata vocab_size",
+    "vllm.v1.worker.gpu_model_runner": "GPUModelRunner",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
+        "_get_spec_decode_draft_probs _sample _update_states attn_groups device drafter execute_model "
+        "initialize_kv_cache input_batch kv_cache_config kv_caches model propose_draft_token_ids requests vllm_config"
+    ),
+    # the V2 runner
+    "vllm.v1.core.sched.async_scheduler": "AsyncScheduler",
+    "vllm.v1.core.sched.scheduler": "Scheduler",
+    "vllm.v1.core.sched.scheduler:Scheduler": "dynamic_sd_lookup num_spec_tokens parallel_config update_from_output",
+    "vllm.v1.outputs:ModelRunnerOutput": "req_id_to_index sampled_token_ids",
+    "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor": "gpu",
+    "vllm.v1.worker.gpu.input_batch:InputBatch": (
+        "expanded_idx_mapping expanded_local_pos idx_mapping idx_mapping_np num_reqs"
+    ),
+    "vllm.v1.worker.gpu.model_runner": "GPUModelRunner init_speculator",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": (
+        "_remove_request add_requests load_model rejection_sampler req_states speculator"
+    ),
+    "vllm.v1.worker.gpu.spec_decode": "init_speculator",
+    "vllm.v1.worker.gpu.spec_decode.ngram": "",
+    "vllm.v1.worker.gpu.spec_decode.ngram.speculator": "NgramGPUSpeculator",
+    "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator": "propose",
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler": "__call__",
+    "vllm.v1.worker.gpu.spec_decode.speculator": "BaseSpeculator",
+    "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator": "capture init_cudagraph_manager propose",
+    "vllm.v1.worker.gpu.states:RequestState": "last_sampled_tokens req_id_to_index total_len",
+    # the drafter
+    "vllm._custom_ops": "reshape_and_cache_flash",
+    "vllm.forward_context": "set_forward_context",
+    "vllm.model_executor.layers.layernorm": "RMSNorm",
+    "vllm.model_executor.layers.layernorm:RMSNorm": (
+        "forward_cpu forward_native has_weight register_oot variance_epsilon variance_size_override weight"
+    ),
+    "vllm.tokenizers": "get_tokenizer",
+    "vllm.v1.attention.backend": (
+        "AttentionBackend AttentionImpl AttentionMetadataBuilder AttentionType CommonAttentionMetadata MultipleOf"
+    ),
+    "vllm.v1.attention.backend:AttentionBackend": (
+        "get_builder_cls get_impl_cls get_name get_supported_kernel_block_sizes supports_head_size "
+        "supports_sliding_window"
+    ),
+    "vllm.v1.attention.backend:AttentionImpl": "__init__ forward",
+    "vllm.v1.attention.backend:AttentionLayer": "_k_scale _v_scale",
+    "vllm.v1.attention.backend:AttentionMetadataBuilder": "__init__ build",
+    "vllm.v1.attention.backend:AttentionType": "DECODER",
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "block_table_tensor max_query_len max_seq_len num_actual_tokens num_reqs query_start_loc seq_lens"
+    ),
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": "do_kv_cache_update",
+    "vllm.v1.attention.backends.registry": "AttentionBackendEnum register_backend",
+    "vllm.v1.engine.core": "EngineCore",
+    "vllm.v1.engine.core:EngineCore": "model_executor",
+    "vllm.v1.executor.uniproc_executor": "UniProcExecutor",
+    "vllm.v1.executor.uniproc_executor:UniProcExecutor": "driver_worker",
+    "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups num_blocks",
+    "vllm.v1.kv_cache_interface:KVCacheGroupSpec": "kv_cache_spec",
+    "vllm.v1.kv_cache_interface:KVCacheSpec": "block_size",
+    "vllm.v1.worker.gpu_worker:Worker": "model_runner",
+    "vllm.v1.worker.utils:AttentionGroup": "get_metadata_builder layer_names",
+    "vllm.v1.worker.worker_base:WorkerWrapperBase": "worker",
+}
+"""Names in modules, and attributes of classes: what a class, one of its bases, or a method on `self` sets."""
+
+CALLED = {
+    "vllm._custom_ops:reshape_and_cache_flash": (
+        "key value key_cache value_cache slot_mapping kv_cache_dtype k_scale v_scale"
+    ),
+    "vllm.engine.arg_utils:EngineArgs": "block_size enable_prefix_caching disable_log_stats model dtype enforce_eager",
+    "vllm.forward_context:set_forward_context": "attn_metadata vllm_config num_tokens slot_mapping",
+    "vllm.distributed.parallel_state:GroupCoordinator.broadcast": "input_ src",
+    "vllm.distributed.parallel_state:GroupCoordinator.broadcast_object": "obj src",
+    "vllm.model_executor.layers.layernorm:RMSNorm.register_oot": "_decorated_op_cls name",
+    "vllm.tokenizers:get_tokenizer": "tokenizer_name trust_remote_code revision",
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "query_start_loc query_start_loc_cpu seq_lens num_reqs num_actual_tokens max_query_len max_seq_len "
+        "block_table_tensor slot_mapping positions seq_lens_cpu_upper_bound"
+    ),
+    "vllm.v1.attention.backends.registry:register_backend": "backend class_path",
+    "vllm.v1.engine.core:EngineCore": "vllm_config executor_class log_stats",
+    "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator": "vllm_config device req_states",
+    "vllm.v1.worker.gpu.model_runner:init_speculator": "vllm_config device req_states",
+    "vllm.v1.worker.gpu.spec_decode:init_speculator": "vllm_config device req_states",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": "scheduler_output intermediate_tensors",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids": (
+        "scheduler_output sampled_token_ids sampling_metadata hidden_states sample_hidden_states aux_hidden_states "
+        "spec_decode_metadata common_attn_metadata slot_mappings"
+    ),
+}
+"""Parameters that calls of ours give, or that a wrapper of ours passes on: all are there, and no other is required."""
+
+EXACT = {
+    "vllm.config.vllm:VllmConfig.max_concurrent_batches": "",
+    "vllm.engine.arg_utils:EngineArgs.create_speculative_config": "target_model_config target_parallel_config",
+    "vllm.v1.attention.backend:AttentionBackend.supports_head_size": "head_size",
+    "vllm.v1.attention.backend:AttentionBackend.supports_sliding_window": "",
+    "vllm.v1.attention.backend:AttentionImpl.__init__": (
+        "num_heads head_size scale num_kv_heads alibi_slopes sliding_window kv_cache_dtype logits_soft_cap attn_type "
+        "kv_sharing_target_layer_name"
+    ),
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": (
+        "layer key value kv_cache slot_mapping"
+    ),
+    "vllm.v1.attention.backend:AttentionImpl.forward": (
+        "layer query key value kv_cache attn_metadata output output_scale output_block_scale"
+    ),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__": "kv_cache_spec layer_names vllm_config device",
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.build": ("common_prefix_len common_attn_metadata fast_build"),
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": "scheduler_output model_runner_output",
+    "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens": "x cu_num_tokens num_tokens replace_from replace_to",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner._remove_request": "req_id",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests": "scheduler_output",
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler.__call__": (
+        "logits input_batch draft_logits invalid_drafts"
+    ),
+    "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.capture": "",
+    "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.init_cudagraph_manager": "cudagraph_mode",
+    "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.propose": (
+        "input_batch attn_metadata slot_mappings last_hidden_states aux_hidden_states num_sampled num_rejected "
+        "last_sampled next_prefill_tokens temperature seeds dp_sync_state dummy_run skip_attn_for_dummy_run mm_inputs "
+        "is_profile num_speculative_tokens"
+    ),
+    "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator.propose": (
+        "input_batch attn_metadata slot_mappings last_hidden_states aux_hidden_states num_sampled num_rejected "
+        "last_sampled next_prefill_tokens temperature seeds dp_sync_state dummy_run skip_attn_for_dummy_run mm_inputs "
+        "is_profile num_speculative_tokens"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_spec_decode_draft_probs": "spec_decode_metadata",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample": "logits spec_decode_metadata",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states": "scheduler_output",
+}
+"""All parameters but `self` of functions that ours stand in for: vLLM calls ours with these."""
+
+SUBCLASSED = {
+    "vllm.v1.attention.backend:AttentionBackend": "get_builder_cls get_impl_cls get_name",
+    "vllm.v1.attention.backend:AttentionImpl": "__init__ forward",
+    "vllm.v1.attention.backend:AttentionMetadataBuilder": "__init__ build",
+    "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator": "capture init_cudagraph_manager propose",
+}
+"""Abstract methods of classes that ours are subclasses of, all of which ours have: no other may be abstract."""
+
+FROM_0_32 = (
+    "vllm.config.speculative:SpeculativeConfig.uses_dynamic_speculative_decoding",
+    "vllm.platforms.interface:Platform.is_unspecified",
+    "vllm.v1.core.sched.scheduler:Scheduler",
+    "vllm.v1.outputs:",
+    "vllm.v1.worker.gpu.",
+)
+"""Beginnings of symbols that are used from 0.32 on, where the V2 runner is."""
+UP_TO_0_31 = {"vllm.v1.worker.gpu.spec_decode:init_speculator": "vllm_config device"}
+"""Parameters of symbols that are used before 0.32, too, but have fewer there."""
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """One of vLLM's: "module:Class.attribute", "module:name", or a module.
+
+    parameters: those of a function, None where they do not matter; exact: whether it may have no others, required or
+    not; implemented: the abstract methods of a class that a subclass of ours has, None where there is no such subclass.
+    """
+
+    name: str
+    parameters: tuple[str, ...] | None = None
+    exact: bool = False
+    implemented: tuple[str, ...] | None = None
+
+
+def symbols(minor: Minor = SUPPORTED[1]) -> Iterator[Symbol]:
+    """The symbols that are used with vLLM of this minor, in the order of the tables."""
+    names = [
+        f"{owner}{'.' if ':' in owner else ':'}{name}" if name else owner
+        for owner, found in USED.items()
+        for name in found.split() or [""]
+    ]
+    for name in dict.fromkeys([*names, *CALLED, *EXACT]):
+        before = minor < (0, 32)
+        if before and name.startswith(FROM_0_32) and name not in UP_TO_0_31:
+            continue
+        parameters, implemented = EXACT.get(name, CALLED.get(name)), SUBCLASSED.get(name)
+        if before:
+            parameters = UP_TO_0_31.get(name, parameters)
+        yield Symbol(name, _split(parameters), name in EXACT, _split(implemented))
+
+
+def _split(names: str | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(names.split())
