@@ -18,9 +18,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from email.message import Message
 from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 from bench_prompts import held_out_prompts, prompt_windows
 from bench_report import environment, spread
@@ -62,7 +64,8 @@ class Measured:
 
 def english_prompts(seed: int) -> Iterator[list[int]]:
     """Windows of the descriptions of all installed packages, shuffled."""
-    texts = {d.name: d.metadata.get_payload() for d in distributions() if isinstance(d.metadata.get_payload(), str)}
+    bodies = ((d.name, cast(Message, d.metadata).get_payload()) for d in distributions())
+    texts = {name: body for name, body in bodies if isinstance(body, str)}
     yield from prompt_windows([text for _, text in sorted(texts.items())], seed)
 
 
@@ -123,7 +126,7 @@ def total_rates(measured: Sequence[dict[str, Measured]]) -> dict[str, float]:
 
 def best_fixed(rates: dict[str, float]) -> str:
     """The setting with the most tokens per second, the adaptive one apart."""
-    return max((name for name in rates if name != "adaptive"), key=rates.get)
+    return max((name for name in rates if name != "adaptive"), key=lambda name: rates[name])
 
 
 def settling(found: Sequence[Sequence[tuple[int, float, int]]]) -> list[tuple[float, float]]:

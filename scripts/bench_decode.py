@@ -84,7 +84,7 @@ def measure_costs(fleet: Fleet, prompts: Iterator[list[int]]) -> dict:
             if system.method == "plain":
                 verify.setdefault(0, []).extend(fleet.ask("plain", Request([prompt], 1, COST_TOKENS)).steps_s)
             elif system.method == "stock":
-                k = system.speculative_config["num_speculative_tokens"]
+                k = system.num_drafts
                 junk = Request([prompt], 1, COST_TOKENS, num_junk_drafts=k)
                 verify.setdefault(k, []).extend(fleet.ask("ceiling", junk).steps_s)
                 stock.setdefault(k, []).extend(fleet.ask(system.name, Request([prompt], 1, COST_TOKENS)).steps_s)

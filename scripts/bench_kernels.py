@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import cast
 
 import torch
 import triton
@@ -75,8 +76,9 @@ def main() -> int:
 
     bandwidth = copy_bandwidth()
     report(kind="machine", **describe_machine(), copy_gb_per_s=bandwidth / 1e9)
-    for shape in itertools.product(HEADS, args.requests, args.contexts, args.branches):
-        for row in bench_attention(*shape, bandwidth):
+    sizes = itertools.product(args.requests, args.contexts, args.branches)
+    for model, (num_requests, context, branches) in itertools.product(HEADS, sizes):
+        for row in bench_attention(model, num_requests, context, branches, bandwidth):
             report(kind="tree_attention", **row)
     for num_requests in args.requests:
         report(kind="pages", **bench_pages(num_requests))
@@ -106,7 +108,7 @@ def describe_machine() -> dict[str, object]:
 
 def median_us(step: Callable[[], object]) -> float:
     """Median time of one replay of `step` in microseconds."""
-    return 1e3 * triton.testing.do_bench_cudagraph(step, rep=50, return_mode="median")
+    return 1e3 * cast(float, triton.testing.do_bench_cudagraph(step, rep=50, return_mode="median"))
 
 
 def copy_bandwidth() -> float:
@@ -161,9 +163,10 @@ def bench_attention(
         one_each = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
         seq_lens = shared_lens + own_lens
         fa_version = get_flash_attn_version()
+        assert fa_version is not None  # where there is none, the import above fails
 
         def flash(copy: int) -> torch.Tensor:
-            return flash_attn_varlen_func(
+            out = flash_attn_varlen_func(
                 query,
                 keys[copy * pages_per_copy :],
                 values[copy * pages_per_copy :],
@@ -176,12 +179,13 @@ def bench_attention(
                 block_table=whole_tables,
                 fa_version=fa_version,
             )
+            return cast(torch.Tensor, out)  # a pair only if asked for the log-sum-exp
 
         ways["vllm flash attention"] = flash
     except ImportError as error:
         missing["vllm flash attention"] = str(error)
     try:
-        import flashinfer
+        import flashinfer  # pyright: ignore[reportMissingImports]
 
         wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(
             2, torch.empty(256 << 20, dtype=torch.uint8, device="cuda"), "NHD"

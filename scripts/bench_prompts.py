@@ -60,8 +60,9 @@ def _prompt(line: str, where: str) -> str | list[int]:
 
 def encode_prompts(prompts: Sequence[str | list[int]], target: str, engine_args: dict) -> list[list[int]]:
     """Token ids of all prompts, texts as the target's tokenizer encodes them."""
-    if all(isinstance(prompt, list) for prompt in prompts):
-        return list(prompts)
+    ids = [prompt for prompt in prompts if isinstance(prompt, list)]
+    if len(ids) == len(prompts):
+        return ids
     from vllm.tokenizers import get_tokenizer
 
     options = {key: engine_args[key] for key in ("trust_remote_code", "revision") if key in engine_args}

@@ -50,9 +50,9 @@ def summarise(
     for system in systems:
         by_method.setdefault(system.method, []).append(system.name)
     rates = {name: median(r.rate(name) for r in used) for name in used[0].turns}
-    best_stock = max(by_method["stock"], key=rates.get)
-    best_ssd = max(by_method["ssd"], key=rates.get)
-    best_other = max(best_stock, "plain", key=rates.get)
+    best_stock = max(by_method["stock"], key=lambda name: rates[name])
+    best_ssd = max(by_method["ssd"], key=lambda name: rates[name])
+    best_other = max(best_stock, "plain", key=lambda name: rates[name])
     ratios = {}
     for name in by_method["ssd"]:
         others = {

@@ -31,6 +31,11 @@ class System:
     engine_args: dict[str, Any]
     speculative_config: dict[str, Any] | None = None
 
+    @property
+    def num_drafts(self) -> int:
+        """Most drafts of a round."""
+        return self.speculative_config["num_speculative_tokens"] if self.speculative_config else 0
+
 
 @dataclass(frozen=True)
 class Request:
@@ -194,7 +199,7 @@ class Worker:
             self._replay.drafts = request.replay
             self._replay.junk = [0] * request.num_junk_drafts
         counts = self._counts()
-        if self._recorder:
+        if self._recorder and self._steered:
             self._recorder.clear()
             self._steered.begin(request.num_held_drafts)
         turn = Turn(delayed_s=-self._delayed_s())
@@ -202,7 +207,7 @@ class Worker:
             self._decode(request.prompts[i : i + request.batch_size], request, turn)
         turn.delayed_s += self._delayed_s()
         turn.counts = {name: value - counts[name] for name, value in self._counts().items()}
-        if self._recorder:
+        if self._recorder and self._steered:
             turn.drafts, turn.handovers_s = self._recorder.drafts, self._recorder.handovers_s
             turn.wanted = self._steered.wanted
         if self._ssd:

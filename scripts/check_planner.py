@@ -57,17 +57,16 @@ def predict(profile: Profile, system: System, rows: float) -> Prediction:
 def predict_at(profile: Profile, system: System, batch_size: int) -> Prediction:
     """The same for one batch size."""
     acceptance, config = profile.acceptance_at(0.0), system.speculative_config
-    if system.method == "plain":
+    if config is None:
         return predict_plain(profile, batch_size)
-    num_drafts = config["num_speculative_tokens"]
     if system.method == "stock":
-        return predict_sd(profile, acceptance, batch_size, num_drafts)
-    setting = Setting(batch_size, num_drafts, config["branch_budget"], config["on_miss"])
+        return predict_sd(profile, acceptance, batch_size, system.num_drafts)
+    setting = Setting(batch_size, system.num_drafts, config["branch_budget"], config["on_miss"])
     return predict_ssd(profile, acceptance, setting)
 
 
 def measure(
-    fleet: Fleet, systems: Sequence[System], profiler: Profiler, prompts: list[list[int]], args: argparse.Namespace
+    fleet: Fleet, systems: list[System], profiler: Profiler, prompts: list[list[int]], args: argparse.Namespace
 ) -> Iterator[dict[tuple[str, int], list[Turn]]]:
     """After each turn but the first, which warms up, all turns so far by system and batch size."""
     found: dict[tuple[str, int], list[Turn]] = {}

@@ -138,6 +138,7 @@ class Server:
             answer = self.client.completions.create(
                 model=MODEL, prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body={"ignore_eos": True}
             )
+        assert answer.usage is not None
         return Completion(answer.choices[0].text, answer.usage.completion_tokens, time.perf_counter() - start)
 
     def stream(self, prompt: str, max_tokens: int) -> Iterator[Completion]:
@@ -154,6 +155,7 @@ class Server:
                 extra_body={"ignore_eos": True, "stream_options": options},
             ):
                 text += piece.choices[0].text if piece.choices else ""
+                assert piece.usage is not None  # as `options` say
                 yield Completion(text, piece.usage.completion_tokens, time.perf_counter() - start)
 
     @contextmanager

@@ -142,6 +142,9 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """A small Llama with tied embeddings; returns logits."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, shape: Shape):
         super().__init__()
         self.shape = shape

@@ -97,7 +97,7 @@ def write_model(src: str | Path, dst: str | Path, config: dict, weights: Weights
 
 def main() -> None:
     """Run one of the two tools."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("tool", choices=("widen", "deepen"))
     parser.add_argument("source", type=Path)
     parser.add_argument("destination", type=Path)

@@ -110,7 +110,8 @@ def co_train(
     losses = torch.compile(co_training_loss, dynamic=False, disable=not args.compile)
     long, short = Windows(corpus, WINDOW, args.seed), Windows(corpus, SHORT_WINDOW, args.seed + 1)
     for tokens in (long.batch(args.batch), short.batch(2 * args.batch)):  # compile off the clock
-        sum(losses(target, drafter, tokens)).backward()
+        text_loss, drafter_loss = losses(target, drafter, tokens)
+        (text_loss + drafter_loss).backward()
     target_optimizers, drafter_optimizers = optimizers(target), optimizers(drafter)
     clear(target_optimizers + drafter_optimizers)
     clock = Clock(args.minutes * CO_TRAINING_SHARE, args.co_training_steps)
@@ -167,7 +168,7 @@ def report(clock: Clock, line: str) -> None:
 
 def main() -> None:
     """Train, save and measure the pair."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "tests" / "assets" / "pair")
     parser.add_argument("--minutes", type=float, default=30.0, help="training time; the schedules always complete")
     parser.add_argument("--co-training-steps", type=int, help="follow this step count rather than the clock")

@@ -130,7 +130,7 @@ class EngineHost:
 
     def is_async(self) -> bool:
         """Whether the scheduler is a step ahead of the results."""
-        return self._engine.vllm_config.scheduler_config.async_scheduling
+        return bool(self._engine.vllm_config.scheduler_config.async_scheduling)
 
     def drafter(self) -> SimpleNamespace:
         """Process id, how often it was started, whether it is connected, KV pages in use when it last reported."""

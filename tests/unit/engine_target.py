@@ -24,6 +24,7 @@ class CheckedModel(PagedModel, Protocol):
 
     def reference_logits(self, prefix: list[int]) -> torch.Tensor:
         """Logits `[vocab]` after `prefix`, distinct for all tokens."""
+        ...
 
 
 def engine_of(model: PagedModel, fan_out: int | list[int] = 2, **options) -> DraftEngine:

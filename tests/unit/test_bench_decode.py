@@ -138,7 +138,7 @@ def test_systems():
     assert [s.method for s in systems] == ["plain", "stock", "ssd", "ssd", "ceiling"]
     assert all(s.engine_args["model"] == "T" and s.engine_args["dtype"] == "float32" for s in systems)
     ssd, hidden = systems[2].speculative_config, systems[3].speculative_config
-    assert hidden == ssd | {"on_miss": "skip"} and "on_miss" not in ssd and ssd["drafter_cpus"] == "1"
+    assert ssd and hidden == ssd | {"on_miss": "skip"} and "on_miss" not in ssd and ssd["drafter_cpus"] == "1"
     assert systems[4].speculative_config["num_speculative_tokens"] == 3
     assert "ceiling" not in [s.name for s in bench_decode.make_systems(pair, args, ceiling=False)]
     twice = parse("--ssd", '{"num_speculative_tokens": 3, "on_miss": "skip"}', "--ssd-only-hidden", "--stock-k", 2)

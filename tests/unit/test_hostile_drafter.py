@@ -119,7 +119,8 @@ def test_checking_a_block_takes_microseconds():
 def test_the_target_s_vocabulary_bounds_ids():
     push = decode_to_target(hostile.push(hostile.block(draft_token_ids=[[3, 4, 99], [6, 7, 8]])))
     assert PushChecker.of(OPTIONS, 100).reason(push) is None
-    assert "draft that is not in the target's vocabulary" in PushChecker.of(OPTIONS, 99).reason(push)
+    reason = PushChecker.of(OPTIONS, 99).reason(push)
+    assert reason is not None and "draft that is not in the target's vocabulary" in reason
 
 
 def test_the_largest_sound_push_fits_the_bound():

@@ -36,7 +36,7 @@ class FakeEngine:
                 for i in range(40):
                     print(json.dumps([3, 3, 1, True] if i % 2 else [0, 0, 0, False]), file=file)
             return [0.0156] * 9
-        drafts = request.prompts[0][0] if self.task.method == "verify" else measure.STOCK_DRAFTS
+        drafts = int(request.prompts[0][0]) if self.task.method == "verify" else measure.STOCK_DRAFTS
         seconds = 0.010 + 0.001 * len(request.prompts) * (1 + drafts)
         return [seconds + (2 * 0.003 if self.task.method == "stock" else 0.0)] * 9
 

@@ -38,6 +38,7 @@ class Fork:
 
     def register(self, break_vllm: str = "") -> dict[str, Any]:
         print(json.dumps(break_vllm), file=self._process.stdin, flush=True)
+        assert self._process.stdout is not None  # a pipe
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ class Served:
 
 
 @pytest.fixture
-def serve() -> Iterator[type[Served]]:
+def serve() -> Iterator[Callable[[FakePagedModel], Served]]:
     served: list[Served] = []
 
     def serve(model: FakePagedModel) -> Served:

@@ -66,7 +66,8 @@ def decode(seed: int, markers: tuple[list[int], list[int]], exact: bool) -> int:
     if exact:
         ThinkingBudget.take_over(speculative)
         assert type(speculative) is ThinkingBudget
-    join(plain, requests), join(speculative, requests)
+    join(plain, requests)
+    join(speculative, requests)
     if rng.random() < 0.5:  # a piece of the prompts whose samples are thrown away
         without_speculation(plain, [[] for _ in requests])
         with_drafts(speculative, [[] for _ in requests], [[] for _ in requests])

@@ -57,7 +57,7 @@ def wrap(
     owner, found = _resolve(symbol)
     if _mark(found) is not None:
         return
-    original = found.fget if isinstance(found, property) else found
+    original = _function(found)
     _check(symbol, original, parameters)
 
     @functools.wraps(original)
@@ -85,7 +85,7 @@ def original(symbol: str) -> Callable[..., Any]:
     for patch in patched().values():
         if patch.symbol == symbol:
             return patch.original
-    return found.fget if isinstance(found, property) else found
+    return _function(found)
 
 
 def patched() -> dict[str, Patch]:
@@ -138,8 +138,13 @@ def _name(symbol: str) -> str:
     return symbol.rpartition(":")[2].rpartition(".")[2]
 
 
+def _function(found: Any) -> Any:
+    """What was found, or the getter of a property."""
+    return found.fget if isinstance(found, property) else found
+
+
 def _mark(found: Any) -> Patch | None:
-    return getattr(found.fget if isinstance(found, property) else found, MARK, None)
+    return getattr(_function(found), MARK, None)
 
 
 def _check(symbol: str, function: Any, parameters: tuple[str, ...]) -> None:
@@ -159,6 +164,6 @@ def _check(symbol: str, function: Any, parameters: tuple[str, ...]) -> None:
 def _install(patch: Patch) -> None:
     installed = patch._installed
     with suppress(AttributeError, TypeError):  # a builtin takes no attributes
-        setattr(installed.fget if isinstance(installed, property) else installed, MARK, patch)
+        setattr(_function(installed), MARK, patch)
     setattr(patch._owner, _name(patch.symbol), installed)
     _patches.append(patch)

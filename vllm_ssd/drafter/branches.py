@@ -96,7 +96,7 @@ class Branches:
         if not len(rows) or step[0] == self.num_drafts[rows[0]]:
             return
         self.tokens[rows, step + 1] = draw.drawn[drawn]
-        if draw.q_probs is not None:
+        if draw.q_token_ids is not None and draw.q_probs is not None:
             self.q_token_ids[rows, step] = draw.q_token_ids[drawn]
             self.q_probs[rows, step] = draw.q_probs[drawn]
 

@@ -150,7 +150,7 @@ class _Bucket:
         model: PagedModel,
         pages: DevicePages,
         sampling: dict,
-        memory: tuple[int, int] | None,
+        memory: torch.cuda._POOL_HANDLE | None,
         num_rows: int,
         num_requests: int,
         context: int,
@@ -219,7 +219,7 @@ class _Bucket:
         else:
             self._step()
         buffers = list(zip(self._drawn, self._on_host))[: 3 if sampled else 2]
-        if not self._copied:
+        if self._copies is None:
             for drawn, on_host in buffers:
                 on_host[step] = drawn[step]
             return

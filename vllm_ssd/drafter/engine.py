@@ -344,12 +344,12 @@ class DraftEngine:
             self._fork(sequence)
         for i, (sequence, position) in enumerate(tokens.spine_logits):
             if self._is_open(sequence) and sequence.awaited and position == sequence.length - 1:
-                self._start_jit(sequence, draw, i)
+                self._start_jit(sequence, sequence.awaited, draw, i)
 
-    def _start_jit(self, sequence: Sequence, draw: Draw, i: int) -> None:
+    def _start_jit(self, sequence: Sequence, num_drafts: int, draw: Draw, i: int) -> None:
         """One branch for the very round that waits, from the token just drawn after the trunk."""
         last_token = np.array(sequence.tokens[sequence.length - 1 : sequence.length])
-        rows = self._add_branches(sequence, JIT_ACCEPT_LENGTH, sequence.awaited, last_token)
+        rows = self._add_branches(sequence, JIT_ACCEPT_LENGTH, num_drafts, last_token)
         if len(rows):
             self.branches.extend(rows, draw, i)
 

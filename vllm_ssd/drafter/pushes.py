@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as SequenceOf
+from typing import cast
 
 import numpy as np
 
@@ -41,7 +42,8 @@ def take_blocks(branches: Branches, by_slot: SequenceOf[Sequence | None], rows: 
     for row, slot, offset, depth in zip(rows, branches.owner[rows], branches.sent[rows], depths):
         groups.setdefault((int(slot), int(offset), int(depth)), []).append(int(row))
     branches.sent[rows] = depths
-    return [_block(branches, by_slot[slot], alike, *span) for (slot, *span), alike in groups.items()]
+    sequences = cast("SequenceOf[Sequence]", by_slot)  # a branch never outlives its sequence
+    return [_block(branches, sequences[slot], alike, *span) for (slot, *span), alike in groups.items()]
 
 
 def _block(branches: Branches, sequence: Sequence, rows: list[int], offset: int, depth: int) -> SpeculationBlock:

@@ -90,7 +90,9 @@ def _grow(engine: DraftEngine, request: _Request) -> dict[tuple[int, int], _Bran
             for i, (k, bonus) in enumerate(unpack_ids(block.outcomes).reshape(-1, 2).tolist()):
                 branch = branches.setdefault((k, bonus), _Branch([*request.tokens, *request.drafts[:k], bonus]))
                 branch.drafts += block.drafts(i)
-                branch.proposals += block.proposals(i)
+                proposals = block.proposals(i)
+                assert proposals is not None  # at temperature 1
+                branch.proposals += proposals
     return branches
 
 

@@ -42,7 +42,7 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """No message can be part of a reference cycle, so none is worth the garbage collector's time."""
 
 
-class Hello(_Message, tag=0):
+class Hello(_Message, frozen=True, tag=0):
     """Target → drafter, first: what both sides must agree on. An empty `tokenizer` is not compared."""
 
     version: int
@@ -51,7 +51,7 @@ class Hello(_Message, tag=0):
     tokenizer: str
 
 
-class Welcome(_Message, tag=0):
+class Welcome(_Message, frozen=True, tag=0):
     """Drafter → target, answering `Hello`: the drafter is ready; its capacity in tokens is pages times page size."""
 
     version: int
@@ -62,13 +62,13 @@ class Welcome(_Message, tag=0):
     page_size: Count
 
 
-class Refused(_Message, tag=1):
+class Refused(_Message, frozen=True, tag=1):
     """Drafter → target, instead of `Welcome`: why there will be no drafter, in one sentence for the user."""
 
     reason: str
 
 
-class Open(_Message, tag=0):
+class Open(_Message, frozen=True, tag=0):
     """A request starts, or starts again after an eviction; its committed length is the number of tokens.
 
     token_ids: all committed tokens, int32 little-endian (see `pack_ids`)
@@ -81,7 +81,7 @@ class Open(_Message, tag=0):
     temperature: NonNegative
 
 
-class Outcome(_Message, tag=1):
+class Outcome(_Message, frozen=True, tag=1):
     """A request's round is decided and its next one begins.
 
     length: committed length after `emitted`
@@ -99,20 +99,20 @@ class Outcome(_Message, tag=1):
     jit: Count = 0
 
 
-class Close(_Message, tag=2):
+class Close(_Message, frozen=True, tag=2):
     """A request has ended."""
 
     request_id: str
 
 
-class Step(_Message, tag=1):
+class Step(_Message, frozen=True, tag=1):
     """Target → drafter, once a target step: its events, and the number of drafts wanted for each coming round."""
 
     events: list[Open | Outcome | Close]
     num_speculative_tokens: Count
 
 
-class SpeculationBlock(_Message):
+class SpeculationBlock(_Message, frozen=True):
     """New or longer branches of one request for the round that began at committed length `length`.
 
     Append-only: what was sent for an outcome never changes, a later block adds the tokens from depth `offset` on.
@@ -176,14 +176,14 @@ class SpeculationBlock(_Message):
         return list(zip(ids, probs))
 
 
-class Evicted(_Message):
+class Evicted(_Message, frozen=True):
     """The drafter has lost a request and forgets it until it is opened again with a later epoch."""
 
     request_id: str
     epoch: Count
 
 
-class DrafterStats(_Message):
+class DrafterStats(_Message, frozen=True):
     """The drafter's gauges and running totals; `build_ms` is the recent time of growing one round's branches."""
 
     pages_free: Count
@@ -193,7 +193,7 @@ class DrafterStats(_Message):
     evictions: Count
 
 
-class Push(_Message, tag=2):
+class Push(_Message, frozen=True, tag=2):
     """Drafter → target, after each drafter step that has news."""
 
     blocks: Annotated[list[SpeculationBlock], msgspec.Meta(max_length=MAX_BLOCKS)]

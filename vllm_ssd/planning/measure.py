@@ -36,7 +36,7 @@ class Subject:
 
     target: str
     drafter: str
-    prompts: Sequence[str] | Sequence[Sequence[int]]
+    prompts: Sequence[str | Sequence[int]]
     engine_args: dict[str, Any] = field(default_factory=dict)
     ssd: dict[str, Any] = field(default_factory=dict)
     batch_sizes: Sequence[int] = (1, 2, 4, 8)

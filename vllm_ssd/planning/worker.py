@@ -32,7 +32,7 @@ class Task:
 class Decode:
     """Generate max_tokens for all prompts (texts, or lists of token ids) at once."""
 
-    prompts: Sequence[str] | Sequence[Sequence[int]]
+    prompts: Sequence[str | Sequence[int]]
     max_tokens: int
     temperature: float = 0.0
 
@@ -83,10 +83,11 @@ class TargetEngine:
         from vllm_ssd.link.placement import place_drafter
 
         vllm_config = self._engine.vllm_config
-        ours = (vllm_config.additional_config or {}).get("ssd")
-        if ours is None:
+        ours = vllm_config.additional_config
+        if not isinstance(ours, dict) or "ssd" not in ours:
             return None
-        options, environment = place_drafter(SSDConfig.from_json(ours), vllm_config, is_cpu=current_platform.is_cpu())
+        config = SSDConfig.from_json(ours["ssd"])
+        options, environment = place_drafter(config, vllm_config, is_cpu=current_platform.is_cpu())
         engine_args = {**options.engine_args, "tree_attention": options.tree_attention}
         return {"engine_args": engine_args, "cpus": tuple(options.cpus), "environment": environment}
 
@@ -147,7 +148,7 @@ class Worker:
 
     def start(self, task: Task) -> dict[str, Any] | None:
         """Start what `task` describes; returns where an SSD engine placed its drafter, see `TargetEngine.placement`."""
-        self._engine = (DrafterEngine if task.method == "steps" else TargetEngine)(task.engine_args)
+        self._engine: Any = (DrafterEngine if task.method == "steps" else TargetEngine)(task.engine_args)
         gc.collect()
         gc.freeze()
         return self._engine.placement() if isinstance(self._engine, TargetEngine) else None

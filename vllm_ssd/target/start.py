@@ -20,7 +20,9 @@ logger = init_logger("vllm.vllm_ssd")
 
 def user_config(vllm_config: VllmConfig) -> SSDConfig:
     """What the user asked for, as it travelled to this worker."""
-    return SSDConfig.from_json(vllm_config.additional_config["ssd"])
+    ours = vllm_config.additional_config
+    assert isinstance(ours, dict)  # see `has_ssd`
+    return SSDConfig.from_json(ours["ssd"])
 
 
 def start_drafter(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, DrafterProcess]:

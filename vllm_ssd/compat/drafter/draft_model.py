@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class DraftModel:
                 self._core = EngineCore(self.vllm_config, UniProcExecutor, log_stats=False)
             except ValueError as error:
                 raise explained(error, self.vllm_config) from error
-        runner = self._core.model_executor.driver_worker.worker.model_runner
+        runner = _runner_of(self._core)
         groups = runner.kv_cache_config.kv_cache_groups
         if len(groups) != 1 or len(runner.attn_groups[0]) != 1 or not runner.kv_caches:
             raise UnsupportedDraftModel(
@@ -155,6 +156,11 @@ class DraftModel:
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def _runner_of(core: EngineCore) -> Any:
+    """The model runner, which is in this process."""
+    return cast(UniProcExecutor, core.model_executor).driver_worker.worker.model_runner
 
 
 def _split_by_page(cache: torch.Tensor, num_pages: int) -> Sequence[torch.Tensor]:

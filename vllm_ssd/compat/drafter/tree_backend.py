@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
+    AttentionLayer,
+    AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
@@ -27,12 +30,13 @@ def register() -> str:
     vLLM's CPU platform takes `CPU_ATTN` and nothing else, so there the class behind that name is replaced.
     """
     name = TreeAttentionBackend.get_name()
-    register_backend(AttentionBackendEnum[name], f"{__name__}.{TreeAttentionBackend.__qualname__}")
+    backend = cast(AttentionBackendEnum, AttentionBackendEnum[name])
+    register_backend(backend, f"{__name__}.{TreeAttentionBackend.__qualname__}")
     return name
 
 
 @dataclass
-class TreeAttentionMetadata:
+class TreeAttentionMetadata(AttentionMetadata):
     """What `kernels.tree_attention` needs beside the tensors of a layer; see there."""
 
     page_tables: torch.Tensor
@@ -125,7 +129,7 @@ class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
 
     def do_kv_cache_update(
         self,
-        layer: torch.nn.Module,
+        layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -147,7 +151,7 @@ class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
 
     def forward(
         self,
-        layer: torch.nn.Module,
+        layer: AttentionLayer,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -212,4 +216,5 @@ class TreeAttentionBackend(AttentionBackend):
 
 def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of the keys and of the values, each `[P, page_size, num_kv_heads, head_size]`."""
-    return kv_cache.transpose(1, 2).chunk(2, dim=-1)
+    keys, values = kv_cache.transpose(1, 2).chunk(2, dim=-1)
+    return keys, values

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from vllm import LLMEngine
 
 from vllm_ssd.compat.target import runner_v1
 
+if TYPE_CHECKING:
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core_client import InprocClient
+
+
+def _core(engine: LLMEngine) -> EngineCore:
+    return cast("InprocClient", engine.engine_core).engine_core
+
 
 def scheduler(engine: LLMEngine) -> Any:
     """The engine's scheduler."""
-    return engine.engine_core.engine_core.scheduler
+    return _core(engine).scheduler
 
 
 def proposer(engine: LLMEngine) -> Any:
     """What drafts for the engine's model: V1's drafter or V2's speculator; None without one or with several workers."""
-    worker = getattr(engine.engine_core.engine_core.model_executor, "driver_worker", None)
+    worker = getattr(_core(engine).model_executor, "driver_worker", None)
     runner = getattr(getattr(worker, "worker", None), "model_runner", None)
     return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
 

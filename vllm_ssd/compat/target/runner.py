@@ -70,7 +70,8 @@ def has_ssd(config: Any) -> bool:
 
 def check_runner(config: VllmConfig) -> None:
     """Raise `UnsupportedVLLM` when vLLM chose another runner for ssd than `is_v2` foresaw, or a lossy verification."""
-    expected = has_ssd(config) and config.speculative_config.method == METHOD_ON_V2
+    speculative = config.speculative_config
+    expected = has_ssd(config) and speculative is not None and speculative.method == METHOD_ON_V2
     if has_ssd(config) and config.use_v2_model_runner != expected:
         runner, other = ("V2", 1) if config.use_v2_model_runner else ("V1", 0)
         raise UnsupportedVLLM(

@@ -107,7 +107,8 @@ def ngram_speculator(vllm_config: VllmConfig, device: torch.device, req_states: 
 
 def ngram_drafts(speculator: BaseSpeculator, batch: Any, num_sampled: torch.Tensor, req_states: Any) -> torch.Tensor:
     """Its drafts [B, K] int64, the last token repeated where nothing matches."""
-    nothing = dict.fromkeys(("attn_metadata", "slot_mappings", "last_hidden_states", "aux_hidden_states"))
+    nothing: dict[str, Any] = dict.fromkeys(("attn_metadata", "slot_mappings"))
+    nothing |= dict.fromkeys(("last_hidden_states", "aux_hidden_states"))
     nothing |= dict.fromkeys(("num_rejected", "next_prefill_tokens", "temperature", "seeds"))
     return speculator.propose(batch, num_sampled=num_sampled, last_sampled=req_states.last_sampled_tokens, **nothing)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any
+from typing import Any, cast
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -32,8 +32,9 @@ class Adaptive(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        assert self.dynamic_sd_lookup is not None  # `adaptive` gives vLLM a schedule
         self._adaptation = Adaptation(self.num_spec_tokens, self.dynamic_sd_lookup[1:])
-        self.dynamic_sd_lookup = Choices(self._adaptation)
+        self.dynamic_sd_lookup = cast(list[int], Choices(self._adaptation))  # vLLM only ever indexes it
         # When each of the batches that are in flight at once was decided last.
         self._decided: deque[tuple[float, set[str]]] = deque(maxlen=self.parallel_config.pipeline_parallel_size)
 

@@ -41,7 +41,11 @@ class SSDProposer:
         """Requests that join or leave, before the target's forward."""
         if self._verifier is not None:
             self._verifier.finish_requests(finished)
-            self._verifier.start_requests(request for request in started if request[1])
+            self._verifier.start_requests(
+                (request_id, token_ids, temperature, min_tokens)
+                for request_id, token_ids, temperature, min_tokens in started
+                if token_ids
+            )
 
     def on_rows(self, request_ids: Sequence[str], num_verified: Sequence[int]) -> None:
         """The requests whose rows the next `propose` gets, and how many drafts of each were verified."""
@@ -65,4 +69,5 @@ class SSDProposer:
         self, request_ids: Sequence[str], num_tokens: Sequence[int], draft_token_ids: list[list[int]]
     ) -> list[list[Proposal | None]] | None:
         """The distributions of the drafts under verification; see `Verifier.proposals`."""
+        assert self._verifier is not None  # only rank 0 is asked
         return self._verifier.proposals(request_ids, num_tokens, draft_token_ids)

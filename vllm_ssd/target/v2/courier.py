@@ -155,6 +155,7 @@ class Courier:
         """Waiting for the device and waiting for the drafter take two threads."""
         while (item := self._on_device.get()) is not None:
             serials, buffer = item
+            assert buffer.written is not None  # see `await_outcomes`
             buffer.written.synchronize()
             self._enqueue(functools.partial(self._take_outcomes, serials, buffer))
 
