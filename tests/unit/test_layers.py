@@ -88,7 +88,6 @@ PUBLIC_VLLM = {
     "vllm.platforms.current_platform",
     "vllm.sampling_params",
     "vllm.tokenizers.get_tokenizer",
-    "vllm.v1.engine.llm_engine.LLMEngine",  # where `vllm.LLMEngine` lies
     LOGGER,
 }
 """What users of vLLM and models outside its tree are shown; everything else of vLLM is private to it."""
