@@ -22,12 +22,22 @@ ARGUMENTS = "vllm.engine.arg_utils:EngineArgs"
 PARALLEL = "vllm.config.parallel:ParallelConfig"
 COMMON = "vllm.v1.attention.backend:CommonAttentionMetadata"
 
+CORE = "vllm.v1.engine.core:EngineCore"
+
 OBJECTS = {
     "compat.target.batches": {
         "config": CONFIG,
         "getattr(config, 'speculative_config', None)": "vllm.config.speculative:SpeculativeConfig",
     },
     "compat.target.configuration": {"engine_args": ARGUMENTS},
+    "compat.target.measure": {
+        "engine": "vllm.v1.engine.llm_engine:LLMEngine",
+        "cast('InprocClient', engine.engine_core)": "vllm.v1.engine.core_client:InprocClient",
+        "_core(engine)": CORE,
+        "worker": "vllm.v1.worker.worker_base:WorkerWrapperBase",
+        "getattr(worker, 'worker', None)": "vllm.v1.worker.gpu_worker:Worker",
+        "vllm_config": CONFIG,
+    },
     "compat.target.pipeline": {"runner": V1, "scheduler_output": SCHEDULED, "state": CACHED},
     "compat.target.runner": {"config": CONFIG, "engine_args": ARGUMENTS, "parallel_config": PARALLEL},
     "compat.target.runner_v1": {
@@ -36,6 +46,7 @@ OBJECTS = {
         "new": NEW,
         "spec_decode_metadata": "vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
         "batch": V1_BATCH,
+        "metadata": "vllm.v1.sample.metadata:SamplingMetadata",
         "group": GROUP,
     },
     "compat.target.runner_v2": {
@@ -53,16 +64,26 @@ OBJECTS = {
         "scheduler_output": SCHEDULED,
         "model_runner_output": "vllm.v1.outputs:ModelRunnerOutput",
     },
+    "compat.target.thinking_budget": {
+        "self": "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder",
+        "batch_update": "vllm.v1.sample.logits_processor.interface:BatchUpdate",
+    },
     "compat.drafter.cpu_norms": {"self": "vllm.model_executor.layers.layernorm:RMSNorm"},
     "compat.drafter.draft_model": {
         "args": ARGUMENTS,
         "self.vllm_config": CONFIG,
-        "self._core": "vllm.v1.engine.core:EngineCore",
+        "core": CORE,
+        "cast(UniProcExecutor, core.model_executor)": "vllm.v1.executor.uniproc_executor:UniProcExecutor",
         "runner": V1,
         "groups": "vllm.v1.kv_cache_interface:KVCacheGroupSpec",
         "attention_group": "vllm.v1.worker.utils:AttentionGroup",
         "self._metadata_builder": "vllm.v1.attention.backend:AttentionMetadataBuilder",
         "config": "vllm.config.model:ModelConfig",
+    },
+    "compat.drafter.memory": {
+        "vllm_config": CONFIG,
+        "model": "vllm.config.model:ModelConfig",
+        "parallel": PARALLEL,
     },
     "compat.drafter.tree_backend": {
         "batch": COMMON,
@@ -81,7 +102,7 @@ OBJECTS = {
 }
 """vLLM's classes behind the names that a module has for objects of theirs."""
 
-NOT_VLLM = {("compat.drafter.tree_backend", "TreeAttentionMetadata.of"): {"batch"}}
+NOT_VLLM = {("compat.drafter.tree_backend", "TreeAttentionMetadata.from_batch"): {"batch"}}
 """Functions in which such a name is another object's."""
 
 TYPES = {
@@ -90,6 +111,8 @@ TYPES = {
     f"{CONFIG}.parallel_config": PARALLEL,
     f"{CONFIG}.device_config": "vllm.config.device:DeviceConfig",
     f"{CONFIG}.model_config": "vllm.config.model:ModelConfig",
+    f"{CONFIG}.cache_config": "vllm.config.cache:CacheConfig",
+    f"{V1}.sampler": "vllm.v1.sample.sampler:Sampler",
     f"{V1}.input_batch": V1_BATCH,
     f"{V1_BATCH}.sampling_metadata": "vllm.v1.sample.metadata:SamplingMetadata",
     f"{V1}.requests": CACHED,
@@ -99,7 +122,7 @@ TYPES = {
     f"{SCHEDULED}.scheduled_cached_reqs": "vllm.v1.core.sched.output:CachedRequestData",
     f"{NEW}.sampling_params": "vllm.sampling_params:SamplingParams",
     "vllm.v1.core.sched.scheduler:Scheduler.parallel_config": PARALLEL,
-    "vllm.v1.engine.core:EngineCore.model_executor": "vllm.v1.executor.uniproc_executor:UniProcExecutor",
+    f"{CORE}.model_executor": "vllm.v1.executor.uniproc_executor:UniProcExecutor",
     "vllm.v1.executor.uniproc_executor:UniProcExecutor.driver_worker": "vllm.v1.worker.worker_base:WorkerWrapperBase",
     "vllm.v1.worker.worker_base:WorkerWrapperBase.worker": "vllm.v1.worker.gpu_worker:Worker",
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec.kv_cache_spec": "vllm.v1.kv_cache_interface:KVCacheSpec",
@@ -143,6 +166,7 @@ class _Module:
             elif isinstance(node, ast.ClassDef):
                 self._own |= {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
                 self._own |= {t.id for item in node.body if isinstance(item, ast.Assign) for t in item.targets}
+                self._own |= {a.attr for a in ast.walk(node) if isinstance(a, ast.Attribute) and _is_our_store(a)}
             elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
                 for target in node.targets:
                     if isinstance(target, ast.Name) and isinstance(node.value.value, str):
@@ -176,8 +200,15 @@ class _Module:
                 if owner is not None and isinstance(attribute, ast.Constant):
                     yield f"{owner}.{attribute.value}", set()
             called = self._symbol(node.func, objects)
-            if called is not None:
-                yield called, {keyword.arg for keyword in node.keywords if keyword.arg}
+            keywords = {keyword.arg for keyword in node.keywords if keyword.arg}
+            if called in TYPES:
+                yield f"{TYPES[called]}.forward", keywords  # a module of torch
+            elif called is not None:
+                yield called, keywords
+            elif ast.unparse(node.func) == "dataclasses.replace":
+                replaced = self._type(node.args[0], objects)
+                for keyword in keywords if replaced else ():
+                    yield f"{replaced}.{keyword}", set()
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if DOTTED.fullmatch(node.value) and node.value.startswith("vllm.") and node.value != LOGGER:
                 yield node.value.rstrip("."), set()
@@ -204,8 +235,6 @@ class _Module:
         owner = self._type(node.value, objects)
         if owner is None or (owner == self._objects.get("self") and node.attr in self._own):
             return None
-        if ast.unparse(node.value) == "self" and node.attr.startswith("_"):
-            return None
         return f"{owner}.{node.attr}"
 
     def _type(self, node: ast.AST, objects: set[str]) -> str | None:
@@ -219,6 +248,11 @@ class _Module:
             return TYPES.get(self._imports.get(node.id, ""))
         symbol = self._symbol(node, objects)
         return TYPES.get(symbol or "")
+
+
+def _is_our_store(node: ast.Attribute) -> bool:
+    """Whether it sets a private attribute of `self`, which is then ours."""
+    return isinstance(node.ctx, ast.Store) and node.attr.startswith("_") and ast.unparse(node.value) == "self"
 
 
 def _name(owner: str | None, attribute: str) -> str:

@@ -15,24 +15,28 @@ Minor = tuple[int, ...]
 
 USED = {
     # configuration
-    "vllm": "__version__",
+    "vllm": "LLMEngine __version__",
     "vllm.envs": "VLLM_USE_V2_MODEL_RUNNER",
     "vllm.config": "SpeculativeConfig VllmConfig",
+    "vllm.config.cache:CacheConfig": "cache_dtype kv_cache_memory_bytes",
     "vllm.config.device:DeviceConfig": "device_type",
     "vllm.config.model:ModelConfig": (
-        "dtype get_vocab_size max_model_len model revision skip_tokenizer_init tokenizer tokenizer_revision "
-        "trust_remote_code"
+        "dtype get_head_size get_num_kv_heads get_num_layers get_vocab_size max_model_len model revision "
+        "skip_tokenizer_init tokenizer tokenizer_revision trust_remote_code use_mla"
     ),
     "vllm.config.parallel:ParallelConfig": "data_parallel_index data_parallel_size pipeline_parallel_size",
     "vllm.config.scheduler:SchedulerConfig": "async_scheduling max_num_batched_tokens max_num_seqs",
-    "vllm.config.speculative:SpeculativeConfig": "method rejection_sample_method uses_dynamic_speculative_decoding",
+    "vllm.config.speculative:SpeculativeConfig": (
+        "method num_speculative_tokens rejection_sample_method uses_dynamic_speculative_decoding"
+    ),
     "vllm.config.vllm:VllmConfig": (
-        "additional_config device_config max_concurrent_batches model_config parallel_config scheduler_config "
-        "speculative_config use_v2_model_runner"
+        "additional_config cache_config device_config max_concurrent_batches model_config parallel_config "
+        "scheduler_config speculative_config use_v2_model_runner"
     ),
     "vllm.engine.arg_utils": "EngineArgs",
     "vllm.engine.arg_utils:EngineArgs": (
-        "create_engine_config create_speculative_config max_num_seqs scheduler_cls spec_method speculative_config"
+        "create_engine_config create_model_config create_speculative_config max_model_len max_num_seqs scheduler_cls "
+        "spec_method speculative_config"
     ),
     "vllm.platforms": "current_platform",
     "vllm.platforms.interface:Platform": "is_cpu is_unspecified",
@@ -46,17 +50,34 @@ USED = {
     "vllm.v1.core.sched.output:SchedulerOutput": (
         "finished_req_ids num_scheduled_tokens scheduled_cached_reqs scheduled_new_reqs scheduled_spec_decode_tokens"
     ),
+    "vllm.v1.engine.core_client": "InprocClient",
+    "vllm.v1.engine.core_client:InprocClient": "engine_core",
+    "vllm.v1.engine.llm_engine:LLMEngine": "engine_core",
     # the V1 runner
     "vllm.utils.cpu_triton_utils": "",
-    "vllm.v1.sample.metadata:SamplingMetadata": "all_greedy",
+    "vllm.v1.sample.logits_processor.interface": "MoveDirectionality",
+    "vllm.v1.sample.logits_processor.interface:BatchUpdate": "added moved",
+    "vllm.v1.sample.logits_processor.interface:MoveDirectionality": "UNIDIRECTIONAL",
+    "vllm.v1.sample.metadata": "SamplingMetadata",
+    "vllm.v1.sample.metadata:SamplingMetadata": "all_greedy logprob_token_ids spec_token_ids",
     "vllm.v1.sample.rejection_sampler": "expand_batch_to_tokens",
-    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "draft_token_ids num_draft_tokens",
+    "vllm.v1.sample.sampler:Sampler": "forward",
+    "vllm.v1.sample.thinking_budget_state": "ThinkingBudgetStateHolder",
+    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder": (
+        "_state _update_think_state apply_to_logits sync_batch think_end_token_ids update_state"
+    ),
+    "vllm.v1.spec_decode.metadata": "SpecDecodeMetadata",
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "bonus_logits_indices draft_token_ids num_draft_tokens",
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": "num_prompt_tokens output_token_ids",
-    "vllm.v1.worker.gpu_input_batch:InputBatch": "num_tokens_no_spec req_ids sampling_metadata vocab_size",
+    "vllm.v1.worker.gpu_input_batch:InputBatch": (
+        "num_tokens_no_spec req_ids sampling_metadata thinking_budget_state_holder update_async_output_token_ids "
+        "vocab_size"
+    ),
     "vllm.v1.worker.gpu_model_runner": "GPUModelRunner",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
-        "_get_spec_decode_draft_probs _sample _update_states attn_groups device drafter execute_model "
-        "initialize_kv_cache input_batch kv_cache_config kv_caches model propose_draft_token_ids requests vllm_config"
+        "_get_spec_decode_draft_probs _input_fits_in_drafter _sample _update_states attn_groups device drafter "
+        "execute_model initialize_kv_cache input_batch kv_cache_config kv_caches model propose_draft_token_ids "
+        "requests sampler vllm_config"
     ),
     # the V2 runner
     "vllm.v1.core.sched.async_scheduler": "AsyncScheduler",
@@ -88,7 +109,8 @@ USED = {
     ),
     "vllm.tokenizers": "get_tokenizer",
     "vllm.v1.attention.backend": (
-        "AttentionBackend AttentionImpl AttentionMetadataBuilder AttentionType CommonAttentionMetadata MultipleOf"
+        "AttentionBackend AttentionImpl AttentionLayer AttentionMetadata AttentionMetadataBuilder AttentionType "
+        "CommonAttentionMetadata MultipleOf"
     ),
     "vllm.v1.attention.backend:AttentionBackend": (
         "get_builder_cls get_impl_cls get_name get_supported_kernel_block_sizes supports_head_size "
@@ -104,7 +126,7 @@ USED = {
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": "do_kv_cache_update",
     "vllm.v1.attention.backends.registry": "AttentionBackendEnum register_backend",
     "vllm.v1.engine.core": "EngineCore",
-    "vllm.v1.engine.core:EngineCore": "model_executor",
+    "vllm.v1.engine.core:EngineCore": "model_executor scheduler",
     "vllm.v1.executor.uniproc_executor": "UniProcExecutor",
     "vllm.v1.executor.uniproc_executor:UniProcExecutor": "driver_worker",
     "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups num_blocks",
@@ -121,7 +143,7 @@ CALLED = {
         "key value key_cache value_cache slot_mapping kv_cache_dtype k_scale v_scale"
     ),
     "vllm.engine.arg_utils:EngineArgs": "block_size enable_prefix_caching disable_log_stats model dtype enforce_eager",
-    "vllm.forward_context:set_forward_context": "attn_metadata vllm_config num_tokens slot_mapping",
+    "vllm.forward_context:set_forward_context": "attn_metadata vllm_config num_tokens slot_mapping skip_compiled",
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast": "input_ src",
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast_object": "obj src",
     "vllm.model_executor.layers.layernorm:RMSNorm.register_oot": "_decorated_op_cls name",
@@ -130,6 +152,7 @@ CALLED = {
         "query_start_loc query_start_loc_cpu seq_lens num_reqs num_actual_tokens max_query_len max_seq_len "
         "block_table_tensor slot_mapping positions seq_lens_cpu_upper_bound"
     ),
+    "vllm.v1.sample.sampler:Sampler.forward": "logits sampling_metadata predict_bonus_token",
     "vllm.v1.attention.backends.registry:register_backend": "backend class_path",
     "vllm.v1.engine.core:EngineCore": "vllm_config executor_class log_stats",
     "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator": "vllm_config device req_states",
@@ -180,6 +203,15 @@ EXACT = {
         "is_profile num_speculative_tokens"
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_spec_decode_draft_probs": "spec_decode_metadata",
+    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder._update_think_state": "state",
+    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.apply_to_logits": (
+        "logits predict_bonus_token spec_token_ids"
+    ),
+    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.sync_batch": "batch_update",
+    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.update_state": (
+        "output_token_ids spec_token_ids repeat_indices"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter": "common_attn_metadata",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample": "logits spec_decode_metadata",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states": "scheduler_output",
 }
