@@ -118,6 +118,19 @@ def test_a_proposal_travels_with_its_draft() -> None:
     torch.testing.assert_close(found.q_probs[2, :3], torch.tensor([[0.5, 0.2, 0.1, 0.1, 0.1]] * 3))
 
 
+def test_a_narrow_proposal_leaves_nothing_of_a_wider_one() -> None:
+    cache = make_cache()
+    cache.put(0, 1, make_block(10, 0, {(0, 3): [11]}, sampled=True))
+    narrow = SpeculationBlock(
+        "r", 0, 12, 0, pack_ids([0, 3]), pack_ids([[21]]), pack_ids([21]), np.ones(1, "<f4").tobytes()
+    )
+    cache.put(0, 1, narrow)
+    cache.flush()
+    found = DeviceSpeculation.empty(SLOTS, K, M, "cpu")
+    assert look_up(cache, 0, 1, 12, 0, 3, found, temperature=0.7)[1] == [21]
+    assert found.q_probs[0, 0].tolist() == [1.0, *[0.0] * (M - 1)]
+
+
 @pytest.mark.parametrize(
     ("k", "bonus", "expected"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from vllm_ssd.policy import MAX_LEARNED_FAN_OUT
@@ -26,11 +28,21 @@ class DrafterOptions(msgspec.Struct, frozen=True):
     @property
     def max_fan_out(self) -> int:
         """Most branches that may start at one fork point."""
-        if self.fan_out is None:
-            return min(self.max_branches, MAX_LEARNED_FAN_OUT)
-        return self.fan_out if isinstance(self.fan_out, int) else max(self.fan_out)
+        return max_fan_out(self.fan_out, self.max_branches)
 
     @property
     def max_support(self) -> int:
         """Most token ids in the proposal of one draft."""
-        return max(self.top_m, self.max_fan_out + 1)
+        return max_support(self.top_m, self.fan_out, self.max_branches)
+
+
+def max_fan_out(fan_out: int | Sequence[int] | None, max_branches: int) -> int:
+    """Most branches that may start at one fork point, of the user's `fan_out` and a request's branches."""
+    if fan_out is None:
+        return min(max_branches, MAX_LEARNED_FAN_OUT)
+    return fan_out if isinstance(fan_out, int) else max(fan_out)
+
+
+def max_support(top_m: int, fan_out: int | Sequence[int] | None, max_branches: int) -> int:
+    """Most token ids in the proposal of one draft: on a device, proposals and candidates come from one list."""
+    return max(top_m, max_fan_out(fan_out, max_branches) + 1)

@@ -68,6 +68,7 @@ class SpeculationCache:
             top_m = q_probs.shape[2]
             self._q_token_ids[slot, rows, block.offset : stop, :top_m] = q_token_ids[fits]
             self._q_probs[slot, rows, block.offset : stop, :top_m] = q_probs[fits]
+            self._q_probs[slot, rows, block.offset : stop, top_m:] = 0.0
         self._dirty.add(slot)
 
     def flush(self) -> None:

@@ -14,6 +14,7 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_ssd.compat.target.runner_v2 import V2Speculator, install, ngram_drafts, ngram_speculator
 from vllm_ssd.kernels import DeviceSpeculation, lookup, write_draft_logits
+from vllm_ssd.link.options import max_support
 from vllm_ssd.target.start import logger, start_drafter, user_config
 from vllm_ssd.target.v2.courier import Courier
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
@@ -31,7 +32,7 @@ class SSDSpeculator(V2Speculator):
         num_slots = vllm_config.scheduler_config.max_num_seqs
         num_drafts = config.num_speculative_tokens
         vocab_size = vllm_config.model_config.get_vocab_size()
-        top_m = min(config.top_m, vocab_size)
+        top_m = min(max_support(config.top_m, config.fan_out, config.max_branches), vocab_size)
         # Allocated before vLLM measures how much memory is left for KV pages.
         self.draft_logits = torch.full((num_slots, num_drafts, vocab_size), -torch.inf, device=device)
         self._columns = torch.zeros(num_slots, num_drafts, top_m, dtype=torch.int32, device=device)  # written in those
