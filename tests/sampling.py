@@ -67,12 +67,12 @@ def target_probs(
     return torch.zeros_like(probs).scatter(-1, token_ids, ranked / ranked.sum(-1, keepdim=True))
 
 
-def p_value(samples: SimpleNamespace) -> float:
+def p_value(samples: SimpleNamespace, min_degrees: int = 50) -> float:
     """Chance of a deviation at least as large if every token was sampled from its `probs`.
 
     Within a group of contexts, tokens are counted by their rank under the target. Counts minus expectations have the
     covariance sum(diag(p) - p p^T), tokens being independent of each other given their contexts; for a single context
-    the statistic is Pearson's.
+    the statistic is Pearson's. Fewer than `min_degrees` degrees of freedom are inconclusive.
     """
     sizes = Counter(samples.contexts)
     groups: dict[Hashable, list[int]] = defaultdict(list)
@@ -92,5 +92,5 @@ def p_value(samples: SimpleNamespace) -> float:
         covariance = torch.diag(probs.sum(0)) - probs.T @ probs
         statistic += float(deviation @ torch.linalg.solve(covariance, deviation))
         degrees += cells - 1
-    assert degrees >= 50, f"inconclusive: {degrees} degrees of freedom"
+    assert degrees >= min_degrees, f"inconclusive: {degrees} degrees of freedom"
     return float(torch.special.gammaincc(torch.tensor(degrees / 2.0).double(), torch.tensor(statistic / 2).double()))

@@ -68,9 +68,9 @@ def test_on_v2(start_engine: Callable[..., Engine], pair: tuple[Path, Path], par
         **{parallelism: 2},
     )
     try:
-        run, samples = sample(engine, pair[0], HOT_SAMPLING, prompts=PROMPTS[:1], num_samples=600, num_tokens=4)
+        run, samples = sample(engine, pair[0], HOT_SAMPLING, prompts=PROMPTS[:1], num_samples=140, num_tokens=4)
     finally:
         engine.close()
     assert samples.probs.gather(1, samples.tokens[:, None]).min() > 0, "a token that the target never samples"
-    assert run.counts["vllm:spec_decode_num_accepted_tokens"] >= 150, f"inconclusive: {run.counts}"
-    assert p_value(samples) > 1e-5
+    assert run.counts["vllm:spec_decode_num_accepted_tokens"] >= 60, f"inconclusive: {run.counts}"
+    assert p_value(samples, min_degrees=20) > 1e-5
