@@ -22,6 +22,7 @@ def engine(request: pytest.FixtureRequest, start_engine: Callable[..., Engine]) 
         environment=ON_V2 if request.param == "v2" else None,
     )
     engine.num_others = {"v1": 4, "v2": 2}[request.param]
+    engine.min_share = {"v1": 0.2, "v2": 0.08}[request.param]  # on V2 vLLM counts filler as drafts
     yield engine
     engine.close()
 
@@ -60,4 +61,4 @@ def test_a_row_at_the_limit_has_the_drafts_that_fit(engine: Engine, target_alone
     assert texts(run) == texts(target_alone.generate([r | {"join_step": 0} for r in requests]))
     assert_conclusive(run, hits=4, accepted=10)
     assert_counts_agree(run)
-    assert accepted_share(run) > 0.2
+    assert accepted_share(run) > engine.min_share

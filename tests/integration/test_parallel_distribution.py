@@ -68,7 +68,7 @@ def test_on_v2(start_engine: Callable[..., Engine], pair: tuple[Path, Path], par
         **{parallelism: 2},
     )
     try:
-        run, samples = sample(engine, pair[0], HOT_SAMPLING, prompts=PROMPTS[:1], num_samples=140, num_tokens=4)
+        run, samples = sample(engine, pair[0], HOT_SAMPLING, prompts=PROMPTS[:1], num_samples=240, num_tokens=4)
     finally:
         engine.close()
     assert samples.probs.gather(1, samples.tokens[:, None]).min() > 0, "a token that the target never samples"
