@@ -120,8 +120,8 @@ class EngineHost:
         buckets = self._adaptation()._buckets.values()
         rounds: dict[int, float] = {}
         for bucket in buckets:
-            for k, known in enumerate(bucket.estimator.predict().evidence):
-                rounds[k] = rounds.get(k, 0) + known
+            for k, arm in enumerate(bucket.estimator._arms):
+                rounds[k] = rounds.get(k, 0) + arm.rounds
         return {k: number for k, number in rounds.items() if number}
 
     def launched_at_start(self) -> list[str]:
