@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 
 from vllm_ssd.planning.engine_host import EngineFailed, EngineProcess
 
-__all__ = ["ENVIRONMENT", "ON_V2", "PAIR", "Engine", "EngineFailed", "assert_conclusive", "request", "texts"]
+__all__ = ["ENVIRONMENT", "HAS_V2", "ON_V2", "PAIR", "Engine", "EngineFailed", "assert_conclusive", "request", "texts"]
 
 HOST = Path(__file__).with_name("engine_host.py")
 PAIR = Path(__file__).parent / "assets" / "pair"
@@ -21,6 +22,8 @@ ENVIRONMENT = {
 }
 ON_V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 """Environment of an engine on vLLM's V2 model runner."""
+HAS_V2 = importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is not None
+"""Whether this vLLM's V2 runner has a method that SSD can pass for, and that runs on a CPU."""
 XDIST_WORKER = "PYTEST_XDIST_WORKER"
 """Environment variable with the name of a test process of `pytest -n`: gw0, gw1 and so on."""
 ANSWER_S = 240

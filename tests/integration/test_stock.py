@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import ENVIRONMENT, ON_V2, PAIR
+from engines import ENVIRONMENT, HAS_V2, ON_V2, PAIR
 
 SCRIPT = Path(__file__).with_name("stock_texts.py")
 NGRAM = {"prompt_lookup_min": 1, "prompt_lookup_max": 3, "num_speculative_tokens": 3}
 DRAFT_MODEL = {"method": "draft_model", "model": str(PAIR / "drafter"), "num_speculative_tokens": 3}
 ON_V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-HAS_V2 = importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is not None
 
 
 def run(

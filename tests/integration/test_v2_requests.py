@@ -6,7 +6,6 @@ than the V1 runner's on a CPU: runs are short, and every block is there in time.
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import re
 import signal
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import ON_V2, Engine, assert_conclusive, request, texts
+from engines import HAS_V2, ON_V2, Engine, assert_conclusive, request, texts
 from host_reads import HostReads
 
 Prompts = Callable[..., list[list[int]]]
@@ -23,7 +22,7 @@ Prompts = Callable[..., list[list[int]]]
 HANG_S = 3.0
 RESTART_S = 90.0
 needs_v2 = pytest.mark.skipif(
-    importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is None,
+    not HAS_V2,
     reason="this vLLM has no V2 method for a CPU",
 )
 CODE = r"def [a-z_]{3,8}\(self, [a-z]{1,8}\):\n    return [a-z]{1,8}\n"

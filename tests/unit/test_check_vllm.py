@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import inspect
 import json
 import sys
@@ -15,6 +15,7 @@ from zipfile import ZipFile
 import pytest
 import vllm
 from compat_uses import product, uses
+from engines import HAS_V2
 
 from vllm_ssd.compat import patch, symbols
 from vllm_ssd.compat.symbols import Symbol
@@ -26,7 +27,6 @@ ROOT = Path(__file__).parents[2]
 MINOR = minor_of(vllm.__version__)
 SITE = Path(vllm.__file__).parents[1]
 NGRAM = "vllm.v1.worker.gpu.spec_decode.ngram"
-has_v2 = importlib.util.find_spec(NGRAM) is not None
 
 
 def load_script() -> Any:
@@ -245,7 +245,7 @@ def test_the_newest_release_is_the_index_first(monkeypatch: pytest.MonkeyPatch) 
 def test_the_installed_vllm_has_all_of_it() -> None:
     findings = check_vllm.check(vllm.__version__, SITE)
     assert not [finding for finding in findings if finding.status != "present"]
-    assert len(findings) >= (200 if has_v2 else 170)
+    assert len(findings) >= (200 if HAS_V2 else 170)
 
 
 @pytest.mark.compat
@@ -269,12 +269,12 @@ def test_reading_agrees_with_importing() -> None:
 def patches() -> Iterator[dict[str, patch.Patch]]:
     """All that a process with ssd patches."""
     before = list(patch._patches)
-    if has_v2:
+    if HAS_V2:
         importlib.import_module("vllm.v1.worker.gpu.model_runner")
     register()
     runner_v1.install(type("Proposer", (), {}))
     importlib.import_module("vllm_ssd.compat.target.pipeline").install()
-    if has_v2:
+    if HAS_V2:
         importlib.import_module("vllm_ssd.compat.target.runner_v2").install()
     found = patch.patched()
     yield {symbol: p for symbol, p in found.items() if not symbol.endswith(".kernel")}
@@ -295,7 +295,7 @@ def test_every_patch_is_in_the_tables(patches: dict[str, patch.Patch]) -> None:
 def stand_ins() -> dict[str, Callable[..., Any]]:
     """Methods of ours that vLLM calls in place of a base class's of its own, by the base's symbol."""
     modules = ["drafter.cpu_norms", "drafter.tree_backend", "target.thinking_budget"]
-    if has_v2:
+    if HAS_V2:
         modules += ["target.runner_v2", "target.scheduler"]
     found = {}
     for name in modules:
@@ -322,7 +322,7 @@ def named(symbol: str) -> str:
     return symbol
 
 
-@pytest.mark.skipif(not has_v2, reason="the tables are those of a vLLM with both runners")
+@pytest.mark.skipif(not HAS_V2, reason="the tables are those of a vLLM with both runners")
 def test_the_tables_hold_what_is_reached_and_nothing_else(patches: dict[str, patch.Patch]) -> None:
     reached = set(uses(product(ROOT)))
     modules = {name.partition(":")[0] for name in TABLE}
@@ -355,7 +355,7 @@ def test_all_subclasses_are_declared() -> None:
         owner for owner in methods if release.check(Symbol(owner, implemented=())).status == "signature changed"
     }
     assert wants_something == symbols.SUBCLASSED.keys() & methods.keys()
-    assert len(methods.keys() & symbols.SUBCLASSED.keys()) == (4 if has_v2 else 3)
+    assert len(methods.keys() & symbols.SUBCLASSED.keys()) == (4 if HAS_V2 else 3)
 
 
 @pytest.mark.compat

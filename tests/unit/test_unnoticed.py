@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from engines import HAS_V2
 
 from vllm_ssd.compat import patch
 from vllm_ssd.compat.target import runner_v1
@@ -51,12 +52,8 @@ def install() -> None:
     runner_v1.install(type("Proposer", (), {}))
     pipeline = importlib.import_module("vllm_ssd.compat.target.pipeline")
     pipeline.install()
-    if has_v2():
+    if HAS_V2:
         importlib.import_module("vllm_ssd.compat.target.runner_v2").install()
-
-
-def has_v2() -> bool:
-    return importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is not None
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +62,7 @@ def calls() -> Iterator[list[tuple[str, tuple, dict]]]:
     noted: list[tuple[str, tuple, dict]] = []
     kept = list(patch._patches)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        if has_v2():  # as if its runner had been imported before the plugin was loaded
+        if HAS_V2:  # as if its runner had been imported before the plugin was loaded
             copied = patch.original("vllm.v1.worker.gpu.spec_decode:init_speculator")
             monkeypatch.setattr(importlib.import_module(V2), "init_speculator", copied)
         install()
@@ -102,7 +99,7 @@ def test_every_patch_is_installed(calls: list) -> None:
     """The tests below see all of them."""
     found = patch.patched()
     guarded = {symbol for symbol, p in found.items() if p.ours is not None}
-    assert GUARDED | (ON_V2 if has_v2() else set()) <= guarded
+    assert GUARDED | (ON_V2 if HAS_V2 else set()) <= guarded
     repairs = {symbol for symbol in found.keys() - guarded if not symbol.endswith(".kernel")}
     assert repairs <= REPAIRS, "patched for everyone in the process"
 
