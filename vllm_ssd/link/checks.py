@@ -101,19 +101,19 @@ class PushChecker:
     def _wrong_proposals(self, blocks: list[SpeculationBlock], support: int) -> str | None:
         """As `reason`, for the proposals of blocks whose drafts have `support` ids each."""
         token_ids = _unsigned([block.q_token_ids for block in blocks]).reshape(-1, support)
-        if token_ids.max() >= self._vocab_size:
+        if np.maximum.reduce(token_ids, axis=None) >= self._vocab_size:
             return "a proposal over tokens that are not in the target's vocabulary"
         bits = _unsigned([block.q_probs for block in blocks]).reshape(-1, support)
         probs = bits.view(np.float32)
-        if bits.max() > _ONE and not ((probs >= 0) & (probs <= 1 + Q_EPSILON)).all():  # in bits, NaN is over 1 too
+        if np.maximum.reduce(bits, axis=None) > _ONE and not ((probs >= 0) & (probs <= 1 + Q_EPSILON)).all():  # in bits, NaN is over 1 too
             return "a probability that is not from 0 to 1"
         sums = probs @ self._ones[:support]
         if not (0 < sums.min() and sums.max() <= 1 + Q_EPSILON):
             return "probabilities that do not sum to 1"
         drafts = _unsigned([block.draft_token_ids for block in blocks])
-        held = np.flatnonzero(token_ids == drafts[:, None])
-        held = held[bits.ravel()[held] > 0] // support  # which draft each is of, ascending
-        if not len(held) or 1 + np.count_nonzero(held[1:] != held[:-1]) != len(drafts):
+        at = (token_ids == drafts[:, None]).argmax(1)  # of each row the first match, or 0 without one
+        at += np.arange(0, token_ids.size, support)
+        if (token_ids.take(at) != drafts).any() or not bits.take(at).all():
             return "a draft that its proposal does not hold"
         return None
 
