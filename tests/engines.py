@@ -117,12 +117,13 @@ def texts(run: SimpleNamespace) -> list[list[list[int]]]:
 
 
 def assert_conclusive(run: SimpleNamespace, *, hits: int = 1, misses: int = 0, accepted: int = 1) -> None:
-    """Fail unless the run speculated: a test that drafted nothing has shown nothing."""
+    """Fail unless the run speculated: a test that drafted nothing has shown nothing; or if it counted wrongly."""
     counts = run.counts
     found = {name: counts[name] for name in ("hits", "misses", "vllm:spec_decode_num_accepted_tokens")}
     wanted = dict(zip(found, (hits, misses, accepted)))
     short = {name: value for name, value in found.items() if value < wanted[name]}
     assert not short, f"inconclusive: {short} where at least {wanted} are needed; all counts: {counts}"
+    assert_counts_agree(run)
 
 
 def assert_counts_agree(run: SimpleNamespace) -> None:

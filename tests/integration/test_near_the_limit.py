@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
-from engines import ON_V2, Engine, assert_conclusive, assert_counts_agree, request, texts
+from engines import ON_V2, Engine, assert_conclusive, request, texts
 
 Prompts = Callable[..., list[list[int]]]
 
@@ -46,8 +46,6 @@ def test_a_row_at_the_limit_costs_the_others_nothing(engine: Engine, target_alon
     assert texts(both) == texts(expected)
     assert_conclusive(alone, hits=20, accepted=50)
     assert_conclusive(both, hits=20, accepted=50)
-    for run in (alone, both):
-        assert_counts_agree(run)
     assert accepted_share(both) > 0.6 * accepted_share(alone)
 
 
@@ -60,5 +58,4 @@ def test_a_row_at_the_limit_has_the_drafts_that_fit(engine: Engine, target_alone
     run = engine.generate(requests, min_seconds=ROUND_S)
     assert texts(run) == texts(target_alone.generate([r | {"join_step": 0} for r in requests]))
     assert_conclusive(run, hits=4, accepted=10)
-    assert_counts_agree(run)
     assert accepted_share(run) > engine.min_share

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from engines import ON_V2, Engine, assert_conclusive, assert_counts_agree, request, texts
+from engines import ON_V2, Engine, assert_conclusive, request, texts
 from random_requests import (
     VARIANTS,
     TieBreaker,
@@ -42,7 +42,6 @@ def compare(
         engine.close()
         target.close()
     assert_conclusive(run, hits=20, misses=5, accepted=50)
-    assert_counts_agree(run)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -70,7 +69,6 @@ def test_logprobs_of_named_tokens(
         assert len(found) == 30 and all(same_logprobs(a, b) for a, b in zip(found, wanted))
         assert all({5, 60, 7} <= step.keys() for step in found)
     assert_conclusive(run, hits=5, accepted=10)
-    assert_counts_agree(run)
 
 
 def test_random_requests_on_v2(start_engine: Callable[..., Engine], corpus: list[int]) -> None:
