@@ -48,19 +48,27 @@ run() { # NAME [pytest arguments]: the first failing run decides the exit status
 }
 
 selecting=$#
-if [[ " $*" != *" tests"* ]]; then
-  # Unit and kernel tests share nothing; an engine and its drafter take both cores.
-  run parallel -n 2 --dist loadfile tests/unit tests/kernels "$@"
-  run engines tests/integration tests/e2e "$@"
-  set -- tests "$@"
-else
+split() { # NAME EXPRESSION [paths]: the tests marked so; two at a time, long ones first, but for those marked `timed`
+  local name=$1 marked=$2
+  shift 2
+  run "$name" -n 2 --dist loadfile --no-loadscope-reorder -m "$marked not timed" "$@"
+  run "$name-timed" -m "$marked timed" "$@"
+}
+if ((selecting)); then
+  [[ " $*" == *" tests"* ]] || set -- tests "$@"
   run selected "$@"
+else
+  split suite "" tests
 fi
 
 if [[ ! $only ]]; then
   for release in "$newest" "$oldest"; do
     set_up "$release"
-    run "compat-$release" -m compat "$@"
+    if ((selecting)); then
+      run "compat-$release" -m compat "$@"
+    else
+      parts "compat-$release" "compat and" tests
+    fi
   done
 fi
 

@@ -17,7 +17,7 @@ CORPUS = ("argparse", "ast", "collections", "configparser", "csv", "dataclasses"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "timed: needs the machine to itself; not for `-n 2`, as drafts would come late")
+    config.addinivalue_line("markers", "timed: needs the machine to itself: the suite runs it by itself")
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ OPTIONS = DrafterOptions(
     cpus=[],
     parent_pid=os.getpid(),
 )
-POLL_S = 0.25
+POLL_S = 0.5
 """No poll takes so much of the target's thread, flooded or not."""
 
 
