@@ -105,7 +105,8 @@ class PushChecker:
             return "a proposal over tokens that are not in the target's vocabulary"
         bits = _unsigned([block.q_probs for block in blocks]).reshape(-1, support)
         probs = bits.view(np.float32)
-        if np.maximum.reduce(bits, axis=None) > _ONE and not ((probs >= 0) & (probs <= 1 + Q_EPSILON)).all():  # in bits, NaN is over 1 too
+        high = np.maximum.reduce(bits, axis=None) > _ONE  # in bits, NaN is over 1 too
+        if high and not ((probs >= 0) & (probs <= 1 + Q_EPSILON)).all():
             return "a probability that is not from 0 to 1"
         sums = probs @ self._ones[:support]
         if not (0 < sums.min() and sums.max() <= 1 + Q_EPSILON):
