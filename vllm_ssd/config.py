@@ -15,7 +15,8 @@ RUNTIME_ENV = "VLLM_SSD_RUNTIME"
 SERVER_PID_ENV = "VLLM_SSD_SERVER_PID"
 """Environment variable with the process id of the server, whose end the drafter must not outlive."""
 REPLICAS_ENV = "VLLM_SSD_REPLICAS"
-"""Environment variable with the number of data-parallel replicas on this node, which vLLM's workers are not told."""
+"""Environment variable with the number of data-parallel replicas on this node, which vLLM's workers are not told; 0
+where other servers may run some there, of which this one does not know."""
 
 TARGET_FIELDS = ("num_speculative_tokens",)
 """Fields in `to_json()`, whose result enters vLLM's compile-cache key: those that change the target's forward.
@@ -91,7 +92,7 @@ def _is_fan_out(value: Any) -> bool:
 
 
 def _is_device(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"cpu|cuda(:\d{1,3})?", value, re.ASCII) is not None
+    return isinstance(value, str) and re.fullmatch(r"cpu|cuda(:\d{1,3}(,\d{1,3})*)?", value, re.ASCII) is not None
 
 
 def _is_cpu_list(value: Any) -> bool:
@@ -110,7 +111,7 @@ class SSDConfig:
     branch_budget: branches a request, divided by measured hit rates; with neither given, 4 * (K + 1)
     on_miss: decode plainly, wait for just-in-time drafts up to `wait_ms`, draft by n-gram match, or decide by gain
     adaptive: let the drafts a round carries follow the load, down to none where speculation does not pay
-    drafter_device: None leaves the choice to the platform
+    drafter_device: None leaves the choice to the platform; of several numbers, each data-parallel replica gets one
     kv_cache_memory: bytes for the drafter's KV pages
     top_m: support of the proposal distribution when sampling
     saguaro_c: weight of the predicted bonus tokens in the proposal when sampling; 1 leaves it as it is
@@ -129,7 +130,7 @@ class SSDConfig:
     ngram_min: int = _integer(1, 32, 2)
     ngram_max: int = _integer(1, 32, 4)
     adaptive: bool = _flag(True)
-    drafter_device: str | None = _field("cpu, cuda or cuda:N", _is_device, None)
+    drafter_device: str | None = _field("cpu, cuda, cuda:N or cuda:N,M,...", _is_device, None)
     drafter_cpus: str | None = _field("a list of CPU numbers and ranges such as 2-5,7", _is_cpu_list, None)
     dtype: str = _choice(("auto", "half", "float16", "bfloat16", "float", "float32"), "auto")
     quantization: str | None = _name("the name of a quantization method")

@@ -82,7 +82,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     engine_args.additional_config = {**(engine_args.additional_config or {}), "ssd": config.to_json()}
     os.environ[RUNTIME_ENV] = config.runtime_json()
     os.environ[SERVER_PID_ENV] = str(os.getpid())
-    os.environ[REPLICAS_ENV] = str(parallel_config.data_parallel_size_local)
+    os.environ[REPLICAS_ENV] = str(replicas_here(parallel_config))
     if parallel_config.pipeline_parallel_size > 1 and not runner.is_v2():
         if parallel_config.worker_extension_cls not in ("", PIPELINE_EXTENSION):
             raise ValueError("ssd: pipeline parallelism needs worker_extension_cls, which is set already")
@@ -92,6 +92,17 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     else:
         disguise = {"method": "custom_class", "model": PROPOSER}
     engine_args.speculative_config = disguise | {"num_speculative_tokens": config.num_speculative_tokens}
+
+
+def replicas_here(parallel_config: Any) -> int:
+    """Data-parallel replicas that run on this node; 0 where other servers may run some beside those of this one."""
+    if parallel_config.data_parallel_size == 1:
+        return 1
+    apart = bool(os.environ.get("CUDA_VISIBLE_DEVICES")) and parallel_config.assigned_physical_gpu_ids is None
+    if parallel_config.data_parallel_external_lb:  # each replica is a server, with GPUs of its own or among all
+        return int(apart)
+    alone = parallel_config.data_parallel_rank_local is not None  # offline, one process a replica
+    return 0 if alone or parallel_config.data_parallel_backend == "ray" else parallel_config.data_parallel_size_local
 
 
 def on_v2(config: SSDConfig, engine_args: Any, parallel_config: Any) -> dict[str, Any]:

@@ -68,6 +68,10 @@ OBJECTS = {
         "self": "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder",
         "batch_update": "vllm.v1.sample.logits_processor.interface:BatchUpdate",
     },
+    "compat.target.worker": {
+        "worker": "vllm.v1.worker.gpu_worker:Worker",
+        "snapshot": "vllm.utils.mem_utils:MemorySnapshot",
+    },
     "compat.drafter.cpu_norms": {"self": "vllm.model_executor.layers.layernorm:RMSNorm"},
     "compat.drafter.draft_model": {
         "args": ARGUMENTS,
@@ -90,7 +94,11 @@ OBJECTS = {
         "common_attn_metadata": COMMON,
         "layer": "vllm.v1.attention.backend:AttentionLayer",
     },
-    "target.start": {"vllm_config": CONFIG, "model": "vllm.config.model:ModelConfig"},
+    "target.start": {
+        "vllm_config": CONFIG,
+        "model": "vllm.config.model:ModelConfig",
+        "cache": "vllm.config.cache:CacheConfig",
+    },
     "target.v1.proposer": {"get_tp_group()": GROUP},
     "target.v2.speculator": {
         "vllm_config": CONFIG,

@@ -19,6 +19,7 @@ class FakePagedModel:
 
     vocab_size = 13
     page_size = 4
+    weight_bytes = kv_bytes = logit_bytes = 0
     dtype = torch.float32
     device = torch.device("cpu")
 

@@ -48,6 +48,10 @@ def translated(
         pipeline_parallel_size=stages,
         data_parallel_size=replicas,
         data_parallel_size_local=replicas,
+        data_parallel_external_lb=False,
+        data_parallel_rank_local=None,
+        data_parallel_backend="mp",
+        assigned_physical_gpu_ids=None,
         worker_extension_cls=extension,
     )
     translate(engine_args, SimpleNamespace(runner_type=runner_type), parallel_config)

@@ -18,7 +18,7 @@ USED = {
     "vllm": "LLMEngine __version__",
     "vllm.envs": "VLLM_USE_V2_MODEL_RUNNER",
     "vllm.config": "SpeculativeConfig VllmConfig",
-    "vllm.config.cache:CacheConfig": "cache_dtype kv_cache_memory_bytes",
+    "vllm.config.cache:CacheConfig": "cache_dtype gpu_memory_utilization kv_cache_memory_bytes",
     "vllm.config.device:DeviceConfig": "device_type",
     "vllm.config.model:ModelConfig": (
         "dtype get_head_size get_num_kv_heads get_num_layers get_vocab_size max_model_len model revision "
@@ -39,7 +39,7 @@ USED = {
         "spec_method speculative_config"
     ),
     "vllm.platforms": "current_platform",
-    "vllm.platforms.interface:Platform": "is_cpu is_unspecified",
+    "vllm.platforms.interface:Platform": "device_control_id_to_physical_device_id is_cpu is_unspecified",
     "vllm.triton_utils": "HAS_TRITON",
     # both runners
     "vllm.distributed.parallel_state": "get_tp_group",
@@ -132,7 +132,11 @@ USED = {
     "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups num_blocks",
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": "kv_cache_spec",
     "vllm.v1.kv_cache_interface:KVCacheSpec": "block_size",
-    "vllm.v1.worker.gpu_worker:Worker": "model_runner",
+    "vllm.utils.mem_utils:MemorySnapshot": "cuda_memory free_memory non_torch_memory",
+    "vllm.v1.worker.gpu_worker": "Worker",
+    "vllm.v1.worker.gpu_worker:Worker": (
+        "determine_available_memory init_snapshot model_runner sleep vllm_config wake_up"
+    ),
     "vllm.v1.worker.utils:AttentionGroup": "get_metadata_builder layer_names",
     "vllm.v1.worker.worker_base:WorkerWrapperBase": "worker",
 }

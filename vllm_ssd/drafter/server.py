@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import msgspec
 
+from vllm_ssd.compat.drafter.memory import max_rows
 from vllm_ssd.compat.drafter.paged import PagedModel
 from vllm_ssd.drafter.branches import Branches
 from vllm_ssd.drafter.device_steps import MAX_TOP_M, DeviceSteps
@@ -114,7 +115,15 @@ def run(fd: int, options: DrafterOptions) -> int:
     trace = os.environ.get(TRACE_ENV)
     engine = _engine_of(model, options, functools.partial(TracedFanOut, trace) if trace else FanOut)
     welcome = Welcome(
-        PROTOCOL_VERSION, model.vocab_size, tokenizer, model.max_model_len, model.num_pages, model.page_size
+        PROTOCOL_VERSION,
+        model.vocab_size,
+        tokenizer,
+        model.max_model_len,
+        model.num_pages,
+        model.page_size,
+        model.weight_bytes,
+        model.kv_bytes,
+        model.logit_bytes,
     )
     transport.limit_messages(max_step_bytes(model.max_model_len, options.max_num_seqs))
     try:
@@ -168,8 +177,9 @@ def build_engine(
     else:
         pages = HostPages(model, branches)
         runner = eager = EagerRunner(model, pages, branches, sampler)
-    budget = BranchBudget(max_num_seqs * max_branches)
-    stepper = Stepper(branches, eager, runner, budget, saguaro_c)
+    most_rows = max_rows(model.vocab_size, model.dtype)
+    budget = BranchBudget(min(max_num_seqs * max_branches, most_rows))
+    stepper = Stepper(branches, eager, runner, budget, saguaro_c, most_rows)
     return DraftEngine(
         fan_out,
         budget,

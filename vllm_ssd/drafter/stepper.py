@@ -118,17 +118,24 @@ class EagerRun:
 class Stepper:
     """Runs one step at a time, and stores what the branches draw.
 
-    eager: for steps with spines; runner: for those of branches alone, often the same.
+    eager: for steps with spines; runner: for those of branches alone, often the same; max_rows: branches in one step
     """
 
     def __init__(
-        self, branches: Branches, eager: EagerRunner, runner: Runner, budget: BranchBudget, saguaro_c: float
+        self,
+        branches: Branches,
+        eager: EagerRunner,
+        runner: Runner,
+        budget: BranchBudget,
+        saguaro_c: float,
+        max_rows: int = 1 << 30,
     ) -> None:
         self._branches = branches
         self._eager = eager
         self._runner = runner
         self._budget = budget
         self._down_weights = saguaro_c < 1
+        self._max_rows = max_rows
         self._run: Run | None = None
         self.num_steps = 0
 
@@ -141,11 +148,12 @@ class Stepper:
         What is drawn after branches goes to them; what is drawn after spines is returned, as the first draws.
         """
         if self._run is None:
-            rows, finished = np.flatnonzero(self._branches.growing), self._branches.finished
+            growing, finished = np.flatnonzero(self._branches.growing), self._branches.finished
+            rows = self._first(growing)
             if spines:
                 return self._step_spines(spines, rows, fan_out_after_hit)
-            is_last = not len(rows) or not finished.any()
-            rows = rows if len(rows) else np.flatnonzero(finished)
+            is_last = not len(rows) or (len(rows) == len(growing) and not finished.any())
+            rows = rows if len(rows) else self._first(np.flatnonzero(finished))
             if not len(rows):
                 return None
             self._run = self._start_run(rows, is_last, fan_out_after_hit)
@@ -163,6 +171,13 @@ class Stepper:
             run.stop()
             while not run.is_done:
                 self._take(run)
+
+    def _first(self, rows: np.ndarray) -> np.ndarray:
+        """As many of `rows` as fit into one step, the least advanced ones."""
+        if len(rows) <= self._max_rows:
+            return rows
+        order = np.argsort(self._branches.computed[rows], kind="stable")
+        return np.sort(rows[order[: self._max_rows]])
 
     def _take(self, run: Run) -> None:
         self._branches.extend(run.rows, run.take())

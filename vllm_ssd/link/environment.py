@@ -22,6 +22,8 @@ PREFIXES = tuple(
     HF_XET_ TRANSFORMERS_ SAFETENSORS_ VLLM_
     """.split()
 )
+TOPOLOGY = re.compile(r"VLLM_(DP|RAY|ELASTIC_EP)_|VLLM_(PP_LAYER_PARTITION|PORT)$|TORCH_?ELASTIC_")
+"""The target's ranks, ports and layers a rank; `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and the like are on no list."""
 SECRET = re.compile(r"API_?KEY|ACCESS_KEY|SECRET|PASSWORD|CREDENTIAL|_TOKEN$|_AUTH$")
 
 
@@ -31,11 +33,12 @@ def is_passed_on(name: str) -> bool:
     Passed on is what loads and runs a model: paths, locale, temporary folders; Python and the dynamic linker; OpenMP,
     MKL and oneDNN; CUDA, ROCm, oneAPI and their collectives; PyTorch, Triton and other compilers with their caches;
     proxies and certificates for downloads; the Hugging Face and ModelScope caches and tokens; vLLM's own variables.
-    Anything else stays with the server, and so does what is named like a secret: `VLLM_API_KEY`, `NVIDIA_API_KEY`.
+    Anything else stays with the server, and so does what is named like a secret (`VLLM_API_KEY`, `NVIDIA_API_KEY`) and
+    what says which part of the target a process is (`VLLM_DP_RANK`): a drafter is whole, and alone.
     """
     if name in NAMES or name.upper() in NAMES and name.lower().endswith("_proxy"):
         return True
-    return name.startswith(PREFIXES) and SECRET.search(name) is None
+    return name.startswith(PREFIXES) and SECRET.search(name) is None and TOPOLOGY.match(name) is None
 
 
 def drafter_environment(environment: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""Where the drafter runs and what vLLM is told there: cores or device, memory, environment.
+"""Where the drafter runs and what vLLM is told there: cores or GPU, memory, environment.
 
-Each data-parallel replica of the target has a drafter of its own.
+Each data-parallel replica of the target has a drafter of its own. `vllm_ssd.link.gpus` chooses the GPU.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_ssd.config import REPLICAS_ENV, SSDConfig, parse_cpus
+from vllm_ssd.link.gpus import Gpus, Replicas, drafter_gpu, named_gpus, replicas_here, target_gpus
 from vllm_ssd.link.options import DrafterOptions
 
 if TYPE_CHECKING:
@@ -22,21 +23,36 @@ CPU_KV_CACHE_BYTES = 512 << 20
 """KV memory of a drafter on the CPU when the user names none."""
 
 
-def place_drafter(
-    config: SSDConfig, vllm_config: VllmConfig, *, is_cpu: bool
-) -> tuple[DrafterOptions, dict[str, str | None]]:
-    """The drafter's start options, and what its environment changes.
+NO_UTILIZATION = 0.01
+"""Share of a GPU that vLLM wants to find free, and else does not use, where the bytes of the KV pages are given."""
+MAX_SHARED_UTILIZATION = 1.0
+"""What two processes on one GPU may ask of it together."""
 
-    An environment value of None removes the variable.
+
+class Placement(NamedTuple):
+    """A drafter's start options, and what its environment changes; there, None removes a variable.
+
+    beside_target: whether it runs on this worker's own GPU
     """
-    device = config.drafter_device or ("cpu" if is_cpu else None)
-    if is_cpu and device != "cpu":
-        raise ValueError(f"ssd: drafter_device must be 'cpu' when the target runs on the CPU, got {device!r}")
-    if device == "cpu" and not is_cpu:
+
+    options: DrafterOptions
+    environment: dict[str, str | None]
+    beside_target: bool = False
+
+
+def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None) -> Placement:
+    """Where this worker's drafter runs, and with what; gpus: None where vLLM is built for the CPU.
+
+    Raises ValueError, naming the key, where the GPU or the memory that it would get is another's.
+    """
+    is_cpu = gpus is None
+    if is_cpu and config.drafter_device not in (None, "cpu"):
+        raise ValueError(
+            f"ssd: drafter_device must be 'cpu' when the target runs on the CPU, got {config.drafter_device!r}"
+        )
+    if config.drafter_device == "cpu" and not is_cpu:
         raise ValueError("ssd: drafter_device 'cpu' needs a CPU build of vLLM; this one is built for a GPU")
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
-    replica = parallel.data_parallel_rank_local or 0
-    num_replicas = max(int(os.environ.get(REPLICAS_ENV, "1")), replica + 1)
     target_len = vllm_config.model_config.max_model_len
     engine_args = {
         "model": config.model,
@@ -48,6 +64,7 @@ def place_drafter(
         "max_model_len": min(config.max_model_len, target_len) if config.max_model_len else None,
         "target_max_model_len": target_len,
         "max_num_seqs": scheduler.max_num_seqs,
+        "num_branches": scheduler.max_num_seqs * config.max_branches,
         "load_format": "auto",
         "seed": 0,
     }
@@ -59,7 +76,10 @@ def place_drafter(
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # torch.distributed listens even in a world of one
     cpus: list[int] = []
-    if is_cpu:
+    beside_target = False
+    if gpus is None:
+        replica = parallel.data_parallel_rank_local or 0
+        num_replicas = max(int(os.environ.get(REPLICAS_ENV, "1")), replica + 1)
         cpus = share(parse_cpus(config.drafter_cpus) if config.drafter_cpus else default_cpus(), replica, num_replicas)
         engine_args["kv_cache_memory_bytes"] = config.kv_cache_memory or CPU_KV_CACHE_BYTES
         places = ",".join(map(str, cpus))
@@ -72,15 +92,22 @@ def place_drafter(
             "VLLM_CPU_KVCACHE_SPACE": None,  # the target's; it would override kv_cache_memory_bytes
         }
     else:
-        environment["CUDA_VISIBLE_DEVICES"] = visible_device(
-            device, num_replicas * parallel.world_size + replica, os.environ.get("CUDA_VISIBLE_DEVICES")
-        )
+        replicas = replicas_here(parallel, int(os.environ.get(REPLICAS_ENV, "1")))
+        index = drafter_gpu(config.drafter_device, parallel, gpus, replicas)
+        beside_target = index == gpus.current
+        _check_memory(config, vllm_config, gpus, replicas, index)
+        environment |= {
+            "CUDA_VISIBLE_DEVICES": gpus.names[index],
+            "HIP_VISIBLE_DEVICES": None,  # on ROCm the other name of the same variable
+            "VLLM_ENABLE_STARTUP_PLAN": None,  # sizes KV pages without what our steps need
+        }
         if config.kv_cache_memory:
             engine_args["kv_cache_memory_bytes"] = config.kv_cache_memory
-        if config.gpu_memory_utilization:
-            engine_args["gpu_memory_utilization"] = config.gpu_memory_utilization
+        engine_args["gpu_memory_utilization"] = config.gpu_memory_utilization or (
+            NO_UTILIZATION if config.kv_cache_memory else None
+        )
         if config.drafter_cpus:
-            cpus = share(parse_cpus(config.drafter_cpus), replica, num_replicas)
+            cpus = share(parse_cpus(config.drafter_cpus), replicas.index, max(replicas.number, replicas.index + 1))
     options = DrafterOptions(
         engine_args={key: value for key, value in engine_args.items() if value is not None},
         num_speculative_tokens=config.num_speculative_tokens,
@@ -94,7 +121,29 @@ def place_drafter(
         parent_pid=os.getpid(),
         tree_attention=config.tree_attention and not is_cpu,
     )
-    return options, environment
+    return Placement(options, environment, beside_target)
+
+
+def _check_memory(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus, replicas: Replicas, index: int) -> None:
+    """Raise ValueError where the drafter shares GPU `index` and would size its KV pages by what others leave free."""
+    where, chosen = f"cuda:{index}", named_gpus(config.drafter_device)
+    drafters = max(replicas.number, replicas.index + 1)
+    if chosen and drafters > len(chosen) and not config.kv_cache_memory:
+        raise ValueError(
+            f"ssd: drafters of several replicas share {where}, and none can tell how much memory is its own: set "
+            f'kv_cache_memory, or name a GPU for each of the {drafters}, as in drafter_device "cuda:2,3"'
+        )
+    if index not in target_gpus(vllm_config.parallel_config, gpus, replicas) or config.kv_cache_memory:
+        return
+    if index != gpus.current or config.gpu_memory_utilization is None:
+        raise ValueError(f"ssd: the drafter shares {where} with the target: set kv_cache_memory, the bytes it may use")
+    total = config.gpu_memory_utilization + vllm_config.cache_config.gpu_memory_utilization
+    if total > MAX_SHARED_UTILIZATION:
+        raise ValueError(
+            f"ssd: target and drafter share {where} and ask for {total:.0%} of it: lower --gpu-memory-utilization "
+            f"({vllm_config.cache_config.gpu_memory_utilization:g}), or gpu_memory_utilization in speculative_config "
+            f"({config.gpu_memory_utilization:g})"
+        )
 
 
 def share(cpus: Sequence[int], replica: int, num_replicas: int) -> list[int]:
@@ -125,15 +174,15 @@ def _allowed_cpus() -> set[int]:
         return own
 
 
-def visible_device(device: str | None, default: int, visible: str | None) -> str:
-    """CUDA_VISIBLE_DEVICES of the drafter: `device` ("cuda:N") of the server's devices, else number `default`."""
-    index = int(device.partition(":")[2] or 0) if device else default
-    if visible:
-        devices = visible.split(",")
-        if index >= len(devices):
-            raise ValueError(
-                f"ssd: the drafter wants device {index} of CUDA_VISIBLE_DEVICES={visible}, which has {len(devices)}; "
-                "set drafter_device (it may share the target's GPU, with gpu_memory_utilization for each)"
-            )
-        return devices[index]
-    return str(index)
+def run_on(cpus: Sequence[int]) -> list[int]:
+    """Bind this thread alone, and every child that it starts from its first instruction on; no `cpus` bind nothing.
+
+    Returns those of them that it may not run on.
+    """
+    if not cpus:
+        return []
+    try:
+        os.sched_setaffinity(0, cpus)
+        return sorted(set(cpus) - os.sched_getaffinity(0))
+    except OSError:
+        return sorted(cpus)

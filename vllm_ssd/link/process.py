@@ -31,6 +31,7 @@ import psutil
 from vllm_ssd.link.checks import PushChecker, max_push_bytes
 from vllm_ssd.link.environment import drafter_environment
 from vllm_ssd.link.options import DrafterOptions
+from vllm_ssd.link.placement import NO_UTILIZATION, run_on
 from vllm_ssd.link.protocol import DrafterStats, Hello, Push, Refused, Step, Welcome
 from vllm_ssd.link.transport import ProcessTransport, TransportClosed, socket_pair
 
@@ -48,6 +49,7 @@ WATCH_S = 0.5
 """How often the supervisor looks at the processes of drafter and server; a target that polls less often is idle."""
 MAX_FULL_POLLS = 16
 """A drafter that fills the bound of so many polls in a row is flooding the target."""
+GIB = 1 << 30
 MAX_IDLE_BYTES = 16 << 20
 """Bytes that are read in an idle target's place and kept for its next poll; the rest stays in the socket."""
 
@@ -103,6 +105,8 @@ class DrafterProcess:
         self._server = next((p for p in psutil.Process().parents() if p.pid == server_pid), None)
         self._process: subprocess.Popen | None = None  # the supervisor's
         self._num_started = 0  # the supervisor's: drafters that have shaken hands
+        self._kv_bytes = 0  # of the drafter started last
+        self._resting = False  # the target's: no drafter is wanted
         self._lock = threading.RLock()
         self._newcomer: Drafter | None = None
         self._drafter: Drafter | None = None
@@ -163,6 +167,32 @@ class DrafterProcess:
             with contextlib.suppress(ValueError):  # closed meanwhile, by another thread
                 poller.register(drafter.transport.fileno(), select.POLLIN)
         poller.poll(timeout_s * 1e3)
+
+    def rest(self) -> None:
+        """End the drafter, whose memory is wanted elsewhere, and start no other until `wake`."""
+        self._resting = True
+        self._kill()  # first, as in `close`
+        with self._lock:
+            self.connected = False
+            for drafter in (self._drafter, self._newcomer):
+                if drafter is not None:
+                    drafter.lost = True
+                    drafter.transport.close()
+            self._newcomer = None
+
+    def wake(self) -> None:
+        """Start a drafter again after `rest`; decoding goes on without drafts until it is ready."""
+        if self._resting:
+            self._resting = False
+            self._wanted.set()
+
+    def keep_size(self) -> None:
+        """Give later drafters as much KV memory as the first one found: by then, what is free is not theirs alone."""
+        engine_args = self._options.engine_args | {
+            "kv_cache_memory_bytes": self._kv_bytes,
+            "gpu_memory_utilization": NO_UTILIZATION,
+        }
+        self._options = msgspec.structs.replace(self._options, engine_args=engine_args)
 
     def close(self) -> None:
         """End the drafter; idempotent, and called at exit."""
@@ -232,6 +262,8 @@ class DrafterProcess:
         if drafter.lost:
             return
         drafter.lost = True
+        if self._resting:
+            return
         self._logger.warning("SSD drafter lost (%s); decoding goes on without drafts until it is back", reason)
         self._wanted.set()
 
@@ -297,7 +329,8 @@ class DrafterProcess:
         """Start one drafter and shake hands; raises `DrafterFailed`."""
         self._kill()
         transport, child_socket = socket_pair(max_push_bytes(self._options))
-        _run_on(self._options.cpus)
+        if missing := run_on(self._options.cpus):
+            raise DrafterFailed(f"drafter_cpus: the SSD drafter may not run on CPU {', '.join(map(str, missing))}")
         with child_socket:
             process = self._process = subprocess.Popen(
                 [
@@ -317,26 +350,34 @@ class DrafterProcess:
             transport.close()
             raise
         self._num_started += 1
+        self._kv_bytes = welcome.kv_bytes
         with self._lock:
+            if self._resting:
+                transport.close()
+                raise DrafterFailed("the SSD drafter is to rest")
             if self._newcomer is not None:
                 self._newcomer.transport.close()
             self._newcomer = Drafter(transport, self._num_started, welcome.max_model_len)
             if time.monotonic() - self._polled_at > WATCH_S:
                 self._take_up()
         self._logger.info(
-            "SSD drafter %d ready: pid %d, %d KV pages of %d tokens, at most %d tokens a request",
+            "SSD drafter %d ready: pid %d, %d KV pages of %d tokens, at most %d tokens a request; "
+            "%.2f GiB weights + %.2f GiB KV pages + up to %.2f GiB logits",
             self._num_started,
             process.pid,
             welcome.num_pages,
             welcome.page_size,
             welcome.max_model_len,
+            welcome.weight_bytes / GIB,
+            welcome.kv_bytes / GIB,
+            welcome.logit_bytes / GIB,
         )
 
     def _shake_hands(self, process: subprocess.Popen, transport: ProcessTransport) -> Welcome:
         deadline, answers = time.monotonic() + self._startup_timeout_s, []
         try:
             transport.send(self._hello)
-            while not answers and time.monotonic() < deadline and not self._ends():
+            while not answers and time.monotonic() < deadline and not self._ends() and not self._resting:
                 answers = transport.poll(min(WATCH_S, max(deadline - time.monotonic(), 0.0)))
         except TransportClosed as error:
             try:
@@ -354,19 +395,6 @@ class DrafterProcess:
         if not isinstance(answers[0], Welcome) or len(answers) > 1:
             raise DrafterFailed("the SSD drafter answered the handshake with something else")
         return answers[0]
-
-
-def _run_on(cpus: list[int]) -> None:
-    """Bind this thread alone, and every child that it starts from its first instruction on; no `cpus` bind nothing."""
-    if not cpus:
-        return
-    try:
-        os.sched_setaffinity(0, cpus)
-        missing = set(cpus) - os.sched_getaffinity(0)
-    except OSError:
-        missing = cpus
-    if missing:
-        raise DrafterFailed(f"drafter_cpus: the SSD drafter may not run on CPU {', '.join(map(str, sorted(missing)))}")
 
 
 def _supervise(reference: weakref.ref[DrafterProcess]) -> None:
@@ -395,6 +423,9 @@ def _supervise(reference: weakref.ref[DrafterProcess]) -> None:
             link._kill()
             if link._pause(pause_s):
                 return
+            wanted.clear()  # whoever wanted one meanwhile wants this one
+            if link._resting:
+                continue
         try:
             link._start()
             lived_since = time.monotonic()
@@ -403,7 +434,7 @@ def _supervise(reference: weakref.ref[DrafterProcess]) -> None:
             failure = error if isinstance(error, DrafterFailed) else DrafterFailed(f"the SSD drafter: {error}")
             if first:
                 link._failure = failure
-            else:
+            elif not link._resting:
                 link._logger.warning("%s; trying again", failure)
                 wanted.set()
         if closed.is_set():

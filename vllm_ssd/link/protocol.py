@@ -52,7 +52,10 @@ class Hello(_Message, frozen=True, tag=0):
 
 
 class Welcome(_Message, frozen=True, tag=0):
-    """Drafter → target, answering `Hello`: the drafter is ready; its capacity in tokens is pages times page size."""
+    """Drafter → target, answering `Hello`: the drafter is ready; its capacity in tokens is pages times page size.
+
+    weight_bytes, kv_bytes: of its device's memory; logit_bytes: what a step's logits take at most
+    """
 
     version: int
     vocab_size: Count
@@ -60,6 +63,9 @@ class Welcome(_Message, frozen=True, tag=0):
     max_model_len: Count
     num_pages: Count
     page_size: Count
+    weight_bytes: Count = 0
+    kv_bytes: Count = 0
+    logit_bytes: Count = 0
 
 
 class Refused(_Message, frozen=True, tag=1):

@@ -77,8 +77,7 @@ class TargetEngine:
 
     def placement(self) -> dict[str, Any] | None:
         """engine_args, cpus and environment of this engine's drafter; None without one."""
-        from vllm.platforms import current_platform
-
+        from vllm_ssd.compat.target.worker import visible_gpus
         from vllm_ssd.config import SSDConfig
         from vllm_ssd.link.placement import place_drafter
 
@@ -87,7 +86,7 @@ class TargetEngine:
         if not isinstance(ours, dict) or "ssd" not in ours:
             return None
         config = SSDConfig.from_json(ours["ssd"])
-        options, environment = place_drafter(config, vllm_config, is_cpu=current_platform.is_cpu())
+        options, environment, _ = place_drafter(config, vllm_config, visible_gpus())
         engine_args = {**options.engine_args, "tree_attention": options.tree_attention}
         return {"engine_args": engine_args, "cpus": tuple(options.cpus), "environment": environment}
 

@@ -84,7 +84,7 @@ class BranchBudget:
         are accepted. The last call before an optimisation gets half as many (two for one), so that steps keep differing
         and the cost of a branch stays measurable.
         """
-        most = min(self._max_branches // num_requests, len(hit_chances) - 1)
+        most = min(max(self._max_branches // num_requests, 1), len(hit_chances) - 1)
         branches, calls_left = self._cache.get((num_drafts, num_requests), (most, 0))
         if not calls_left:
             self._fit_slope()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 
+import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 from vllm.tokenizers import get_tokenizer
 
+from vllm_ssd.compat.target import worker
 from vllm_ssd.config import SERVER_PID_ENV, SSDConfig
 from vllm_ssd.link.placement import place_drafter
 from vllm_ssd.link.process import DrafterProcess
@@ -16,6 +17,8 @@ from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, fingerprint
 from vllm_ssd.target.metrics import Metrics
 
 logger = init_logger("vllm.vllm_ssd")
+
+GIB = 1 << 30
 
 
 def user_config(vllm_config: VllmConfig) -> SSDConfig:
@@ -28,12 +31,14 @@ def user_config(vllm_config: VllmConfig) -> SSDConfig:
 def start_drafter(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, DrafterProcess]:
     """Start a drafter for this worker, which loads beside the target, and the counters about it.
 
-    The metrics' port is free again when the drafter is closed or the server has ended.
+    A drafter on this worker's own GPU is loaded before the target, so that each measures its own memory. The metrics'
+    port is free again when the drafter is closed or the server has ended.
     """
+    options, environment, beside_target = place_drafter(config, vllm_config, worker.visible_gpus())
     metrics = Metrics(config.num_speculative_tokens, logger)
     if config.metrics_port is not None:
         metrics.serve(config.metrics_port + vllm_config.parallel_config.data_parallel_index)
-    options, environment = place_drafter(config, vllm_config, is_cpu=current_platform.is_cpu())
+    free_before = torch.accelerator.get_memory_info()[0] if beside_target else 0
     drafter = DrafterProcess(
         options,
         _hello(config, vllm_config),
@@ -45,7 +50,55 @@ def start_drafter(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, 
         on_end=metrics.close,
     )
     metrics.watch(drafter)
+    taken = load_before_target(drafter, vllm_config, free_before) if beside_target else 0
+    worker.attach(vllm_config, sleep_hooks(drafter, beside_target, taken))
     return metrics, drafter
+
+
+def load_before_target(drafter: DrafterProcess, vllm_config: VllmConfig, free_before: int) -> int:
+    """Wait for a drafter on this worker's GPU, and return the bytes that it took of the `free_before` there were.
+
+    Raises ValueError where the rest is less than the target's share: what vLLM says of any other process, in our words.
+    """
+    drafter.wait_until_ready()
+    free, total = torch.accelerator.get_memory_info()
+    taken = max(free_before - free, 0)
+    cache = vllm_config.cache_config
+    left = free + torch.accelerator.memory_reserved()  # what the target holds so far is part of its share
+    wanted = total * cache.gpu_memory_utilization
+    if cache.kv_cache_memory_bytes is None and wanted > left:
+        drafter.close()
+        raise ValueError(
+            f"ssd: the drafter takes {taken / GIB:.1f} GiB of the GPU that it shares with the target, which leaves "
+            f"{left / GIB:.1f} of {total / GIB:.1f} GiB: set --gpu-memory-utilization to "
+            f"{int(100 * left / total) / 100:g} or less, or make kv_cache_memory smaller"
+        )
+    drafter.keep_size()
+    logger.info(
+        "SSD: drafter and target share a GPU of %.1f GiB: %.1f GiB for the drafter, %.1f GiB for the target",
+        total / GIB,
+        taken / GIB,
+        min(wanted, left) / GIB,
+    )
+    return taken
+
+
+def sleep_hooks(drafter: DrafterProcess, beside_target: bool, taken: int) -> worker.WorkerHooks:
+    """What `/sleep` and `/wake_up` do: a drafter on the target's GPU ends and starts again, any other stays.
+
+    It grows nothing meanwhile, as no outcome arrives. Draft logits stay: they hold the proposals of drafts in flight.
+    """
+    told = False
+
+    def on_sleep() -> None:
+        nonlocal told
+        if beside_target:
+            drafter.rest()
+        elif not told:
+            told = True
+            logger.info("SSD: the drafter keeps its memory while the target sleeps; it has a device of its own")
+
+    return worker.WorkerHooks(taken, on_sleep, drafter.wake)
 
 
 def _hello(config: SSDConfig, vllm_config: VllmConfig) -> Hello:

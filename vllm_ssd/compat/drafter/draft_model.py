@@ -21,12 +21,16 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_ssd.compat.drafter import tree_backend
 from vllm_ssd.compat.drafter.cpu_norms import use_compiled_norms
-from vllm_ssd.compat.drafter.memory import explained
+from vllm_ssd.compat.drafter.memory import bytes_a_row, executor_with_reserve, explained, max_rows
 from vllm_ssd.compat.drafter.paged import ForwardBatch, TreeBatch
 from vllm_ssd.kernels import copy_pages
 
 PAGE_SIZE = 32
 """Slots a page: the smallest that vLLM's CPU attention takes, so that little is copied on a fork."""
+
+
+DEFAULT_BATCH_TOKENS = 2048
+"""vLLM's tokens a batch where nobody names a number; it refuses more sequences than that."""
 
 
 class UnsupportedDraftModel(ValueError):
@@ -37,18 +41,31 @@ class DraftModel:
     """The loaded draft model, its KV pages, and two ways to run it: with vLLM's attention on sequences that each have
     a page table, or with tree attention (`tree_attention`) on the trees of requests."""
 
-    def __init__(self, *, tree_attention: bool = False, target_max_model_len: int | None = None, **engine_args) -> None:
+    def __init__(
+        self,
+        *,
+        tree_attention: bool = False,
+        target_max_model_len: int | None = None,
+        num_branches: int = 0,
+        **engine_args,
+    ) -> None:
         if tree_attention:
             engine_args["attention_backend"] = tree_backend.register()
         args = EngineArgs(block_size=PAGE_SIZE, enable_prefix_caching=False, disable_log_stats=True, **engine_args)
+        if args.max_num_seqs is not None and args.max_num_seqs > DEFAULT_BATCH_TOKENS:
+            args.max_num_batched_tokens = max(args.max_num_batched_tokens or 0, args.max_num_seqs)
         if args.max_model_len is None and target_max_model_len is not None:  # no request will be longer
             args.max_model_len = min(args.create_model_config().max_model_len, target_max_model_len)
         self.vllm_config = args.create_engine_config()
+        config = self.vllm_config.model_config
+        self.vocab_size, self.dtype = config.get_vocab_size(), config.dtype
+        rows = min(num_branches, max_rows(self.vocab_size, self.dtype))
+        self.logit_bytes = rows * bytes_a_row(self.vocab_size, self.dtype)
         if self.vllm_config.device_config.device_type == "cpu":
             use_compiled_norms()
         with _own_temporary_folder():
             try:
-                self._core = EngineCore(self.vllm_config, UniProcExecutor, log_stats=False)
+                self._core = EngineCore(self.vllm_config, executor_with_reserve(self.logit_bytes), log_stats=False)
             except ValueError as error:
                 raise explained(error, self.vllm_config) from error
         runner = _runner_of(self._core)
@@ -64,7 +81,6 @@ class DraftModel:
         self._layer_names = attention_group.layer_names
         self._metadata_builder = attention_group.get_metadata_builder()
         self.device = runner.device
-        self.dtype = self.vllm_config.model_config.dtype
         self.page_size = groups[0].kv_cache_spec.block_size
         self.num_pages = runner.kv_cache_config.num_blocks
         self._kv_caches = [half for cache in runner.kv_caches for half in _split_by_page(cache, self.num_pages)]
@@ -73,7 +89,10 @@ class DraftModel:
         self._key_value_views = [
             view for cache in runner.kv_caches if tree_attention for view in tree_backend.split_cache(cache)
         ]
-        self.vocab_size = self.vllm_config.model_config.get_vocab_size()
+        self.weight_bytes = sum(weight.nbytes for weight in self._model.parameters())
+        self.kv_bytes = sum(cache.nbytes for cache in runner.kv_caches)
+        if self.device.type == "cuda":  # held by PyTorch from now on, so that nobody else takes it
+            torch.empty(self.logit_bytes, dtype=torch.uint8, device=self.device)
         self.max_model_len = self.vllm_config.model_config.max_model_len
         self.max_num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
 

@@ -1,11 +1,44 @@
-"""Tell a user whose drafter has too little KV memory which key of ours to change, and to what."""
+"""The drafter's memory beside its weights: what steps need, and which key to change where pages get too little."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from vllm.config import VllmConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 MIB = 1 << 20
+MAX_LOGIT_BYTES = 1 << 30
+"""What the logits of one step may take: a step over more branches is split."""
+
+
+def bytes_a_row(vocab_size: int, dtype: torch.dtype) -> int:
+    """Bytes for the logits of one token: computed and copied in the model's type, and once in float32."""
+    return vocab_size * (2 * dtype.itemsize + 4)
+
+
+def max_rows(vocab_size: int, dtype: torch.dtype) -> int:
+    """Most branches in one step."""
+    return max(MAX_LOGIT_BYTES // bytes_a_row(vocab_size, dtype), 1)
+
+
+def executor_with_reserve(num_bytes: int) -> type[UniProcExecutor]:
+    """vLLM's executor, which leaves `num_bytes` more of the drafter's share free where it sizes the KV pages by that.
+
+    vLLM's own profile of a forward knows one token a request, not one a branch.
+    """
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    class Executor(UniProcExecutor):
+        def determine_available_memory(self) -> list[int]:
+            available = super().determine_available_memory()
+            is_given = self.vllm_config.cache_config.kv_cache_memory_bytes
+            return available if is_given else [size - num_bytes for size in available]
+
+    return Executor
 
 
 def explained(error: ValueError, vllm_config: VllmConfig) -> ValueError:
