@@ -1,8 +1,8 @@
 """The operations of a speculation round on the device, each a PyTorch reference and a Triton kernel of one meaning.
 
-Imports torch and triton only. Round of the drafter: `share` the pages of a prompt that another request has computed,
-`reserve` pages for tokens nobody predicted, `expand` outcomes into branches, `copy_pages` their shared tail pages, then
-K + 1 steps of the model with `tree_attention` and `sample`; when the outcome is known, `commit` the winner. On the
+Imports torch and triton only. Round of the drafter: `reserve` pages for tokens nobody predicted, `expand` outcomes into
+branches, `copy_pages` their shared tail pages, then K + 1 steps of the model with `tree_attention` and `sample`; when
+the outcome is known, `commit` the winner. Between requests: `keep`, `adopt` and `drop` pages of the prefix cache. On the
 target: `lookup` the outcome, and `write_draft_logits` where requests sample. docs/kernels.md has the picture.
 """
 
@@ -13,9 +13,9 @@ from vllm_ssd.kernels.dispatch import reference_ops
 from vllm_ssd.kernels.draft_logits import write_draft_logits
 from vllm_ssd.kernels.expand import expand
 from vllm_ssd.kernels.lookup import OUTCOME_COLUMNS, DeviceSpeculation, Found, lookup
+from vllm_ssd.kernels.prefix import adopt, drop, keep
 from vllm_ssd.kernels.reserve import reserve
 from vllm_ssd.kernels.sample import Sample, sample
-from vllm_ssd.kernels.share import share
 from vllm_ssd.kernels.tree_attention import tree_attention
 from vllm_ssd.kernels.trees import DevicePool, Trees
 
@@ -30,14 +30,16 @@ __all__ = [
     "Sample",
     "DeviceSpeculation",
     "Trees",
+    "adopt",
     "commit",
     "copy_pages",
+    "drop",
     "expand",
+    "keep",
     "lookup",
     "reference_ops",
     "reserve",
     "sample",
-    "share",
     "tree_attention",
     "write_draft_logits",
 ]

@@ -55,13 +55,16 @@ def random_outcomes(
     return ints(drafts).reshape(num_requests, num_drafts), ints(candidates).reshape(shape)
 
 
-def check_conservation(pool: DevicePool, trees: Trees, shared: int = 0) -> None:
-    """free + held = total; holders are exactly the spines and branches that name a page; nothing is held twice."""
+def check_conservation(pool: DevicePool, trees: Trees, shared: int = 0, kept: torch.Tensor | None = None) -> None:
+    """free + held = total; holders are exactly the spines and branches that name a page, and the cache of `kept` ones.
+
+    shared: pages that more than one of them holds.
+    """
     num_free = int(pool.num_free)
     free = pool.free[:num_free].long().cpu()
     spine = [table[:n] for table, n in zip(trees.page_tables.cpu(), trees.num_pages.tolist())]
     branch = trees.branch_pages[trees.branch_pages >= 0].cpu()
-    held = torch.cat([*spine, branch]).long()
+    held = torch.cat([*spine, branch] if kept is None else [*spine, branch, kept.cpu()]).long()
     holders = torch.bincount(held, minlength=len(pool.holders))
     assert torch.equal(holders, pool.holders.cpu().long())
     assert len(set(free.tolist())) == num_free

@@ -24,7 +24,6 @@ from vllm_ssd.kernels import (
     lookup,
     reserve,
     sample,
-    share,
     tree_attention,
     write_draft_logits,
 )
@@ -68,7 +67,7 @@ def compile_all(capability: int) -> None:
         return kernel
 
     triton.JITFunction.run = compile_only
-    names = ("commit", "copy_pages", "draft_logits", "expand", "lookup", "reserve", "sample", "share", "tree_attention")
+    names = ("commit", "copy_pages", "draft_logits", "expand", "lookup", "reserve", "sample", "tree_attention")
     for name in names:
         sys.modules[f"vllm_ssd.kernels.{name}"].use_triton = lambda tensor: True
 
@@ -77,7 +76,6 @@ def compile_all(capability: int) -> None:
     trees = Trees.empty(requests, branches, drafts, 16, 512, "cpu")
     some = torch.ones(requests, dtype=torch.int32)
     reserve(pool, trees, some)
-    share(pool, trees, some, some)
     fan_out, forks = some.repeat(drafts + 1, 1).T.contiguous(), some.repeat(2, 1).T.contiguous()
     candidate_ids = torch.zeros(requests, drafts + 1, candidates, dtype=torch.int32)
     expand(pool, trees, some, fan_out[:, :drafts].contiguous(), candidate_ids, fan_out, forks)

@@ -9,10 +9,12 @@ import torch
 from cases import DEVICE, check_conservation, ints, make_trees, random_outcomes, reference, same_state, to
 from triton.runtime.interpreter import interpreter_builder
 
-from vllm_ssd.kernels import CLOSE, MISS, SKIP, DevicePool, Trees, commit, copy_pages, expand, reserve, share
+from vllm_ssd.kernels import CLOSE, MISS, SKIP, DevicePool, Trees, adopt, commit, copy_pages, drop, expand, keep, reserve
 
 
-def run_both(op, pool: DevicePool, trees: Trees, *arguments: torch.Tensor, shared: int = 0) -> tuple[DevicePool, Trees]:
+def run_both(
+    op, pool: DevicePool, trees: Trees, *arguments: torch.Tensor, shared: int = 0, kept: torch.Tensor | None = None
+) -> tuple[DevicePool, Trees]:
     """The state after the reference, which the kernel must have reached too; the given state stays as it is."""
     on_device = to(pool, DEVICE), to(trees, DEVICE)
     op(*on_device, *(argument.to(DEVICE) for argument in arguments))
@@ -20,7 +22,7 @@ def run_both(op, pool: DevicePool, trees: Trees, *arguments: torch.Tensor, share
     with reference():
         op(pool, trees, *arguments)
     same_state(on_device, (pool, trees))
-    check_conservation(*on_device, shared=shared)
+    check_conservation(*on_device, shared, kept)
     return pool, trees
 
 
@@ -140,19 +142,52 @@ def test_reserve(num_tokens):
     assert trees.num_pages.tolist() == [max(-(-n // 4), 1) if n < 400 else 1 for n in num_tokens]
 
 
-@pytest.mark.parametrize("num_pages", ([0, 2, 0], [0, 140, 3], [0, 0, 0], [0, 1, 1]))
-def test_share(num_pages):
-    """Two empty spines begin with pages of the first one's, more of them than a block; or one does, or none."""
+@pytest.mark.parametrize("num_pages", (1, 2, 140))
+def test_pages_outlive_their_spine(num_pages):
+    """Pages of the first spine are kept; two others begin with them; the first ends, then one of them is dropped."""
     pool, trees = make_trees([577, 0, 0], branches=2, num_drafts=3, page_size=4, num_pages=170, spine_tokens=0)
-    shared = run_both(share, pool, trees, ints([2, 0, 0]), ints(num_pages), shared=max(num_pages))
-    assert shared[1].num_pages.tolist() == [145, *num_pages[1:]]
-    for r, n in enumerate(num_pages):
-        assert torch.equal(shared[1].page_tables[r, :n], trees.page_tables[0, :n])
-    with reference():
-        reserve(*shared, ints([0, 4 * num_pages[1] + 9, 0]))
-    closed = run_both(commit, *shared, ints([CLOSE, SKIP, SKIP]), shared=min(num_pages[1:]))
-    assert torch.equal(closed[1].page_tables[1, : num_pages[1]], trees.page_tables[0, : num_pages[1]])
-    assert int(run_both(commit, *closed, ints([MISS, CLOSE, CLOSE]))[0].num_free) == 170
+    pool, trees = to(pool, DEVICE), to(trees, DEVICE)
+    kept = torch.full((170,), -1, dtype=torch.int32, device=DEVICE)
+    columns, names = torch.arange(num_pages, device=DEVICE), torch.randperm(170, device=DEVICE)[:num_pages]
+    first, both = torch.zeros_like(columns), torch.arange(1, 3, device=DEVICE).repeat_interleave(num_pages)
+    held = trees.page_tables[0, :num_pages].clone()
+
+    keep(pool, trees, kept, first, columns, names)
+    check_conservation(pool, trees, num_pages, kept[names])
+    assert torch.equal(kept[names], held)
+    adopt(pool, trees, kept, both, columns.repeat(2), names.repeat(2))
+    check_conservation(pool, trees, num_pages, kept[names])
+    assert trees.num_pages.tolist() == [145, num_pages, num_pages]
+    assert torch.equal(trees.page_tables[1:, :num_pages], held.expand(2, -1))
+    assert (pool.holders[held.long()] == 4).all()
+
+    commit(pool, trees, ints([CLOSE, SKIP, SKIP]).to(DEVICE))
+    reserve(pool, trees, ints([0, 4 * num_pages + 9, 0]).to(DEVICE))
+    check_conservation(pool, trees, num_pages, kept[names])
+    assert torch.equal(trees.page_tables[1, :num_pages], held)
+    commit(pool, trees, ints([SKIP, CLOSE, CLOSE]).to(DEVICE))
+    check_conservation(pool, trees, 0, kept[names])
+    assert int(pool.num_free) == 170 - num_pages
+
+    drop(pool, kept, names[:1])
+    check_conservation(pool, trees, 0, kept[names[1:]])
+    adopt(pool, trees, kept, first[1:], columns[:-1], names[1:])
+    check_conservation(pool, trees, num_pages - 1, kept[names[1:]])
+    commit(pool, trees, ints([CLOSE, SKIP, SKIP]).to(DEVICE))
+    drop(pool, kept, names[1:])
+    assert int(pool.num_free) == 170 and not pool.holders.any()
+
+
+def test_pages_are_added_after_those_that_a_spine_has():
+    pool, trees = make_trees([12, 8], branches=2, num_drafts=3, page_size=4, num_pages=10, spine_tokens=0)
+    pool, trees = to(pool, DEVICE), to(trees, DEVICE)
+    kept = torch.zeros(10, dtype=torch.int32, device=DEVICE)
+    two, one = (torch.tensor(values, device=DEVICE) for values in ([0, 0], [2]))
+    keep(pool, trees, kept, two, torch.tensor([1, 2], device=DEVICE), torch.tensor([7, 3], device=DEVICE))
+    commit(pool, trees, ints([CLOSE, SKIP]).to(DEVICE))
+    adopt(pool, trees, kept, two[:1] + 1, one, torch.tensor([3], device=DEVICE))
+    assert trees.num_pages.tolist() == [0, 3] and trees.page_tables[1, 2] == kept[3]
+    check_conservation(pool, trees, 1, kept[[7, 3]])
 
 
 def started_trees(page_size: int = 4) -> tuple[DevicePool, Trees]:
@@ -206,24 +241,29 @@ def test_commit_leaves_pages_that_another_request_reads():
 
 
 def test_pages_are_conserved_over_a_thousand_rounds():
-    """Random opens, shares, forks, hits, misses and closes of two requests in a pool that is often too small.
+    """Random opens, forks, hits, misses and closes of two requests in a pool that is often too small; some pages are
+    kept for the other request, until nobody else holds them and they are dropped.
 
     The kernels alone, checked after every round; every 50th round both the kernels and the references.
     """
     rng, num_drafts, page_size, requests = random.Random(3), 2, 3, 2
     pool, trees = make_trees([0] * requests, branches=5, num_drafts=2, page_size=3, num_pages=24, spine_tokens=0)
     pool, trees = to(pool, DEVICE), to(trees, DEVICE)
-    lengths, seen, ran_out, most_shared = [0] * requests, set(), 0, 0
+    lengths, seen, ran_out, most_shared, num_dropped = [0] * requests, set(), 0, 0, 0
+    names, kept = torch.empty(0, dtype=torch.int64, device=DEVICE), torch.zeros(24, dtype=torch.int32, device=DEVICE)
     for round_number in range(1000):
         wanted = [length + num_drafts + 1 if length else rng.choice([0, rng.randint(1, 9)]) for length in lengths]
         reader = next((r for r in range(requests) if not trees.num_pages[r] and lengths[1 - r]), None)
         if reader is not None and wanted[reader]:
             num_shared = rng.randint(0, lengths[1 - reader] // page_size)
             wanted[reader] += num_shared * page_size
-            arguments = ints([1, 0]), ints([num_shared if r == reader else 0 for r in range(requests)])
-            if round_number % 5 == 0:
-                run_both(share, pool, trees, *arguments, shared=num_shared)
-            share(pool, trees, *(argument.to(DEVICE) for argument in arguments))
+            columns = torch.arange(num_shared, device=DEVICE)
+            slots, pages = torch.full_like(columns, reader), trees.page_tables[1 - reader, :num_shared]
+            new = ~torch.isin(pages, kept[names])
+            unused = torch.tensor(sorted(set(range(24)) - set(names.tolist())), device=DEVICE)[: int(new.sum())]
+            keep(pool, trees, kept, 1 - slots[new], columns[new], unused)
+            names = torch.cat([names, unused])
+            adopt(pool, trees, kept, slots, columns, names[(pages[:, None] == kept[names]).int().argmax(1)])
         reserve(pool, trees, ints(wanted).to(DEVICE))
         room = (trees.num_pages * page_size).tolist()
         lengths = [
@@ -235,7 +275,7 @@ def test_pages_are_conserved_over_a_thousand_rounds():
         forks = ints([[0, last + 1] for last in last_fork])
         arguments = (ints(lengths), drafts, candidates, fan_out, forks)
         if round_number % 50 == 0:
-            run_both(expand, pool, trees, *arguments, shared=shared_by_both(trees))
+            run_both(expand, pool, trees, *arguments, shared=num_shared_pages(trees, kept[names]), kept=kept[names])
         expand(pool, trees, *(argument.to(DEVICE) for argument in arguments))
         accept_lengths = trees.accept_lengths.tolist()
         ran_out += sum(len(row) - row.count(-1) for row in accept_lengths) < sum(
@@ -262,19 +302,24 @@ def test_pages_are_conserved_over_a_thousand_rounds():
             pool_then, trees_then = to(pool, "cpu"), to(trees, "cpu")
             with reference():
                 commit(pool_then, trees_then, ints(winners))
-            run_both(commit, pool, trees, ints(winners), shared=shared_by_both(trees_then))
+            now_shared = num_shared_pages(trees_then, kept[names])
+            run_both(commit, pool, trees, ints(winners), shared=now_shared, kept=kept[names])
         commit(pool, trees, ints(winners).to(DEVICE))
-        read_by_both = shared_by_both(trees)
-        check_conservation(pool, trees, shared=read_by_both)
-        most_shared = max(most_shared, read_by_both)
+        idle = names[(pool.holders[kept[names].long()] == 1)]
+        if rng.random() < 0.9:
+            drop(pool, kept, idle)
+            names, num_dropped = names[~torch.isin(names, idle)], num_dropped + len(idle)
+        now_shared = num_shared_pages(trees, kept[names])
+        check_conservation(pool, trees, now_shared, kept[names])
+        most_shared = max(most_shared, now_shared)
     assert seen == {"hit", "miss", "skip", "close"}
-    assert ran_out > 20 and most_shared > 3
+    assert ran_out > 20 and most_shared > 3 and num_dropped > 50
 
 
-def shared_by_both(trees: Trees) -> int:
-    """Pages that two spines read."""
+def num_shared_pages(trees: Trees, kept: torch.Tensor) -> int:
+    """Pages that two of the spines and the cache hold."""
     one, other = (set(table[:n].tolist()) for table, n in zip(trees.page_tables, trees.num_pages.tolist()))
-    return len(one & other)
+    return len((one & other) | ((one | other) & set(kept.tolist())))
 
 
 @pytest.mark.parametrize("layout", ("slots outside heads", "heads outside slots", "keys beside values"))

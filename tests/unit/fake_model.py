@@ -28,10 +28,11 @@ class FakePagedModel:
         self.num_pages = num_pages
         self.max_model_len = max_model_len
         self.kv = np.full((num_pages, self.page_size), POISON, np.int64)
-        self.num_forwards = 0
+        self.num_forwards = self.num_tokens = 0
 
     def forward(self, batch: ForwardBatch | TreeBatch) -> torch.Tensor:
         self.num_forwards += 1
+        self.num_tokens += len(batch.token_ids)
         assert batch.token_ids.dtype in (torch.int32, np.int32), "vLLM compiles its models for int32"
         if isinstance(batch, TreeBatch):
             return self._forward_trees(batch)

@@ -42,7 +42,7 @@ from vllm_ssd.drafter.branches import JIT_ACCEPT_LENGTH, Branches
 from vllm_ssd.drafter.pages.protocol import Pages
 from vllm_ssd.drafter.pushes import due_rows, take_blocks
 from vllm_ssd.drafter.sampler import Draw
-from vllm_ssd.drafter.sequence import NO_ROWS, Sequence, most_shared
+from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
 from vllm_ssd.drafter.step_tokens import StepTokens
 from vllm_ssd.drafter.stepper import Stepper
 from vllm_ssd.link.protocol import DrafterStats, Evicted, Push, common_prefix
@@ -86,6 +86,8 @@ class DraftEngine:
         self._evicted: list[Evicted] = []
         self._num_branches = branches.per_request - 1  # a request grows now
         self.num_evictions = 0  # for lack of pages
+        self.num_prompt_tokens = 0  # of requests that were opened
+        self.num_cached_tokens = 0  # of those, whose KV was there already
         self.build_s = 0.0  # from an outcome to the whole tree after it, last seen
         self._growing_since = 0.0
 
@@ -105,7 +107,8 @@ class DraftEngine:
             self.refuse(oldest.request_id, oldest.epoch)
         sequence = Sequence(request_id, epoch, self._free_slots.pop(), temperature, token_ids.tolist(), len(token_ids))
         self._by_slot[sequence.slot] = sequence
-        self._share_prefix(sequence)
+        self._adopt_pages(sequence)
+        self.num_prompt_tokens += len(token_ids)
         self.sequences[request_id] = sequence
         self._begin_round(sequence, num_drafts)
 
@@ -155,6 +158,7 @@ class DraftEngine:
             if position not in sequence.candidates:
                 sequence.computed = position
                 break
+        self._publish_pages(sequence)
         self.sequences[request_id] = self.sequences.pop(request_id)
         self._begin_round(sequence, num_drafts)
 
@@ -293,24 +297,45 @@ class DraftEngine:
 
     # ---- spines ----------------------------------------------------------------------------------------
 
-    def _share_prefix(self, sequence: Sequence) -> None:
-        """Read full pages of a prompt that another request has already computed (`n > 1`, shared prefixes)."""
-        other, num_pages = most_shared(sequence, self.sequences.values(), self.pages.page_size)
-        if other is not None:
-            self.pages.share(sequence.slot, other.slot, num_pages)
-            sequence.computed = num_pages * self.pages.page_size
+    def _adopt_pages(self, sequence: Sequence) -> None:
+        """Read full pages that another request has computed, of which only the last token must be computed again."""
+        size = self.pages.page_size
+        first, end = sequence.computed // size, (sequence.length - 1) // size
+        if first >= end or sequence.computed % size or not self.pages.missing(sequence.slot, sequence.computed + 1):
+            return
+        num_pages = self.pages.adopt(sequence.slot, (sequence.page_digest(i, size) for i in range(first, end)))
+        sequence.computed += num_pages * size
+        sequence.num_published += num_pages
+        self.num_cached_tokens += num_pages * size
+
+    def _publish_pages(self, sequence: Sequence) -> None:
+        """Let others read the full pages of the trunk before its last token, which is never computed again there."""
+        size = self.pages.page_size
+        first, end = sequence.num_published, min(sequence.computed, sequence.length - 1) // size
+        if first < end:
+            self.pages.publish(sequence.slot, first, [sequence.page_digest(i, size) for i in range(first, end)])
+            sequence.num_published = end
 
     def _schedule_spines(self) -> list[tuple[Sequence, int]]:
         """Uncomputed spines and how many of their tokens ride in the next step; they have the pages for these."""
         budget, spines = PREFILL_TOKENS_PER_STEP, []
         for sequence in list(self._unfinished.values()):
-            num_tokens = min(len(sequence.tokens) - sequence.computed, budget)
-            if not num_tokens:
+            if not budget:
                 break
-            if self._is_open(sequence) and self._reserve(sequence, sequence.computed + num_tokens):
+            self._adopt_pages(sequence)
+            num_tokens = self._chunk(sequence, budget)
+            if num_tokens and self._is_open(sequence) and self._reserve(sequence, sequence.computed + num_tokens):
                 budget -= num_tokens
                 spines.append((sequence, num_tokens))
         return [(sequence, n) for sequence, n in spines if self._is_open(sequence)]
+
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        """Tokens of a spine for the next step: all, or as many as end a page, after which pages of others may follow."""
+        num_left = len(sequence.tokens) - sequence.computed
+        if num_left <= budget:
+            return num_left
+        to_page_end = budget - (sequence.computed + budget) % self.pages.page_size
+        return to_page_end if to_page_end > 0 else budget if budget == PREFILL_TOKENS_PER_STEP else 0
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give the spine pages for `num_tokens`, evicting the least recently advanced requests if needed."""
@@ -339,6 +364,7 @@ class DraftEngine:
             if not self._is_open(sequence):
                 continue  # evicted just now, for the branches of one before it
             sequence.computed += n
+            self._publish_pages(sequence)
             if sequence.is_computed:
                 del self._unfinished[sequence.request_id]
             self._fork(sequence)

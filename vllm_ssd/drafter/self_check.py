@@ -74,6 +74,7 @@ def check_trees(engine: DraftEngine, model: PagedModel, num_drafts: int) -> None
     grown.append(_grow(engine, second))
     for request in (first, second):
         engine.close(request.name)
+    engine.pages.forget_idle()  # what the model is asked next is written to any page
     for tree in grown:
         for branch in _spread(list(tree.values()), 6):
             error = _error(model, branch)

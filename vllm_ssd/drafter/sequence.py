@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
-
-from vllm_ssd.link.protocol import common_prefix
 
 NO_ROWS = np.empty(0, np.int64)
 
@@ -36,6 +35,8 @@ class Sequence:
     after_hit: bool = False
     awaited: int | None = None
     decided_at: float = 0.0  # when its last outcome came
+    num_published: int = 0  # leading pages that others can find
+    _digests: list[bytes] = field(default_factory=list)  # of leading pages
 
     @property
     def is_computed(self) -> bool:
@@ -43,13 +44,11 @@ class Sequence:
         return self.computed == len(self.tokens)
 
 
-def most_shared(sequence: Sequence, others: Iterable[Sequence], page_size: int) -> tuple[Sequence | None, int]:
-    """Which of `others` has computed most full pages of a prompt, its last token left out, and how many they are."""
-    best, best_pages = None, 0
-    for other in others:
-        usable = min(other.computed, other.length, sequence.length - 1)
-        if usable // page_size > best_pages:
-            pages = common_prefix(sequence.tokens[:usable], other.tokens[:usable]) // page_size
-            if pages > best_pages:
-                best, best_pages = other, pages
-    return best, best_pages
+    def page_digest(self, page: int, page_size: int) -> bytes:
+        """What a full page of committed tokens contains, with all that precedes it: a link of a chain of hashes."""
+        while len(self._digests) <= page:
+            start = len(self._digests) * page_size
+            link = hashlib.blake2b(self._digests[-1] if self._digests else b"", digest_size=16)
+            link.update(array("i", self.tokens[start : start + page_size]).tobytes())
+            self._digests.append(link.digest())
+        return self._digests[page]

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+
 import numpy as np
 import torch
 
 from vllm_ssd.compat.drafter.paged import PagedModel, TreeBatch
 from vllm_ssd.drafter.branches import JIT_ACCEPT_LENGTH, Branches
-from vllm_ssd.drafter.pages.spines import NO_PAGES, SpinePages
+from vllm_ssd.drafter.pages.pool import NO_PAGES
+from vllm_ssd.drafter.pages.spines import SpinePages
 from vllm_ssd.drafter.step_tokens import StepTokens
-from vllm_ssd.kernels import CLOSE, MISS, SKIP, DevicePool, Trees, commit, expand, reserve, share
+from vllm_ssd.kernels import CLOSE, MISS, SKIP, DevicePool, Trees, adopt, commit, drop, expand, keep, reserve
 
 
 class DevicePages(SpinePages):
     """`Pages` over `kernels.Trees`: page ids never come to the host.
 
-    What is asked for is collected and carried out before the next forward, one launch of `commit`, `share`, `reserve`,
-    `expand` and `copy_pages` for all requests. How many pages are free is known here all the same, because every
-    operation's need is, and `tables` hold stand-ins that are shared as the pages are; so nothing waits for the device.
+    What is asked for is collected and carried out before the next forward, one launch of `commit`, `drop`, `adopt`,
+    `reserve`, `expand` and `copy_pages` for all requests. How many pages are free is known here all the same, because
+    every operation's need is, and `tables` hold stand-ins that are shared as the pages are; so nothing waits for the
+    device.
+
+    A stand-in is also the name under which the device keeps a cached page. It does so from when it must, that is when
+    the spine that published the page ends or another one adopts it: most rounds launch nothing for the cache.
     """
 
     def __init__(self, model: PagedModel, branches: Branches) -> None:
@@ -30,10 +38,13 @@ class DevicePages(SpinePages):
         self._index = np.zeros(num_slots * per_slot, np.int64)  # of each row among its request's
         self._num_branch_pages = np.zeros(num_slots * per_slot, np.int64)
         self._held_by_branches = 0
+        self._places = np.zeros((2, model.num_pages), np.int64)  # slot and column of each published page, by its name
+        self._is_kept = np.zeros(model.num_pages, bool)  # under its name, by the device
+        self._kept_pages = torch.zeros(model.num_pages, dtype=torch.int32, device=model.device)  # by name
         # What is due, by slot; `_fan_out` also holds what was carried out.
         self._winners = np.full(num_slots, SKIP, np.int32)
-        self._sources = np.zeros(num_slots, np.int32)
-        self._num_shared = np.zeros(num_slots, np.int32)
+        self._adopted: list[np.ndarray] = []  # slots, columns and names [3, n]
+        self._dropped: list[np.ndarray] = []  # names [n]
         self._num_tokens = np.zeros(num_slots, np.int32)
         self._lengths = np.zeros(num_slots, np.int32)
         self._forks = np.zeros((num_slots, 2), np.int32)
@@ -43,7 +54,7 @@ class DevicePages(SpinePages):
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds, once all is carried out."""
+        """Pages that no spine or branch holds, once all is carried out."""
         return self.pool.num_free - self._held_by_branches
 
     def reserve(self, slot: int, num_tokens: int) -> None:
@@ -52,12 +63,46 @@ class DevicePages(SpinePages):
             super().reserve(slot, num_tokens)
             self._num_tokens[slot] = num_tokens
 
-    def share(self, slot: int, other: int, num_pages: int) -> None:
-        """Begin the empty spine of `slot` with the first pages of another's, all of them full."""
-        if self._num_tokens[other] or self._num_shared[other]:
-            self.carry_out()  # the other's pages must be there first
-        super().share(slot, other, num_pages)
-        self._sources[slot], self._num_shared[slot] = other, num_pages
+    def adopt(self, slot: int, digests: Iterable[bytes]) -> int:
+        """Add the cached pages of `digests` to a spine, up to one that is not found; how many they are."""
+        have, num_pages = int(self.num_pages[slot]), super().adopt(slot, digests)
+        if num_pages:
+            columns = np.arange(have, have + num_pages)
+            names = self.tables[slot, columns]
+            self._keep(names)
+            self._adopted.append(np.stack([np.full(num_pages, slot), columns, names]))
+        return num_pages
+
+    def publish(self, slot: int, first: int, digests: SequenceOf[bytes]) -> np.ndarray:
+        """Let pages of a spine from its page `first` on, final ones, be found by `digests`; those that now are, [n]."""
+        names = super().publish(slot, first, digests)
+        self._places[0, self.tables[slot, first : first + len(digests)]] = slot
+        self._places[1, self.tables[slot, first : first + len(digests)]] = np.arange(first, first + len(digests))
+        return names
+
+    def forget_idle(self) -> None:
+        """Drop the cached pages that no spine holds."""
+        self._make_room(self.pool.num_free - self._held_by_branches)
+
+    def _keep(self, names: np.ndarray) -> None:
+        """Have the device keep those of the pages `names` [n] that are cached."""
+        names = names[self.pool.is_cached(names) & ~self._is_kept[names]]
+        if len(names):
+            self.carry_out()  # the pages must be there first, and what had these names before be dropped
+            self._is_kept[names] = True
+            entries = self._to_device(np.stack([*self._places[:, names], names]))
+            keep(self.device_pool, self.trees, self._kept_pages, *entries)
+
+    def _make_room(self, num_pages: int) -> None:
+        """Drop idle pages until the device has `num_pages` unused ones, once all is carried out."""
+        names = self.pool.make_room(num_pages + self._held_by_branches)
+        if len(names):
+            self._is_kept[names] = False
+            self._dropped.append(names)
+
+    def _allocate(self, num_pages: int) -> np.ndarray:
+        self._make_room(num_pages)
+        return super()._allocate(num_pages)
 
     def needed(self, rows: np.ndarray) -> int:
         """Pages that `fork` takes for new branches in `rows`: room for all K drafts, however many are wanted."""
@@ -72,6 +117,7 @@ class DevicePages(SpinePages):
         k = 0 if is_jit else int(branches.accept_length[first])
         self._index[rows] = self._fan_out[slot].sum() + np.arange(len(rows))
         needed = self.needed(rows)
+        self._make_room(needed)
         self._num_branch_pages[rows] = needed // len(rows)
         self._held_by_branches += needed
         self._lengths[slot] = base - k
@@ -94,12 +140,13 @@ class DevicePages(SpinePages):
         self._held_by_branches -= int(self._num_branch_pages[rows].sum())
         if winner >= 0:
             first_page = int(self._branches.base[winner]) // self.page_size
-            self._relink(slot, first_page, self.pool.allocate(int(self._num_branch_pages[winner])))
+            self._relink(slot, first_page, self._allocate(int(self._num_branch_pages[winner])))
         self._winners[slot] = self._index[winner] if winner >= 0 else MISS
         self._fan_out[slot] = 0
 
     def close(self, slot: int, rows: np.ndarray) -> None:
         """Free a spine and its branches."""
+        self._keep(self.tables[slot, : self.num_pages[slot]])
         self._before_commit(slot)
         self._held_by_branches -= int(self._num_branch_pages[rows].sum())
         self._relink(slot, 0, NO_PAGES)
@@ -108,8 +155,8 @@ class DevicePages(SpinePages):
 
     def _before_commit(self, slot: int) -> None:
         """Carry out what was asked of this slot since its last commit, which must not come after the next one."""
-        is_due = self._num_tokens[slot] or self._forks[slot, 0] < self._forks[slot, 1] or self._num_shared[slot]
-        if is_due or slot in self._sources[self._num_shared > 0]:
+        is_due = self._num_tokens[slot] or self._forks[slot, 0] < self._forks[slot, 1]
+        if is_due or any(slot in slots for slots, _, _ in self._adopted):
             self.carry_out()
 
     def carry_out(self) -> None:
@@ -118,9 +165,12 @@ class DevicePages(SpinePages):
         if (self._winners != SKIP).any():
             commit(pool, trees, self._to_device(self._winners))
             self._winners[:] = SKIP
-        if self._num_shared.any():
-            share(pool, trees, self._to_device(self._sources), self._to_device(self._num_shared))
-            self._num_shared[:] = 0
+        if self._dropped:
+            drop(pool, self._kept_pages, self._to_device(np.concatenate(self._dropped)))
+            self._dropped.clear()
+        if self._adopted:
+            adopt(pool, trees, self._kept_pages, *self._to_device(np.concatenate(self._adopted, axis=1)))
+            self._adopted.clear()
         if self._num_tokens.any():
             reserve(pool, trees, self._to_device(self._num_tokens))
             self._num_tokens[:] = 0

@@ -6,7 +6,8 @@ import numpy as np
 
 from vllm_ssd.compat.drafter.paged import ForwardBatch, PagedModel
 from vllm_ssd.drafter.branches import JIT_ACCEPT_LENGTH, Branches
-from vllm_ssd.drafter.pages.spines import NO_PAGES, SpinePages
+from vllm_ssd.drafter.pages.pool import NO_PAGES
+from vllm_ssd.drafter.pages.spines import SpinePages
 from vllm_ssd.drafter.step_tokens import StepTokens
 
 
@@ -26,7 +27,7 @@ class HostPages(SpinePages):
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds."""
+        """Pages that no spine or branch holds."""
         return self.pool.num_free
 
     def needed(self, rows: np.ndarray) -> int:

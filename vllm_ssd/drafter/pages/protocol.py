@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
 import numpy as np
@@ -14,8 +16,11 @@ class Pages(Protocol):
     """KV pages of one spine a slot, and of the branches that start from it, by their rows in `Branches`.
 
     A spine's full pages may be shared with other requests. A branch reads its spine's full pages before its base and
-    owns the pages from there on, all of them from its start. Nothing is evicted here: `num_free` tells the caller what
-    it may ask for.
+    owns the pages from there on, all of them from its start. No request is evicted here: `num_free` tells the caller
+    what it may ask for.
+
+    Published pages are cached by a digest of what they contain and all that precedes it. They stay when their requests
+    end, and count as free again then: the least recently used ones go when space is needed.
 
     page_size: slots of a page; capacity: pages, free or held
     """
@@ -25,7 +30,7 @@ class Pages(Protocol):
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds."""
+        """Pages that no spine or branch holds."""
         ...
 
     def missing(self, slot: int, num_tokens: int) -> int:
@@ -35,8 +40,18 @@ class Pages(Protocol):
     def reserve(self, slot: int, num_tokens: int) -> None:
         """Give a spine the pages it lacks; as many must be free."""
 
-    def share(self, slot: int, other: int, num_pages: int) -> None:
-        """Begin the empty spine of `slot` with the first pages of another's, all of them full."""
+    def adopt(self, slot: int, digests: Iterable[bytes]) -> int:
+        """Add the cached pages of `digests` to a spine, up to one that is not found; how many they are."""
+        ...
+
+    def publish(self, slot: int, first: int, digests: SequenceOf[bytes]) -> object:
+        """Let pages of a spine from its page `first` on be found by `digests`.
+
+        They are full, were computed, and are not written again by this spine.
+        """
+
+    def forget_idle(self) -> None:
+        """Drop the cached pages that no spine holds."""
 
     def needed(self, rows: np.ndarray) -> int:
         """Pages that `fork` takes for new branches in `rows`, all of one fork point."""

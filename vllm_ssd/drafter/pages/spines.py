@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+
 import numpy as np
 
 from vllm_ssd.compat.drafter.paged import PagedModel
 from vllm_ssd.drafter.pages.pool import PagePool
 
-NO_PAGES = np.empty(0, np.int32)
-
 
 class SpinePages:
     """Which pages the spines in `max_num_seqs` slots hold; `HostPages` and `DevicePages` add those of the branches.
 
-    tables [S, W] int32 and num_pages [S] int64: the pages of each spine, of `pool`. Full pages may be shared.
+    tables [S, W] int32 and num_pages [S] int64: the pages of each spine, of `pool`. Full pages of
+    committed tokens are cached by their content, and shared by all spines that begin alike.
     """
 
     def __init__(self, model: PagedModel, max_num_seqs: int) -> None:
@@ -31,18 +33,31 @@ class SpinePages:
     def reserve(self, slot: int, num_tokens: int) -> None:
         """Give a spine the pages it lacks; as many must be free."""
         have, missing = int(self.num_pages[slot]), self.missing(slot, num_tokens)
-        self.tables[slot, have : have + missing] = self.pool.allocate(missing)
+        self.tables[slot, have : have + missing] = self._allocate(missing)
         self.num_pages[slot] += missing
 
-    def share(self, slot: int, other: int, num_pages: int) -> None:
-        """Begin the empty spine of `slot` with the first pages of another's, all of them full."""
-        shared = self.tables[other, :num_pages]
-        self.pool.share(shared)
-        self.tables[slot, :num_pages] = shared
-        self.num_pages[slot] = num_pages
+    def adopt(self, slot: int, digests: Iterable[bytes]) -> int:
+        """Add the cached pages of `digests` to a spine, up to one that is not found; how many they are."""
+        pages, have = self.pool.find(digests), int(self.num_pages[slot])
+        self.pool.share(pages)
+        self.tables[slot, have : have + len(pages)] = pages
+        self.num_pages[slot] += len(pages)
+        return len(pages)
+
+    def publish(self, slot: int, first: int, digests: SequenceOf[bytes]) -> np.ndarray:
+        """Let pages of a spine from its page `first` on, final ones, be found by `digests`; those that now are, [n]."""
+        pages = self.tables[slot, first : first + len(digests)]
+        return pages[[self.pool.cache(page, digest) for page, digest in zip(pages.tolist(), digests)]]
+
+    def forget_idle(self) -> None:
+        """Drop the cached pages that no spine holds."""
+        self.pool.make_room(self.pool.num_free)
+
+    def _allocate(self, num_pages: int) -> np.ndarray:
+        return self.pool.allocate(num_pages)
 
     def _relink(self, slot: int, first: int, pages: np.ndarray) -> None:
         """Put `pages` in the place of a spine's from its page `first` on."""
-        self.pool.release(self.tables[slot, first : self.num_pages[slot]])
+        self.pool.release(self.tables[slot, first : self.num_pages[slot]][::-1])  # the beginning is read most often
         self.tables[slot, first : first + len(pages)] = pages
         self.num_pages[slot] = first + len(pages)
