@@ -20,6 +20,7 @@ CACHED = "vllm.v1.worker.gpu_input_batch:CachedRequestState"
 GROUP = "vllm.distributed.parallel_state:GroupCoordinator"
 ARGUMENTS = "vllm.engine.arg_utils:EngineArgs"
 PARALLEL = "vllm.config.parallel:ParallelConfig"
+SAMPLING = "vllm.sampling_params:SamplingParams"
 COMMON = "vllm.v1.attention.backend:CommonAttentionMetadata"
 
 CORE = "vllm.v1.engine.core:EngineCore"
@@ -30,6 +31,14 @@ OBJECTS = {
         "getattr(config, 'speculative_config', None)": "vllm.config.speculative:SpeculativeConfig",
     },
     "compat.target.configuration": {"engine_args": ARGUMENTS},
+    "compat.target.gain": {
+        "new": NEW,
+        "runner": V1,
+        "batch": V1_BATCH,
+        "vllm_config": CONFIG,
+        "params": SAMPLING,
+        "structured": "vllm.sampling_params:StructuredOutputsParams",
+    },
     "compat.target.measure": {
         "engine": "vllm.v1.engine.llm_engine:LLMEngine",
         "cast('InprocClient', engine.engine_core)": "vllm.v1.engine.core_client:InprocClient",
@@ -128,7 +137,8 @@ TYPES = {
     f"{V1}.attn_groups": "vllm.v1.worker.utils:AttentionGroup",
     f"{V2}.req_states": REQUESTS,
     f"{SCHEDULED}.scheduled_cached_reqs": "vllm.v1.core.sched.output:CachedRequestData",
-    f"{NEW}.sampling_params": "vllm.sampling_params:SamplingParams",
+    f"{CONFIG}.structured_outputs_config": "vllm.config.structured_outputs:StructuredOutputsConfig",
+    f"{NEW}.sampling_params": SAMPLING,
     "vllm.v1.core.sched.scheduler:Scheduler.parallel_config": PARALLEL,
     f"{CORE}.model_executor": "vllm.v1.executor.uniproc_executor:UniProcExecutor",
     "vllm.v1.executor.uniproc_executor:UniProcExecutor.driver_worker": "vllm.v1.worker.worker_base:WorkerWrapperBase",

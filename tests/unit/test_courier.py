@@ -313,3 +313,24 @@ def test_the_threads_end_and_close_the_link() -> None:
             thread.join(timeout=10)
     assert threading.active_count() == before and link.closed
     assert any(isinstance(event, Close) for step in link.steps for event in step.events)
+
+
+def test_the_drafter_is_left_alone_before_the_last_token():
+    """Of two requests alike one says when it ends: it is closed with one token to go, and not opened again."""
+    link = Link()
+    device = Device(link, on_miss="skip")
+    for name in "ab":
+        device.start(name, PROMPTS["a"])
+    device.courier.end_at(device.requests["a"][0], 9)
+    device.courier.work()
+    while len(device.tokens["a"]) < 8:
+        device.round()
+        device.courier.work()
+        device.courier.work()
+    assert set(link.engine.sequences) == {str(device.requests["b"][0])}
+    device.round()
+    device.finish("a")
+    device.courier.work()
+    events = [event for step in link.steps for event in step.events]
+    assert sum(isinstance(event, Open) for event in events) == 2
+    assert sum(isinstance(event, Close) for event in events) == 1

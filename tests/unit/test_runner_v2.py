@@ -47,7 +47,7 @@ def test_what_is_wrapped_is_called_as_we_expect() -> None:
 def test_our_speculator_is_asked_as_vllm_asks_its_own() -> None:
     assert parameters(V2Speculator.propose) == parameters(BaseSpeculator.propose)
     assert parameters(NgramGPUSpeculator.propose) == parameters(BaseSpeculator.propose)
-    abstract = {"speculate", "want", "on_target_loaded", "add_request", "remove_request"}
+    abstract = {"speculate", "want", "on_target_loaded", "add_request", "end_at", "remove_request"}
     assert V2Speculator.__abstractmethods__ == abstract, "vLLM wants more of a speculator than we have"
 
 
@@ -55,7 +55,7 @@ def test_a_dummy_run_drafts_nothing() -> None:
     """vLLM makes one to measure memory, to capture graphs, and where a data-parallel rank is idle."""
 
     class Speculator(V2Speculator):
-        speculate = want = on_target_loaded = add_request = remove_request = None
+        speculate = want = on_target_loaded = add_request = end_at = remove_request = None
 
     speculator = object.__new__(Speculator)
     speculator.draft_logits = torch.zeros(4, 5, 7)

@@ -31,7 +31,7 @@ USED = {
     ),
     "vllm.config.vllm:VllmConfig": (
         "additional_config cache_config device_config max_concurrent_batches model_config parallel_config "
-        "scheduler_config speculative_config use_v2_model_runner"
+        "scheduler_config speculative_config structured_outputs_config use_v2_model_runner"
     ),
     "vllm.engine.arg_utils": "EngineArgs",
     "vllm.engine.arg_utils:EngineArgs": (
@@ -44,9 +44,13 @@ USED = {
     # both runners
     "vllm.distributed.parallel_state": "get_tp_group",
     "vllm.distributed.parallel_state:GroupCoordinator": "broadcast broadcast_object rank_in_group world_size",
-    "vllm.sampling_params:SamplingParams": "min_tokens temperature",
+    "vllm.config.structured_outputs:StructuredOutputsConfig": "reasoning_parser",
+    "vllm.sampling_params:SamplingParams": "max_tokens min_tokens structured_outputs temperature",
+    "vllm.sampling_params:StructuredOutputsParams": "choice grammar",
     "vllm.v1.core.sched.output:CachedRequestData": "all_token_ids",
-    "vllm.v1.core.sched.output:NewRequestData": "prefill_token_ids prompt_token_ids req_id sampling_params",
+    "vllm.v1.core.sched.output:NewRequestData": (
+        "mm_features prefill_token_ids prompt_embeds prompt_token_ids req_id sampling_params"
+    ),
     "vllm.v1.core.sched.output:SchedulerOutput": (
         "finished_req_ids num_scheduled_tokens scheduled_cached_reqs scheduled_new_reqs scheduled_spec_decode_tokens"
     ),
@@ -68,9 +72,9 @@ USED = {
     ),
     "vllm.v1.spec_decode.metadata": "SpecDecodeMetadata",
     "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "bonus_logits_indices draft_token_ids num_draft_tokens",
-    "vllm.v1.worker.gpu_input_batch:CachedRequestState": "num_prompt_tokens output_token_ids",
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": "num_prompt_tokens output_token_ids sampling_params",
     "vllm.v1.worker.gpu_input_batch:InputBatch": (
-        "num_tokens_no_spec req_ids sampling_metadata thinking_budget_state_holder update_async_output_token_ids "
+        "num_prompt_tokens num_tokens_no_spec req_ids sampling_metadata thinking_budget_state_holder update_async_output_token_ids "
         "vocab_size"
     ),
     "vllm.v1.worker.gpu_model_runner": "GPUModelRunner",
@@ -90,7 +94,7 @@ USED = {
     ),
     "vllm.v1.worker.gpu.model_runner": "GPUModelRunner init_speculator",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": (
-        "_remove_request add_requests load_model rejection_sampler req_states speculator"
+        "_remove_request add_requests load_model rejection_sampler req_states speculator vllm_config"
     ),
     "vllm.v1.worker.gpu.spec_decode": "init_speculator",
     "vllm.v1.worker.gpu.spec_decode.ngram": "",

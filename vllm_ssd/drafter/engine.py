@@ -398,5 +398,12 @@ class DraftEngine:
 
     def stats(self) -> DrafterStats:
         """Counters and page use for the target's metrics."""
-        pages = self.pages
-        return DrafterStats(pages.num_free, pages.capacity, self.build_s * 1e3, self.num_steps, self.num_evictions)
+        return DrafterStats(
+            self.pages.num_free,
+            self.pages.capacity,
+            self.build_s * 1e3,
+            self.num_steps,
+            self.num_evictions,
+            self.num_prompt_tokens,
+            self.num_cached_tokens,
+        )

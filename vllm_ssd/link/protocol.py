@@ -190,13 +190,18 @@ class Evicted(_Message, frozen=True):
 
 
 class DrafterStats(_Message, frozen=True):
-    """The drafter's gauges and running totals; `build_ms` is the recent time of growing one round's branches."""
+    """The drafter's gauges and running totals; `build_ms` is the recent time of growing one round's branches.
+
+    prompt_tokens: of the requests that were opened; cached_tokens: those of them whose KV was there already.
+    """
 
     pages_free: Count
     pages_total: Count
     build_ms: NonNegative
     steps: Count
     evictions: Count
+    prompt_tokens: Count = 0
+    cached_tokens: Count = 0
 
 
 class Push(_Message, frozen=True, tag=2):

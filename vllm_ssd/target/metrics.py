@@ -30,7 +30,16 @@ COUNTERS = {
     "drafted_rounds": "Rounds of a request that verified draft tokens.",
     "too_long": "Requests that the drafter did not take for their length.",
     "drafter_steps": "Forwards of the draft model.",
+    "drafter_prompt_tokens": "Tokens of the requests that were opened on the drafter.",
+    "drafter_cached_tokens": "Those of them that the drafter did not read again, having their KV.",
 }
+DRAFTER_COUNTERS = {
+    "evictions": "evictions",
+    "drafter_steps": "steps",
+    "drafter_prompt_tokens": "prompt_tokens",
+    "drafter_cached_tokens": "cached_tokens",
+}
+"""Counters that drafters report, and their fields of `DrafterStats`."""
 SECONDS = {
     "waited_seconds": "Time spent waiting for just-in-time drafts.",
     "handover_seconds": "Host time from an outcome to its drafts, in rounds that waited for none.",
@@ -121,8 +130,8 @@ class Metrics:
     def drafter(self, stats: DrafterStats, generation: int) -> None:
         """What the `generation`-th drafter reports of itself: its gauges, and its counters since it started."""
         last = self.drafter_stats if generation == self._generation else None
-        self.counts["evictions"] += max(stats.evictions - (last.evictions if last else 0), 0)
-        self.counts["drafter_steps"] += max(stats.steps - (last.steps if last else 0), 0)
+        for name, field in DRAFTER_COUNTERS.items():
+            self.counts[name] += max(getattr(stats, field) - (getattr(last, field) if last else 0), 0)
         self.counts["restarts"] = max(self.counts["restarts"], generation - 1)
         self.drafter_stats, self._generation, self._reported_at = stats, generation, time.monotonic()
 

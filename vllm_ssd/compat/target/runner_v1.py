@@ -23,6 +23,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_ssd.compat import patch
+from vllm_ssd.compat.target.gain import can_gain, ending_requests
 from vllm_ssd.compat.target.thinking_budget import ThinkingBudget
 from vllm_ssd.link.protocol import Proposal
 
@@ -35,7 +36,10 @@ class V1Proposer(Protocol):
     def on_schedule(
         self, started: Sequence[tuple[str, Sequence[int] | None, float, int]], finished: Sequence[str]
     ) -> None:
-        """Requests `(id, prompt token ids, temperature, min_tokens)` that join, ids that leave, before the forward."""
+        """Requests `(id, prompt token ids, temperature, min_tokens)` that join, ids that leave, before the forward.
+
+        Those that cannot gain never join, and those with one token left leave early.
+        """
 
     def on_rows(self, request_ids: Sequence[str], num_verified: Sequence[int]) -> None:
         """The rows that the next `propose` is about, and how many drafts of each were verified."""
@@ -91,7 +95,7 @@ def _execute_model(original, runner, proposer: V1Proposer, scheduler_output, *ar
     started = [
         (new.req_id, new.prompt_token_ids, new.sampling_params.temperature, new.sampling_params.min_tokens)
         for new in scheduler_output.scheduled_new_reqs
-        if new.sampling_params is not None
+        if can_gain(new, runner.vllm_config)
     ]
     if started or scheduler_output.finished_req_ids:
         proposer.on_schedule(started, list(scheduler_output.finished_req_ids))
@@ -101,6 +105,8 @@ def _execute_model(original, runner, proposer: V1Proposer, scheduler_output, *ar
 def _propose_draft_token_ids(original, runner, proposer: V1Proposer, scheduler_output, *args, **kwargs):
     verified = scheduler_output.scheduled_spec_decode_tokens
     request_ids = runner.input_batch.req_ids
+    if ending := ending_requests(runner, request_ids):
+        proposer.on_schedule((), ending)
     proposer.on_rows(request_ids, [len(verified.get(request_id, ())) for request_id in request_ids])
     return original(scheduler_output, *args, **kwargs)
 

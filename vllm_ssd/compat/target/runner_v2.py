@@ -16,6 +16,7 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_ssd.compat import patch
+from vllm_ssd.compat.target.gain import can_gain, last_length
 
 
 class V2Speculator(BaseSpeculator):
@@ -87,7 +88,11 @@ class V2Speculator(BaseSpeculator):
 
     @abstractmethod
     def add_request(self, request_id: str, slot: int, token_ids: Sequence[int], temperature: float) -> None:
-        """A request joins with all its tokens so far: a new one, or one that was preempted."""
+        """A request joins with all its tokens so far: a new one, or one that was preempted. It has no drafts without."""
+
+    @abstractmethod
+    def end_at(self, request_id: str, length: int) -> None:
+        """The request ends at so many committed tokens, if not before."""
 
     @abstractmethod
     def remove_request(self, request_id: str) -> None:
@@ -145,7 +150,11 @@ def _add_requests(original, runner, scheduler_output):
         if new.req_id.startswith("_") and "warmup" in new.req_id:  # vLLM's own, between which it captures CUDA graphs
             continue
         slot = runner.req_states.req_id_to_index[new.req_id]
-        runner.speculator.add_request(new.req_id, slot, new.prefill_token_ids, new.sampling_params.temperature)
+        gains = can_gain(new, runner.vllm_config)
+        tokens = new.prefill_token_ids if gains else ()
+        runner.speculator.add_request(new.req_id, slot, tokens, new.sampling_params.temperature)
+        if gains and (last := last_length(new)) is not None:
+            runner.speculator.end_at(new.req_id, last)
 
 
 def _remove_request(original, runner, req_id):

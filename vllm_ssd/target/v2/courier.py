@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -66,6 +67,7 @@ class SlotRequest:
     token_ids: list[int]  # committed
     verifying: list[int] = field(default_factory=list)  # drafts of the round after them
     by_ngram: bool = False  # `verifying` are what followed an earlier n-gram
+    last_length: int = sys.maxsize  # most committed tokens that it will have
 
 
 class Courier:
@@ -109,6 +111,10 @@ class Courier:
     def finish(self, serial: int) -> None:
         """Request `serial` has left its slot."""
         self._enqueue(functools.partial(self._finish, serial))
+
+    def end_at(self, serial: int, length: int) -> None:
+        """Request `serial` ends at so many committed tokens, if not before."""
+        self._enqueue(functools.partial(self._end_at, serial, length))
 
     def want(self, num_drafts: int) -> None:
         """Rounds carry `num_drafts` drafts from now on; with 0 the drafter is left in peace."""
@@ -195,6 +201,10 @@ class Courier:
         self._requests.pop(serial, None)
         self._client.close(str(serial))
 
+    def _end_at(self, serial: int, length: int) -> None:
+        if serial in self._requests:
+            self._requests[serial].last_length = length
+
     def _want(self, num_drafts: int) -> None:
         self._num_drafts = num_drafts
 
@@ -224,7 +234,9 @@ class Courier:
 
     def _tell(self, request: SlotRequest, found: int) -> None:
         remote = request.remote
-        if self._client.holds(remote):
+        if len(request.token_ids) + 2 > request.last_length:  # its next round only emits
+            self._client.close(remote.request_id)
+        elif self._client.holds(remote):
             self._metrics.outcome(hit=found == Found.HIT, block=found != Found.LATE)
             self._client.outcome(remote, request.token_ids[remote.length :], request.verifying)
         else:

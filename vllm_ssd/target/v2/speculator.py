@@ -71,8 +71,13 @@ class SSDSpeculator(V2Speculator):
         self._serials[slot] = serial
         self._serials_on_device[slot].fill_(serial)  # in the order of the stream: earlier steps see the one before
         self._sampled[slot] = temperature > 0
-        if self._courier is not None:
+        if self._courier is not None and token_ids:
             self._courier.start(serial, slot, token_ids, temperature)
+
+    def end_at(self, request_id: str, length: int) -> None:
+        """The drafter rests once the request has one token left to emit."""
+        if self._courier is not None:
+            self._courier.end_at(self._requests[request_id][0], length)
 
     def remove_request(self, request_id: str) -> None:
         """Forget the request; its slot's blocks match no later one."""
