@@ -323,19 +323,19 @@ class DraftEngine:
             if not budget:
                 break
             self._adopt_pages(sequence)
-            num_tokens = self._chunk(sequence, budget)
+            num_tokens = self._chunk(sequence, budget, alone=not spines)
             if num_tokens and self._is_open(sequence) and self._reserve(sequence, sequence.computed + num_tokens):
                 budget -= num_tokens
                 spines.append((sequence, num_tokens))
         return [(sequence, n) for sequence, n in spines if self._is_open(sequence)]
 
-    def _chunk(self, sequence: Sequence, budget: int) -> int:
+    def _chunk(self, sequence: Sequence, budget: int, *, alone: bool) -> int:
         """Tokens of a spine for the next step: all, or as many as end a page, after which pages of others may follow."""
         num_left = len(sequence.tokens) - sequence.computed
         if num_left <= budget:
             return num_left
         to_page_end = budget - (sequence.computed + budget) % self.pages.page_size
-        return to_page_end if to_page_end > 0 else budget if budget == PREFILL_TOKENS_PER_STEP else 0
+        return to_page_end if to_page_end > 0 else budget if alone else 0
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give the spine pages for `num_tokens`, evicting the least recently advanced requests if needed."""
