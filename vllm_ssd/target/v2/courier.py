@@ -89,6 +89,8 @@ class Courier:
         self._requests: dict[int, SlotRequest] = {}  # by serial number
         self._tasks: deque[Callable[[], None]] = deque()
         self._on_device: queue.SimpleQueue[tuple[list[int], OutcomeBuffer] | None] = queue.SimpleQueue()
+        # Pinned memory must outlive the kernels that write to it: no buffer is ever given back to PyTorch.
+        self._made: list[OutcomeBuffer] = []
         self._buffers = deque(self._new_buffer() for _ in range(NUM_BUFFERS))
         self._num_drafts = config.num_speculative_tokens  # of a round
         self._ngram_gain = NgramGain(config.num_speculative_tokens)
@@ -99,14 +101,15 @@ class Courier:
 
     def run(self) -> None:
         """Start the threads; they end with `stop`."""
-        threading.Thread(target=self._carry, name="ssd-courier", daemon=True).start()
-        threading.Thread(target=self._await_device, name="ssd-outcomes", daemon=True).start()
+        for name, body in (("ssd-courier", self._carry), ("ssd-outcomes", self._await_device)):
+            threading.Thread(target=self._run, args=(body,), name=name, daemon=True).start()
 
     # ---- what vLLM's thread tells ----------------------------------------------------------------------
 
     def start(self, serial: int, slot: int, token_ids: Sequence[int], temperature: float) -> None:
         """Request `serial` joins in `slot` with all its tokens so far."""
-        self._enqueue(functools.partial(self._start, serial, slot, token_ids, temperature))
+        # A copy: vLLM passes the scheduler's own list, which grows before the courier's thread has its turn.
+        self._enqueue(functools.partial(self._start, serial, slot, list(token_ids), temperature))
 
     def finish(self, serial: int) -> None:
         """Request `serial` has left its slot."""
@@ -153,9 +156,23 @@ class Courier:
         num_slots, _, _, num_drafts = self._cache.blocks.draft_token_ids.shape
         on_cuda = self._cache.device.type == "cuda"
         rows = torch.zeros(num_slots, OUTCOME_COLUMNS + num_drafts, dtype=torch.int32, pin_memory=on_cuda)
-        return OutcomeBuffer(rows, torch.cuda.Event(blocking=True) if on_cuda else None)
+        buffer = OutcomeBuffer(rows, torch.cuda.Event(blocking=True) if on_cuda else None)
+        self._made.append(buffer)
+        return buffer
 
     # ---- the threads -----------------------------------------------------------------------------------
+
+    def _run(self, body: Callable[[], None]) -> None:
+        """One of the two threads: when it ends or fails, both end, and the target decodes on without drafts."""
+        try:
+            if self._cache.device.type == "cuda":
+                # A thread starts on device 0, and leaving a stream of another would make a context there.
+                torch.cuda.set_device(self._cache.device)
+            body()
+        except Exception:
+            self._logger.exception("SSD: a thread between target and drafter failed; decoding goes on without drafts")
+        finally:
+            self.stop()
 
     def _await_device(self) -> None:
         """Waiting for the device and waiting for the drafter take two threads."""
@@ -170,11 +187,10 @@ class Courier:
             while not self._stopped:
                 self._link.wait(self._wakeup, HEARTBEAT_S)
                 self.work()
-        except Exception:  # the target must not end with its helper
-            self._logger.exception("SSD: the thread between target and drafter failed; decoding goes on without drafts")
         finally:
             self._stopped = True
             self._link.close()
+            self._tasks.clear()
 
     def work(self) -> None:
         """Bring the blocks that have arrived to the device, then tell the drafter all that was left to tell."""
@@ -191,9 +207,9 @@ class Courier:
         serial = int(block.request_id)
         self._cache.put(self._requests[serial].slot, serial, block)
 
-    def _start(self, serial: int, slot: int, token_ids: Sequence[int], temperature: float) -> None:
+    def _start(self, serial: int, slot: int, token_ids: list[int], temperature: float) -> None:
         remote = self._client.add(str(serial), temperature)
-        self._requests[serial] = SlotRequest(remote, slot, list(token_ids))
+        self._requests[serial] = SlotRequest(remote, slot, token_ids)
         if self._num_drafts:
             self._client.open(remote, token_ids)
 

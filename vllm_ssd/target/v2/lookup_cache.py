@@ -38,7 +38,8 @@ class SpeculationCache:
 
         self.blocks = DeviceBlocks.empty(num_slots, max_branches, num_drafts, top_m, self.device)
         if self.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self.device)
+            # Before the target's graphs, whose kernels would else hold up the next round's blocks.
+            self._stream = torch.cuda.Stream(self.device, priority=-1)
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def put(self, slot: int, serial: int, block: SpeculationBlock) -> None:

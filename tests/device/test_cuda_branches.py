@@ -1,0 +1,113 @@
+"""What the target's side does on a GPU only, under a stand-in for CUDA: devices, streams, failures."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from fake_cuda import CudaError, FakeCuda, Stream
+from v2_target import Target
+
+from vllm_ssd.link.protocol import SpeculationBlock, pack_ids
+from vllm_ssd.target.v2.courier import NUM_BUFFERS
+from vllm_ssd.target.v2.lookup_cache import SpeculationCache
+
+THREADS = ("ssd-courier", "ssd-outcomes")
+
+
+@pytest.fixture
+def cuda() -> Iterator[FakeCuda]:
+    with FakeCuda(num_devices=2) as cuda:
+        yield cuda
+        end_of_threads()
+
+
+def end_of_threads() -> None:
+    for thread in threading.enumerate():
+        if thread.name in THREADS:
+            thread.join(timeout=10)
+            assert not thread.is_alive()
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return condition()
+
+
+def decode(target: Target, rounds: int) -> None:
+    """Rounds between which the courier has time."""
+    for _ in range(rounds):
+        target.step()
+        target.drain()
+        assert eventually(lambda: not target.courier._tasks)
+        time.sleep(0.01)
+        torch.cuda.synchronize(target.device)
+
+
+def test_the_courier_touches_no_other_device(cuda: FakeCuda) -> None:
+    """A context on another replica's GPU takes hundreds of MB of it."""
+    target = Target(cuda, "cuda:1")
+    cuda.touched.clear()
+    target.courier.run()
+    request = target.start([1, 2, 3])
+    decode(target, 8)
+    target.courier.stop()
+    end_of_threads()
+    assert any(request.found), "inconclusive: no block was written"
+    assert cuda.touched == {("MainThread", 1), *((name, 1) for name in THREADS)}
+
+
+@pytest.mark.parametrize(("call", "failing"), [("synchronize", "ssd-outcomes"), ("copy", "ssd-courier")])
+def test_a_device_that_fails_ends_drafting_alone(
+    cuda: FakeCuda, caplog: pytest.LogCaptureFixture, call: str, failing: str
+) -> None:
+    """One error in the log, the drafter let go, no buffer lost, and nothing kept of the requests that come."""
+    target = Target(cuda)
+    target.courier.run()
+    target.start([1, 2, 3])
+    cuda.failures[call, failing] = CudaError("an illegal memory access was encountered")
+    target.launch()
+    assert eventually(lambda: target.link.closed)
+    end_of_threads()
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    for _ in range(4):
+        target.finish(target.requests[0])
+        target.start([4] * 1000)
+        target.launch()
+    assert not target.courier._tasks and target.courier._on_device.qsize() <= len(THREADS)  # what ended them
+    assert len(target.courier._made) <= NUM_BUFFERS + 1, "a buffer a round"
+
+
+def test_blocks_arrive_without_holding_up_the_target(cuda: FakeCuda) -> None:
+    """The courier reads no tensor of the device, copies from pinned memory alone, and on a stream of its own."""
+    target = Target(cuda)
+    cuda.pageable_copies.clear()
+    target.courier.run()
+    target.start([1, 2, 3])
+    decode(target, 6)
+    target.courier.stop()
+    assert not cuda.host_reads and not cuda.pageable_copies
+    (own,) = (stream for stream in cuda.streams if stream not in cuda.defaults)
+    assert own.queued > 10 and own.priority < 0, "behind full graphs of the default priority blocks come late"
+
+
+@pytest.mark.parametrize("omitted", [False, True], ids=["as-it-is", "without-the-wait"])
+def test_a_block_is_not_cleared_after_it_was_written(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, omitted: bool
+) -> None:
+    """The cache's memory is cleared on the target's stream, blocks are written on the cache's own."""
+    if omitted:
+        monkeypatch.setattr(Stream, "wait_stream", lambda stream, other: None)
+    cache = SpeculationCache(2, 4, 3, 2, "cuda:0")
+    block = SpeculationBlock("0", 1, 10, 0, pack_ids([0, 5]), pack_ids([7, 8, 9]))
+    cache.put(1, 0, block)
+    cache.flush()
+    for stream in reversed(cuda.streams):
+        stream.synchronize()
+    is_there = 10 in cache.blocks.headers.host[1, :, 2]
+    assert is_there != omitted, "the stand-in sees no missing wait" if omitted else "a block was lost"
