@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -59,38 +61,83 @@ class DeviceBlocks:
         outcomes: np.ndarray,
         depths: np.ndarray,
         draft_token_ids: np.ndarray,
-        is_sampled: np.ndarray,
-        q_token_ids: np.ndarray,
-        q_probs: np.ndarray,
+        keeps_q: np.ndarray,
+        entries: np.ndarray,
+        q_token_ids: Sequence[np.ndarray],
+        q_probs: Sequence[np.ndarray],
     ) -> None:
         """Replace the older of the two blocks of each of `slots`; readers see a block whole or not at all.
 
         slots [n] int64, distinct; rounds [n, 2] int64, epoch and length; outcomes [n, N, 2], depths [n, N] and
-        draft_token_ids [n, N, K] int32; is_sampled [n] bool says which requests have a proposal, whose rows alone
-        are given: q_token_ids [m, N, K, M] int32, q_probs [m, N, K, M] float32. Arrays of the host. Copies and stores
-        run in order on the current stream, which may be another than the readers'; there is one writer.
+        draft_token_ids [n, N, K] int32; keeps_q [n] bool: the proposals of the newer block stand, new ones come to
+        them. Only the new ones are given, E drafts of the n requests together, in pieces: entries [E] int64,
+        (i * N + branch) * K + draft of slots[i]; q_token_ids [E, M] int32, q_probs [E, M] float32. Arrays of the host.
+        One copy to the device and the stores run in order on the current stream, which may be another than the
+        readers'; there is one writer.
         """
+        num_branches, num_drafts = draft_token_ids.shape[1:]
         version = self._versions[slots]
         halves = 2 * slots + (version // 2 + 1) % 2
         self._versions[slots] = version + 2
-        headers = self._to_device(np.column_stack([version + 1, rounds]))
-        rows = self._to_device(halves)
-        _store(self.headers, rows, headers)
-        _store(self.outcomes, rows, self._to_device(outcomes))
-        _store(self.depths, rows, self._to_device(depths))
-        _store(self.draft_token_ids, rows, self._to_device(draft_token_ids))
-        if is_sampled.any():
-            sampled_rows = self._to_device(halves[is_sampled])
-            _store(self.q_token_ids, sampled_rows, self._to_device(q_token_ids))
-            _store(self.q_probs, sampled_rows, self._to_device(q_probs))
-        headers[:, 0] += 1
-        _store(self.headers, rows, headers)
+        header = np.column_stack([version + 1, rounds])
+        request, place = np.divmod(entries, num_branches * num_drafts)
+        kept = np.flatnonzero(keeps_q)
+        shape = len(entries), self.q_probs.shape[-1]
+        to_device = ToDevice(self.headers.device)
+        to_device.add(header, header + (1, 0, 0), halves, halves[kept], halves[kept] ^ 1)
+        to_device.add(halves[request] * (num_branches * num_drafts) + place)
+        to_device.add(outcomes, depths, draft_token_ids)
+        to_device.add_pieces(q_token_ids, np.int32, shape)
+        to_device.add_pieces(q_probs, np.float32, shape)
+        odd, even, rows, kept_rows, kept_from, q_rows, *values = to_device.tensors()
+        _store(self.headers, rows, odd)
+        for blocks, new in zip((self.outcomes, self.depths, self.draft_token_ids), values):
+            _store(blocks, rows, new)
+        for blocks, new in zip((self.q_token_ids, self.q_probs), values[3:]):
+            if len(kept):
+                _store(blocks, kept_rows, blocks.flatten(0, 1)[kept_from])
+            if len(entries):
+                _store(blocks, q_rows, new)
+        _store(self.headers, rows, even)
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor, device = torch.from_numpy(array), self.headers.device
-        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+class ToDevice:
+    """Arrays of the host on their way to a device in one copy, from pinned memory where that is a GPU's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._parts: list[tuple[Sequence[np.ndarray], np.dtype, tuple[int, ...]]] = []
+
+    def add(self, *arrays: np.ndarray) -> None:
+        """Take arrays of 4 or 8 bytes an item, those of 8 first."""
+        for array in arrays:
+            self.add_pieces([array], array.dtype, array.shape)
+
+    def add_pieces(self, pieces: Sequence[np.ndarray], dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
+        """Take an array that comes in pieces, one after the other."""
+        self._parts.append((pieces, np.dtype(dtype), shape))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them, once the current stream has come to the copy."""
+        sizes = [int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for _, dtype, shape in self._parts]
+        staging = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        memory, start = staging.numpy(), 0
+        spans = []
+        for (pieces, dtype, _), size in zip(self._parts, sizes):
+            if size:
+                out = memory[start : start + size].view(dtype)
+                np.concatenate([piece.reshape(-1) for piece in pieces], out=out)
+            spans.append(slice(start, start + size))
+            start += size
+        on_device = staging if self._device.type == "cpu" else staging.to(self._device, non_blocking=True)
+        return [
+            on_device[span].view(_DTYPES[dtype]).view(shape) for (_, dtype, shape), span in zip(self._parts, spans)
+        ]
+
+
+_DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32}
 
 
 def _store(blocks: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-    """Overwrite rows 2 * slot + half of `blocks` [S, 2, ...]."""
-    blocks.flatten(0, 1).index_copy_(0, rows, values)
+    """Overwrite rows of `blocks`, counted over all its dimensions that `values` [n, ...] lacks."""
+    blocks.flatten(0, blocks.dim() - values.dim()).index_copy_(0, rows, values)

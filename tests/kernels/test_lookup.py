@@ -66,15 +66,17 @@ def write(
         full[(0, *map(slice, values.shape))] = values
         return full.numpy()
 
+    n, depth = draft_token_ids.shape if q_probs is not None else (0, 0)
     blocks.write(
         np.array([slot]),
         np.array([[epoch, length]]),
         padded(outcomes, blocks.outcomes),
         padded(depths, blocks.depths),
         padded(draft_token_ids, blocks.draft_token_ids),
-        np.array([q_probs is not None]),
-        padded(q_token_ids if q_token_ids is not None else draft_token_ids[..., None][..., :0], blocks.q_token_ids),
-        padded(q_probs if q_probs is not None else draft_token_ids[..., None][..., :0], blocks.q_probs),
+        np.zeros(1, bool),
+        (blocks.draft_token_ids.shape[3] * np.arange(n)[:, None] + np.arange(depth)).flatten(),
+        [q_token_ids.numpy()] if n else [],
+        [q_probs.numpy()] if n else [],
     )
 
 
@@ -268,8 +270,9 @@ def test_a_reader_between_any_two_stores_sees_whole_blocks(monkeypatch):
             np.array(slots),
             np.array([w[:2] for w in writing.values()]),
             *(torch.stack(values).numpy() for values in contents[:3]),
-            np.ones(len(slots), bool),
-            *(torch.stack(values).numpy() for values in contents[3:]),
+            np.zeros(len(slots), bool),
+            np.arange(len(slots) * N * K),
+            *([value.numpy() for value in values] for values in contents[3:]),
         )
         for slot, written in writing.items():
             newest[slot] = written
