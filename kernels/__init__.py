@@ -2,8 +2,8 @@
 
 Imports torch and triton only. Round of the drafter: `reserve` pages for tokens nobody predicted, `expand` outcomes into
 branches, `copy_pages` their shared tail pages, then K + 1 steps of the model with `tree_attention` and `sample`; when
-the outcome is known, `commit` the winner. Between requests: `keep`, `adopt` and `drop` pages of the prefix cache. On the
-target: `lookup` the outcome, and `write_draft_logits` where requests sample. docs/kernels.md has the picture.
+the outcome is known, `commit` the winner. Between requests: `keep`, `adopt` and `drop` cached pages. On the target:
+`lookup` the outcome, and `write_draft_logits` where requests sample. docs/kernels.md has the picture.
 """
 
 from vllm_ssd.kernels.blocks import DeviceBlocks

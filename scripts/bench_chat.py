@@ -70,6 +70,7 @@ def run_turn(engine: Any, counts: dict[str, int], name: str, prompt: list[int], 
         "prompt_tokens": len(prompt),
         "token_ids": token_ids,
         "rounds": len(seen),
+        "outcomes": "".join(outcome[0] for outcome in seen),
         "late": seen[:FIRST_ROUNDS].count("late"),
         "hits": seen[:FIRST_ROUNDS].count("hits"),
         "first_token_ms": None if first_token_s is None else 1e3 * first_token_s,
@@ -79,7 +80,7 @@ def run_turn(engine: Any, counts: dict[str, int], name: str, prompt: list[int], 
 
 def main() -> None:
     """Measure, print a table and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="a chat that grows, on a pair")
     parser.add_argument("--tokens", type=int, default=3000, help="said before the first turn")
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--turn-tokens", type=int, default=40, help="of each new message, at most 64")
@@ -117,13 +118,16 @@ def main() -> None:
             chat = chat + message
             turns.append(run_turn(engine, counts, f"turn {i}", chat, args))
             chat = chat + turns[-1].pop("token_ids")
-    table = Table("turn", "prompt", "rounds", "late of the first 20", "hits of the first 20", "first token", "first hit")
+    table = Table(
+        "turn", "prompt", "rounds", "late of the first 20", "hits of the first 20", "first token", "first hit"
+    )
     for i, turn in enumerate(turns, 1):
         times = [f"{turn[name]:.0f} ms" if turn[name] else "none" for name in ("first_token_ms", "first_hit_ms")]
         table.add_row(*map(str, (i, turn["prompt_tokens"], turn["rounds"], turn["late"], turn["hits"])), *times)
     console.print(table)
     read = {name: counts[name] for name in ("drafter_prompt_tokens", "drafter_cached_tokens") if name in counts}
-    console.print(f"{sum(t['late'] <= LATE_GOAL for t in turns)} of {len(turns)} turns with at most {LATE_GOAL} late; {read}")
+    num_good = sum(turn["late"] <= LATE_GOAL for turn in turns)
+    console.print(f"{num_good} of {len(turns)} turns with at most {LATE_GOAL} late; {read}")
     if args.out:
         args.out.write_text(json.dumps({"args": {k: str(v) for k, v in vars(args).items()}, "turns": turns}, indent=1))
 

@@ -9,7 +9,20 @@ import torch
 from cases import DEVICE, check_conservation, ints, make_trees, random_outcomes, reference, same_state, to
 from triton.runtime.interpreter import interpreter_builder
 
-from vllm_ssd.kernels import CLOSE, MISS, SKIP, DevicePool, Trees, adopt, commit, copy_pages, drop, expand, keep, reserve
+from vllm_ssd.kernels import (
+    CLOSE,
+    MISS,
+    SKIP,
+    DevicePool,
+    Trees,
+    adopt,
+    commit,
+    copy_pages,
+    drop,
+    expand,
+    keep,
+    reserve,
+)
 
 
 def run_both(

@@ -1,4 +1,4 @@
-"""The prefix cache under random use: pages are conserved, found by what they contain, and never written while shared."""
+"""The prefix cache under random use: pages are conserved, found by content, and never written while shared."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ class Pool(RuleBasedStateMachine):
 
     @rule(spine=st.integers(0, 3), num_pages=st.integers(0, 5))
     def publish(self, spine: int, num_pages: int) -> None:
-        for page, digest in list(zip(self.spines.get(spine, []), self.digests(self.contents.get(spine, []))))[:num_pages]:
+        for page, digest in list(zip(self.spines.get(spine, []), self.digests(self.contents.get(spine, []))))[
+            :num_pages
+        ]:
             is_known = digest in self.pool._page_of or bool(self.pool.is_cached(np.array([page]))[0])
             assert self.pool.cache(page, digest) == (not is_known)
 

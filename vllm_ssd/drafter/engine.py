@@ -330,7 +330,7 @@ class DraftEngine:
         return [(sequence, n) for sequence, n in spines if self._is_open(sequence)]
 
     def _chunk(self, sequence: Sequence, budget: int, *, alone: bool) -> int:
-        """Tokens of a spine for the next step: all, or as many as end a page, after which pages of others may follow."""
+        """Tokens of a spine for the next step: all, or as many as end a page, where pages of others can follow."""
         num_left = len(sequence.tokens) - sequence.computed
         if num_left <= budget:
             return num_left

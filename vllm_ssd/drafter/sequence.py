@@ -43,7 +43,6 @@ class Sequence:
         """Whether the whole spine has its KV."""
         return self.computed == len(self.tokens)
 
-
     def page_digest(self, page: int, page_size: int) -> bytes:
         """What a full page of committed tokens contains, with all that precedes it: a link of a chain of hashes."""
         while len(self._digests) <= page:

@@ -88,7 +88,7 @@ class V2Speculator(BaseSpeculator):
 
     @abstractmethod
     def add_request(self, request_id: str, slot: int, token_ids: Sequence[int], temperature: float) -> None:
-        """A request joins with all its tokens so far: a new one, or one that was preempted. It has no drafts without."""
+        """A request joins with all its tokens so far: a new one, or one that was preempted; no drafts without."""
 
     @abstractmethod
     def end_at(self, request_id: str, length: int) -> None:
