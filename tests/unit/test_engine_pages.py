@@ -115,6 +115,19 @@ def test_the_least_recently_used_pages_go_first_and_no_request_goes_for_them(mak
     assert not target.engine.num_evictions
 
 
+def test_a_request_evicted_before_its_turn_adopts_nothing(make_target):
+    """Two read one prompt in one step; the first, advanced since, needs more pages than there are: both are evicted."""
+    target = make_target(num_pages=70, max_model_len=800)
+    prompt = [i % 13 for i in range(300)]
+    for name in "ab":
+        target.open(name, prompt)
+    target.step()
+    target.advance("a", [1], [])
+    grow(target)
+    assert target.evicted == 2 and not target.engine.sequences
+    assert target.engine.pages.num_free == 70
+
+
 def test_what_nobody_holds_is_forgotten_on_demand(make_target):
     target = make_target()
     target.open("a", [1] * 30)

@@ -322,9 +322,11 @@ class DraftEngine:
         for sequence in list(self._unfinished.values()):
             if not budget:
                 break
+            if not self._is_open(sequence):
+                continue  # evicted just now, for one before it
             self._adopt_pages(sequence)
             num_tokens = self._chunk(sequence, budget, alone=not spines)
-            if num_tokens and self._is_open(sequence) and self._reserve(sequence, sequence.computed + num_tokens):
+            if num_tokens and self._reserve(sequence, sequence.computed + num_tokens):
                 budget -= num_tokens
                 spines.append((sequence, num_tokens))
         return [(sequence, n) for sequence, n in spines if self._is_open(sequence)]
