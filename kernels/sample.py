@@ -36,19 +36,24 @@ def sample(
     *,
     top_m: int,
     factor: float = 1.0,
+    truncations: torch.Tensor | None = None,
 ) -> Sample:
     """Draw each row's token from its softmax cut to the `top_m` likeliest tokens, down-weighted and renormalised.
 
     logits [B, V] float of any width, V >= top_m, unit stride last. temperatures [B] float32, 0 for greedy rows, which
     take the likeliest token with probability 1. fan_out [B] int32: the weights of so many likeliest tokens, those
     that are predicted as bonus tokens, are multiplied by `factor` in [0, 1] where any token has weight beside them
-    (Saguaro sampling; 1 is none).
+    (Saguaro sampling; 1 is none). truncations [B, 3] float32: before that, tokens less likely than min_p times the
+    likeliest are cut off, then all but the top_k likeliest, then those after the first that hold top_p of what is left;
+    columns top_k, top_p, min_p. None cuts off none.
     seeds [B] int64 and positions [B] int64 determine the draw: Gumbel noise from Philox, keyed by the seed and counted
     by position and rank. Rows of one seed and position get the same noise: give every request a seed of its own.
     """
     if not use_triton(logits):
-        return _sample_reference(logits, temperatures, seeds, positions, fan_out, top_m, factor)
+        return _sample_reference(logits, temperatures, seeds, positions, fan_out, top_m, factor, truncations)
     require_contiguous(temperatures, seeds, positions, fan_out)
+    if truncations is not None:
+        require_contiguous(truncations)
     num_rows, vocab_size = logits.shape
     drawn = Sample(
         torch.empty(num_rows, dtype=torch.int32, device=logits.device),
@@ -71,6 +76,7 @@ def sample(
         seeds,
         positions,
         fan_out,
+        temperatures if truncations is None else truncations,
         drawn.token_ids,
         drawn.q_token_ids,
         drawn.q_probs,
@@ -79,6 +85,7 @@ def sample(
         num_groups,
         logits.stride(0),
         M=top_m,
+        TRUNCATED=truncations is not None,
         GROUP=_GROUP,
         BLOCK_M=block_m,
         BLOCK=max(block_m, 1024),
@@ -96,6 +103,7 @@ def _sample_reference(
     fan_out: torch.Tensor,
     top_m: int,
     factor: float,
+    truncations: torch.Tensor | None,
 ) -> Sample:
     values, ids = logits.float().sort(dim=-1, descending=True, stable=True)
     values, ids = values[:, :top_m], ids[:, :top_m]
@@ -103,6 +111,12 @@ def _sample_reference(
     greedy = temperatures[:, None] == 0
     weights = torch.exp((values - values[:, :1]) / torch.where(greedy, 1, temperatures[:, None]))
     weights = torch.where(greedy, (rank == 0).float(), weights)
+    if truncations is not None:
+        top_k, top_p, min_p = truncations.T[:, :, None]
+        weights = torch.where((rank == 0) | (rank < top_k) & (weights >= min_p), weights, 0)
+        up_to = weights.cumsum(-1)
+        kept = (top_p >= 1) | (rank == 0) | (up_to - weights < top_p * up_to[:, -1:])
+        weights = torch.where(kept, weights, 0)
     predicted = rank < fan_out[:, None]
     scaled = predicted & torch.where(predicted, 0, weights).any(-1, keepdim=True)
     weights = torch.where(scaled, weights * factor, weights)
@@ -186,6 +200,7 @@ def _draw_kernel(
     seeds_ptr,
     positions_ptr,
     fan_out_ptr,
+    truncations_ptr,
     token_ids_ptr,
     q_token_ids_ptr,
     q_probs_ptr,
@@ -194,6 +209,7 @@ def _draw_kernel(
     num_groups,
     logits_stride,
     M: tl.constexpr,
+    TRUNCATED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -228,6 +244,14 @@ def _draw_kernel(
     greedy = temperature == 0
     weights = tl.exp((values - tl.max(values, 0)) / tl.where(greedy, 1.0, temperature))
     weights = tl.where(greedy, (rank == 0).to(tl.float32), weights)
+    if TRUNCATED:
+        top_k = tl.load(truncations_ptr + row * 3)
+        top_p = tl.load(truncations_ptr + row * 3 + 1)
+        min_p = tl.load(truncations_ptr + row * 3 + 2)
+        weights = tl.where((rank == 0) | (rank < top_k) & (weights >= min_p), weights, 0.0)
+        above = tl.cumsum(weights, 0) - weights
+        enough = tl.where(top_p >= 1.0, float("inf"), top_p * tl.sum(weights, 0))
+        weights = tl.where((rank == 0) | (above < enough), weights, 0.0)
     predicted = rank < tl.load(fan_out_ptr + row)
     beside = tl.sum(tl.where(predicted, 0.0, weights), 0)
     weights = tl.where(predicted, weights * tl.where(beside > 0, factor, 1.0), weights)

@@ -14,6 +14,8 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from vllm_ssd.planning.engine_host import serve
 
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
@@ -27,7 +29,7 @@ class EngineHost:
 
     def __init__(self) -> None:
         self._engine = self._proposer = None
-        self._seen = {"known_q": 0, "ngram_drafts": 0}
+        self._seen = {"known_q": 0, "cut_q": 0, "ngram_drafts": 0}
         self._launched_at_start: list[str] = []
         self._adapters: dict[str, int] = {}  # number of each folder: vLLM tells adapters apart by it
 
@@ -99,7 +101,8 @@ class EngineHost:
         return SimpleNamespace(outputs=outputs, counts=counts, seconds=seconds, total_s=time.perf_counter() - started)
 
     def counts(self) -> dict[str, int]:
-        """Counters of vLLM and of SSD's metrics, drafts verified with a known q, and drafts found by n-gram."""
+        """Counters of vLLM and of SSD's metrics, drafts verified with a known q, those of them whose q has tokens of no
+        probability, and drafts found by n-gram."""
         from vllm.v1.metrics.reader import Counter
 
         counts = {
@@ -168,7 +171,9 @@ class EngineHost:
             rows = type(verifier).proposals(verifier, request_ids, num_tokens, draft_token_ids)
             if rows is None:
                 return None
-            self._seen["known_q"] += sum(proposal is not None for row in rows for proposal in row)
+            known = [proposal for row in rows for proposal in row if proposal is not None]
+            self._seen["known_q"] += len(known)
+            self._seen["cut_q"] += sum(not probs.all() for _, probs in known)
             return [[p if p is None or distort is None else distorted(p, distort) for p in row] for row in rows]
 
         verifier.proposals = proposals
@@ -194,7 +199,10 @@ class EngineHost:
             drafts = watched(runner.propose, input_batch, *args, **kwargs)
             self._seen["proposals"] += 1
             self._seen["sampled_proposals"] += bool(sampled.any())
-            self._seen["known_q"] += int(speculator.num_drafts[slots].numpy()[sampled].sum())
+            num_drafts = speculator.num_drafts[slots].numpy()[sampled]
+            self._seen["known_q"] += int(num_drafts.sum())
+            has_zero = (speculator._verifying.q_probs[slots].numpy()[sampled] == 0).any(-1)
+            self._seen["cut_q"] += int((has_zero & (np.arange(has_zero.shape[1]) < num_drafts[:, None])).sum())
             return drafts
 
         def invalid_drafts(batch):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,12 +56,23 @@ def sample(
 
 
 def target_probs(
-    logits: torch.Tensor, temperature: float, top_k: int = VOCAB_SIZE, top_p: float = 1.0, **_: Any
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int = VOCAB_SIZE,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    logit_bias: Mapping[int, float] = MappingProxyType({}),
+    **_: Any,
 ) -> torch.Tensor:
     """What vLLM samples from, `logits` [T, VOCAB_SIZE] -> the same; all on the likeliest token at temperature 0."""
+    logits = logits.clone()
+    for token_id, bias in logit_bias.items():
+        logits[:, token_id] += bias
     if not temperature:
         return torch.nn.functional.one_hot(logits.argmax(-1), VOCAB_SIZE).double()
     smallest = logits.topk(top_k).values[:, -1:]
+    if min_p:
+        smallest = torch.maximum(smallest, logits.amax(-1, keepdim=True) + temperature * math.log(min_p))
     probs = torch.softmax(logits.masked_fill(logits < smallest, -torch.inf) / temperature, dim=-1)
     ranked, token_ids = probs.sort(descending=True)
     ranked[ranked.cumsum(-1) - ranked >= top_p] = 0

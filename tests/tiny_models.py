@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 24
+WORDS = [f"t{i}" for i in range(VOCAB_SIZE)]
 LOGIT_SCALE = 0.2
 """Spread of the output weights: the likeliest token of a context then has a probability of about 0.4."""
 
@@ -26,12 +28,12 @@ def write_pair(folder: Path, noise: float) -> tuple[Path, Path]:
     return folder / "target", folder / "drafter"
 
 
-def random_llama(seed: int) -> LlamaForCausalLM:
+def random_llama(seed: int, rows: int = VOCAB_SIZE) -> LlamaForCausalLM:
     """A float32 Llama whose attention and MLP weigh as much as its embedding, so that context matters."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB_SIZE,
+            vocab_size=rows,
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=2,
@@ -54,11 +56,26 @@ def random_llama(seed: int) -> LlamaForCausalLM:
     return model
 
 
-def save(model: LlamaForCausalLM, folder: Path) -> None:
-    """Write `model` with a tokenizer of one word a token."""
+def save(model: LlamaForCausalLM, folder: Path, words: Sequence[str] = WORDS) -> None:
+    """Write `model` with a tokenizer of one of `words` a token."""
     model.save_pretrained(folder)
-    words = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCAB_SIZE)}, unk_token="t0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t0").save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", eos_token="t0").save_pretrained(folder)
+
+
+def write_with_words(model: Path, folder: Path, words: Sequence[str], num_rows: int) -> Path:
+    """A copy in `folder` whose ids are those of `words`, padded to `num_rows`; what the original lacks is random."""
+    original, copy = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32), random_llama(seed=3, rows=num_rows)
+    with torch.no_grad():
+        for weight, known in zip(copy.parameters(), original.parameters(), strict=True):
+            if weight.shape == known.shape:
+                weight.copy_(known)
+                continue
+            for i, word in enumerate(words):
+                if word in WORDS:
+                    weight[i] = known[WORDS.index(word)]
+    save(copy, folder, words)
+    return folder
 
 
 @torch.inference_mode()

@@ -114,6 +114,7 @@ class SSDConfig:
     drafter_device: None leaves the choice to the platform; of several numbers, each data-parallel replica gets one
     kv_cache_memory: bytes for the drafter's KV pages
     top_m: support of the proposal distribution when sampling
+    heterogeneous_vocab: let the draft model have another tokenizer, whose tokens are matched by their strings
     saguaro_c: weight of the predicted bonus tokens in the proposal when sampling; 1 leaves it as it is
     tree_attention: on a GPU, read each trunk once for all branches, with pages kept on the device
     metrics_port: None serves no metrics; each further data-parallel replica takes the next port
@@ -145,6 +146,7 @@ class SSDConfig:
     )
     gpu_memory_utilization: float | None = _number(1, None)
     top_m: int = _integer(1, 4096, 64)
+    heterogeneous_vocab: bool = _flag(False)
     saguaro_c: float = _number(1, 1.0)
     tree_attention: bool = _flag(True)
     seed: int = _integer(0, 2**32 - 1, 0)

@@ -9,7 +9,10 @@ import pytest
 from engines import ON_V2, Engine, assert_conclusive
 from sampling import p_value, sample
 
-SAMPLING = [{"temperature": 0.7}, {"temperature": 1.0, "top_k": 12, "top_p": 0.85}]
+SAMPLING = [
+    {"temperature": 1.0, "min_p": 0.04, "logit_bias": {5: 1.0}},
+    {"temperature": 1.0, "top_k": 12, "top_p": 0.85},
+]
 RUN = dict(prompts=[[3, 7, 1]], num_samples=900, num_tokens=4)
 
 
@@ -30,6 +33,6 @@ def test_samples_have_the_distribution_of_the_target(engine: Engine, tiny_pair: 
     run, samples = sample(engine, tiny_pair[0], SAMPLING, **RUN)
     assert samples.probs.gather(1, samples.tokens[:, None]).min() > 0, "a token that the target never samples"
     assert_conclusive(run, hits=200, misses=200, accepted=200)
-    assert run.counts["known_q"] >= 400, f"inconclusive: {run.counts}"
+    assert run.counts["known_q"] >= 400 and run.counts["cut_q"] >= 100, f"inconclusive: {run.counts}"
     assert run.counts["host_reads"] == 0
     assert p_value(samples) > 1e-5

@@ -23,8 +23,16 @@ CASES = [(name, torch.float32) for name in SHAPES]
 CASES += [("odd vocabulary", torch.float16), ("odd vocabulary", torch.bfloat16)]
 
 
-def draw_both(logits: torch.Tensor, temperatures: list[float], top_m: int, fan_out: int = 0, factor: float = 1.0):
+def draw_both(
+    logits: torch.Tensor,
+    temperatures: list[float],
+    top_m: int,
+    fan_out: int = 0,
+    factor: float = 1.0,
+    truncations: list[tuple[float, float, float]] | None = None,
+):
     n = len(logits)
+    cut = None if truncations is None else torch.tensor(truncations)
     arguments = (
         logits,
         torch.tensor(temperatures),
@@ -32,9 +40,10 @@ def draw_both(logits: torch.Tensor, temperatures: list[float], top_m: int, fan_o
         ints([1000 * i + 7 for i in range(n)], torch.int64),
         torch.full((n,), fan_out, dtype=torch.int32),
     )
-    got = sample(*(argument.to(DEVICE) for argument in arguments), top_m=top_m, factor=factor)
+    on_device = cut if cut is None else cut.to(DEVICE)
+    got = sample(*(argument.to(DEVICE) for argument in arguments), top_m=top_m, factor=factor, truncations=on_device)
     with reference():
-        want = sample(*arguments, top_m=top_m, factor=factor)
+        want = sample(*arguments, top_m=top_m, factor=factor, truncations=cut)
     assert torch.equal(got.q_token_ids.cpu(), want.q_token_ids)
     assert torch.equal(got.token_ids.cpu(), want.token_ids)
     tolerance = TOLERANCES[logits.dtype]
@@ -88,6 +97,27 @@ def test_down_weighting_without_an_alternative_changes_nothing():
     assert drawn.q_probs.sum(1).tolist() == pytest.approx([1, 1])
     drawn = draw_both(logits, [1.0, 1.0], top_m=3, fan_out=2, factor=0.0)
     assert drawn.q_probs[1].tolist() == [0, 0, 1] and drawn.token_ids[1] == 1
+
+
+def test_what_a_request_cannot_sample_is_not_proposed():
+    """top_k, top_p and min_p, each alone and together, greedy rows and padding among them."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.07, 0.03]).log().repeat(9, 1)
+    everything, k = (1 << 24, 1.0, 0.0), 1 << 24
+    rows = [everything, (3, 1, 0), (k, 0.75, 0), (k, 0.65, 0), (k, 1, 0.4), (2, 0.5, 0), (k, 0.7, 0.2), (3, 0.9, 0.9)]
+    drawn = draw_both(logits, [1.0] * 7 + [0.0, 0.0], top_m=5, truncations=[*rows, (0, 0, 0)])
+    kept = [(0, 1, 2, 3, 4), (0, 1, 2), (0, 1, 2), (0, 1), (0, 1, 2), (0,), (0, 1), (0,), (0,)]
+    for q, token_id, tokens in zip(drawn.q_probs, drawn.token_ids, kept, strict=True):
+        weights = torch.zeros(5)
+        weights[list(tokens)] = logits[0].exp()[list(tokens)]
+        torch.testing.assert_close(q, weights / weights.sum())
+        assert int(token_id) in tokens
+
+
+def test_down_weighting_follows_the_truncation():
+    """Of two tokens that are left one is predicted; where it is the only one left, it keeps its weight."""
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().repeat(2, 1)
+    drawn = draw_both(logits, [1.0, 1.0], 3, fan_out=1, factor=0.2, truncations=[(2, 1.0, 0.0), (1, 1.0, 0.0)])
+    assert drawn.q_probs.flatten().tolist() == pytest.approx([0.25, 0.75, 0, 1, 0, 0])
 
 
 @pytest.mark.parametrize("factor", (1.0, 0.3))

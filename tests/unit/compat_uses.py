@@ -67,11 +67,17 @@ OBJECTS = {
         "scheduler_output": SCHEDULED,
         "speculator": "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator",
     },
+    "compat.target.refused": {"model_config": "vllm.config.model:ModelConfig"},
     "compat.target.scheduler": {
         "vllm_config": CONFIG,
         "self": "vllm.v1.core.sched.scheduler:Scheduler",
         "scheduler_output": SCHEDULED,
         "model_runner_output": "vllm.v1.outputs:ModelRunnerOutput",
+    },
+    "compat.target.truncation": {"params": "vllm.sampling_params:SamplingParams"},
+    "compat.vocabulary": {
+        "model_config": "vllm.config.model:ModelConfig",
+        "tokenizer": "vllm.tokenizers.protocol:TokenizerLike",
     },
     "compat.target.thinking_budget": {
         "self": "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder",

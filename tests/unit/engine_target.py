@@ -11,7 +11,7 @@ import torch
 from vllm_ssd.compat.drafter.paged import PagedModel
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.server import build_engine
-from vllm_ssd.link.protocol import JIT_TOKEN, Push, SpeculationBlock
+from vllm_ssd.link.protocol import ALL_TOKENS, JIT_TOKEN, Push, SpeculationBlock, Truncation
 from vllm_ssd.policy import FanOut
 
 K = 3
@@ -107,13 +107,16 @@ class Target:
         self.blocks: dict[str, dict[tuple[int, int], list[int]]] = {}
         self.epoch: dict[str, int] = {}
         self.temperature: dict[str, float] = {}
+        self.truncation: dict[str, Truncation] = {}
         self.evicted = 0
 
-    def open(self, request_id: str, tokens: list[int], temperature: float = 0.0) -> None:
+    def open(
+        self, request_id: str, tokens: list[int], temperature: float = 0.0, truncation: Truncation = ALL_TOKENS
+    ) -> None:
         self.epoch[request_id] = self.epoch.get(request_id, 0) + 1
-        self.temperature[request_id] = temperature
+        self.temperature[request_id], self.truncation[request_id] = temperature, truncation
         self.tokens[request_id], self.drafts[request_id], self.blocks[request_id] = list(tokens), [], {}
-        self.engine.open(request_id, self.epoch[request_id], np.array(tokens, np.int32), temperature, K)
+        self.engine.open(request_id, self.epoch[request_id], np.array(tokens, np.int32), temperature, K, truncation)
         check_conservation(self.engine)
 
     def step(self) -> None:
@@ -135,9 +138,8 @@ class Target:
                     assert drafts[accept_length : accept_length + 1] != [bonus]
                     prefix += drafts[:accept_length] + [bonus]
                 if self.temperature[block.request_id]:
-                    check_proposals(
-                        self.model, block, i, prefix + known[: block.offset], self.temperature[block.request_id]
-                    )
+                    sampling = self.temperature[block.request_id], self.truncation[block.request_id]
+                    check_proposals(self.model, block, i, prefix + known[: block.offset], *sampling)
                 else:
                     assert known == reference_drafts(self.model, prefix, len(known)), "a draft read the wrong prefix"
         for evicted in push.evicted if push else []:
@@ -159,16 +161,33 @@ class Target:
 
 
 def check_proposals(
-    model: CheckedModel, block: SpeculationBlock, i: int, prefix: list[int], temperature: float
+    model: CheckedModel,
+    block: SpeculationBlock,
+    i: int,
+    prefix: list[int],
+    temperature: float,
+    truncation: Truncation = ALL_TOKENS,
 ) -> None:
-    """The drafts of a branch after `prefix` were drawn from what they carry: the likeliest tokens' softmax."""
+    """The drafts of a branch after `prefix` were drawn from what they carry: the likeliest tokens' softmax, cut."""
     for token, (ids, probs) in zip(block.drafts(i), block.proposals(i), strict=True):
         logits = model.reference_logits(prefix).numpy() / temperature
         order = np.argsort(-logits)[: len(ids)]
-        weights = np.exp(logits[order] - logits[order].max())
-        assert ids.tolist() == order.tolist() and token in ids
+        weights = truncated(np.exp(logits[order] - logits[order].max()), truncation)
+        assert ids.tolist() == order.tolist() and weights[order == token] > 0
         assert np.allclose(probs, weights / weights.sum(), atol=1e-5)
         prefix = prefix + [token]
+
+
+def truncated(weights: np.ndarray, truncation: Truncation) -> np.ndarray:
+    """Weights [M], likeliest first, without those that the request cannot sample, one by one."""
+    left = [w if w >= truncation.min_p * weights[0] else 0.0 for w in weights.tolist()]
+    left[truncation.top_k or len(left) :] = [0.0] * len(left[truncation.top_k or len(left) :])
+    total = above = sum(left)
+    for i in reversed(range(1, len(left))):
+        above -= left[i]
+        if above >= truncation.top_p * total:
+            left[i] = 0.0
+    return np.array(left)
 
 
 def grow(target: Target) -> None:

@@ -30,6 +30,7 @@ COMMON = {
     "kv_cache_memory": st.none() | st.integers(2**20, 2**50),
     "gpu_memory_utilization": st.none() | st.floats(0, 1, exclude_min=True),
     "top_m": st.integers(1, 4096),
+    "heterogeneous_vocab": st.booleans(),
     "saguaro_c": st.floats(0, 1, exclude_min=True),
     "tree_attention": st.booleans(),
     "seed": st.integers(0, 2**32 - 1),
@@ -86,7 +87,7 @@ LEAVES_THE_TARGET_ALONE = {
     "ngram_max": 5, "adaptive": False, "drafter_device": "cpu", "drafter_cpus": "1", "dtype": "float32",
     "quantization": "fp8", "revision": "main", "trust_remote_code": True, "enforce_eager": False,
     "max_model_len": 100, "kv_cache_memory": "64MiB", "gpu_memory_utilization": 0.3, "top_m": 5, "saguaro_c": 0.5,
-    "tree_attention": False, "seed": 1, "startup_timeout_s": 9, "metrics_port": 9100,
+    "tree_attention": False, "seed": 1, "startup_timeout_s": 9, "metrics_port": 9100, "heterogeneous_vocab": True,
 }  # fmt: skip
 
 
@@ -187,6 +188,7 @@ def test_the_model_is_required():
         ("kv_cache_memory", [0, -1, 1.5e9, True, "", "512", "MiB", "-1GiB", "1e3GB", "512mib", "1000KB", 2**50 + 1]),
         ("gpu_memory_utilization", [0, 1.01, -0.5, math.nan, True, "0.9"]),
         ("top_m", [0, 4097, None]),
+        ("heterogeneous_vocab", [1, "true", None]),
         ("saguaro_c", [0, 1.01, "0.5", None]),
         ("seed", [-1, 2**32, None]),
         ("startup_timeout_s", [0, 86_401, math.nan, None]),

@@ -12,7 +12,17 @@ from fake_model import FakePagedModel
 
 from vllm_ssd.drafter import server
 from vllm_ssd.link.options import DrafterOptions
-from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, Refused, Welcome, fingerprint
+from vllm_ssd.link.protocol import (
+    PROTOCOL_VERSION,
+    Hello,
+    Open,
+    Refused,
+    Step,
+    Welcome,
+    fingerprint,
+    pack_ids,
+    unpack_ids,
+)
 from vllm_ssd.link.transport import socket_pair
 
 OPTIONS = DrafterOptions(
@@ -35,8 +45,8 @@ class FakeDraftModel(FakePagedModel):
     def __init__(self, *, tree_attention: bool, model: str) -> None:
         super().__init__(num_pages=60, tree_attention=tree_attention)
 
-    def tokenizer_vocab(self) -> dict[str, int]:
-        return {"a": 0}
+    def vocabulary(self) -> tuple[list[str], int]:
+        return ["a"], 0
 
 
 class Broken(FakeDraftModel):
@@ -105,9 +115,51 @@ def test_a_drafter_whose_attention_fails_starts_over_without_it(start, caplog, m
 
 def test_a_sound_drafter_keeps_its_attention(start):
     executed = start(FakeDraftModel, OPTIONS)
-    start.target.send(Hello(PROTOCOL_VERSION, FakePagedModel.vocab_size, 3, fingerprint({"a": 0})))
+    start.target.send(Hello(PROTOCOL_VERSION, FakePagedModel.vocab_size, 3, fingerprint(["a"])))
     (welcome,) = start.target.poll(20.0)
     assert isinstance(welcome, Welcome) and not executed
+
+
+NAMES = [f"t{i}" for i in range(FakePagedModel.vocab_size)]
+
+
+class Named(FakeDraftModel):
+    """A draft model with a token string for every id."""
+
+    def vocabulary(self) -> tuple[list[str], int]:
+        return NAMES, 4
+
+
+def answer(start, tokens: list[str], size: int, **options) -> Welcome | Refused:
+    start(Named, msgspec.structs.replace(OPTIONS, tree_attention=False))
+    start.target.send(Hello(PROTOCOL_VERSION, size, 3, fingerprint(tokens), tokens, **options))
+    return start.target.poll(20.0)[0]
+
+
+def test_a_target_with_other_tokens_is_refused_in_words(start):
+    refused = answer(start, NAMES[::-1], 13)
+    assert isinstance(refused, Refused) and "set heterogeneous_vocab: true" in refused.reason
+
+
+def test_a_target_with_other_tokens_is_served_if_that_was_asked_for(start):
+    """The drafter answers in the target's ids: of its own 13 tokens, the target of 30 has one, as its 20th."""
+    tokens = [*map(str, range(20)), "t7"]
+    welcome = answer(start, tokens, 30, heterogeneous_vocab=True)
+    assert isinstance(welcome, Welcome) and "1 of the target's 21 tokens (4.8%)" in welcome.notice
+    start.target.send(Step([Open("a", 1, pack_ids([20, 1, 29]), 0.7)], 3))
+    outcomes, drafts = set(), set()
+    while not drafts:
+        for block in (block for push in start.target.poll(20.0) for block in push.blocks):
+            outcomes |= set(unpack_ids(block.outcomes)[1::2].tolist())
+            drafts |= set(unpack_ids(block.draft_token_ids).tolist())
+            assert set(unpack_ids(block.q_token_ids).tolist()) == {20}
+    assert outcomes == drafts == {20}
+
+
+def test_without_a_tokenizer_it_is_said_that_none_was_compared(start, caplog):
+    welcome = answer(start, [], 13)
+    assert isinstance(welcome, Welcome) and not welcome.notice
+    assert "were not compared" in caplog.text
 
 
 def test_what_fails_without_it_too_is_the_reason_given(start):

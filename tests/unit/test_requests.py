@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.link.protocol import Close, Evicted, Open, Outcome, Push, SpeculationBlock, Step, pack_ids, unpack_ids
+from vllm_ssd.link.protocol import (
+    Close,
+    Evicted,
+    Open,
+    Outcome,
+    Push,
+    SpeculationBlock,
+    Step,
+    Truncation,
+    pack_ids,
+    unpack_ids,
+)
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.requests import REOPEN_ROUNDS, DrafterClient, RemoteRequest
 
@@ -313,6 +324,17 @@ def test_an_eviction_of_an_earlier_epoch_is_ignored():
     link.push(evicted=[Evicted("a", request.epoch - 1)])
     client.poll()
     assert client.holds(request) and request.evictions == 0
+
+
+def test_the_drafter_is_told_what_a_request_samples_from_each_time_it_is_opened():
+    link, client, _, _ = make()
+    sent: list[Open] = []
+    link.send = lambda step: sent.extend(step.events)
+    request = client.add("a", 0.7, Truncation(20, 0.8))
+    for _ in range(2):
+        assert client.open(request, [1, 2])
+        client.send(K)
+    assert [(event.temperature, event.truncation) for event in sent] == [(0.7, Truncation(20, 0.8))] * 2
 
 
 def test_a_push_is_awaited_from_a_vain_wait_to_the_next_push():

@@ -11,7 +11,7 @@ import pytest
 from fake_link import InProcessLink, K
 
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.link.protocol import Evicted, Push, SpeculationBlock, pack_ids
+from vllm_ssd.link.protocol import ALL_TOKENS, Evicted, Push, SpeculationBlock, pack_ids
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.v1.round import Batch
 from vllm_ssd.target.v1.verifier import Verifier
@@ -31,7 +31,7 @@ class FakeTarget:
 
     def start(self, request_id: str, prompt: list[int], temperature: float = 0.0, min_tokens: int = 0) -> None:
         self.tokens[request_id], self.drafts[request_id] = list(prompt), []
-        self.verifier.start_requests([(request_id, prompt, temperature, min_tokens)])
+        self.verifier.start_requests([(request_id, prompt, temperature, min_tokens, ALL_TOKENS)])
 
     def finish(self, request_id: str) -> None:
         del self.tokens[request_id]

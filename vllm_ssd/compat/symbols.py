@@ -17,12 +17,12 @@ USED = {
     # configuration
     "vllm": "LLMEngine __version__",
     "vllm.envs": "VLLM_USE_V2_MODEL_RUNNER",
-    "vllm.config": "SpeculativeConfig VllmConfig",
+    "vllm.config": "ModelConfig SpeculativeConfig VllmConfig",
     "vllm.config.cache:CacheConfig": "cache_dtype gpu_memory_utilization kv_cache_memory_bytes",
     "vllm.config.device:DeviceConfig": "device_type",
     "vllm.config.model:ModelConfig": (
-        "dtype get_head_size get_num_kv_heads get_num_layers get_vocab_size max_model_len model revision "
-        "skip_tokenizer_init tokenizer tokenizer_revision trust_remote_code use_mla"
+        "dtype get_diff_sampling_param get_head_size get_num_kv_heads get_num_layers get_vocab_size "
+        "hf_text_config max_model_len model use_mla"
     ),
     "vllm.config.parallel:ParallelConfig": "data_parallel_index data_parallel_size pipeline_parallel_size",
     "vllm.config.scheduler:SchedulerConfig": "async_scheduling max_num_batched_tokens max_num_seqs",
@@ -45,7 +45,10 @@ USED = {
     "vllm.distributed.parallel_state": "get_tp_group",
     "vllm.distributed.parallel_state:GroupCoordinator": "broadcast broadcast_object rank_in_group world_size",
     "vllm.config.structured_outputs:StructuredOutputsConfig": "reasoning_parser",
-    "vllm.sampling_params:SamplingParams": "max_tokens min_tokens structured_outputs temperature",
+    "vllm.sampling_params": "SamplingParams",
+    "vllm.sampling_params:SamplingParams": (
+        "_validate_spec_decode max_tokens min_p min_tokens structured_outputs temperature top_k top_p"
+    ),
     "vllm.sampling_params:StructuredOutputsParams": "choice grammar",
     "vllm.v1.core.sched.output:CachedRequestData": "all_token_ids",
     "vllm.v1.core.sched.output:NewRequestData": (
@@ -111,7 +114,8 @@ USED = {
     "vllm.model_executor.layers.layernorm:RMSNorm": (
         "forward_cpu forward_native has_weight register_oot variance_epsilon variance_size_override weight"
     ),
-    "vllm.tokenizers": "get_tokenizer",
+    "vllm.tokenizers": "cached_tokenizer_from_config",
+    "vllm.tokenizers.protocol:TokenizerLike": "convert_ids_to_tokens get_vocab",
     "vllm.v1.attention.backend": (
         "AttentionBackend AttentionImpl AttentionLayer AttentionMetadata AttentionMetadataBuilder AttentionType "
         "CommonAttentionMetadata MultipleOf"
@@ -155,7 +159,7 @@ CALLED = {
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast": "input_ src",
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast_object": "obj src",
     "vllm.model_executor.layers.layernorm:RMSNorm.register_oot": "_decorated_op_cls name",
-    "vllm.tokenizers:get_tokenizer": "tokenizer_name trust_remote_code revision",
+    "vllm.tokenizers:cached_tokenizer_from_config": "model_config",
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "query_start_loc query_start_loc_cpu seq_lens num_reqs num_actual_tokens max_query_len max_seq_len "
         "block_table_tensor slot_mapping positions seq_lens_cpu_upper_bound"
@@ -191,6 +195,7 @@ EXACT = {
     ),
     "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__": "kv_cache_spec layer_names vllm_config device",
     "vllm.v1.attention.backend:AttentionMetadataBuilder.build": ("common_prefix_len common_attn_metadata fast_build"),
+    "vllm.sampling_params:SamplingParams._validate_spec_decode": "speculative_config",
     "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": "scheduler_output model_runner_output",
     "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens": "x cu_num_tokens num_tokens replace_from replace_to",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner._remove_request": "req_id",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vllm_ssd.drafter.sampler import Draw
+from vllm_ssd.drafter.truncation import NOTHING
 
 JIT_ACCEPT_LENGTH = -1
 """Accept length of the just-in-time branch: its base is the last committed token, one before the first fork point.
@@ -20,7 +21,8 @@ class Branches:
     tokens [capacity, K + 1] int32: first token, then drafts; the first `computed` have KV, and one more is
     drawn while `computed <= num_drafts`; the first `sent` drafts were pushed. candidates [capacity, K + 1, C]
     int32: likeliest tokens after each computed one. q_token_ids, q_probs [capacity, K, M]: the proposal each
-    draft was drawn from. temperature [capacity] float32: 0 for greedy branches.
+    draft was drawn from. temperature [capacity] float32: 0 for greedy branches. truncation [capacity, 3] float32:
+    see `truncate`.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Branches:
         self.sent = np.zeros(capacity, np.int64)
         self.alive = np.zeros(capacity, bool)
         self.temperature = np.zeros(capacity, np.float32)
+        self.truncation = np.zeros((capacity, 3), np.float32)
         self.tokens = np.zeros((capacity, k + 1), np.int32)
         self.candidates = np.zeros((capacity, k + 1, num_candidates), np.int32)
         self.q_token_ids = np.zeros((capacity, k, top_m), np.int32)
@@ -74,6 +77,7 @@ class Branches:
         num_drafts: int,
         first_tokens: np.ndarray,
         temperature: float,
+        truncation: tuple[float, float, float] = NOTHING,
     ) -> np.ndarray:
         """Rows `[n]` int64 of new branches, one for each of `first_tokens` `[n]`."""
         rows = np.array([self._free.pop() for _ in first_tokens], np.int64)
@@ -85,6 +89,7 @@ class Branches:
         self.num_drafts[rows] = num_drafts
         self.alive[rows] = True
         self.temperature[rows] = temperature
+        self.truncation[rows] = truncation
         self.tokens[rows, 0] = first_tokens
         return rows
 

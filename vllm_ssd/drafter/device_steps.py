@@ -84,6 +84,7 @@ class DeviceSteps:
             shared_lens=shared,
             own_lens=base + step + 1 - shared,
             temperatures=temperatures,
+            truncations=branches.truncation[ordered],
             seeds=self._random.integers(1 << 63, size=n),
             fan_out=None if fan_out is None else fan_out[:, order],
         )
@@ -175,6 +176,7 @@ class _Bucket:
             "shared_lens": zeros(num_rows, dtype=torch.int32),
             "own_lens": zeros(num_rows, dtype=torch.int32),
             "temperatures": zeros(num_rows, dtype=torch.float32),
+            "truncations": zeros(num_rows, 3, dtype=torch.float32),
             "seeds": zeros(num_rows),
         }
         self._fan_out = zeros(most_steps, num_rows, dtype=torch.int32)
@@ -195,7 +197,7 @@ class _Bucket:
         """Fill the buffers; rows and requests beyond the given ones are padding, which reads and writes no KV."""
         self._num_loaded = len(inputs["token_ids"])
         for name, values in inputs.items():
-            padded = np.zeros(len(self._inputs[name]), values.dtype)
+            padded = np.zeros(self._inputs[name].shape, values.dtype)
             padded[: len(values)] = values
             if name == "starts":  # padding belongs to the last request, the requests after it are empty
                 padded[len(values) - 1 :] = self._num_rows
@@ -276,7 +278,15 @@ class _Bucket:
             )
         )
         fan_out = self._fan_out.index_select(0, self._done)[0]
-        drawn = sample(logits, inputs["temperatures"], inputs["seeds"], positions, fan_out, **self._sampling)
+        drawn = sample(
+            logits,
+            inputs["temperatures"],
+            inputs["seeds"],
+            positions,
+            fan_out,
+            truncations=inputs["truncations"],
+            **self._sampling,
+        )
         for buffer, values in zip(self._drawn, (drawn.token_ids, drawn.q_token_ids, drawn.q_probs)):
             buffer.index_copy_(0, self._done, values[None])
         inputs["token_ids"].copy_(drawn.token_ids)

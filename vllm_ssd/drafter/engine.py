@@ -45,7 +45,8 @@ from vllm_ssd.drafter.sampler import Draw
 from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
 from vllm_ssd.drafter.step_tokens import StepTokens
 from vllm_ssd.drafter.stepper import Stepper
-from vllm_ssd.link.protocol import DrafterStats, Evicted, Push, common_prefix
+from vllm_ssd.drafter.truncation import leaves_tokens, truncation_row
+from vllm_ssd.link.protocol import ALL_TOKENS, DrafterStats, Evicted, Push, Truncation, common_prefix
 from vllm_ssd.policy import BranchBudget, FanOut
 
 PREFILL_TOKENS_PER_STEP = 256
@@ -93,11 +94,20 @@ class DraftEngine:
 
     # ---- the verbs -------------------------------------------------------------------------------------
 
-    def open(self, request_id: str, epoch: int, token_ids: np.ndarray, temperature: float, num_drafts: int) -> None:
+    def open(
+        self,
+        request_id: str,
+        epoch: int,
+        token_ids: np.ndarray,
+        temperature: float,
+        num_drafts: int,
+        truncation: Truncation = ALL_TOKENS,
+    ) -> None:
         """Start a request from all its committed tokens, `token_ids` `[L]` int32; replaces an earlier epoch."""
         self._stepper.settle()
         known = len(token_ids) and 0 <= token_ids.min() and token_ids.max() < self._vocab_size
         can_draw = temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE
+        can_draw = can_draw and leaves_tokens(truncation)
         if not known or not can_draw or not self._fits(len(token_ids), num_drafts):
             self.refuse(request_id, epoch)
             return
@@ -106,6 +116,7 @@ class DraftEngine:
             oldest = next(iter(self.sequences.values()))
             self.refuse(oldest.request_id, oldest.epoch)
         sequence = Sequence(request_id, epoch, self._free_slots.pop(), temperature, token_ids.tolist(), len(token_ids))
+        sequence.truncation = truncation_row(truncation)
         self._by_slot[sequence.slot] = sequence
         self._adopt_pages(sequence)
         self.num_prompt_tokens += len(token_ids)
@@ -284,7 +295,15 @@ class DraftEngine:
     ) -> np.ndarray:
         """Rows of the branches that start after `accept_length` drafts; none if even evicting all others is no help."""
         base = sequence.length + accept_length
-        rows = self.branches.add(sequence.slot, accept_length, base, num_drafts, first_tokens, sequence.temperature)
+        rows = self.branches.add(
+            sequence.slot,
+            accept_length,
+            base,
+            num_drafts,
+            first_tokens,
+            sequence.temperature,
+            sequence.truncation,
+        )
         while self.pages.needed(rows) > self.pages.num_free:
             victim = next(iter(self.sequences.values()))
             if victim is sequence:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vllm_ssd.drafter.truncation import truncate
 from vllm_ssd.policy import saguaro
 
 
@@ -29,12 +30,19 @@ class Sampler:
         self._saguaro_c = saguaro_c
         self._generator = torch.Generator().manual_seed(seed)
 
-    def draw(self, logits: torch.Tensor, temperatures: np.ndarray, fan_out: np.ndarray | None = None) -> Draw:
+    def draw(
+        self,
+        logits: torch.Tensor,
+        temperatures: np.ndarray,
+        fan_out: np.ndarray | None = None,
+        truncations: np.ndarray | None = None,
+    ) -> Draw:
         """Tokens after `logits` [n, vocab] at `temperatures` [n] float32, 0 for greedy rows.
 
         Greedy rows take the likeliest token. Others draw from the softmax at their temperature over the `top_m`
-        likeliest tokens, of which the first `fan_out` [n] weigh `saguaro_c` as much (default: none does): that
-        distribution, renormalised, is the proposal q, exactly.
+        likeliest tokens, cut by `truncations` [n, 3] (see `truncate`; default: not at all), of which the first
+        `fan_out` [n] weigh `saguaro_c` as much (default: none does): that distribution, renormalised, is the proposal
+        q, exactly.
         """
         num_candidates, top_m = self._num_candidates, self._top_m
         if not temperatures.any():
@@ -43,6 +51,8 @@ class Sampler:
         values, indices = torch.topk(logits.float(), max(num_candidates, top_m), dim=-1)
         divisor = torch.from_numpy(np.where(temperatures > 0, temperatures, np.float32(1)))
         q_probs = torch.softmax(values[:, :top_m].cpu() / divisor[:, None], dim=-1)
+        if truncations is not None:
+            q_probs = torch.from_numpy(truncate(q_probs.numpy(), truncations))
         if fan_out is not None:
             q_probs = torch.from_numpy(saguaro(q_probs.numpy(), fan_out, self._saguaro_c))
         choice = torch.multinomial(q_probs, 1, generator=self._generator)[:, 0].numpy()

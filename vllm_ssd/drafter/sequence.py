@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vllm_ssd.drafter.truncation import NOTHING
+
 NO_ROWS = np.empty(0, np.int64)
 
 
@@ -35,6 +37,7 @@ class Sequence:
     after_hit: bool = False
     awaited: int | None = None
     decided_at: float = 0.0  # when its last outcome came
+    truncation: tuple[float, float, float] = NOTHING  # see `truncation_row`
     num_published: int = 0  # leading pages that others can find
     _digests: list[bytes] = field(default_factory=list)  # of leading pages
 

@@ -24,6 +24,7 @@ from vllm_ssd.drafter.sampler import Sampler
 from vllm_ssd.drafter.self_check import check_trees
 from vllm_ssd.drafter.stepper import EagerRunner, Stepper
 from vllm_ssd.drafter.trace import TRACE_ENV, TracedFanOut
+from vllm_ssd.drafter.vocabulary import UnlikeVocabularies, Vocabulary, VocabularyMap, match, translated
 from vllm_ssd.link.checks import max_step_bytes
 from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import (
@@ -87,7 +88,7 @@ def apply(engine: DraftEngine, event: Open | Outcome | Close, num_drafts: int) -
             except ProtocolError:
                 engine.refuse(event.request_id, event.epoch)
             else:
-                engine.open(event.request_id, event.epoch, token_ids, event.temperature, num_drafts)
+                engine.open(event.request_id, event.epoch, token_ids, event.temperature, num_drafts, event.truncation)
         case Close():
             engine.close(event.request_id)
 
@@ -102,7 +103,7 @@ def run(fd: int, options: DrafterOptions) -> int:
         from vllm_ssd.compat.drafter.draft_model import DraftModel
 
         model = DraftModel(tree_attention=options.tree_attention, **options.engine_args)
-        tokenizer = fingerprint(model.tokenizer_vocab())
+        tokens, stand_in = model.vocabulary()
         if model.tree_attention:
             plain = msgspec.structs.replace(options, saguaro_c=1.0)
             check_trees(_engine_of(model, plain, FanOut), model, options.num_speculative_tokens)
@@ -113,11 +114,10 @@ def run(fd: int, options: DrafterOptions) -> int:
         transport.poll(0.0)
         raise
     trace = os.environ.get(TRACE_ENV)
-    engine = _engine_of(model, options, functools.partial(TracedFanOut, trace) if trace else FanOut)
     welcome = Welcome(
         PROTOCOL_VERSION,
         model.vocab_size,
-        tokenizer,
+        fingerprint(tokens),
         model.max_model_len,
         model.num_pages,
         model.page_size,
@@ -125,10 +125,15 @@ def run(fd: int, options: DrafterOptions) -> int:
         model.kv_bytes,
         model.logit_bytes,
     )
-    transport.limit_messages(max_step_bytes(model.max_model_len, options.max_num_seqs))
     try:
-        if not _shake_hands(transport, welcome):
+        vocabulary = _shake_hands(transport, welcome, tokens, stand_in)
+        if vocabulary is None:
             return 1
+        learner = functools.partial(TracedFanOut, trace) if trace else FanOut
+        engine = _engine_of(translated(model, vocabulary), options, learner, vocabulary.num_shared)
+        transport.limit_messages(max_step_bytes(model.max_model_len, options.max_num_seqs))
+        transport.send(msgspec.structs.replace(welcome, notice=vocabulary.notice))
+        del tokens, vocabulary
         gc.collect()
         gc.freeze()
         serve(transport, engine)
@@ -159,13 +164,16 @@ def build_engine(
     top_m: int,
     seed: int,
     saguaro_c: float = 1.0,
+    num_draftable: int | None = None,
 ) -> DraftEngine:
     """An engine over `model`, whose attention decides whether pages are kept on the host or on the device.
 
-    max_branches: of a request; max_fan_out: of a fork point; top_m: tokens that a proposal keeps; seed: of the draws.
+    max_branches: of a request; max_fan_out: of a fork point; top_m: tokens that a proposal keeps; seed: of the draws;
+    num_draftable: tokens whose logits are finite, all of them by default.
     """
-    num_candidates = min(max_fan_out + 1, model.vocab_size)  # one may be the drafted token
-    top_m = min(top_m, model.vocab_size)
+    num_draftable = model.vocab_size if num_draftable is None else num_draftable
+    num_candidates = min(max_fan_out + 1, num_draftable)  # one may be the drafted token
+    top_m = min(top_m, num_draftable)
     if model.tree_attention:
         top_m = max(top_m, num_candidates)  # the kernel draws both from one list
     branches = Branches(max_num_seqs, max_branches + 1, num_speculative_tokens, num_candidates, top_m)
@@ -191,7 +199,9 @@ def build_engine(
     )
 
 
-def _engine_of(model: PagedModel, options: DrafterOptions, learner: Callable[..., FanOut]) -> DraftEngine:
+def _engine_of(
+    model: PagedModel, options: DrafterOptions, learner: Callable[..., FanOut], num_draftable: int | None = None
+) -> DraftEngine:
     return build_engine(
         model,
         learner(options.num_speculative_tokens, options.fan_out, options.branch_budget),
@@ -202,20 +212,34 @@ def _engine_of(model: PagedModel, options: DrafterOptions, learner: Callable[...
         top_m=options.top_m,
         saguaro_c=options.saguaro_c,
         seed=int.from_bytes(os.urandom(8), "little") >> 1,  # never the stream that verification draws from
+        num_draftable=num_draftable,
     )
 
 
-def _shake_hands(transport: Transport, welcome: Welcome) -> bool:
+def _shake_hands(transport: Transport, welcome: Welcome, tokens: list[str], stand_in: int) -> VocabularyMap | None:
+    """What the target's ids are to the draft model of `tokens`; None where the target was refused."""
     (hello,) = transport.poll(None)[:1]
-    reason = None
     if not isinstance(hello, Hello) or hello.version != PROTOCOL_VERSION:
-        reason = f"protocol version {getattr(hello, 'version', None)} of the target, {PROTOCOL_VERSION} of the drafter"
-    elif hello.vocab_size != welcome.vocab_size:
-        reason = (
-            f"the target's vocabulary has {hello.vocab_size} tokens, the draft model's {welcome.vocab_size}; "
-            "a draft model must share the target's tokenizer"
+        version = getattr(hello, "version", None)
+        transport.send(Refused(f"protocol version {version} of the target, {PROTOCOL_VERSION} of the drafter"))
+        return None
+    if not hello.tokenizer or not welcome.tokenizer:
+        logger.warning(
+            "SSD: the tokenizers of target and draft model were not compared, as one of them has none "
+            "(skip_tokenizer_init); drafts of a draft model with another tokenizer are never accepted"
         )
-    elif hello.tokenizer and hello.tokenizer != welcome.tokenizer:
-        reason = "the draft model's tokenizer differs from the target's although the vocabulary sizes agree"
-    transport.send(Refused(reason) if reason else welcome)
-    return reason is None
+    elif not hello.vocabulary and hello.tokenizer != welcome.tokenizer:
+        transport.send(Refused("the draft model's tokenizer differs from the target's, whose tokens are not known"))
+        return None
+    elif not hello.vocabulary:
+        hello = msgspec.structs.replace(hello, vocabulary=tokens)
+    try:
+        return match(
+            Vocabulary(hello.vocab_size, hello.vocabulary),
+            Vocabulary(welcome.vocab_size, tokens),
+            stand_in,
+            hello.heterogeneous_vocab,
+        )
+    except UnlikeVocabularies as error:
+        transport.send(Refused(str(error)))
+        return None

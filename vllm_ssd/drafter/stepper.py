@@ -78,12 +78,14 @@ class EagerRunner:
         The first draws belong to the spine logits. fan_out [m] int64, of `rows`.
         """
         tokens = StepTokens.gather(self._branches, spines, rows)
-        temperatures = self._branches.temperature[rows]
+        temperatures, truncations = self._branches.temperature[rows], self._branches.truncation[rows]
         if spines:
             before = tokens.spine_logits
             temperatures = np.array([s.temperature for s, _ in before] + temperatures.tolist(), np.float32)
+            truncations = np.array([s.truncation for s, _ in before] + truncations.tolist(), np.float32)
             fan_out = None if fan_out is None else np.concatenate([np.zeros(len(before), np.int64), fan_out])
-        return tokens, self._sampler.draw(self._model.forward(self._pages.batch(tokens)), temperatures, fan_out)
+        logits = self._model.forward(self._pages.batch(tokens))
+        return tokens, self._sampler.draw(logits, temperatures, fan_out, truncations)
 
 
 class EagerRun:

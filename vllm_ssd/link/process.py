@@ -372,6 +372,8 @@ class DrafterProcess:
             welcome.kv_bytes / GIB,
             welcome.logit_bytes / GIB,
         )
+        if welcome.notice:
+            self._logger.info("SSD: %s", welcome.notice)
 
     def _shake_hands(self, process: subprocess.Popen, transport: ProcessTransport) -> Welcome:
         deadline, answers = time.monotonic() + self._startup_timeout_s, []

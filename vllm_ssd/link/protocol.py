@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -23,12 +23,16 @@ MAX_BLOCKS = 1 << 16
 MAX_EVICTED = 1 << 18
 """Most evictions in a push: every outcome of a request the drafter has lost is answered by one."""
 
+MAX_VOCAB_SIZE = 1 << 22
+"""Most token strings in a `Hello`."""
+
 JIT_TOKEN = -1
 """Bonus token id of the branch that continues the committed tokens themselves, at accept length 0."""
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]  # refuses NaN too
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 Proposal = tuple[np.ndarray, np.ndarray]
 """The distribution a draft was drawn from: token ids `[M]` int32 and probabilities `[M]` float32."""
@@ -43,18 +47,25 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Hello(_Message, frozen=True, tag=0):
-    """Target → drafter, first: what both sides must agree on. An empty `tokenizer` is not compared."""
+    """Target → drafter, first: what both sides must agree on. An empty `tokenizer` is not compared.
+
+    vocabulary: the string of each token id, "" for an id without one; needed where the fingerprints differ
+    heterogeneous_vocab: whether tokens may be matched by their strings, with unlike ids
+    """
 
     version: int
     vocab_size: Count
     num_speculative_tokens: Count
     tokenizer: str
+    vocabulary: Annotated[list[str], msgspec.Meta(max_length=MAX_VOCAB_SIZE)] = []
+    heterogeneous_vocab: bool = False
 
 
 class Welcome(_Message, frozen=True, tag=0):
     """Drafter → target, answering `Hello`: the drafter is ready; its capacity in tokens is pages times page size.
 
     weight_bytes, kv_bytes: of its device's memory; logit_bytes: what a step's logits take at most
+    notice: how the vocabularies fit together, in one sentence for the log; empty where they are equal
     """
 
     version: int
@@ -66,6 +77,23 @@ class Welcome(_Message, frozen=True, tag=0):
     weight_bytes: Count = 0
     kv_bytes: Count = 0
     logit_bytes: Count = 0
+    notice: str = ""
+
+
+class Truncation(_Message, frozen=True):
+    """Which tokens a request samples from, of the distribution at its temperature.
+
+    min_p: those at least so likely as this share of the likeliest; top_k: of these the k likeliest, 0 for all; top_p:
+    of these the fewest likeliest that hold so much of their probability
+    """
+
+    top_k: Count = 0
+    top_p: Share = 1.0
+    min_p: Share = 0.0
+
+
+ALL_TOKENS = Truncation()
+"""No token is cut off."""
 
 
 class Refused(_Message, frozen=True, tag=1):
@@ -79,12 +107,14 @@ class Open(_Message, frozen=True, tag=0):
 
     token_ids: all committed tokens, int32 little-endian (see `pack_ids`)
     temperature: 0 for greedy requests, whose branches carry no q
+    truncation: which tokens the request can sample, as the proposal is cut, too
     """
 
     request_id: str
     epoch: Count
     token_ids: bytes
     temperature: NonNegative
+    truncation: Truncation = ALL_TOKENS
 
 
 class Outcome(_Message, frozen=True, tag=1):
@@ -268,6 +298,6 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next(i for i in range(n) if a[i] != b[i])
 
 
-def fingerprint(tokenizer_vocab: Mapping[str, int]) -> str:
-    """16 hex digits that two tokenizers share when they give the same ids to the same tokens."""
-    return hashlib.sha256(ascii(sorted(tokenizer_vocab.items())).encode()).hexdigest()[:16]
+def fingerprint(tokens: Sequence[str]) -> str:
+    """16 hex digits that two vocabularies share when they have the same strings for the same ids; "" for no tokens."""
+    return hashlib.sha256(msgspec.msgpack.encode(tokens)).hexdigest()[:16] if tokens else ""

@@ -46,7 +46,18 @@ from typing import Protocol
 import numpy as np
 
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.link.protocol import Close, Evicted, Open, Outcome, Push, SpeculationBlock, Step, pack_ids
+from vllm_ssd.link.protocol import (
+    ALL_TOKENS,
+    Close,
+    Evicted,
+    Open,
+    Outcome,
+    Push,
+    SpeculationBlock,
+    Step,
+    Truncation,
+    pack_ids,
+)
 from vllm_ssd.target.metrics import Metrics
 
 REOPEN_ROUNDS = 32
@@ -75,6 +86,7 @@ class RemoteRequest:
 
     request_id: str
     temperature: float
+    truncation: Truncation = ALL_TOKENS
     epoch: int = 0
     length: int = 0  # committed tokens that the drafter was told of
     generation: int = NOT_HELD  # of the drafter that holds it
@@ -125,10 +137,10 @@ class DrafterClient:
 
     # ---- towards the drafter ---------------------------------------------------------------------------
 
-    def add(self, request_id: str, temperature: float) -> RemoteRequest:
+    def add(self, request_id: str, temperature: float, truncation: Truncation = ALL_TOKENS) -> RemoteRequest:
         """A new request, not held yet; one of the same id is closed."""
         self.close(request_id)
-        request = RemoteRequest(request_id, temperature)
+        request = RemoteRequest(request_id, temperature, truncation)
         self._requests[request_id] = request
         return request
 
@@ -151,7 +163,8 @@ class DrafterClient:
         request.length = len(token_ids)
         request.generation = self._link.generation
         request.awaiting_first_block = True
-        self._enqueue(Open(request.request_id, request.epoch, pack_ids(token_ids), request.temperature))
+        tokens = pack_ids(token_ids)
+        self._enqueue(Open(request.request_id, request.epoch, tokens, request.temperature, request.truncation))
         if draft_token_ids:
             self.outcome(request, [], list(draft_token_ids))
         return True

@@ -7,9 +7,9 @@ import os
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.tokenizers import get_tokenizer
 
 from vllm_ssd.compat.target import worker
+from vllm_ssd.compat.vocabulary import read_vocabulary
 from vllm_ssd.config import SERVER_PID_ENV, SSDConfig
 from vllm_ssd.link.placement import place_drafter
 from vllm_ssd.link.process import DrafterProcess
@@ -103,11 +103,12 @@ def sleep_hooks(drafter: DrafterProcess, beside_target: bool, taken: int) -> wor
 
 def _hello(config: SSDConfig, vllm_config: VllmConfig) -> Hello:
     model = vllm_config.model_config
-    tokenizer = ""
-    if not model.skip_tokenizer_init:
-        tokenizer = fingerprint(
-            get_tokenizer(
-                model.tokenizer, trust_remote_code=model.trust_remote_code, revision=model.tokenizer_revision
-            ).get_vocab()
-        )
-    return Hello(PROTOCOL_VERSION, model.get_vocab_size(), config.num_speculative_tokens, tokenizer)
+    tokens, _ = read_vocabulary(model)
+    return Hello(
+        PROTOCOL_VERSION,
+        model.get_vocab_size(),
+        config.num_speculative_tokens,
+        fingerprint(tokens),
+        tokens,
+        config.heterogeneous_vocab,
+    )

@@ -23,6 +23,7 @@ from vllm_ssd.compat.drafter import tree_backend
 from vllm_ssd.compat.drafter.cpu_norms import use_compiled_norms
 from vllm_ssd.compat.drafter.memory import bytes_a_row, executor_with_reserve, explained, max_rows
 from vllm_ssd.compat.drafter.paged import ForwardBatch, TreeBatch
+from vllm_ssd.compat.vocabulary import read_vocabulary
 from vllm_ssd.kernels import copy_pages
 
 PAGE_SIZE = 32
@@ -164,14 +165,9 @@ class DraftModel:
         """Copy the first slots of pages to others, every layer; device tensors as `kernels.copy_pages` takes them."""
         copy_pages(self._key_value_views, sources, destinations, num_slots)
 
-    def tokenizer_vocab(self) -> dict[str, int]:
-        """The draft model's tokenizer as a map from token to id."""
-        from vllm.tokenizers import get_tokenizer
-
-        config = self.vllm_config.model_config
-        return get_tokenizer(
-            config.tokenizer, trust_remote_code=config.trust_remote_code, revision=config.revision
-        ).get_vocab()
+    def vocabulary(self) -> tuple[list[str], int]:
+        """The string of each token id, and the id that stands in for tokens that the model lacks."""
+        return read_vocabulary(self.vllm_config.model_config)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_ssd.compat import patch
-from vllm_ssd.compat.target.runner import check_runner, has_ssd
+from vllm_ssd.compat.target import refused
+from vllm_ssd.compat.target.runner import METHOD_ON_V2, check_runner, has_ssd
 from vllm_ssd.compat.version import UnsupportedVLLM
 
 SPECULATIVE_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_speculative_config"
@@ -31,7 +32,12 @@ def install(translate: Callable[[Any, Any, Any], None]) -> None:
         original: Callable[..., Any], engine_args: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
         translate(engine_args, target_model_config, target_parallel_config)
-        return original(engine_args, target_model_config, target_parallel_config)
+        config = original(engine_args, target_model_config, target_parallel_config)
+        if config.method == METHOD_ON_V2:
+            refused.allow(config)
+        else:
+            refused.warn(target_model_config)
+        return config
 
     parameters = ("target_model_config", "target_parallel_config")
     patch.wrap(SPECULATIVE_CONFIG, asks_for_ssd, create_speculative_config, parameters=parameters)

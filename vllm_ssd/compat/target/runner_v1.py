@@ -25,7 +25,8 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm_ssd.compat import patch
 from vllm_ssd.compat.target.gain import can_gain, ending_requests
 from vllm_ssd.compat.target.thinking_budget import ThinkingBudget
-from vllm_ssd.link.protocol import Proposal
+from vllm_ssd.compat.target.truncation import truncation_of
+from vllm_ssd.link.protocol import Proposal, Truncation
 
 EXPAND = "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens"
 
@@ -34,9 +35,10 @@ class V1Proposer(Protocol):
     """What the wrapped runner calls on a proposer of ours, beside vLLM's own `propose`."""
 
     def on_schedule(
-        self, started: Sequence[tuple[str, Sequence[int] | None, float, int]], finished: Sequence[str]
+        self, started: Sequence[tuple[str, Sequence[int] | None, float, int, Truncation]], finished: Sequence[str]
     ) -> None:
-        """Requests `(id, prompt token ids, temperature, min_tokens)` that join, ids that leave, before the forward.
+        """Requests `(id, prompt token ids, temperature, min_tokens, truncation)` that join, ids that leave, before the
+        forward.
 
         Those that cannot gain never join, and those with one token left leave early.
         """
@@ -93,7 +95,13 @@ def _wrap(name: str, body: Callable[..., Any], *parameters: str) -> None:
 
 def _execute_model(original, runner, proposer: V1Proposer, scheduler_output, *args, **kwargs):
     started = [
-        (new.req_id, new.prompt_token_ids, new.sampling_params.temperature, new.sampling_params.min_tokens)
+        (
+            new.req_id,
+            new.prompt_token_ids,
+            new.sampling_params.temperature,
+            new.sampling_params.min_tokens,
+            truncation_of(new.sampling_params),
+        )
         for new in scheduler_output.scheduled_new_reqs
         if can_gain(new, runner.vllm_config)
     ]

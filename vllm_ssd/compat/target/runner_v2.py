@@ -17,6 +17,8 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_ssd.compat import patch
 from vllm_ssd.compat.target.gain import can_gain, last_length
+from vllm_ssd.compat.target.truncation import truncation_of
+from vllm_ssd.link.protocol import Truncation
 
 
 class V2Speculator(BaseSpeculator):
@@ -87,7 +89,9 @@ class V2Speculator(BaseSpeculator):
         """The target is loaded; nothing has been profiled yet."""
 
     @abstractmethod
-    def add_request(self, request_id: str, slot: int, token_ids: Sequence[int], temperature: float) -> None:
+    def add_request(
+        self, request_id: str, slot: int, token_ids: Sequence[int], temperature: float, truncation: Truncation
+    ) -> None:
         """A request joins with all its tokens so far: a new one, or one that was preempted; no drafts without."""
 
     @abstractmethod
@@ -150,9 +154,9 @@ def _add_requests(original, runner, scheduler_output):
         if new.req_id.startswith("_") and "warmup" in new.req_id:  # vLLM's own, between which it captures CUDA graphs
             continue
         slot = runner.req_states.req_id_to_index[new.req_id]
-        gains = can_gain(new, runner.vllm_config)
+        gains, params = can_gain(new, runner.vllm_config), new.sampling_params
         tokens = new.prefill_token_ids if gains else ()
-        runner.speculator.add_request(new.req_id, slot, tokens, new.sampling_params.temperature)
+        runner.speculator.add_request(new.req_id, slot, tokens, params.temperature, truncation_of(params))
         if gains and (last := last_length(new)) is not None:
             runner.speculator.end_at(new.req_id, last)
 

@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_ssd.compat.target import runner_v1
-from vllm_ssd.link.protocol import Proposal
+from vllm_ssd.link.protocol import Proposal, Truncation
 from vllm_ssd.target.start import start_drafter, user_config
 from vllm_ssd.target.v1.round import Batch
 from vllm_ssd.target.v1.verifier import Verifier
@@ -36,14 +36,14 @@ class SSDProposer:
             self._drafter.wait_until_ready()
 
     def on_schedule(
-        self, started: Sequence[tuple[str, Sequence[int] | None, float, int]], finished: Sequence[str]
+        self, started: Sequence[tuple[str, Sequence[int] | None, float, int, Truncation]], finished: Sequence[str]
     ) -> None:
         """Requests that join or leave, before the target's forward."""
         if self._verifier is not None:
             self._verifier.finish_requests(finished)
             self._verifier.start_requests(
-                (request_id, token_ids, temperature, min_tokens)
-                for request_id, token_ids, temperature, min_tokens in started
+                (request_id, token_ids, temperature, min_tokens, truncation)
+                for request_id, token_ids, temperature, min_tokens, truncation in started
                 if token_ids
             )
 

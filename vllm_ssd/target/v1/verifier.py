@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.link.protocol import Proposal, SpeculationBlock
+from vllm_ssd.link.protocol import Proposal, SpeculationBlock, Truncation
 from vllm_ssd.policy import Adaptation
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.requests import DrafterClient, Link
@@ -31,10 +31,10 @@ class Verifier:
         self._fallback = Fallback(config, self._adaptation)
         self._last_round: Round | None = None
 
-    def start_requests(self, requests: Iterable[tuple[str, Sequence[int], float, int]]) -> None:
-        """Open `(request_id, prompt token ids, temperature, min_tokens)` on the drafter, while the target prefills."""
-        for request_id, token_ids, temperature, min_tokens in requests:
-            remote = self._client.add(request_id, temperature if temperature >= 1e-5 else 0.0)
+    def start_requests(self, requests: Iterable[tuple[str, Sequence[int], float, int, Truncation]]) -> None:
+        """Open `(request_id, prompt token ids, temperature, min_tokens, truncation)` while the target prefills."""
+        for request_id, token_ids, temperature, min_tokens, truncation in requests:
+            remote = self._client.add(request_id, temperature if temperature >= 1e-5 else 0.0, truncation)
             self._requests[request_id] = Request(remote, len(token_ids) + min_tokens)
             if self._num_drafts(len(self._requests)):
                 self._client.open(remote, token_ids)

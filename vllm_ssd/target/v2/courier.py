@@ -22,7 +22,7 @@ import torch
 
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.kernels import OUTCOME_COLUMNS, Found
-from vllm_ssd.link.protocol import SpeculationBlock
+from vllm_ssd.link.protocol import ALL_TOKENS, SpeculationBlock, Truncation
 from vllm_ssd.policy import NgramGain
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.requests import DrafterClient, Link, RemoteRequest
@@ -106,10 +106,17 @@ class Courier:
 
     # ---- what vLLM's thread tells ----------------------------------------------------------------------
 
-    def start(self, serial: int, slot: int, token_ids: Sequence[int], temperature: float) -> None:
+    def start(
+        self,
+        serial: int,
+        slot: int,
+        token_ids: Sequence[int],
+        temperature: float,
+        truncation: Truncation = ALL_TOKENS,
+    ) -> None:
         """Request `serial` joins in `slot` with all its tokens so far."""
         # A copy: vLLM passes the scheduler's own list, which grows before the courier's thread has its turn.
-        self._enqueue(functools.partial(self._start, serial, slot, list(token_ids), temperature))
+        self._enqueue(functools.partial(self._start, serial, slot, list(token_ids), temperature, truncation))
 
     def finish(self, serial: int) -> None:
         """Request `serial` has left its slot."""
@@ -207,8 +214,8 @@ class Courier:
         serial = int(block.request_id)
         self._cache.put(self._requests[serial].slot, serial, block)
 
-    def _start(self, serial: int, slot: int, token_ids: list[int], temperature: float) -> None:
-        remote = self._client.add(str(serial), temperature)
+    def _start(self, serial: int, slot: int, token_ids: list[int], temperature: float, truncation: Truncation) -> None:
+        remote = self._client.add(str(serial), temperature, truncation)
         self._requests[serial] = SlotRequest(remote, slot, token_ids)
         if self._num_drafts:
             self._client.open(remote, token_ids)

@@ -15,6 +15,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm_ssd.compat.target.runner_v2 import V2Speculator, install, ngram_drafts, ngram_speculator
 from vllm_ssd.kernels import DeviceSpeculation, lookup, write_draft_logits
 from vllm_ssd.link.options import max_support
+from vllm_ssd.link.protocol import Truncation
 from vllm_ssd.target.start import logger, start_drafter, user_config
 from vllm_ssd.target.v2.courier import Courier
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
@@ -64,7 +65,9 @@ class SSDSpeculator(V2Speculator):
             self._drafter.wait_until_ready()
             self._courier.run()
 
-    def add_request(self, request_id: str, slot: int, token_ids: Sequence[int], temperature: float) -> None:
+    def add_request(
+        self, request_id: str, slot: int, token_ids: Sequence[int], temperature: float, truncation: Truncation
+    ) -> None:
         """Give the request a serial number, and open it on the drafter while the target runs its prompt."""
         serial, self._num_started = self._num_started, self._num_started + 1
         self._requests[request_id] = serial, slot
@@ -72,7 +75,7 @@ class SSDSpeculator(V2Speculator):
         self._serials_on_device[slot].fill_(serial)  # in the order of the stream: earlier steps see the one before
         self._sampled[slot] = temperature > 0
         if self._courier is not None and token_ids:
-            self._courier.start(serial, slot, token_ids, temperature)
+            self._courier.start(serial, slot, token_ids, temperature, truncation)
 
     def end_at(self, request_id: str, length: int) -> None:
         """The drafter rests once the request has one token left to emit."""

@@ -1,0 +1,47 @@
+"""Sampling parameters that vLLM refuses with any speculation: `min_p` and `logit_bias`.
+
+Its V1 rejection sampler does not apply them to drafts. The V2 runner's applies them to every row it verifies
+(`Sampler.apply_sampling_params`, 0.32 and 0.33), so that there a request of ours may have them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm_ssd.compat import patch
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, SpeculativeConfig
+
+logger = logging.getLogger("vllm.vllm_ssd")
+
+VALIDATE = "vllm.sampling_params:SamplingParams._validate_spec_decode"
+ALLOWED = "_ssd_applies_all"
+"""Attribute of a `SpeculativeConfig` with which nothing is refused."""
+
+
+def allow(config: SpeculativeConfig) -> None:
+    """Let requests to a target of this configuration, which has ssd on the V2 runner, have all parameters."""
+    setattr(config, ALLOWED, True)
+    patch.wrap(VALIDATE, _is_allowed, _accept, parameters=("speculative_config",))
+
+
+def warn(model_config: ModelConfig) -> None:
+    """Say at start what would otherwise be said to every request: the target's defaults contain `min_p`."""
+    min_p = model_config.get_diff_sampling_param().get("min_p")
+    if min_p:
+        logger.warning(
+            "SSD: the target's generation config sets min_p %g, which vLLM's V1 runner refuses with any speculation: "
+            "requests that do not set min_p to 0 will fail. Start with --override-generation-config '{\"min_p\": 0}'",
+            min_p,
+        )
+
+
+def _is_allowed(params: Any, speculative_config: SpeculativeConfig | None) -> bool:
+    return getattr(speculative_config, ALLOWED, False)
+
+
+def _accept(original: Callable[..., None], params: Any, speculative_config: SpeculativeConfig | None) -> None:
+    """Nothing to refuse."""

@@ -1,0 +1,44 @@
+"""Which tokens a request samples from, cut off from a proposal as vLLM cuts them off from the target's distribution."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vllm_ssd.link.protocol import Truncation
+
+NO_TOP_K = 1 << 24
+"""More tokens than any proposal has, and exact in float32."""
+NOTHING = (NO_TOP_K, 1.0, 0.0)
+"""The row of a request that samples from all tokens."""
+
+
+def leaves_tokens(truncation: Truncation) -> bool:
+    """Whether the values are such as vLLM lets a request have, with which the likeliest token is always left."""
+    return truncation.top_k >= 0 and 0 < truncation.top_p <= 1 and 0 <= truncation.min_p <= 1
+
+
+def truncation_row(truncation: Truncation) -> tuple[float, float, float]:
+    """top_k, top_p and min_p as `truncate` takes them."""
+    return min(truncation.top_k or NO_TOP_K, NO_TOP_K), truncation.top_p, truncation.min_p
+
+
+def truncate(probs: np.ndarray, truncations: np.ndarray) -> np.ndarray:
+    """`probs` [n, M] float32, likeliest first, without the tokens that each row's request cannot sample, renormalised.
+
+    truncations [n, 3] float32: top_k, top_p, min_p. First tokens below min_p times the likeliest go, then all but the
+    top_k likeliest, then those after the first that hold top_p of what is left: vLLM's order. The likeliest stays. Rows
+    that lose none are kept bit for bit.
+    """
+    if (truncations == np.array(NOTHING, np.float32)).all():
+        return probs
+    top_k, top_p, min_p = truncations.T[:, :, None]
+    kept = np.arange(probs.shape[1]) < top_k
+    kept &= probs >= min_p * probs[:, :1]
+    left = np.where(kept, probs, 0)
+    up_to = np.cumsum(left, axis=1)
+    kept &= (up_to - left < top_p * up_to[:, -1:]) | (top_p >= 1)
+    kept[:, 0] = True
+    left = np.where(kept, probs, 0)
+    changed = (left != probs).any(axis=1, keepdims=True)
+    total = np.where(changed, left.sum(axis=1, keepdims=True), 1)
+    return (left / total).astype(probs.dtype)

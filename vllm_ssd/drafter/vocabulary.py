@@ -1,0 +1,204 @@
+"""The draft model as if it had the target's vocabulary.
+
+Everything in the drafter but the model itself knows the target's token ids and no others. A target id is *shared* when
+the draft model has the same token: under the same id, or, with `heterogeneous_vocab`, under whichever id has its
+string. Only shared ids can be drafted: all others have no weight in the logits before anything is drawn from them, so
+that a proposal is exactly what its drafts were drawn from. Where the text has a token that the draft model lacks, its
+own unknown token stands there for it, or else its end of text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+
+from vllm_ssd.compat.drafter.paged import ForwardBatch, PagedModel, TreeBatch
+
+MIN_SHARED = 0.99
+"""Share of the target's tokens that a draft model has under the same ids when both have one tokenizer, perhaps with
+tokens added to it."""
+
+
+class UnlikeVocabularies(ValueError):
+    """The draft model's tokens are not the target's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """size: token ids that a model takes; tokens: the string of each, "" or no entry without one, none at all where
+    there is no tokenizer."""
+
+    size: int
+    tokens: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VocabularyMap:
+    """What a target's token ids are to the draft model.
+
+    draft_token_ids [V] int32: the draft model's id for each of the target's, the stand-in's where it has none; shared
+    [V] bool: which may be drafted; notice: how much that is, in one sentence, empty where both vocabularies are equal.
+    """
+
+    draft_token_ids: np.ndarray
+    shared: np.ndarray
+    notice: str = ""
+
+    @property
+    def num_shared(self) -> int:
+        """How many ids may be drafted."""
+        return int(self.shared.sum())
+
+
+def match(target: Vocabulary, draft: Vocabulary, stand_in: int, heterogeneous: bool) -> VocabularyMap:
+    """Which of the target's ids the draft model has; raises UnlikeVocabularies where too few are.
+
+    stand_in: the draft model's id for tokens that it lacks; heterogeneous: match by string where the ids differ.
+    """
+    common = min(target.size, draft.size)
+    same = np.zeros(target.size, bool)
+    same[:common] = True
+    if not target.tokens or not draft.tokens:
+        if common < MIN_SHARED * max(target.size, draft.size):
+            raise UnlikeVocabularies(
+                f"the target's vocabulary has {target.size:,} ids, the draft model's {draft.size:,}, and without both "
+                "tokenizers it is unknown which of them are the same tokens"
+            )
+        what = f"its first {common:,} ids, as far as is known without both tokenizers,"
+        return _map(np.arange(common), same, stand_in, "" if target.size == draft.size else what)
+    ours, theirs = _padded(target.tokens, common), _padded(draft.tokens, common)
+    same[:common] = np.fromiter((a == b for a, b in zip(ours, theirs)), bool, common)
+    named = np.fromiter(map(bool, _padded(target.tokens, target.size)), bool, target.size)
+    num_named, num_same = int(named.sum()), int((same & named).sum())
+    if num_same >= MIN_SHARED * num_named:
+        is_equal = same.all() and target.size == draft.size
+        return _map(np.arange(common), same, stand_in, "" if is_equal else _share(num_same, num_named))
+    if not heterogeneous:
+        raise UnlikeVocabularies(
+            f"the draft model has only {_share(num_same, num_named)} under the same ids; to draft with the tokens that "
+            "both have under any id, set heterogeneous_vocab: true"
+        )
+    draft_token_ids = _by_string(target, draft)
+    same = draft_token_ids >= 0
+    if not same.any():
+        raise UnlikeVocabularies("no token of the target's has a string that the draft model has, too")
+    return _map(draft_token_ids, same, stand_in, _share(int(same.sum()), num_named))
+
+
+def _padded(tokens: Sequence[str], size: int) -> list[str]:
+    return [*tokens[:size], *[""] * (size - len(tokens))]
+
+
+def _share(num: int, num_named: int) -> str:
+    return f"{num:,} of the target's {num_named:,} tokens ({num / max(num_named, 1):.1%})"
+
+
+def _map(draft_token_ids: np.ndarray, shared: np.ndarray, stand_in: int, what: str) -> VocabularyMap:
+    found = np.full(len(shared), stand_in, np.int32)
+    found[: len(draft_token_ids)] = draft_token_ids
+    found[~shared] = stand_in
+    return VocabularyMap(found, shared, what and f"the draft model shares {what} with the target")
+
+
+def _by_string(target: Vocabulary, draft: Vocabulary) -> np.ndarray:
+    """The draft model's id of each target id by the text that it stands for, -1 where it has none, [V] int64."""
+    ids: dict[bytes, int] = {}
+    for token_id, text in enumerate(texts(draft.tokens[: draft.size])):
+        ids.setdefault(text, token_id)
+    ids.pop(b"", None)
+    found = np.full(target.size, -1, np.int64)
+    for token_id, text in enumerate(texts(target.tokens[: target.size])):
+        found[token_id] = ids.pop(text, -1)  # a second target id for one text is left out
+    return found
+
+
+def texts(tokens: Sequence[str]) -> list[bytes]:
+    """The bytes that each token of a vocabulary stands for, whichever way its tokenizer writes them.
+
+    Byte-level tokenizers write a byte as a character of its own, a space as "Ġ"; SentencePiece writes a space as "▁"
+    and single bytes as "<0x0A>". A token in neither way, such as "<|end|>", is taken as it is.
+    """
+    present = set(tokens)
+    if {"Ġ", "Ċ"} <= present:
+        return [_byte_level(token) for token in tokens]
+    if "▁" in present:
+        return [_sentence_piece(token) for token in tokens]
+    return [token.encode() for token in tokens]
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters of byte-level tokenizers (GPT-2's): printable bytes are themselves, others follow U+0100."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
+
+
+def _byte_level(token: str) -> bytes:
+    try:
+        return bytes([_BYTES[character] for character in token])
+    except KeyError:
+        return token.encode()
+
+
+def _sentence_piece(token: str) -> bytes:
+    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token, re.ASCII)
+    if byte is not None:
+        return bytes([int(byte[1], 16)])
+    return token.replace("▁", " ").encode()
+
+
+def translated(model: PagedModel, vocabulary: VocabularyMap) -> PagedModel:
+    """`model` with the target's vocabulary; itself where that is its own."""
+    identity = np.arange(model.vocab_size)
+    if vocabulary.shared.all() and np.array_equal(vocabulary.draft_token_ids, identity):
+        return model
+    return cast("PagedModel", _TranslatedModel(model, vocabulary))
+
+
+class _TranslatedModel:
+    """Takes the target's ids, and gives logits over them: -inf where an id is not shared.
+
+    Where no shared id has another one in the draft model, logits are those of the smaller vocabulary, in place.
+    """
+
+    def __init__(self, model: PagedModel, vocabulary: VocabularyMap) -> None:
+        self._model = model
+        self.vocab_size = len(vocabulary.draft_token_ids)
+        ids, shared = vocabulary.draft_token_ids, vocabulary.shared
+        own_ids = np.arange(len(ids))
+        self._width = min(len(ids), model.vocab_size)
+        self._on_host = ids
+        self._table = self._gathered = None
+        if not np.array_equal(ids, own_ids):
+            self._table = torch.from_numpy(ids).to(model.device)
+        if not np.array_equal(ids[shared], own_ids[shared]):
+            self._gathered, self._width = self._table, len(ids)
+        unshared = np.flatnonzero(~shared[: self._width])
+        self._unshared = torch.from_numpy(unshared).to(model.device) if len(unshared) else None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._model, name)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch | TreeBatch) -> torch.Tensor:
+        """As `PagedModel.forward`, with the target's ids; safe to capture in a CUDA graph."""
+        if self._table is not None:
+            if isinstance(batch, TreeBatch):
+                token_ids = self._table.index_select(0, batch.token_ids)
+            else:
+                token_ids = self._on_host[batch.token_ids]
+            batch = dataclasses.replace(batch, token_ids=token_ids)
+        logits = self._model.forward(batch)
+        if self._gathered is None:
+            logits = logits[:, : self._width]
+        else:
+            logits = logits.index_select(1, self._gathered)
+        return logits if self._unshared is None else logits.index_fill_(1, self._unshared, float("-inf"))
