@@ -18,6 +18,7 @@ from vllm_ssd.compat.drafter.paged import PagedModel
 from vllm_ssd.drafter.branches import Branches
 from vllm_ssd.drafter.device_steps import MAX_TOP_M, DeviceSteps
 from vllm_ssd.drafter.engine import DraftEngine
+from vllm_ssd.drafter.heartbeat import Heartbeat
 from vllm_ssd.drafter.pages.device import DevicePages
 from vllm_ssd.drafter.pages.host import HostPages
 from vllm_ssd.drafter.sampler import Sampler
@@ -136,7 +137,11 @@ def run(fd: int, options: DrafterOptions) -> int:
         del tokens, vocabulary
         gc.collect()
         gc.freeze()
-        serve(transport, engine)
+        heartbeat = Heartbeat(transport)
+        try:
+            serve(heartbeat, engine)
+        finally:
+            heartbeat.close()
     except TransportClosed:
         return 0
     return 0
