@@ -95,7 +95,7 @@ class DeviceBlocks:
             _store(blocks, rows, new)
         for blocks, new in zip((self.q_token_ids, self.q_probs), values[3:]):
             if len(kept):
-                _store(blocks, kept_rows, blocks.flatten(0, 1)[kept_from])
+                _copy(blocks, kept_rows, kept_from)
             if len(entries):
                 _store(blocks, q_rows, new)
         _store(self.headers, rows, even)
@@ -120,7 +120,7 @@ class ToDevice:
     def tensors(self) -> list[torch.Tensor]:
         """All of them, once the current stream has come to the copy."""
         sizes = [int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for _, dtype, shape in self._parts]
-        staging = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        staging = self._staging(sum(sizes))
         memory, start = staging.numpy(), 0
         spans = []
         for (pieces, dtype, _), size in zip(self._parts, sizes):
@@ -130,9 +130,11 @@ class ToDevice:
             spans.append(slice(start, start + size))
             start += size
         on_device = staging if self._device.type == "cpu" else staging.to(self._device, non_blocking=True)
-        return [
-            on_device[span].view(_DTYPES[dtype]).view(shape) for (_, dtype, shape), span in zip(self._parts, spans)
-        ]
+        return [on_device[span].view(_DTYPES[dtype]).view(shape) for (_, dtype, shape), span in zip(self._parts, spans)]
+
+    def _staging(self, num_bytes: int) -> torch.Tensor:
+        """Memory [num_bytes] uint8 that nothing else uses until the copy is through."""
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
 
 
 _DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32}
@@ -141,3 +143,8 @@ _DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.
 def _store(blocks: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
     """Overwrite rows of `blocks`, counted over all its dimensions that `values` [n, ...] lacks."""
     blocks.flatten(0, blocks.dim() - values.dim()).index_copy_(0, rows, values)
+
+
+def _copy(blocks: torch.Tensor, rows: torch.Tensor, source: torch.Tensor) -> None:
+    """Overwrite rows 2 * slot + half of `blocks` [S, 2, ...] with those of `source`."""
+    _store(blocks, rows, blocks.flatten(0, 1).index_select(0, source))

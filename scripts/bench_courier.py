@@ -3,8 +3,9 @@
     python scripts/bench_courier.py [--out courier.json]
 
 A drafter's pushes are encoded beforehand and come through a socket, as they do while serving: every row's block in as
-many pushes as K is deep. The courier receives, decodes and checks them, writes them into the target's memory (here that
-of the host, so that what a GPU's copy engine does is counted too), takes the round's outcomes and tells the drafter.
+many pushes as K is deep. The courier receives, decodes and checks them, notes them, copies their proposals into memory
+that it has (PyTorch keeps pinned memory), launches the stores, takes the round's outcomes and tells the drafter. What
+the device does is left out, and each operation that a GPU would be sent counts as `--launch-us`.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_ssd.config import SSDConfig
+from vllm_ssd.kernels import blocks
 from vllm_ssd.link.checks import PushChecker
 from vllm_ssd.link.protocol import Push, SpeculationBlock, Step, pack_ids
 from vllm_ssd.link.transport import MAX_MESSAGE_BYTES, ProcessTransport
@@ -141,12 +143,17 @@ def measure(num_rows: int, greedy: bool, args: argparse.Namespace) -> dict:
         max_num_seqs=num_rows,
     )
     link = Link(target, checker, clock)
-    cache = SpeculationCache(num_rows, args.branches, args.drafts, args.top_m, args.device)
+    cache = SpeculationCache(num_rows, args.branches, args.drafts, args.top_m, "cpu")
     cache.flush = clock.timed("write", cache.flush)
     courier = Courier(config, link, Metrics(args.drafts, logger), cache, logger)
     courier._client.poll = clock.timed("poll", courier._client.poll)
     courier._client.send = clock.timed("send", courier._client.send)
     courier._take_outcomes = clock.timed("outcomes", courier._take_outcomes)
+    launches = [0]
+    staging = torch.empty(64 << 20, dtype=torch.uint8)
+    blocks.ToDevice._staging = lambda self, num_bytes: staging[:num_bytes]
+    blocks._store = counted(launches, 1)
+    blocks._copy = counted(launches, 2)
     rng = np.random.default_rng(0)
     trees = [tree(rng, args) for _ in range(num_rows)]
     for i in range(num_rows):
@@ -156,6 +163,7 @@ def measure(num_rows: int, greedy: bool, args: argparse.Namespace) -> dict:
     for round_ in range(args.rounds + 1):
         if round_ == 1:
             clock.seconds.clear()
+        launches[0] = 0
         seconds = 0.0
         for push in pushes(trees, length, greedy, args):
             drafter.send(push)
@@ -177,9 +185,10 @@ def measure(num_rows: int, greedy: bool, args: argparse.Namespace) -> dict:
         drafter.poll()
         length += 1 + k if round_ else 1
         if round_:
-            rounds_s.append(seconds)
+            rounds_s.append(seconds + 1e-6 * args.launch_us * (launches[0] + args.drafts))  # and a copy each
     ends[1].close()
     parts = {name: 1e3 * value / args.rounds for name, value in clock.seconds.items()}
+    parts["launches"] = 1e-3 * args.launch_us * (launches[0] + args.drafts)
     parts["keep"] = parts.pop("poll") - parts["receive"] - parts["check"]
     return {
         "rows": num_rows,
@@ -191,6 +200,15 @@ def measure(num_rows: int, greedy: bool, args: argparse.Namespace) -> dict:
     }
 
 
+def counted(launches: list[int], number: int):
+    """In place of what launches `number` operations."""
+
+    def launch(*arguments: torch.Tensor) -> None:
+        launches[0] += number
+
+    return launch
+
+
 def readable(transport: ProcessTransport) -> bool:
     """Whether there is more to receive."""
     return bool(select.select([transport], [], [], 0.0)[0])
@@ -198,7 +216,7 @@ def readable(transport: ProcessTransport) -> bool:
 
 def show(rows: list[dict]) -> None:
     """One line a measurement."""
-    names = ("receive", "check", "keep", "write", "outcomes", "send")
+    names = ("receive", "check", "keep", "write", "launches", "outcomes", "send")
     table = Table(box=SIMPLE_HEAD)
     for heading in ("rows", "decoding", "ms a round", "worst", "goal", *names):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -218,7 +236,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--drafts", type=int, default=5, help="K")
     parser.add_argument("--branches", type=int, default=24, help="of each request")
     parser.add_argument("--top-m", type=int, default=64, help="tokens in a proposal")
-    parser.add_argument("--device", default="meta", help="of the blocks: cpu counts what a GPU does, too")
+    parser.add_argument("--launch-us", type=float, default=6.0, help="host time of one operation on a GPU")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     return parser.parse_args()
 

@@ -60,7 +60,7 @@ class SpeculationCache:
             return
         put, self._put = self._put, []
         proposals = [self._take(alike) for alike in _alike(put)]
-        slots = np.unique([slot for slot, _, _ in put])
+        slots = np.array(sorted({slot for slot, _, _ in put}))
         entries = [entries for entries, _, _ in proposals]
         index = np.zeros(len(self._answers), np.int64)
         index[slots] = np.arange(len(slots))
@@ -87,7 +87,7 @@ class SpeculationCache:
         """
         blocks = [block for _, _, block in put]
         slots = np.array([slot for slot, _, _ in put])
-        answers = np.array([(serial, block.length) for _, serial, block in put])
+        answers = np.array([serial for _, serial, _ in put] + [block.length for block in blocks]).reshape(2, -1).T
         counts = np.array([len(block.outcomes) for block in blocks]) // 8
         offset = blocks[0].offset
         outcomes = np.frombuffer(b"".join([block.outcomes for block in blocks]), "<i8")
@@ -105,25 +105,28 @@ class SpeculationCache:
         fits = rows < self._depths.shape[1]
         if not fits.all():
             rows = np.where(fits, rows, 0)
-        fits &= self._depths[at, rows] == offset
+        branch = at * self._depths.shape[1] + rows
+        fits &= self._depths.take(branch) == offset
         fits_all = bool(fits.all())
         if not fits_all:
-            at, rows, outcomes, drafts, is_new = (array[fits] for array in (at, rows, outcomes, drafts, is_new))
-        self._outcomes[at, rows] = outcomes
-        self._depths[at, rows] = stop
-        self._draft_token_ids[at, rows, offset:stop] = drafts
-        np.add.at(self._num_branches, at[is_new], 1)
+            branch, outcomes, drafts, of_block, is_new = (
+                array[fits] for array in (branch, outcomes, drafts, of_block, is_new)
+            )
+        self._outcomes.put(branch, outcomes)
+        self._depths.put(branch, stop)
+        num_drafts = self._draft_token_ids.shape[2]
+        places = ((branch * num_drafts + offset)[:, None] + np.arange(stop - offset)).reshape(-1)
+        self._draft_token_ids.put(places, drafts)
+        if is_new.any():
+            self._num_branches[slots] += np.bincount(of_block[is_new], minlength=len(slots))
         if not blocks[0].q_token_ids or not self._top_m:
-            return np.zeros(0, np.int64), [], []
-        size, num_drafts = self._draft_token_ids[0].size, self._draft_token_ids.shape[2]
-        first = at * size + rows * num_drafts + offset
-        entries = (first[:, None] + np.arange(stop - offset)).reshape(-1)
+            return places[:0], [], []
         q_token_ids: Arrays = [np.frombuffer(block.q_token_ids, "<i4") for block in blocks]
         q_probs: Arrays = [np.frombuffer(block.q_probs, "<f4") for block in blocks]
-        if not fits_all or sum(map(len, q_probs)) != len(entries) * self._top_m:
+        if not fits_all or sum(map(len, q_probs)) != len(places) * self._top_m:
             q_token_ids = [self._whole(q_token_ids, fits, stop - offset)]
             q_probs = [self._whole(q_probs, fits, stop - offset)]
-        return entries, q_token_ids, q_probs
+        return places, q_token_ids, q_probs
 
     def _rows(
         self, at: np.ndarray, of_block: np.ndarray, counts: np.ndarray, outcomes: np.ndarray
