@@ -19,8 +19,8 @@ def write_draft_logits(
 ) -> None:
     """Write temperature times log q of the drafts that `B` requests verify, and -inf where q is 0.
 
-    draft_logits [S, K, V] float32, columns [S, K, M] int32, `verifying` and temperatures [S] float32 go by slot;
-    slots [B] int64, negative for padding. Requests at temperature 0 are left alone. Only the columns that were written
+    draft_logits [C, K, V] float32 and columns [C, K, M] int32 go by slot, `verifying` and temperatures [S] float32, too,
+    with C <= S; slots [B] int64, negative for padding. Requests at temperature 0 or in slots from C on are left alone. Only the columns that were written
     the last time are restored: `columns` keeps them. In place, one launch.
     """
     if not use_triton(draft_logits):
@@ -37,6 +37,7 @@ def write_draft_logits(
             verifying.num_drafts,
             slots,
             temperatures,
+            len(draft_logits),
             draft_logits.shape[2],
             K=num_drafts,
             M=top_m,
@@ -52,7 +53,7 @@ def _write_draft_logits_reference(
     slots: torch.Tensor,
     temperatures: torch.Tensor,
 ) -> None:
-    slots = slots[slots >= 0]
+    slots = slots[(slots >= 0) & (slots < len(draft_logits))]
     slots = slots[temperatures[slots] > 0]
     logits, q_token_ids, q_probs = draft_logits[slots], verifying.q_token_ids[slots], verifying.q_probs[slots]
     logits.scatter_(2, columns[slots].long(), -torch.inf)
@@ -71,6 +72,7 @@ def _write_draft_logits_kernel(
     num_drafts_ptr,
     slots_ptr,
     temperatures_ptr,
+    num_slots,
     vocab_size,
     K: tl.constexpr,
     M: tl.constexpr,
@@ -78,7 +80,7 @@ def _write_draft_logits_kernel(
 ):
     """One program a draft."""
     slot = tl.load(slots_ptr + tl.program_id(0)).to(tl.int64)
-    if slot < 0:
+    if (slot < 0) | (slot >= num_slots):
         return
     temperature = tl.load(temperatures_ptr + slot)
     if temperature <= 0:

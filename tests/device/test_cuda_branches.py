@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from fake_cuda import CudaError, FakeCuda, Stream
+from fake_speculator import batch, built
+from triton.runtime.jit import JITFunction
 from v2_target import Target
 
 from vllm_ssd.link.protocol import SpeculationBlock, pack_ids
+from vllm_ssd.target.v2 import speculator as speculator_module
 from vllm_ssd.target.v2.courier import NUM_BUFFERS
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
 
@@ -111,3 +116,59 @@ def test_a_block_is_not_cleared_after_it_was_written(
         stream.synchronize()
     is_there = 10 in cache.blocks.headers.host[1, :, 2]
     assert is_there != omitted, "the stand-in sees no missing wait" if omitted else "a block was lost"
+
+
+class Signatures:
+    """In place of a Triton kernel: the compiled variants that launches would ask for, by Triton's own rules."""
+
+    def __init__(self, kernel: Any) -> None:
+        kwargs = {} if isinstance(kernel, JITFunction) else kernel.kwargs  # interpreted, as tests/kernels has it
+        self._parameters = kernel.params if not kwargs else JITFunction(kernel.fn, **kwargs).params
+        self.seen: set[tuple] = set()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *args: Any, num_warps: int, **constants: Any) -> None:
+        variant: list[Any] = [num_warps, *sorted(constants.items())]
+        for parameter, value in zip(self._parameters, args):
+            if isinstance(value, torch.Tensor):
+                aligned = getattr(value, "host", value).data_ptr() % 16 == 0
+                variant.append((value.dtype, parameter.do_not_specialize_on_alignment or aligned))
+            elif value is None or isinstance(value, bool):
+                variant.append(value)
+            else:
+                variant.append("int" if parameter.do_not_specialize else (value == 1, value % 16 == 0))
+        self.seen.add(tuple(variant))
+
+
+@pytest.mark.parametrize("on_miss", ["auto", "ngram", "skip"])
+def test_nothing_compiles_while_serving(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, on_miss: str) -> None:
+    """Every batch size, number of drafts, mix of temperatures, with n-grams and without: all known from the warm-up."""
+    kernels = []
+    for function in (speculator_module.lookup, speculator_module.write_draft_logits):
+        name = f"_{function.__name__}_kernel"
+        kernels.append(Signatures(function.__globals__[name]))
+        monkeypatch.setitem(function.__globals__, name, kernels[-1])
+    num_slots = 33
+    with built("cuda:0", num_slots=num_slots, vocab_size=1000, num_speculative_tokens=5, on_miss=on_miss) as speculator:
+        speculator._warm_up()
+        warm = [set(kernel.seen) for kernel in kernels]
+        assert all(warm)
+        rng, drawn = random.Random(0), torch.zeros(num_slots + 1, dtype=torch.int32, device="cuda:0")
+        temperatures = torch.zeros(num_slots + 1, device="cuda:0")
+        for size in range(1, num_slots + 1):
+            for wanted in (0, 1, 2, 4, 5):
+                speculator._sampled[:] = [rng.random() < 0.5 for _ in range(num_slots)]
+                speculator._courier.wants_ngram = on_miss == "ngram" or (on_miss == "auto" and rng.random() < 0.5)
+                start = rng.randrange(num_slots + 1 - size)
+                rows = batch(torch.arange(num_slots)[start : start + size])
+                shift = rng.randint(0, 1)
+                speculator.speculate(
+                    rows,
+                    drawn[shift : shift + size],
+                    speculator._req_states.last_sampled_tokens,
+                    temperatures[shift : shift + num_slots],
+                    wanted,
+                )
+    assert [kernel.seen for kernel in kernels] == warm

@@ -69,6 +69,16 @@ def test_the_sampler_reads_q_in_it():
     torch.testing.assert_close(q[known], verifying.q_probs[known], rtol=1e-5, atol=0)
 
 
+def test_slots_beyond_the_last_row_are_left_alone():
+    """There may be fewer rows than requests: of the others the sampler is told that their drafts are one-hot."""
+    verifying = proposals(torch.Generator().manual_seed(0), 5)
+    memory = torch.full((S, K, V), -torch.inf, device=DEVICE), torch.zeros(S, K, 5, dtype=torch.int32, device=DEVICE)
+    some = [tensor[: S - 2] for tensor in memory]
+    write_draft_logits(*some, to(verifying, DEVICE), torch.arange(S, device=DEVICE), torch.ones(S, device=DEVICE))
+    assert bool((memory[0][: S - 2] > -torch.inf).any()) and not bool((memory[0][S - 2 :] > -torch.inf).any())
+    assert not memory[1][S - 2 :].any()
+
+
 def test_empty_batch():
     state = torch.zeros(S, K, V, device=DEVICE), torch.zeros(S, K, 5, dtype=torch.int32, device=DEVICE)
     verifying = to(proposals(torch.Generator().manual_seed(0), 5), DEVICE)

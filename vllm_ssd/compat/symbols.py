@@ -92,6 +92,7 @@ USED = {
     "vllm.v1.core.sched.scheduler:Scheduler": "dynamic_sd_lookup num_spec_tokens parallel_config update_from_output",
     "vllm.v1.outputs:ModelRunnerOutput": "req_id_to_index sampled_token_ids",
     "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor": "gpu",
+    "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor": "np",
     "vllm.v1.worker.gpu.input_batch:InputBatch": (
         "expanded_idx_mapping expanded_local_pos idx_mapping idx_mapping_np num_reqs"
     ),
@@ -103,10 +104,12 @@ USED = {
     "vllm.v1.worker.gpu.spec_decode.ngram": "",
     "vllm.v1.worker.gpu.spec_decode.ngram.speculator": "NgramGPUSpeculator",
     "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator": "propose",
-    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler": "__call__",
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler": "__call__ sampler",
+    "vllm.v1.worker.gpu.sample.sampler:Sampler": "sampling_states",
+    "vllm.v1.worker.gpu.sample.states:SamplingStates": "temperature",
     "vllm.v1.worker.gpu.spec_decode.speculator": "BaseSpeculator",
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator": "capture init_cudagraph_manager propose",
-    "vllm.v1.worker.gpu.states:RequestState": "last_sampled_tokens req_id_to_index total_len",
+    "vllm.v1.worker.gpu.states:RequestState": "free_indices last_sampled_tokens req_id_to_index total_len",
     # the drafter
     "vllm._custom_ops": "reshape_and_cache_flash",
     "vllm.forward_context": "set_forward_context",

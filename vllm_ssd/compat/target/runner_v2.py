@@ -7,8 +7,9 @@ rejected by vLLM's rejection sampler.
 
 from __future__ import annotations
 
+import heapq
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from vllm_ssd.link.protocol import Truncation
 class V2Speculator(BaseSpeculator):
     """What the V2 runner needs of a speculator that runs no model on the target's device.
 
-    draft_logits [max_num_reqs, K, vocab] float32: log q times temperature of the drafts under verification, by slot.
+    draft_logits [C, K, vocab] float32: log q times temperature of the drafts under verification, by slot, of the C
+    lowest. While a request that samples is in a higher one, all drafts of the batch are declared one-hot.
     num_drafts [max_num_reqs] int32: how many of a slot's K drafts are any; the others are rejected.
     """
 
@@ -107,6 +109,31 @@ class V2Speculator(BaseSpeculator):
         return batch.expanded_local_pos > self.num_drafts[batch.expanded_idx_mapping]
 
 
+class LowestFirst(list[int]):
+    """vLLM's free slots, of which it takes the lowest."""
+
+    def __init__(self, slots: Iterable[int]) -> None:
+        super().__init__(sorted(slots))  # a heap
+
+    def pop(self, index: Any = -1) -> int:
+        """Take the lowest."""
+        return heapq.heappop(self)
+
+    def append(self, slot: int) -> None:
+        """Give one back."""
+        heapq.heappush(self, slot)
+
+
+def take_lowest_slots_first(req_states: Any) -> None:
+    """Keep requests in the lowest slots of vLLM's `RequestState`; it takes the highest otherwise."""
+    req_states.free_indices = LowestFirst(req_states.free_indices)
+
+
+def dense_token_bytes(vllm_config: VllmConfig) -> int:
+    """Device memory in which vLLM keeps all tokens of all requests for its n-gram drafter."""
+    return 4 * vllm_config.scheduler_config.max_num_seqs * vllm_config.model_config.max_model_len
+
+
 def ngram_speculator(vllm_config: VllmConfig, device: torch.device, req_states: Any) -> BaseSpeculator:
     """vLLM's own drafter by n-gram match, on the device."""
     from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
@@ -167,6 +194,10 @@ def _remove_request(original, runner, req_id):
 
 
 def _judge(original, sampler, logits, input_batch, draft_logits=None, invalid_drafts=None):
+    slots = input_batch.idx_mapping_np
+    beyond = slots >= sampler._ssd_speculator.draft_logits.shape[0]
+    if beyond.any() and (sampler.sampler.sampling_states.temperature.np[slots[beyond]] > 0).any():
+        draft_logits = None  # vLLM would read beyond its end; one-hot is exact, whatever the drafts were drawn from
     invalid = sampler._ssd_speculator.invalid_drafts(input_batch)
     if invalid_drafts is not None:
         invalid = invalid | invalid_drafts

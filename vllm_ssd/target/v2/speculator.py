@@ -12,13 +12,26 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 
-from vllm_ssd.compat.target.runner_v2 import V2Speculator, install, ngram_drafts, ngram_speculator
+from vllm_ssd.compat.target.runner_v2 import (
+    V2Speculator,
+    dense_token_bytes,
+    install,
+    ngram_drafts,
+    ngram_speculator,
+    take_lowest_slots_first,
+)
 from vllm_ssd.kernels import DeviceSpeculation, lookup, write_draft_logits
 from vllm_ssd.link.options import max_support
 from vllm_ssd.link.protocol import Truncation
 from vllm_ssd.target.start import logger, start_drafter, user_config
 from vllm_ssd.target.v2.courier import Courier
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
+
+
+MEMORY_BYTES = 950_000_000
+"""Device memory that blocks, tokens and proposals may take together, as far as `MIN_SAMPLED` allows."""
+MIN_SAMPLED = 64
+"""Requests at a time whose proposals have room whatever it takes: K times the vocabulary, 4 bytes each."""
 
 
 class SSDSpeculator(V2Speculator):
@@ -35,8 +48,14 @@ class SSDSpeculator(V2Speculator):
         vocab_size = vllm_config.model_config.get_vocab_size()
         top_m = min(max_support(config.top_m, config.fan_out, config.max_branches), vocab_size)
         # Allocated before vLLM measures how much memory is left for KV pages.
-        self.draft_logits = torch.full((num_slots, num_drafts, vocab_size), -torch.inf, device=device)
-        self._columns = torch.zeros(num_slots, num_drafts, top_m, dtype=torch.int32, device=device)  # written in those
+        others = 2 * num_slots * config.max_branches * num_drafts * top_m * 8 + dense_token_bytes(vllm_config)
+        row = num_drafts * vocab_size * 4
+        num_sampled = min(num_slots, max(MIN_SAMPLED, (MEMORY_BYTES - others) // row))
+        self.draft_logits = torch.full((num_sampled, num_drafts, vocab_size), -torch.inf, device=device)
+        self._columns = torch.zeros(
+            num_sampled, num_drafts, top_m, dtype=torch.int32, device=device
+        )  # written in those
+        take_lowest_slots_first(req_states)
         self._verifying = DeviceSpeculation.empty(num_slots, num_drafts, top_m, device)
         self.num_drafts = self._verifying.num_drafts
         self._drafts = torch.zeros(num_slots, 1 + num_drafts, dtype=torch.int64, device=device)  # of the last batch
@@ -52,6 +71,13 @@ class SSDSpeculator(V2Speculator):
         if config.on_miss == "wait":
             logger.warning("SSD: nothing waits for the drafter on vLLM's V2 runner; on_miss 'wait' acts like 'skip'")
         if self._group.rank_in_group == 0:
+            logger.info(
+                "SSD: about %.2f GB of the target's device hold blocks, tokens and the proposals of up to %d of %d "
+                "requests; with more requests than that, sampled drafts are verified as one-hot",
+                (others + num_sampled * row) / 1e9,
+                num_sampled,
+                num_slots,
+            )
             self._cache = SpeculationCache(num_slots, config.max_branches, num_drafts, top_m, device)
             self._metrics, self._drafter = start_drafter(config, vllm_config)
             self._courier = Courier(config, self._drafter, self._metrics, self._cache, logger)
@@ -144,7 +170,6 @@ class SSDSpeculator(V2Speculator):
         num_sampled = torch.zeros(1, dtype=torch.int32, device=self._device)
         temperatures = torch.zeros(len(self.num_drafts), device=self._device)
         self._sampled[0] = True
-        self.speculate(
-            batch, num_sampled, self._req_states.last_sampled_tokens, temperatures, self._drafts.shape[1] - 1
-        )
+        for wanted in (self._drafts.shape[1] - 1, 0):  # with n-grams, if any are made, and without: two variants
+            self.speculate(batch, num_sampled, self._req_states.last_sampled_tokens, temperatures, wanted)
         self._sampled[0] = False
