@@ -18,8 +18,8 @@ from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.process import DrafterProcess
 from vllm_ssd.link.protocol import DrafterStats, Hello, Step
 
-HANG_S = 1.0
-BUSY_S = 3.0
+HANG_S = 1.5
+BUSY_S = 4.0
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_drafter_that_compiles_is_kept(start, where: str) -> None:
 def test_a_drafter_that_hangs_is_lost(start, where: str) -> None:
     link = start(where)
     took = poll_until(link, lambda: not link.connected, 20.0)
-    assert not link.connected and HANG_S < took < 5 * HANG_S
+    assert not link.connected and HANG_S < took < 10.0
 
 
 def test_what_counts_as_compiling() -> None:

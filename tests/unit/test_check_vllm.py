@@ -274,6 +274,7 @@ def patches() -> Iterator[dict[str, patch.Patch]]:
     register()
     runner_v1.install(type("Proposer", (), {}))
     importlib.import_module("vllm_ssd.compat.target.pipeline").install()
+    importlib.import_module("vllm_ssd.compat.target.worker").install()
     if HAS_V2:
         importlib.import_module("vllm_ssd.compat.target.runner_v2").install()
     found = patch.patched()

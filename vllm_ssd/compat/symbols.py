@@ -174,6 +174,8 @@ CALLED = {
     "vllm.v1.worker.gpu.model_runner:init_speculator": "vllm_config device req_states",
     "vllm.v1.worker.gpu.spec_decode:init_speculator": "vllm_config device req_states",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": "scheduler_output intermediate_tensors",
+    "vllm.v1.worker.gpu_worker:Worker.sleep": "level",
+    "vllm.v1.worker.gpu_worker:Worker.wake_up": "tags",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids": (
         "scheduler_output sampled_token_ids sampling_metadata hidden_states sample_hidden_states aux_hidden_states "
         "spec_decode_metadata common_attn_metadata slot_mappings"

@@ -51,6 +51,11 @@ def attach(vllm_config: Any, hooks: WorkerHooks) -> None:
     """Let the worker that was started with `vllm_config` follow `hooks`; others behave as before."""
     _hooks[id(vllm_config)] = hooks
     weakref.finalize(vllm_config, _hooks.pop, id(vllm_config), None)
+    install()
+
+
+def install() -> None:
+    """Wrap vLLM's worker for those with hooks; idempotent."""
     with patch.all_or_nothing():
         patch.wrap(f"{WORKER}.determine_available_memory", _has_hooks, _determine_available_memory)
         patch.wrap(f"{WORKER}.sleep", _has_hooks, _sleep, parameters=("level",))
