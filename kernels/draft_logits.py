@@ -19,9 +19,9 @@ def write_draft_logits(
 ) -> None:
     """Write temperature times log q of the drafts that `B` requests verify, and -inf where q is 0.
 
-    draft_logits [C, K, V] float32 and columns [C, K, M] int32 go by slot, `verifying` and temperatures [S] float32, too,
-    with C <= S; slots [B] int64, negative for padding. Requests at temperature 0 or in slots from C on are left alone. Only the columns that were written
-    the last time are restored: `columns` keeps them. In place, one launch.
+    draft_logits [C, K, V] float32, columns [C, K, M] int32, `verifying` and temperatures [S] go by slot, C <= S;
+    slots [B] int64, negative for padding. Requests at temperature 0 and those in slots from C on are left alone. Only
+    the columns that were written the last time are restored: `columns` keeps them. In place, one launch.
     """
     if not use_triton(draft_logits):
         _write_draft_logits_reference(draft_logits, columns, verifying, slots, temperatures)

@@ -1,4 +1,4 @@
-"""Memory of the target's device that ssd takes at vLLM's own defaults on a large GPU, added up on tensors without data."""
+"""Memory of the target's device that ssd takes at vLLM's defaults on a large GPU, added up on tensors without data."""
 
 from __future__ import annotations
 

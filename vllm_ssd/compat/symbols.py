@@ -92,6 +92,8 @@ USED = {
     "vllm.v1.core.sched.scheduler:Scheduler": "dynamic_sd_lookup num_spec_tokens parallel_config update_from_output",
     "vllm.v1.outputs:ModelRunnerOutput": "req_id_to_index sampled_token_ids",
     "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor": "gpu",
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager": "_candidates _capture_descs _init_candidates vllm_config",
+    "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": "num_active_loras num_tokens uniform_token_count",
     "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor": "np",
     "vllm.v1.worker.gpu.input_batch:InputBatch": (
         "expanded_idx_mapping expanded_local_pos idx_mapping idx_mapping_np num_reqs"
@@ -203,6 +205,7 @@ EXACT = {
     "vllm.sampling_params:SamplingParams._validate_spec_decode": "speculative_config",
     "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": "scheduler_output model_runner_output",
     "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens": "x cu_num_tokens num_tokens replace_from replace_to",
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates": "",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner._remove_request": "req_id",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests": "scheduler_output",
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler.__call__": (

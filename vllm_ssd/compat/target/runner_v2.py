@@ -2,7 +2,7 @@
 
 The runner gives its speculator rows of device tensors, but never a request. Four methods are wrapped, so that a
 speculator of ours sees requests come and go, knows when the target is loaded, and has drafts that are only filler
-rejected by vLLM's rejection sampler.
+rejected by vLLM's rejection sampler. A fifth chooses CUDA graphs where the number of drafts adapts.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_ssd.compat import patch
 from vllm_ssd.compat.target.gain import can_gain, last_length
+from vllm_ssd.compat.target.runner import has_ssd
 from vllm_ssd.compat.target.truncation import truncation_of
 from vllm_ssd.link.protocol import Truncation
+
+CUDA_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager"
 
 
 class V2Speculator(BaseSpeculator):
@@ -159,6 +162,28 @@ def install() -> None:
         patch.wrap(f"{runner}.add_requests", _has_our_speculator, _add_requests, parameters=("scheduler_output",))
         patch.wrap(f"{runner}._remove_request", _has_our_speculator, _remove_request, parameters=("req_id",))
         patch.wrap(judge, _judges_ours, _judge, parameters=judged)
+        patch.wrap(f"{CUDA_GRAPHS}._init_candidates", _is_for_ssd, _init_candidates, parameters=())
+
+
+def _is_for_ssd(manager: Any) -> bool:
+    return has_ssd(manager.vllm_config)
+
+
+def _init_candidates(original, manager):
+    """Let every number of drafts find the next larger graph that was captured for it.
+
+    vLLM gives a number of tokens the graphs of the next captured size alone. Where those are for another number of
+    drafts, which happens as soon as there are several, the batch would run without a graph.
+    """
+    original(manager)
+    smaller: dict[tuple[Any, ...], int] = {}
+    for graph in reversed(manager._capture_descs.get(CUDAGraphMode.FULL, ())):  # from the smallest on
+        kind = graph.uniform_token_count, graph.num_active_loras, getattr(graph, "num_ubatches", 1)
+        for num_tokens in range(smaller.get(kind, 0) + 1, graph.num_tokens + 1):
+            candidates = manager._candidates.setdefault((num_tokens, graph.num_active_loras), [])
+            if graph not in candidates:
+                candidates.insert(0, graph)
+        smaller[kind] = graph.num_tokens
 
 
 def _has_our_speculator(runner: Any, *args: Any, **kwargs: Any) -> bool:

@@ -27,7 +27,6 @@ from vllm_ssd.target.start import logger, start_drafter, user_config
 from vllm_ssd.target.v2.courier import Courier
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
 
-
 MEMORY_BYTES = 950_000_000
 """Device memory that blocks, tokens and proposals may take together, as far as `MIN_SAMPLED` allows."""
 MIN_SAMPLED = 64
