@@ -183,19 +183,31 @@ def _get_spec_decode_draft_probs(original, runner, proposer: V1Proposer, spec_de
     if rows is None:
         return None
     return dense_proposals(
-        [draft for row in drafts for draft in row], [p for row in rows for p in row], batch.vocab_size
-    ).to(token_ids.device, non_blocking=True)
+        [draft for row in drafts for draft in row], [p for row in rows for p in row], batch.vocab_size, token_ids.device
+    )
 
 
-def dense_proposals(drafts: list[int], proposals: list[Proposal | None], vocab_size: int) -> torch.Tensor:
-    """q `[n, vocab_size]` float32 on the host; one-hot at the draft where its proposal is None."""
+def dense_proposals(
+    drafts: list[int], proposals: list[Proposal | None], vocab_size: int, device: torch.device
+) -> torch.Tensor:
+    """q `[n, vocab_size]` float32; one-hot at the draft where its proposal is None.
+
+    Only ids and probabilities travel to the device, from pinned memory where that is a GPU's.
+    """
     one = np.ones(1, np.float32)
     ids = [np.array([draft], np.int32) if p is None else p[0] for draft, p in zip(drafts, proposals)]
-    probs = [one if p is None else p[1] for p in proposals]
-    q = torch.zeros(len(drafts), vocab_size)
+    probs = np.concatenate([one if p is None else p[1] for p in proposals])
     rows = np.repeat(np.arange(len(drafts)), [len(i) for i in ids])
-    q.numpy()[rows, np.concatenate(ids)] = np.concatenate(probs)
+    places = rows * vocab_size + np.concatenate(ids)
+    known = probs > 0  # the others may name a token twice
+    q = torch.zeros(len(drafts), vocab_size, device=device)
+    q.view(-1).index_copy_(0, _to_device(places[known], device), _to_device(probs[known], device))
     return q
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def expand_batch_to_tokens(
