@@ -3,7 +3,8 @@ proposal as the request is cut.
 
 Prompts are from files that the bundled pair was not trained on. With `on_miss` "wait" and rounds that are stretched,
 nearly every round of SSD carries drafts that were drawn from the drafter's q, so that acceptance is a matter of q
-alone. Speed is not measured here.
+alone. Speed is not measured here. `--computed` runs no engine: it computes the chance that the first draft is accepted
+from the logits of both models after every token of the prompts.
 """
 
 import argparse
@@ -35,6 +36,8 @@ WORKER = "--worker"
 ROUND_S = 0.02
 """Length of a round, in which the drafter grows the next tree."""
 STARTUP_TIMEOUT_S = 300.0
+TOP_M = 64
+"""Tokens of a proposal, the default."""
 
 
 class Worker:
@@ -124,6 +127,42 @@ def measure(name: str, args: argparse.Namespace, folder: Path, prompts: list[lis
     return found
 
 
+def compute(prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """The chance that a first draft is accepted, sum of min(p, q), of every system that has one q a setting."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+    from vllm_ssd.drafter.truncation import truncate, truncation_row
+    from vllm_ssd.link.protocol import Truncation
+
+    def logits_of(name: str) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(PAIR / name, dtype=torch.float32)
+        with torch.inference_mode():
+            return model(torch.tensor(prompts)).logits.flatten(0, 1)
+
+    target, drafter = logits_of("target"), logits_of("drafter")
+    values, ids = drafter.topk(TOP_M)
+    uncut, found = torch.softmax(values, -1), []
+    for sampling in SETTINGS:
+        k = torch.full((len(target),), sampling.get("top_k", target.shape[1]))
+        top_p = torch.full((len(target),), sampling.get("top_p", 1.0))
+        p = torch.softmax(apply_top_k_top_p_pytorch(target.clone(), k, top_p), -1).gather(1, ids)
+        rows = np.tile(np.array(truncation_row(Truncation(**sampling)), np.float32), (len(target), 1))
+        proposals = {
+            "stock": torch.eye(TOP_M)[0].expand_as(uncut),
+            "stock, probabilistic": uncut,
+            "SSD, q uncut": uncut,
+            "SSD": torch.from_numpy(truncate(uncut.numpy(), rows)),
+        }
+        for name, q in proposals.items():
+            accepted = float(torch.minimum(p, q).sum(1).mean())
+            found.append({"system": name, "sampling": sampling, "contexts": len(target), "first_accepted": accepted})
+            console.print(f"{name:22} {json.dumps(sampling):30} first draft accepted {accepted:.3f}")
+    return found
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -132,11 +171,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens generated for each prompt")
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of the settings, from the first")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--computed", action="store_true", help="compute the acceptance of first drafts; no engines")
     args = parser.parse_args()
     args.target_cores = choose_cores(None, True)[0]
     args.out.mkdir(parents=True, exist_ok=True)
     prompts = list(islice(held_out_prompts(0), args.prompts))
     result = {"environment": environment(sys.argv), "points": []}
+    if args.computed:
+        result["points"] = compute(prompts)
+        (args.out / "bench_sampling.json").write_text(json.dumps(result, indent=1) + "\n")
+        return
     with tempfile.TemporaryDirectory(prefix="bench-sampling-") as folder:
         for name in args.systems:
             result["points"] += measure(name, args, Path(folder), prompts)

@@ -54,6 +54,7 @@ def engine(
             "fan_out": 3,
             "top_m": 64,
             "on_miss": "wait",
+            "wait_ms": 1000,
         },
         environment=ON_V2 if runner == "V2" else {},
     )
@@ -68,7 +69,7 @@ def test_text_is_the_targets_whatever_the_drafter_calls_its_tokens(
     assert_conclusive(greedy, hits=20, accepted=20)
     assert samples.probs.gather(1, samples.tokens[:, None]).min() == 1, "not the target's likeliest token"
     run, samples = sample(engine, tiny_pair[0], SAMPLING, **RUN)
-    assert_conclusive(run, hits=300, misses=100, accepted=200)
-    assert run.counts["known_q"] >= 300 and run.counts["cut_q"] >= 50, f"inconclusive: {run.counts}"
+    assert_conclusive(run, hits=100, misses=50, accepted=100)
+    assert run.counts["known_q"] >= 200 and run.counts["cut_q"] >= 50, f"inconclusive: {run.counts}"
     assert samples.probs.gather(1, samples.tokens[:, None]).min() > 0, "a token that the target never samples"
     assert p_value(samples) > 1e-5

@@ -53,6 +53,7 @@ def test_rows_that_lose_nothing_are_kept_bit_for_bit():
     probs = np.random.default_rng(0).dirichlet(np.ones(6), 3).astype(np.float32)
     probs = -np.sort(-probs, 1)
     assert truncate(probs, np.array([NOTHING] * 3, np.float32)) is probs
+    assert truncation_row(Truncation(top_p=0.95)) == NOTHING and truncation_row(Truncation(20, 0.95))[1] == 0.95
     found = truncate(probs, np.array([NOTHING, (6, 1, 0), (2, 1, 0)], np.float32))
     assert (found[:2] == probs[:2]).all() and (found[2, 2:] == 0).all() and found[2].sum() == pytest.approx(1)
 

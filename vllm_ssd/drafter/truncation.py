@@ -8,6 +8,9 @@ from vllm_ssd.link.protocol import Truncation
 
 NO_TOP_K = 1 << 24
 """More tokens than any proposal has, and exact in float32."""
+WIDEST_TOP_P = 0.9
+"""Without top_k, a larger top_p is not cut by: it would be taken of the proposal's tokens alone, whose mass is below 1,
+and then costs more acceptance than it gains (measured, see docs/benchmarks.md)."""
 NOTHING = (NO_TOP_K, 1.0, 0.0)
 """The row of a request that samples from all tokens."""
 
@@ -19,7 +22,10 @@ def leaves_tokens(truncation: Truncation) -> bool:
 
 def truncation_row(truncation: Truncation) -> tuple[float, float, float]:
     """top_k, top_p and min_p as `truncate` takes them."""
-    return min(truncation.top_k or NO_TOP_K, NO_TOP_K), truncation.top_p, truncation.min_p
+    top_k, top_p = truncation.top_k, truncation.top_p
+    if not top_k and top_p > WIDEST_TOP_P:
+        top_p = 1.0
+    return min(top_k or NO_TOP_K, NO_TOP_K), top_p, truncation.min_p
 
 
 def truncate(probs: np.ndarray, truncations: np.ndarray) -> np.ndarray:
