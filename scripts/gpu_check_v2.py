@@ -1,0 +1,231 @@
+"""The V2 runner for gpu_check.py: text, hits and host gaps of plain decoding, stock speculation and SSD.
+
+Run as a program it is the process of one engine, see `vllm_ssd.planning.engine_host`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vllm_ssd.drafter.trace import TRACE_ENV
+from vllm_ssd.planning.engine_host import EngineFailed, EngineProcess, serve
+
+if TYPE_CHECKING:
+    from gpu_check_parts import Part
+
+TIE = 0.05
+"""Log-probabilities of two tokens that rounding may swap: Triton's float32 products have 10 bits of mantissa."""
+PROMPT_TOKENS = 64
+WARM_UP_STEPS, PROFILED_STEPS = 10, 30
+SYSTEMS = ("plain", "ssd", "stock")
+
+
+class Generated(NamedTuple):
+    """token_ids [request][token]; gaps [request][token]: between the two likeliest log-probabilities; seconds of steps
+    in which all rows decoded; counts: SSD's counters."""
+
+    token_ids: list[list[int]]
+    gaps: list[list[float]]
+    steps_s: list[float]
+    counts: dict[str, int]
+
+
+class Host:
+    """One engine, in this process."""
+
+    def start(self, speculative_config: dict[str, Any] | None, **engine_args: Any) -> bool:
+        """Start the engine; whether it schedules asynchronously."""
+        from vllm import EngineArgs, LLMEngine
+
+        from vllm_ssd.compat.target import measure
+
+        args = EngineArgs(disable_log_stats=True, speculative_config=speculative_config, **engine_args)
+        self._engine = LLMEngine.from_engine_args(args)
+        is_ssd = bool(speculative_config) and speculative_config["method"] == "ssd"
+        self._ssd = measure.proposer(self._engine) if is_ssd else None
+        self._num_requests = 0
+        return bool(self._engine.vllm_config.scheduler_config.async_scheduling)
+
+    def generate(self, prompts: list[list[int]], max_tokens: int) -> Generated:
+        """Decode all prompts at once, greedily."""
+        import time
+
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        kind = RequestOutputKind.CUMULATIVE
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=2, output_kind=kind)
+        names = [str(self._num_requests + i) for i in range(len(prompts))]
+        self._num_requests += len(prompts)
+        before = dict(self._ssd._metrics.counts) if self._ssd else {}
+        for name, prompt in zip(names, prompts):
+            self._engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        latest: dict[str, Any] = {}
+        steps_s, began = [], time.perf_counter()
+        while self._engine.has_unfinished_requests():
+            outputs = self._engine.step()
+            now = time.perf_counter()
+            steps_s += [now - began] if len(outputs) == len(prompts) else []
+            began = now
+            latest |= {output.request_id: output.outputs[0] for output in outputs}
+        counts = {name: n - before.get(name, 0) for name, n in self._ssd._metrics.counts.items()} if self._ssd else {}
+        rows = [latest[name] for name in names]
+        return Generated([list(row.token_ids) for row in rows], [top_two(row) for row in rows], steps_s[2:], counts)
+
+    def profile(self, prompts: list[list[int]], max_tokens: int, name: str) -> None:
+        """Leave a trace of some steps in the engine's `torch_profiler_dir`."""
+        self._engine.start_profile(name, delay_iterations=WARM_UP_STEPS, max_iterations=PROFILED_STEPS)
+        self.generate(prompts, max_tokens)
+        self._engine.stop_profile()
+
+
+def top_two(row: Any) -> list[float]:
+    """The gap between the two likeliest tokens at each position."""
+    gaps = []
+    for step in row.logprobs:
+        best = sorted((entry.logprob for entry in step.values()), reverse=True)
+        gaps.append(best[0] - best[1] if len(best) > 1 else float("inf"))
+    return gaps
+
+
+def agree(token_ids: list[int], reference: list[int], gaps: list[float]) -> bool:
+    """Whether a text is the reference's up to a tie, after which texts may differ."""
+    for token, wanted, gap in zip(token_ids, reference, gaps):
+        if token != wanted:
+            return gap <= TIE
+    return len(token_ids) == len(reference)
+
+
+def prompts_of(number: int) -> list[list[int]]:
+    """Pieces of this repository's scripts, of which the bundled pair knows the language."""
+    from gpu_check_models import PAIR
+    from tokenizers import Tokenizer
+
+    text = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("bench_*.py")))
+    ids = Tokenizer.from_file(str(PAIR / "target" / "tokenizer.json")).encode(text).ids
+    stride = (len(ids) - PROMPT_TOKENS) // number
+    return [ids[i * stride :][:PROMPT_TOKENS] for i in range(number)]
+
+
+def run(part: Part) -> None:
+    """Report all systems, one engine after the other."""
+    from gpu_check_goals import DRAFTS
+    from gpu_check_models import PAIR, write_target
+
+    target, drafter = write_target(part.folder, part.dry_run), str(PAIR / "drafter")
+    drafting = {"model": drafter, "num_speculative_tokens": DRAFTS}
+    on_gpu = {"drafter_device": "cuda:0", "gpu_memory_utilization": 0.05}
+    ssd = {"method": "ssd", "dtype": "float32", "adaptive": False, "on_miss": "skip", "kv_cache_memory": "256MiB"}
+    configs = {
+        "plain": None,
+        "ssd": drafting | ssd | ({} if part.dry_run else on_gpu),
+        "stock": drafting | {"method": "draft_model"},
+    }
+    prompts, max_tokens = prompts_of(2 if part.dry_run else 8), 12 if part.dry_run else 96
+    reference: Generated | None = None
+    for system in SYSTEMS:
+        traced = part.folder / f"{system}.outcomes"
+        process = EngineProcess(
+            [__file__],
+            part.folder / f"{system}.log",
+            environment={
+                "VLLM_PLUGINS": "ssd" if system == "ssd" else "",
+                "VLLM_USE_V2_MODEL_RUNNER": "1",
+                "TRITON_INTERPRET": "1" if part.dry_run else None,
+                "VLLM_LOGGING_LEVEL": "WARNING",
+                TRACE_ENV: str(traced) if system == "ssd" else None,
+            },
+            name=f"the engine of {system}",
+        )
+        try:
+            found = decoded(part, process, system, configs[system], target, prompts, max_tokens)
+        except EngineFailed as error:
+            if system != "stock":  # an engine of vLLM's own, here for comparison
+                raise
+            part.leave_out("stock speculation on V2", str(error).splitlines()[-1])
+            continue
+        finally:
+            process.close()
+        if reference is None:
+            reference = found
+            continue
+        same = [agree(*texts) for texts in zip(found.token_ids, reference.token_ids, reference.gaps)]
+        exact = sum(a == b for a, b in zip(found.token_ids, reference.token_ids))
+        if system == "ssd":
+            part.report("exact", f"texts equal to plain decoding's, of {len(prompts)}, {system}", exact, system=system)
+            part.report("identity", f"texts equal up to ties, {system}", sum(same) / len(same), system=system)
+            outcomes = [json.loads(line) for line in traced.read_text().splitlines()] if traced.exists() else []
+            if any(m and m == k for m, k, _, _ in outcomes):
+                part.report("trace", "outcomes recorded", len(outcomes), trace=outcomes[:500])
+
+
+def decoded(
+    part: Part,
+    process: EngineProcess,
+    system: str,
+    speculative_config: dict[str, Any] | None,
+    target: str,
+    prompts: list[list[int]],
+    max_tokens: int,
+) -> Generated:
+    """What one system decodes; reports its steps, counters and host gaps."""
+    engine_args: dict[str, Any] = {"model": target, "dtype": "float32", "max_num_seqs": len(prompts), "seed": 0}
+    engine_args |= {"max_model_len": 512, "enable_prefix_caching": False, "async_scheduling": True}
+    if part.dry_run:
+        engine_args |= {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
+    else:
+        profiler = {"profiler": "torch", "torch_profiler_dir": str(part.folder / system)}
+        engine_args |= {
+            "kv_cache_memory_bytes": 2 << 30,
+            "attention_backend": "TRITON_ATTN",
+            "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+            "profiler_config": profiler | {"torch_profiler_with_stack": False, "torch_profiler_activities": ["CUDA"]},
+        }
+    if not process.call("start", speculative_config=speculative_config, **engine_args):
+        part.leave_out(f"{system} under asynchronous scheduling", "this vLLM switched it off")
+    if not part.dry_run:
+        process.call("generate", prompts=prompts, max_tokens=16)
+    found = process.call("generate", prompts=prompts, max_tokens=max_tokens)
+    if found.steps_s:
+        part.report(
+            "step", f"step of {len(prompts)} rows, {system}, one GPU", 1e3 * median(found.steps_s), "ms", system=system
+        )
+    for name in ("hits", "misses", "late"):
+        if name in found.counts:
+            part.report(name, f"{name}, {system}", found.counts[name], system=system)
+    if "accepted_tokens" in found.counts:
+        part.report("accepted", f"drafts accepted, {system}", found.counts["accepted_tokens"], system=system)
+    if not part.dry_run:
+        for batch in (1, len(prompts)):
+            host_gap(part, process, system, prompts[:batch])
+    return found
+
+
+def host_gap(part: Part, process: EngineProcess, system: str, prompts: list[list[int]]) -> None:
+    """Report the device's time between two forwards of the target, and the part of it in which nothing ran."""
+    from profile_step import gaps, read_trace
+
+    batch = len(prompts)
+    process.call("profile", prompts=prompts, max_tokens=6 * (WARM_UP_STEPS + PROFILED_STEPS), name=str(batch))
+    try:
+        found = gaps(read_trace(next((part.folder / system).glob(f"{batch}_*.trace.json*"))))
+    except (StopIteration, ValueError) as error:
+        part.leave_out(f"host gap of {system}, batch {batch}", str(error) or "the profiler left no trace")
+        return
+    for kind, value in (("gap", [gap.us for gap in found]), ("idle", [gap.idle_us for gap in found])):
+        what = {"gap": "gap between forwards", "idle": "of it without work on the device"}[kind]
+        part.report(kind, f"{what}, {system}, batch {batch}", median(value), "µs", system=system, batch=batch)
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+        import interpreted_v2  # noqa: F401
+    from gpu_check_v2 import Host  # by the name under which the part knows what this process answers
+
+    serve(Host)
