@@ -39,7 +39,8 @@ class Counters:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Count while the context lasts, wherever the graphs come from."""
-        capture, replay = torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.replay
+        graph_class: Any = torch.cuda.CUDAGraph
+        capture, replay = graph_class.capture_begin, graph_class.replay
 
         def capture_begin(graph: Any, *args: Any, **kwargs: Any) -> None:
             self.captured += 1
@@ -49,11 +50,11 @@ class Counters:
             self.replayed += 1
             replay(graph)
 
-        torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.replay = capture_begin, replay_counted
+        graph_class.capture_begin, graph_class.replay = capture_begin, replay_counted
         try:
             yield
         finally:
-            torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.replay = capture, replay
+            graph_class.capture_begin, graph_class.replay = capture, replay
 
 
 class Request:
@@ -79,8 +80,9 @@ class Request:
         self._next += 1
         accepted = min(accepted, len(self.drafts))
         predicted = [bonus for k, bonus in self._branches if k == accepted]
-        hit = rank is not None and rank < len(predicted)
-        bonus = predicted[rank] if hit else self._random.randrange(self._vocab_size)
+        bonus = self._random.randrange(self._vocab_size)
+        if rank is not None and rank < len(predicted):
+            bonus = predicted[rank]
         drafts = self._branches.get((accepted, bonus), [])
         self.hits, self.misses = self.hits + bool(drafts), self.misses + (not drafts)
         emitted = [*self.drafts[:accepted], bonus]
