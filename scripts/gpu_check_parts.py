@@ -110,7 +110,7 @@ def costs(part: Part) -> None:
 
     def engine(method: str, **engine_args: Any) -> EngineProcess:
         environment = {"VLLM_PLUGINS": "", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-        args = {"load_format": "dummy", "max_model_len": 512, "enable_prefix_caching": False, **engine_args}
+        args = {"load_format": "dummy", "max_model_len": 512, **engine_args}
         process = EngineProcess(["-m", "vllm_ssd.planning"], part.folder / f"{method}.log", environment=environment)
         process.call("start", task=Task(method, args))
         return process
@@ -127,6 +127,7 @@ def costs(part: Part) -> None:
             "model": "vllm_ssd.compat.target.measure.ConstantDrafts",
             "num_speculative_tokens": DRAFTS,
         },
+        enable_prefix_caching=False,
         **device_args(part, memory=4 << 30),
     )
     for batch in batches:
@@ -141,7 +142,9 @@ def costs(part: Part) -> None:
             "steps",
             model=write_shape(model, part.folder, part.dry_run),
             max_num_seqs=8,
-            **device_args(part, memory=2 << 30) | {"enforce_eager": True, "tree_attention": True},
+            kv_cache_memory_bytes=64 << 20 if part.dry_run else 2 << 30,
+            enforce_eager=True,
+            tree_attention=True,
         )
         draft_steps(part, model, lambda steps, drafter=drafter: drafter.call("run", request=Steps(*steps)))
         drafter.close()
@@ -181,6 +184,7 @@ def own_steps(part: Part, model: str, steps: tuple[int, int, int]) -> list[float
 
 def drafter(part: Part) -> None:
     """The drafter's engine over a recorded trace."""
+    os.environ.update(VLLM_PLUGINS="", VLLM_USE_V2_MODEL_RUNNER="0", VLLM_LOGGING_LEVEL="WARNING")
     from gpu_check_drafter import run
 
     run(part, TRACE)
