@@ -77,6 +77,12 @@ def _name(what: str, default: Any = None) -> Any:
     return _field(what, lambda value: isinstance(value, str) and value.strip() != "", default)
 
 
+def _object() -> Any:
+    """A JSON object, or None; it takes no part in the hash."""
+    metadata = {"what": "a JSON object", "accepts": lambda value: value is None or _is_json_object(value)}
+    return field(default=None, hash=False, metadata=metadata)
+
+
 def _flag(default: bool) -> Any:
     return _field("true or false", lambda value: isinstance(value, bool), default)
 
@@ -102,6 +108,13 @@ def _is_cpu_list(value: Any) -> bool:
         return False
 
 
+def _is_json_object(value: Any) -> bool:
+    try:
+        return isinstance(value, dict) and json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class SSDConfig:
     """The user's choices; every instance is valid.
@@ -112,6 +125,9 @@ class SSDConfig:
     on_miss: decode plainly, wait for just-in-time drafts up to `wait_ms`, draft by n-gram match, or decide by gain
     adaptive: let the drafts a round carries follow the load, down to none where speculation does not pay
     drafter_device: None leaves the choice to the platform; of several numbers, each data-parallel replica gets one
+    tokenizer: of the draft model, where its own folder has none
+    hf_overrides: settings of the draft model's configuration to replace
+    drafter_args: vLLM's other engine arguments for the draft model, by their names in `EngineArgs`
     kv_cache_memory: bytes for the drafter's KV pages
     top_m: support of the proposal distribution when sampling
     heterogeneous_vocab: let the draft model have another tokenizer, whose tokens are matched by their strings
@@ -135,6 +151,11 @@ class SSDConfig:
     drafter_cpus: str | None = _field("a list of CPU numbers and ranges such as 2-5,7", _is_cpu_list, None)
     dtype: str = _choice(("auto", "half", "float16", "bfloat16", "float", "float32"), "auto")
     quantization: str | None = _name("the name of a quantization method")
+    load_format: str = _name("the name of one of vLLM's load formats", "auto")
+    download_dir: str | None = _name("a folder")
+    tokenizer: str | None = _name("the name or path of a tokenizer")
+    hf_overrides: dict[str, Any] | None = _object()
+    drafter_args: dict[str, Any] | None = _object()
     revision: str | None = _name("a branch, tag or commit of the draft model")
     trust_remote_code: bool = _flag(False)
     enforce_eager: bool = _flag(True)
@@ -241,11 +262,20 @@ class SSDConfig:
         for name in values:
             if name not in names:
                 meant = [key for key in difflib.get_close_matches(name, names) if _misspells(name, key)]
-                hint = f"did you mean {meant[0]!r}?" if meant else f"valid keys are {', '.join(names)}"
+                hint = (
+                    f"did you mean {meant[0]!r}?"
+                    if meant
+                    else (
+                        f"valid keys are {', '.join(names)}; vLLM's other engine arguments for the draft model go into "
+                        "drafter_args"
+                    )
+                )
                 raise ValueError(f"ssd: unknown key {name!r} in speculative_config; {hint}")
         given: dict[str, Any] = {"model": None, **values}
         if isinstance(given.get("fan_out"), list):
             given["fan_out"] = tuple(given["fan_out"])
+        if isinstance(given.get("drafter_args"), dict):
+            given["drafter_args"] = {str(key).replace("-", "_"): value for key, value in given["drafter_args"].items()}
         if isinstance(given.get("kv_cache_memory"), str):
             try:
                 given["kv_cache_memory"] = parse_size(given["kv_cache_memory"])

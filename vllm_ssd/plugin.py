@@ -46,8 +46,10 @@ def register() -> None:
 
 def build_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
     """What the V2 runner drafts with."""
+    from vllm_ssd.compat.target.weights import warn_of_new_weights
     from vllm_ssd.target.v2.speculator import SSDSpeculator
 
+    warn_of_new_weights()
     return SSDSpeculator(vllm_config, device, req_states)
 
 
@@ -60,13 +62,14 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     """
     import vllm
 
-    from vllm_ssd.compat.target import runner
+    from vllm_ssd.compat.target import configuration, runner
     from vllm_ssd.compat.version import check_vllm_version
     from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV, SSDConfig
 
     check_vllm_version(vllm.__version__)
     if model_config.runner_type == "pooling":
         raise ValueError("ssd: the target is a pooling model, which generates no tokens to speculate about")
+    configuration.check_target(model_config)
     user = dict(engine_args.speculative_config or {})
     for field, key in (("spec_method", "method"), ("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
         value = getattr(engine_args, field, None)
@@ -76,9 +79,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
             user[key] = value
             setattr(engine_args, field, None)
     config = SSDConfig.from_user(user)
-    config = replace(config, model=os.path.expanduser(config.model))  # no shell does it inside JSON
-    if config.model.startswith(("/", "./", "../", "~")) and not os.path.isdir(config.model):
-        raise ValueError(f"ssd: model {config.model!r} is neither a folder nor the name of a model on the Hub")
+    config = settle_drafter(config, engine_args, model_config)
     engine_args.additional_config = {**(engine_args.additional_config or {}), "ssd": config.to_json()}
     os.environ[RUNTIME_ENV] = config.runtime_json()
     os.environ[SERVER_PID_ENV] = str(os.getpid())
@@ -92,6 +93,34 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     else:
         disguise = {"method": "custom_class", "model": PROPOSER}
     engine_args.speculative_config = disguise | {"num_speculative_tokens": config.num_speculative_tokens}
+
+
+def settle_drafter(config: SSDConfig, engine_args: Any, model_config: Any) -> SSDConfig:
+    """`config` with what the draft model takes from the target, and paths in full; raises ValueError."""
+    from vllm_ssd.compat.target import configuration
+    from vllm_ssd.link.drafter_args import check_names, has_no_tokenizer, overridden_positions
+
+    paths = {name: getattr(config, name) for name in ("model", "tokenizer", "download_dir")}
+    config = replace(config, **{name: path and os.path.expanduser(path) for name, path in paths.items()})
+    if config.model.startswith(("/", "./", "../", "~")) and not os.path.exists(config.model):
+        raise ValueError(f"ssd: model {config.model!r} is neither a folder nor the name of a model on the Hub")
+    drafter_args = config.drafter_args or {}
+    check_names(drafter_args, configuration.engine_argument_names())
+    if drafter_args.keys() & {"attention_backend", "attention_config"}:
+        config = replace(config, tree_attention=False)
+    if config.download_dir is None:
+        config = replace(config, download_dir=getattr(engine_args, "download_dir", None))
+    if config.tokenizer is None and has_no_tokenizer(config.model):
+        logger.info("SSD: the draft model's folder has no tokenizer; it is taken to have the target's")
+        config = replace(config, tokenizer=model_config.tokenizer)
+    overridden = overridden_positions(getattr(engine_args, "hf_overrides", None))
+    if overridden and config.hf_overrides is None:
+        logger.warning(
+            "SSD: the target's hf_overrides (%s) are not the drafter's; give hf_overrides in speculative_config if it "
+            "needs them for contexts of the same length",
+            overridden,
+        )
+    return config
 
 
 def replicas_here(parallel_config: Any) -> int:

@@ -79,7 +79,7 @@ def main(folder: str, kind: str) -> None:
             tokens[name] = tokens[name] + emitted
             engine.advance(name, 0, len(tokens[name]), emitted, drafts[name], num_drafts=K)
     result = {
-        "backend": type(model._metadata_builder).__module__,
+        "backend": type(model._attention_groups[0][1]).__module__,
         "steps": engine.num_steps,
         "eager_forwards": len(eager_forwards),
         "grown": grown,

@@ -30,7 +30,7 @@ OBJECTS = {
         "config": CONFIG,
         "getattr(config, 'speculative_config', None)": "vllm.config.speculative:SpeculativeConfig",
     },
-    "compat.target.configuration": {"engine_args": ARGUMENTS},
+    "compat.target.configuration": {"engine_args": ARGUMENTS, "model_config": "vllm.config.model:ModelConfig"},
     "compat.target.gain": {
         "new": NEW,
         "runner": V1,
@@ -83,6 +83,7 @@ OBJECTS = {
         "self": "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder",
         "batch_update": "vllm.v1.sample.logits_processor.interface:BatchUpdate",
     },
+    "compat.target.weights": {"worker": "vllm.v1.worker.gpu_worker:Worker"},
     "compat.target.worker": {
         "worker": "vllm.v1.worker.gpu_worker:Worker",
         "snapshot": "vllm.utils.mem_utils:MemorySnapshot",
@@ -95,8 +96,9 @@ OBJECTS = {
         "cast(UniProcExecutor, core.model_executor)": "vllm.v1.executor.uniproc_executor:UniProcExecutor",
         "runner": V1,
         "groups": "vllm.v1.kv_cache_interface:KVCacheGroupSpec",
-        "attention_group": "vllm.v1.worker.utils:AttentionGroup",
-        "self._metadata_builder": "vllm.v1.attention.backend:AttentionMetadataBuilder",
+        "group": "vllm.v1.worker.utils:AttentionGroup",
+        "builder": "vllm.v1.attention.backend:AttentionMetadataBuilder",
+        "model_config": "vllm.config.model:ModelConfig",
         "config": "vllm.config.model:ModelConfig",
     },
     "compat.drafter.memory": {

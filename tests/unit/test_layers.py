@@ -47,7 +47,7 @@ ALLOWED = {
         "policy",
     },
     # on top
-    "plugin": {"compat", "compat.target", "config", "target.v1", "target.v2"},
+    "plugin": {"compat", "compat.target", "config", "link", "target.v1", "target.v2"},
     "cli": {"compat", "config", "planning"},
 }
 """The rooms that each room refers to; a room is a folder, or a file that stands alone."""

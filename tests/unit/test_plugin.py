@@ -36,12 +36,14 @@ def translated(
     extension: str = "",
     replicas: int = 1,
     adaptive: bool = True,
+    architecture: str = "LlamaForCausalLM",
+    keys: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Any:
     monkeypatch.setattr(runner, "is_v2", lambda: v2)
     for name in (REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV):
         monkeypatch.setenv(name, "")  # put back afterwards, whatever `translate` makes of it
-    user = {"method": "ssd", "model": model, "ngram-min": 3, "adaptive": adaptive}
+    user = {"method": "ssd", "model": model, "ngram-min": 3, "adaptive": adaptive, **(keys or {})}
     defaults = {"additional_config": {"mine": 1}, "scheduler_cls": None, "max_num_seqs": None}
     engine_args = SimpleNamespace(speculative_config=user, **(defaults | fields))
     parallel_config = SimpleNamespace(
@@ -54,7 +56,14 @@ def translated(
         assigned_physical_gpu_ids=None,
         worker_extension_cls=extension,
     )
-    translate(engine_args, SimpleNamespace(runner_type=runner_type), parallel_config)
+    model_config = SimpleNamespace(
+        runner_type=runner_type,
+        tokenizer="org/target",
+        architecture=architecture,
+        is_attention_free="Mamba" in architecture,
+        is_hybrid="Jamba" in architecture or "Next" in architecture,
+    )
+    translate(engine_args, model_config, parallel_config)
     return SimpleNamespace(**vars(engine_args), worker_extension_cls=parallel_config.worker_extension_cls)
 
 
@@ -130,6 +139,15 @@ def test_no_other_worker_extension_is_replaced(monkeypatch: pytest.MonkeyPatch) 
 def test_pooling_models_are_refused(monkeypatch: pytest.MonkeyPatch, v2: bool) -> None:
     with pytest.raises(ValueError, match="pooling"):
         translated(monkeypatch, v2=v2, runner_type="pooling")
+
+
+@pytest.mark.parametrize("architecture", ["Mamba2ForCausalLM", "JambaForCausalLM"])
+def test_states_that_are_not_rolled_back_are_refused(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    with pytest.raises(ValueError, match=f"recurrent state of {architecture} .* with any speculative method"):
+        translated(monkeypatch, architecture=architecture)
+    translated(monkeypatch, architecture="Qwen3NextForCausalLM")
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cpu=lambda: False))
+    translated(monkeypatch, architecture=architecture)
 
 
 @pytest.mark.parametrize("is_v2", [False, True])

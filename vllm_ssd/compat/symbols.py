@@ -21,8 +21,9 @@ USED = {
     "vllm.config.cache:CacheConfig": "cache_dtype gpu_memory_utilization kv_cache_memory_bytes",
     "vllm.config.device:DeviceConfig": "device_type",
     "vllm.config.model:ModelConfig": (
-        "dtype get_diff_sampling_param get_head_size get_num_kv_heads get_num_layers get_vocab_size "
-        "hf_text_config max_model_len model use_mla"
+        "architecture dtype get_diff_sampling_param get_head_size get_num_kv_heads get_num_layers get_vocab_size "
+        "hf_text_config is_attention_free is_encoder_decoder is_hybrid is_multimodal_model max_model_len model "
+        "runner_type use_mla uses_mrope"
     ),
     "vllm.config.parallel:ParallelConfig": "data_parallel_index data_parallel_size pipeline_parallel_size",
     "vllm.config.scheduler:SchedulerConfig": "async_scheduling max_num_batched_tokens max_num_seqs",
@@ -35,7 +36,7 @@ USED = {
     ),
     "vllm.engine.arg_utils": "EngineArgs",
     "vllm.engine.arg_utils:EngineArgs": (
-        "create_engine_config create_model_config create_speculative_config max_model_len max_num_batched_tokens "
+        "create_engine_config create_model_config create_speculative_config language_model_only max_model_len "
         "max_num_seqs scheduler_cls spec_method speculative_config"
     ),
     "vllm.platforms": "current_platform",
@@ -148,7 +149,8 @@ USED = {
     "vllm.utils.mem_utils:MemorySnapshot": "cuda_memory free_memory non_torch_memory",
     "vllm.v1.worker.gpu_worker": "Worker",
     "vllm.v1.worker.gpu_worker:Worker": (
-        "determine_available_memory init_snapshot model_runner sleep vllm_config wake_up"
+        "determine_available_memory finish_weight_update init_snapshot model_runner reload_weights sleep vllm_config "
+        "wake_up"
     ),
     "vllm.v1.worker.utils:AttentionGroup": "get_metadata_builder layer_names",
     "vllm.v1.worker.worker_base:WorkerWrapperBase": "worker",
@@ -159,7 +161,9 @@ CALLED = {
     "vllm._custom_ops:reshape_and_cache_flash": (
         "key value key_cache value_cache slot_mapping kv_cache_dtype k_scale v_scale"
     ),
-    "vllm.engine.arg_utils:EngineArgs": "block_size enable_prefix_caching disable_log_stats model dtype enforce_eager",
+    "vllm.engine.arg_utils:EngineArgs": (
+        "block_size enable_prefix_caching disable_log_stats disable_hybrid_kv_cache_manager model dtype enforce_eager"
+    ),
     "vllm.forward_context:set_forward_context": "attn_metadata vllm_config num_tokens slot_mapping skip_compiled",
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast": "input_ src",
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast_object": "obj src",

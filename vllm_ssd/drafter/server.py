@@ -14,7 +14,7 @@ from typing import NoReturn
 import msgspec
 
 from vllm_ssd.compat.drafter.memory import max_rows
-from vllm_ssd.compat.drafter.paged import PagedModel
+from vllm_ssd.compat.drafter.paged import PagedModel, UnsupportedDraftModel
 from vllm_ssd.drafter.branches import Branches
 from vllm_ssd.drafter.device_steps import MAX_TOP_M, DeviceSteps
 from vllm_ssd.drafter.engine import DraftEngine
@@ -109,7 +109,7 @@ def run(fd: int, options: DrafterOptions) -> int:
             plain = msgspec.structs.replace(options, saguaro_c=1.0)
             check_trees(_engine_of(model, plain, FanOut), model, options.num_speculative_tokens)
     except Exception as error:  # whatever vLLM's start-up raises is the reason the target reports
-        if options.tree_attention:
+        if options.tree_attention and not isinstance(error, UnsupportedDraftModel):
             _start_over(fd, options, environment, error)
         transport.send(Refused(f"{type(error).__name__}: {error}"))
         transport.poll(0.0)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_ssd.config import REPLICAS_ENV, SSDConfig, parse_cpus
+from vllm_ssd.link.drafter_args import engine_arguments
 from vllm_ssd.link.gpus import Gpus, Replicas, drafter_gpu, named_gpus, replicas_here, target_gpus
 from vllm_ssd.link.options import DrafterOptions
 
@@ -55,17 +56,11 @@ def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None)
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     target_len = vllm_config.model_config.max_model_len
     engine_args = {
-        "model": config.model,
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-        "dtype": config.dtype,
-        "quantization": config.quantization,
-        "enforce_eager": config.enforce_eager,
+        **engine_arguments(config),
         "max_model_len": min(config.max_model_len, target_len) if config.max_model_len else None,
         "target_max_model_len": target_len,
         "max_num_seqs": scheduler.max_num_seqs,
         "num_branches": scheduler.max_num_seqs * config.max_branches,
-        "load_format": "auto",
         "seed": 0,
     }
     environment: dict[str, str | None] = {

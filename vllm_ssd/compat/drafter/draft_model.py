@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -22,20 +23,17 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm_ssd.compat.drafter import tree_backend
 from vllm_ssd.compat.drafter.cpu_norms import use_compiled_norms
 from vllm_ssd.compat.drafter.memory import bytes_a_row, executor_with_reserve, explained, max_rows
-from vllm_ssd.compat.drafter.paged import ForwardBatch, TreeBatch
+from vllm_ssd.compat.drafter.paged import ForwardBatch, TreeBatch, UnsupportedDraftModel
 from vllm_ssd.compat.vocabulary import read_vocabulary
 from vllm_ssd.kernels import copy_pages
 
 PAGE_SIZE = 32
 """Slots a page: the smallest that vLLM's CPU attention takes, so that little is copied on a fork."""
-
-
+WHO_CAN_DRAFT = (
+    "a draft model is a decoder with attention in every layer (full, sliding or chunked; dense or mixture of experts)"
+)
 DEFAULT_BATCH_TOKENS = 2048
 """vLLM's tokens a batch where nobody names a number; it refuses more sequences than that."""
-
-
-class UnsupportedDraftModel(ValueError):
-    """The draft model needs more than one group of KV pages, or is no decoder."""
 
 
 class DraftModel:
@@ -52,11 +50,21 @@ class DraftModel:
     ) -> None:
         if tree_attention:
             engine_args["attention_backend"] = tree_backend.register()
-        args = EngineArgs(block_size=PAGE_SIZE, enable_prefix_caching=False, disable_log_stats=True, **engine_args)
+        args = EngineArgs(
+            block_size=PAGE_SIZE,
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+            disable_hybrid_kv_cache_manager=True,  # one page layout for layers with and without a window
+            **engine_args,
+        )
         if args.max_num_seqs is not None and args.max_num_seqs > DEFAULT_BATCH_TOKENS:
             args.max_num_batched_tokens = max(args.max_num_batched_tokens or 0, args.max_num_seqs)
+        model_config = args.create_model_config()
+        refuse_state(model_config)
+        if model_config.is_multimodal_model:
+            args.language_model_only = True  # drafts are text: leave vision and audio out of memory
         if args.max_model_len is None and target_max_model_len is not None:  # no request will be longer
-            args.max_model_len = min(args.create_model_config().max_model_len, target_max_model_len)
+            args.max_model_len = min(model_config.max_model_len, target_max_model_len)
         self.vllm_config = args.create_engine_config()
         config = self.vllm_config.model_config
         self.vocab_size, self.dtype = config.get_vocab_size(), config.dtype
@@ -71,16 +79,19 @@ class DraftModel:
                 raise explained(error, self.vllm_config) from error
         runner = _runner_of(self._core)
         groups = runner.kv_cache_config.kv_cache_groups
-        if len(groups) != 1 or len(runner.attn_groups[0]) != 1 or not runner.kv_caches:
+        if len(groups) != 1 or not runner.kv_caches:
             raise UnsupportedDraftModel(
-                f"the draft model {self.vllm_config.model_config.model} has {len(groups)} groups of KV "
-                "pages; only decoders whose layers all share one page layout can draft"
+                f"the draft model {model_config.model} has {len(groups)} groups of KV pages that vLLM cannot lay out "
+                f"as one, so it cannot draft; {WHO_CAN_DRAFT}"
             )
-        attention_group = runner.attn_groups[0][0]
         self._model = runner.model
         self.tree_attention = tree_attention
-        self._layer_names = attention_group.layer_names
-        self._metadata_builder = attention_group.get_metadata_builder()
+        # Layers with full and with chunked attention read the same pages, each by metadata of their own.
+        self._attention_groups = [(group.layer_names, group.get_metadata_builder()) for group in runner.attn_groups[0]]
+        if tree_attention:
+            tree_backend.check_builders([builder for _, builder in self._attention_groups])
+        self._layer_names = [name for names, _ in self._attention_groups for name in names]
+        self._position_rows = 3 if model_config.uses_mrope else None
         self.device = runner.device
         self.page_size = groups[0].kv_cache_spec.block_size
         self.num_pages = runner.kv_cache_config.num_blocks
@@ -104,7 +115,7 @@ class DraftModel:
         A `TreeBatch` needs a model loaded with tree attention.
         """
         if isinstance(batch, TreeBatch):
-            metadata = tree_backend.TreeAttentionMetadata.from_batch(batch)
+            metadata = dict.fromkeys(self._layer_names, tree_backend.TreeAttentionMetadata.from_batch(batch))
             return self._run(metadata, batch.token_ids, batch.positions, batch.slots, batch.logit_indices)
         to_device = self._to_device
         num_tokens = len(batch.token_ids)
@@ -112,40 +123,41 @@ class DraftModel:
         positions = to_device(batch.positions)
         slots = to_device(batch.slots)
         query_start_loc_cpu = torch.from_numpy(batch.query_start_loc)
-        metadata = self._metadata_builder.build(
-            0,
-            CommonAttentionMetadata(
-                query_start_loc=to_device(batch.query_start_loc),
-                query_start_loc_cpu=query_start_loc_cpu,
-                seq_lens=to_device(batch.seq_lens),
-                num_reqs=len(batch.seq_lens),
-                num_actual_tokens=num_tokens,
-                max_query_len=int(query_lens.max()),
-                max_seq_len=int(batch.seq_lens.max()),
-                block_table_tensor=to_device(batch.page_tables),
-                slot_mapping=slots,
-                positions=positions,
-                seq_lens_cpu_upper_bound=torch.from_numpy(batch.seq_lens),
-            ),
+        common = CommonAttentionMetadata(
+            query_start_loc=to_device(batch.query_start_loc),
+            query_start_loc_cpu=query_start_loc_cpu,
+            seq_lens=to_device(batch.seq_lens),
+            num_reqs=len(batch.seq_lens),
+            num_actual_tokens=num_tokens,
+            max_query_len=int(query_lens.max()),
+            max_seq_len=int(batch.seq_lens.max()),
+            block_table_tensor=to_device(batch.page_tables),
+            slot_mapping=slots,
+            positions=positions,
+            seq_lens_cpu_upper_bound=torch.from_numpy(batch.seq_lens),
         )
+        metadata: dict[str, Any] = {}
+        for names, builder in self._attention_groups:
+            metadata |= dict.fromkeys(names, builder.build(0, common))
         all_logits = len(batch.logit_indices) == num_tokens
         logit_indices = None if all_logits else to_device(batch.logit_indices)
         return self._run(metadata, to_device(batch.token_ids), positions, slots, logit_indices)
 
     def _run(
         self,
-        metadata: object,
+        metadata: dict[str, Any],
         token_ids: torch.Tensor,
         positions: torch.Tensor,
         slots: torch.Tensor,
         logit_indices: torch.Tensor | None,
     ) -> torch.Tensor:
-        names = self._layer_names
+        if self._position_rows is not None:  # of text, time, height and width are the same
+            positions = positions.expand(self._position_rows, -1)
         with set_forward_context(
-            dict.fromkeys(names, metadata),
+            metadata,
             self.vllm_config,
             num_tokens=len(token_ids),
-            slot_mapping=dict.fromkeys(names, slots),
+            slot_mapping=dict.fromkeys(self._layer_names, slots),
             skip_compiled=len(token_ids) > self.max_num_tokens,  # vLLM compiles for no more
         ):
             hidden_states = self._model(token_ids, positions)
@@ -171,6 +183,23 @@ class DraftModel:
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def refuse_state(model_config: ModelConfig) -> None:
+    """Raise UnsupportedDraftModel for a model that carries a state from token to token, or that encodes its prompt.
+
+    Such a state is no page: the branches of a tree cannot share it, and none can go back to where it forked.
+    """
+    what = None
+    if model_config.is_hybrid or model_config.is_attention_free:
+        what = "has recurrent or linear-attention layers, whose state branches cannot share"
+    elif model_config.is_encoder_decoder:
+        what = "is an encoder-decoder"
+    elif model_config.runner_type != "generate":
+        what = "is a pooling model"
+    if what is not None:
+        name = f"{model_config.model} ({model_config.architecture})"
+        raise UnsupportedDraftModel(f"the draft model {name} {what}, so it cannot draft; {WHO_CAN_DRAFT}")
 
 
 def _runner_of(core: EngineCore) -> Any:

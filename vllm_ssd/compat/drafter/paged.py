@@ -9,6 +9,10 @@ import numpy as np
 import torch
 
 
+class UnsupportedDraftModel(ValueError):
+    """The draft model cannot draft, with whatever attention."""
+
+
 @dataclass(slots=True)
 class ForwardBatch:
     """One ragged forward over `B` sequences and `T` tokens; every array lives on the host.

@@ -92,6 +92,13 @@ class TreeAttentionMetadataBuilder(AttentionMetadataBuilder[TreeAttentionMetadat
         )
 
 
+def check_builders(builders: list[AttentionMetadataBuilder]) -> None:
+    """Raise NotImplementedError where vLLM wraps this backend in another, as it does for chunked attention."""
+    for builder in builders:
+        if type(builder) is not TreeAttentionMetadataBuilder:
+            raise NotImplementedError(f"the drafter's tree attention does not support {type(builder).__name__}")
+
+
 class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
     """Attention of one layer. The cache arrives as `[P, num_kv_heads, page_size, 2 * head_size]`, keys first."""
 

@@ -26,6 +26,7 @@ from vllm_ssd.compat import patch
 from vllm_ssd.compat.target.gain import can_gain, ending_requests
 from vllm_ssd.compat.target.thinking_budget import ThinkingBudget
 from vllm_ssd.compat.target.truncation import truncation_of
+from vllm_ssd.compat.target.weights import warn_of_new_weights
 from vllm_ssd.link.protocol import Proposal, Truncation
 
 EXPAND = "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens"
@@ -66,6 +67,7 @@ def install(proposer_class: type) -> None:
         _wrap("_sample", _sample, "logits", "spec_decode_metadata")
         _wrap("_input_fits_in_drafter", _input_fits_in_drafter, "common_attn_metadata")
         _wrap("_get_spec_decode_draft_probs", _get_spec_decode_draft_probs, "spec_decode_metadata")
+        warn_of_new_weights()
         repair_cpu_sampling()
 
 

@@ -1,0 +1,31 @@
+"""Say that the drafter is stale once the target's weights have changed, as in reinforcement learning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from vllm_ssd.compat import patch
+from vllm_ssd.compat.target.runner import has_ssd
+
+logger = logging.getLogger("vllm.vllm_ssd")
+
+
+def warn_of_new_weights() -> None:
+    """Log a warning whenever this worker's target gets other weights; on either runner, idempotent."""
+    for name in ("reload_weights", "finish_weight_update"):
+        patch.wrap(f"vllm.v1.worker.gpu_worker:Worker.{name}", _is_ours, _then_warn)
+
+
+def _is_ours(worker: Any, *args: Any, **kwargs: Any) -> bool:
+    return has_ssd(worker.vllm_config)
+
+
+def _then_warn(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    result = original(*args, **kwargs)
+    logger.warning(
+        "SSD: the target has new weights, the drafter keeps the weights it started with: the text is the target's, but "
+        "fewer drafts are accepted"
+    )
+    return result

@@ -1,0 +1,102 @@
+"""`drafter_args`: any of vLLM's engine arguments for the draft model, and those that are not the user's to give."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from vllm_ssd.config import SSDConfig
+
+BESIDE = {
+    name: name
+    for name in (
+        "model dtype quantization revision trust_remote_code enforce_eager max_model_len gpu_memory_utilization "
+        "hf_overrides load_format download_dir tokenizer"
+    ).split()
+} | {"kv_cache_memory_bytes": "kv_cache_memory"}
+"""Arguments that have a key of their own in speculative_config, and that key."""
+
+ONE_PROCESS = "a drafter is one process on one device"
+NO_SCHEDULER = "a drafter is scheduled by ssd"
+OWN_PAGES = "ssd assigns a drafter's KV pages"
+REFUSED = {
+    "additional_config": "ssd carries its own keys there",
+    "async_scheduling": NO_SCHEDULER,
+    "block_size": OWN_PAGES,
+    "disable_hybrid_kv_cache_manager": OWN_PAGES,
+    "disable_log_stats": "a drafter's statistics are those of ssd",
+    "distributed_executor_backend": ONE_PROCESS,
+    "enable_lora": "adapters are the target's; the drafter drafts without them",
+    "enable_prefix_caching": OWN_PAGES,
+    "kv_events_config": OWN_PAGES,
+    "kv_offloading_size": OWN_PAGES,
+    "kv_transfer_config": OWN_PAGES,
+    "max_num_seqs": "a drafter serves as many requests as its target",
+    "nnodes": ONE_PROCESS,
+    "node_rank": ONE_PROCESS,
+    "runner": "a draft model generates",
+    "scheduler_cls": NO_SCHEDULER,
+    "scheduling_policy": NO_SCHEDULER,
+    "seed": "a drafter's random numbers must be independent of the target's",
+    "spec_method": "a drafter does not speculate itself",
+    "spec_model": "a drafter does not speculate itself",
+    "spec_tokens": "a drafter does not speculate itself",
+    "speculative_config": "a drafter does not speculate itself",
+}
+"""Arguments that ssd sets itself or that mean nothing for a drafter, and why."""
+PARALLEL = ("data_parallel_", "tensor_parallel_", "pipeline_parallel_", "prefill_context_", "decode_context_")
+
+POSITIONS = frozenset(
+    "rope_parameters rope_scaling rope_theta max_position_embeddings original_max_position_embeddings".split()
+)
+"""Settings of a model's configuration that decide how long a context it takes."""
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt spiece.model tekken.json".split()
+)
+
+
+def check_names(drafter_args: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise ValueError for a name that is none of vLLM's engine arguments, which are `known`, or not the user's."""
+    for name in drafter_args:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "names are those of vLLM's EngineArgs"
+            raise ValueError(f"ssd: unknown key {name!r} in drafter_args; {hint}")
+        if name in BESIDE:
+            raise ValueError(f"ssd: {name} is no key for drafter_args: give {BESIDE[name]} in speculative_config")
+        reason = ONE_PROCESS if name.startswith(PARALLEL) else REFUSED.get(name)
+        if reason:
+            raise ValueError(f"ssd: {name} is no key for drafter_args: {reason}")
+
+
+def engine_arguments(config: SSDConfig) -> dict[str, Any]:
+    """What vLLM is told of the draft model wherever it runs; None leaves an argument at vLLM's default."""
+    return {
+        "model": config.model,
+        "tokenizer": config.tokenizer,
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "hf_overrides": config.hf_overrides,
+        "load_format": config.load_format,
+        "download_dir": config.download_dir,
+        "dtype": config.dtype,
+        "quantization": config.quantization,
+        "enforce_eager": config.enforce_eager,
+        **(config.drafter_args or {}),
+    }
+
+
+def has_no_tokenizer(model: str) -> bool:
+    """Whether `model` is a folder without any file of a tokenizer."""
+    return os.path.isdir(model) and not any(os.path.exists(os.path.join(model, name)) for name in TOKENIZER_FILES)
+
+
+def overridden_positions(hf_overrides: Any) -> str:
+    """The settings in the target's `hf_overrides` that a drafter would need for as long a context; empty for none."""
+    if not isinstance(hf_overrides, Mapping):
+        return "a function" if hf_overrides is not None else ""
+    nested = [value for value in hf_overrides.values() if isinstance(value, Mapping)]
+    names = [name for settings in (hf_overrides, *nested) for name in settings if name in POSITIONS]
+    return ", ".join(dict.fromkeys(names))
