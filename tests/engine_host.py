@@ -28,7 +28,7 @@ class EngineHost:
     """The engine, and what tests may do to it."""
 
     def __init__(self) -> None:
-        self._engine = self._proposer = None
+        self._llm = self._engine = self._proposer = None
         self._seen = {"known_q": 0, "cut_q": 0, "ngram_drafts": 0}
         self._launched_at_start: list[str] = []
         self._adapters: dict[str, int] = {}  # number of each folder: vLLM tells adapters apart by it
@@ -43,7 +43,7 @@ class EngineHost:
         self.patch(**(patches or {}))
         with interpreted_kernels(self._launched_at_start) if V2 else contextlib.nullcontext():
             llm = LLM(**engine_args)
-        self._engine = llm.llm_engine
+        self._llm, self._engine = llm, llm.llm_engine
         from vllm_ssd.compat.target import measure  # once the engine has set vLLM up
 
         if "speculative_config" in engine_args:
@@ -71,9 +71,14 @@ class EngineHost:
             object.__setattr__(self._proposer._verifier._config, name, value)
 
     def generate(
-        self, requests: list[dict[str, Any]], signals: dict[int, int] | None = None, min_seconds: float = 0.0
+        self,
+        requests: list[dict[str, Any]],
+        signals: dict[int, int] | None = None,
+        min_seconds: float = 0.0,
+        calls: dict[int, tuple[str, dict[str, Any]]] | None = None,
     ) -> SimpleNamespace:
-        """Run `requests` (see `engines.request`) to their ends; `signals[step]` is sent to the drafter before a step.
+        """Run `requests` (see `engines.request`) to their ends; `signals[step]` is sent to the drafter before a step,
+        and of the engine, `calls[step]` is called: the name of a method, and its keyword arguments.
 
         -> outputs, one per request; counts, what the metrics of vLLM and of SSD grew by; seconds, one per step. Each
         step is stretched to `min_seconds`.
@@ -87,6 +92,9 @@ class EngineHost:
                 self._join(*waiting.pop(0))
             if signals and step in signals:
                 os.kill(self.drafter().pid, signals[step])
+            if calls and step in calls:
+                method, arguments = calls[step]
+                getattr(self._engine, method)(**arguments)
             began = time.perf_counter()
             for output in self._engine.step():
                 index = int(output.request_id)
@@ -99,6 +107,18 @@ class EngineHost:
             step += 1
         counts = {name: value - before.get(name, 0) for name, value in self.counts().items()}
         return SimpleNamespace(outputs=outputs, counts=counts, seconds=seconds, total_s=time.perf_counter() - started)
+
+    def call_engine(self, name: str, arguments: dict[str, Any]) -> None:
+        """Call a method of vLLM's engine whose result does not matter."""
+        getattr(self._engine, name)(**arguments)
+
+    def beam_search(self, prompts: list[list[int]], width: int, max_tokens: int) -> list[list[list[int]]]:
+        """Token ids [prompt][beam][token] of the best beams, without the prompts."""
+        from vllm.sampling_params import BeamSearchParams
+
+        params = BeamSearchParams(beam_width=width, max_tokens=max_tokens, ignore_eos=True)
+        outputs = self._llm.beam_search([{"prompt_token_ids": prompt} for prompt in prompts], params)
+        return [[beam.tokens[-max_tokens:] for beam in output.sequences] for output in outputs]
 
     def counts(self) -> dict[str, int]:
         """Counters of vLLM and of SSD's metrics, drafts verified with a known q, those of them whose q has tokens of no
@@ -158,6 +178,14 @@ class EngineHost:
     def distort_q(self, exponent: float | None) -> None:
         """On V1, claim q ** exponent, renormalised, to be what drafts are drawn from from now on; None: the truth."""
         self._see_proposals(exponent)
+
+    def _embedded(self, prompt: list[int]) -> dict[str, Any]:
+        """The prompt as the embeddings of its tokens."""
+        import torch
+        from safetensors import safe_open
+
+        with safe_open(f"{self._engine.vllm_config.model_config.model}/model.safetensors", "pt") as weights:
+            return {"prompt_embeds": weights.get_tensor("model.embed_tokens.weight")[torch.tensor(prompt)].float()}
 
     def _adaptation(self) -> Any:
         from vllm_ssd.compat.target import measure
@@ -237,9 +265,10 @@ class EngineHost:
         kind = RequestOutputKind.CUMULATIVE if request["abort_after"] else RequestOutputKind.FINAL_ONLY
         self._engine.add_request(
             str(index),
-            {"prompt_token_ids": request["prompt"]},
+            self._embedded(request["prompt"]) if request["embedded"] else {"prompt_token_ids": request["prompt"]},
             SamplingParams(**params, output_kind=kind),
             lora_request=self._lora(request["lora"]),
+            priority=request["priority"],
         )
 
     def _lora(self, folder: str | None) -> Any:

@@ -101,14 +101,25 @@ def request(
     join_step: int = 0,
     abort_after: int | None = None,
     lora: str | None = None,
+    priority: int = 0,
+    embedded: bool = False,
     temperature: float = 0.0,
     ignore_eos: bool = True,
     **params: Any,
 ) -> dict[str, Any]:
     """A request for `Engine.generate`: token ids, the step at which it joins, the tokens after which it is aborted,
-    and vLLM's SamplingParams, with `regex` or `json_schema` for structured output."""
+    its priority (lower goes first), whether the prompt comes as embeddings, and vLLM's SamplingParams, with `regex` or
+    `json_schema` for structured output."""
     params |= {"temperature": temperature, "ignore_eos": ignore_eos}
-    return {"prompt": prompt, "params": params, "join_step": join_step, "abort_after": abort_after, "lora": lora}
+    return {
+        "prompt": prompt,
+        "params": params,
+        "join_step": join_step,
+        "abort_after": abort_after,
+        "lora": lora,
+        "priority": priority,
+        "embedded": embedded,
+    }
 
 
 def texts(run: SimpleNamespace) -> list[list[list[int]]]:

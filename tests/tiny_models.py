@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 24
 WORDS = [f"t{i}" for i in range(VOCAB_SIZE)]
@@ -56,7 +56,7 @@ def random_llama(seed: int, rows: int = VOCAB_SIZE) -> LlamaForCausalLM:
     return model
 
 
-def save(model: LlamaForCausalLM, folder: Path, words: Sequence[str] = WORDS) -> None:
+def save(model: PreTrainedModel, folder: Path, words: Sequence[str] = WORDS) -> None:
     """Write `model` with a tokenizer of one of `words` a token."""
     model.save_pretrained(folder)
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="t0"))

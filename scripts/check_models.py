@@ -1,0 +1,164 @@
+"""Check tiny random models of all architectures, as targets and as drafters, and write the table of docs/models.md.
+
+    python scripts/check_models.py --out models.json --only gemma3 gpt_oss --redo
+    python scripts/check_models.py --out models.json --seconds 220
+    python scripts/check_models.py --out models.json --table docs/models.md
+
+Every model of `tests/model_zoo.py` is its own drafter; one that cannot draft gets a Llama as drafter. Greedy float32
+text is compared with that of the target alone, by `tests/model_check.py`, in a process for each. Results are kept in
+`--out`, and what is there is not run again, so that the whole can be done in pieces. Exits with 1 when a model that was
+run has another text as the target, or fails, or does not agree with itself as its own drafter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+NOT_ROLLED_BACK = "does not take the recurrent state"
+"""Of a target that `ssd` refuses, as vLLM's own speculation changes its text, too."""
+LIMIT_S = 600
+"""No check takes so long."""
+BEGIN, END = "<!-- table of scripts/check_models.py: begin -->", "<!-- end -->"
+
+
+class Child:
+    """`model_check.check(name)` in a fork of this process, which has imported vLLM; its output goes to `log`."""
+
+    def __init__(self, name: str, log: Path) -> None:
+        self.name, self.began = name, time.monotonic()
+        read, write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._check(name, log, write)
+        os.close(write)
+        self.pipe = os.fdopen(read)
+
+    @staticmethod
+    def _check(name: str, log: Path, write: int) -> None:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        import model_check
+
+        signal.alarm(LIMIT_S)
+        with os.fdopen(write, "w") as pipe:
+            json.dump(model_check.check(name), pipe)
+        os._exit(0)
+
+    def result(self) -> dict[str, Any]:
+        """What it found; waits for its end."""
+        text = self.pipe.read()
+        self.pipe.close()
+        _, status = os.waitpid(self.pid, 0)
+        if text:
+            return json.loads(text)
+        ended = f"its process ended with {os.waitstatus_to_exitcode(status)}"
+        return {"target": ended, "attention": "–", "drafter": "not run", "trees": "not run"}
+
+
+def check_all(names: list[str], folder: Path, num_jobs: int, seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The results of `names`, `num_jobs` at a time, as they come; none is started after `seconds`."""
+    import vllm  # noqa: F401  # once for all
+
+    started, waiting, running = time.monotonic(), list(names), []
+    while running or waiting:
+        while waiting and len(running) < num_jobs and time.monotonic() - started < seconds:
+            name = waiting.pop(0)
+            running.append(Child(name, folder / f"{name}.log"))
+        if not running:
+            return
+        ready, _, _ = select.select([child.pipe for child in running], [], [])
+        for child in [child for child in running if child.pipe in ready]:
+            running.remove(child)
+            yield child.name, child.result() | {"seconds": round(time.monotonic() - child.began)}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results as a table in Markdown."""
+    lines = [
+        "| model | architecture | attention | as the target | as the drafter | with tree attention |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        target = "same text" if result["target"] == "ok" else result["target"]
+        if NOT_ROLLED_BACK in target:
+            target = "refused: vLLM's speculation changes its text on the CPU"
+        elif "vLLM alone fails" in target:
+            target = f"not on this CPU ({target.partition(': ')[2]})"
+        if result.get("stock"):
+            target += f"; {result['stock']}"
+        drafter, trees = result["drafter"], result["trees"]
+        if drafter == "ok":
+            drafter = f"yes ({result['accepted']} of its own {result['drafted']} drafts accepted)"
+        if "cannot draft" in drafter:
+            drafter = trees = "no, has a state"
+        refusal = re.search(r"tree attention does not support ([\w ]+)", trees)
+        trees = "yes" if trees == "ok" else f"no: {refusal[1]}" if refusal else trees
+        cells = (name, result.get("architecture", "–"), result["attention"], target, drafter, trees)
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def is_sound(result: dict[str, Any]) -> bool:
+    """Whether nothing is wrong: what cannot draft is refused, and what our attention does not know has vLLM's."""
+    if "cannot draft" in result["drafter"]:
+        lossy = NOT_ROLLED_BACK in result["target"] and "another text" in result["stock"]
+        return result["target"] == "ok" or lossy
+    return result["target"] == result["drafter"] == "ok"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON of the results, read and extended")
+    parser.add_argument("--only", nargs="*", help="names in tests/model_zoo.py; all without it")
+    parser.add_argument("--redo", action="store_true", help="run again what --out has already")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no check after so long")
+    parser.add_argument("--jobs", type=int, default=1, help="checks at a time")
+    parser.add_argument("--table", type=Path, help="write the table into this page, and run nothing")
+    parser.add_argument("--logs", type=Path, help="folder for what the engines print")
+    arguments = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
+    from model_zoo import ZOO
+
+    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    names = arguments.only or list(ZOO)
+    if arguments.table:
+        page = arguments.table.read_text()
+        before, _, rest = page.partition(BEGIN)
+        after = rest.partition(END)[2]
+        rows = table({name: results[name] for name in ZOO if name in results})
+        arguments.table.write_text(f"{before}{BEGIN}\n\n{rows}\n\n{END}{after}")
+        return 0
+    faults = []
+    wanted = [name for name in names if arguments.redo or name not in results]
+    for name, result in check_all(wanted, arguments.logs or arguments.out.parent, arguments.jobs, arguments.seconds):
+        results[name] = result
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{name}: {result}", flush=True)
+        faults += [] if is_sound(result) else [name]
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""A dozen architectures, each as the target and as its own drafter; `scripts/check_models.py` has all of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import ANSWER_S
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "check_models.py"
+NO_TREES = {"gpt_oss": "attention sinks", "bloom": "ALiBi", "llama4": "Chunked"}
+"""What the drafter's own attention does not know, so that vLLM's is taken."""
+NOT_ROLLED_BACK = ["mamba2"]
+RECURRENT = ["qwen3_next", *NOT_ROLLED_BACK]
+DRAFTERS = ["llama_yarn", "qwen3", "gemma2", "gemma3", "cohere2", "mistral", "qwen3_moe", "gpt2", *NO_TREES]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the script found, by the name of the model."""
+    out = tmp_path_factory.mktemp("models") / "models.json"
+    command = [sys.executable, str(SCRIPT), "--out", str(out), "--jobs", "2", "--only", *DRAFTERS, *RECURRENT]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
+    assert out.exists(), run.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_decoder_drafts_for_itself(results: dict[str, dict[str, Any]], name: str) -> None:
+    """The text is that of the target alone, and nearly all of its own drafts are accepted, whatever its windows."""
+    result = results[name]
+    assert (result["target"], result["drafter"]) == ("ok", "ok"), result
+    if name in NO_TREES:
+        assert NO_TREES[name] in result["trees"]
+    else:
+        assert result["trees"] == "ok", result
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_recurrent_model_does_not_draft(results: dict[str, dict[str, Any]], name: str) -> None:
+    """Nor is it a target on the CPU, where stock speculation changes its text, except for gated delta networks."""
+    result = results[name]
+    assert "recurrent or linear-attention layers" in result["drafter"]
+    assert "a draft model is a decoder with attention in every layer" in result["drafter"]
+    if name in NOT_ROLLED_BACK:
+        assert "does not take the recurrent state" in result["target"] and "another text" in result["stock"], result
+    else:
+        assert result["target"] == "ok", result
