@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_placement import place_all
+from test_placement import place
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_ssd.compat.target.configuration import engine_argument_names
@@ -56,12 +56,12 @@ def test_arguments_reach_the_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
         "tokenizer": "org/tokenizer",
     }
     check_names(SSDConfig.from_user({"model": "x", **user}).drafter_args or {}, engine_argument_names())
-    options, _ = place_all(monkeypatch, **user)
+    options = place(monkeypatch, **user)
     found = options.engine_args
     assert found["kv_cache_dtype"] == "fp8" and found["max_num_batched_tokens"] == 4096
     assert found["hf_overrides"] == {"rope_theta": 1e6} and found["load_format"] == "safetensors"
     assert found["tokenizer"] == "org/tokenizer" and "download_dir" not in found
-    assert found.keys() - {"target_max_model_len"} <= {field.name for field in fields(EngineArgs)}
+    assert found.keys() - {"target_max_model_len", "num_branches"} <= {field.name for field in fields(EngineArgs)}
 
 
 def test_an_attention_backend_replaces_tree_attention() -> None:

@@ -37,7 +37,7 @@ USED = {
     "vllm.engine.arg_utils": "EngineArgs",
     "vllm.engine.arg_utils:EngineArgs": (
         "create_engine_config create_model_config create_speculative_config language_model_only max_model_len "
-        "max_num_seqs scheduler_cls spec_method speculative_config"
+        "max_num_batched_tokens max_num_seqs scheduler_cls spec_method speculative_config"
     ),
     "vllm.platforms": "current_platform",
     "vllm.platforms.interface:Platform": "device_control_id_to_physical_device_id is_cpu is_unspecified",
