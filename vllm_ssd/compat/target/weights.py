@@ -19,7 +19,7 @@ def warn_of_new_weights() -> None:
 
 
 def _is_ours(worker: Any, *args: Any, **kwargs: Any) -> bool:
-    return has_ssd(worker.vllm_config)
+    return has_ssd(getattr(worker, "vllm_config", None))
 
 
 def _then_warn(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
