@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from fake_model import FakePagedModel
 
+from vllm_ssd.compat.drafter.paged import UnsupportedDraftModel
 from vllm_ssd.drafter import server
 from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import (
@@ -65,6 +66,13 @@ class Unsupported(FakeDraftModel):
         raise ValueError("no such model")
 
 
+class Recurrent(FakeDraftModel):
+    """As a model that cannot draft."""
+
+    def __init__(self, **_) -> None:
+        raise UnsupportedDraftModel("it cannot draft")
+
+
 class StartedOver(Exception):
     """In place of a process that becomes another."""
 
@@ -111,6 +119,12 @@ def test_a_drafter_whose_attention_fails_starts_over_without_it(start, caplog, m
     assert options == msgspec.structs.replace(OPTIONS, tree_attention=False)
     (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert reason in warning.getMessage() and "second line" not in warning.getMessage()
+
+
+def test_a_model_that_cannot_draft_is_not_tried_twice(start):
+    executed = start(Recurrent, OPTIONS)
+    (refused,) = start.target.poll(20.0)
+    assert refused == Refused("UnsupportedDraftModel: it cannot draft") and not executed
 
 
 def test_a_sound_drafter_keeps_its_attention(start):

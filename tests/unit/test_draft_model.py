@@ -1,0 +1,43 @@
+"""Which models can draft: what carries a state from token to token is refused before it is loaded."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_ssd.compat.drafter.draft_model import refuse_state
+from vllm_ssd.compat.drafter.paged import UnsupportedDraftModel
+from vllm_ssd.compat.drafter.tree_backend import TreeAttentionMetadataBuilder, check_builders
+
+DECODER = {"is_hybrid": False, "is_attention_free": False, "is_encoder_decoder": False, "runner_type": "generate"}
+
+
+def model(**differences: object) -> SimpleNamespace:
+    return SimpleNamespace(model="org/draft", architecture="SomeForCausalLM", **{**DECODER, **differences})
+
+
+@pytest.mark.parametrize(
+    ("differences", "reason"),
+    [
+        ({"is_hybrid": True}, "recurrent or linear-attention layers, whose state branches cannot share"),
+        ({"is_attention_free": True}, "recurrent or linear-attention layers"),
+        ({"is_encoder_decoder": True}, "is an encoder-decoder"),
+        ({"runner_type": "pooling"}, "is a pooling model"),
+    ],
+)
+def test_the_refusal_says_what_can_draft(differences: dict[str, object], reason: str) -> None:
+    expected = rf"org/draft \(SomeForCausalLM\) .*{reason}.*cannot draft; a draft model is a decoder with attention"
+    with pytest.raises(UnsupportedDraftModel, match=expected):
+        refuse_state(model(**differences))
+    refuse_state(model())
+
+
+def test_a_backend_between_a_layer_and_tree_attention_is_noticed() -> None:
+    class ChunkedLocalAttentionBuilder(TreeAttentionMetadataBuilder):
+        def __init__(self) -> None: ...
+
+    plain = TreeAttentionMetadataBuilder.__new__(TreeAttentionMetadataBuilder)
+    check_builders([plain, plain])
+    with pytest.raises(NotImplementedError, match="does not support ChunkedLocalAttentionBuilder"):
+        check_builders([plain, ChunkedLocalAttentionBuilder()])
