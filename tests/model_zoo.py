@@ -183,7 +183,7 @@ ZOO: dict[str, Entry] = {
     "minicpm3": Entry("minicpm3", "latent"),
     # sliding and full layers mixed
     "gemma2": _mixed("gemma2", "sliding and full, soft caps", **TIED),
-    "gemma3": _mixed("gemma3_text", **TIED),
+    "gemma3": _mixed("gemma3_text"),
     "gemma3n": _mixed("gemma3n_text", **TIED, activation_sparsity_pattern=[0.0] * 4, intermediate_size=[128] * 4),
     "gemma4": _mixed("gemma4_text", **TIED, num_experts=None),
     "cohere2": _mixed("cohere2", **TIED),
@@ -256,7 +256,7 @@ def write(name: str, folder: Path, *, vocab_size: int = VOCAB_SIZE, seed: int = 
     for attempt in range(8):
         torch.manual_seed(100 * seed + attempt)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        randomise(model)
+        randomise(model, tied_std=0.1 if attempt < 2 else 0.03)
         if variety(model, vocab_size) >= MIN_VARIETY:
             break
     save(model, folder, [f"t{i}" for i in range(vocab_size)])
@@ -285,14 +285,14 @@ def configuration(entry: Entry, vocab_size: int = VOCAB_SIZE) -> Any:
 
 
 @torch.no_grad()
-def randomise(model: Any) -> None:
+def randomise(model: Any, tied_std: float) -> None:
     """Draw the matrices so that every layer matters; an embedding that is also the output weighs less than the layers,
     or each token would be followed by itself."""
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is model.get_input_embeddings().weight
     for name, weight in model.named_parameters():
         if "embed" in name or ".wte" in name or ".wpe" in name:
-            weight.normal_(std=0.1 if tied else 1.0)
+            weight.normal_(std=tied_std if tied else 1.0)
         elif output is not None and weight is output.weight:
             weight.normal_(std=0.5)
         elif weight.dim() > 1 and "conv1d" not in name:

@@ -13,8 +13,6 @@ from vllm_ssd.compat.target.runner import METHOD_ON_V2, check_runner, has_ssd
 from vllm_ssd.compat.version import UnsupportedVLLM
 
 SPECULATIVE_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_speculative_config"
-ROLLED_BACK_ON_CPU = ("Qwen3Next", "Qwen3_5")
-"""Beginnings of architectures with recurrent layers that vLLM speculates for on the CPU: gated delta networks."""
 ENGINE_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
 
 
@@ -35,13 +33,14 @@ def engine_argument_names() -> frozenset[str]:
 def check_target(model_config: Any) -> None:
     """Raise ValueError for a target whose text any speculation would change.
 
-    vLLM 0.29 to 0.33 on the CPU: after a rejected draft the state of recurrent layers stays where the draft left it,
-    as the CPU's operations for Mamba and short convolutions do not know how many drafts were accepted.
+    vLLM 0.32 on the CPU: after a rejected draft the state of recurrent layers stays where the draft left it, as the
+    CPU's operations for Mamba and short convolutions do not know how many drafts were accepted; those for gated delta
+    networks fail where rows of a batch have different numbers of drafts.
     """
     from vllm.platforms import current_platform
 
     recurrent = model_config.is_hybrid or model_config.is_attention_free
-    if current_platform.is_cpu() and recurrent and not model_config.architecture.startswith(ROLLED_BACK_ON_CPU):
+    if current_platform.is_cpu() and recurrent:
         raise ValueError(
             f"ssd: on the CPU vLLM does not take the recurrent state of {model_config.architecture} back when drafts "
             "are rejected, so that its text would change with any speculative method; run it without, or on a GPU"
