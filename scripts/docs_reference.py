@@ -29,6 +29,8 @@ ORDER = [
     "vllm_ssd.drafter.pages",
     "vllm_ssd.policy",
     "vllm_ssd.planning",
+    "vllm_ssd.doctor",
+    "vllm_ssd.cli",
     "vllm_ssd.kernels",
     "vllm_ssd.compat",
 ]

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -38,6 +39,18 @@ class UnsupportedDraftModel(ValueError):
     """The draft model needs more than one group of KV pages, or is no decoder."""
 
 
+def draft_config(tree_attention: bool, target_max_model_len: int | None, engine_args: dict[str, Any]) -> VllmConfig:
+    """vLLM's configuration of a draft model; nothing is loaded, but its configuration files are read."""
+    if tree_attention:
+        engine_args = engine_args | {"attention_backend": tree_backend.register()}
+    args = EngineArgs(block_size=PAGE_SIZE, enable_prefix_caching=False, disable_log_stats=True, **engine_args)
+    if args.max_num_seqs is not None and args.max_num_seqs > DEFAULT_BATCH_TOKENS:
+        args.max_num_batched_tokens = max(args.max_num_batched_tokens or 0, args.max_num_seqs)
+    if args.max_model_len is None and target_max_model_len is not None:  # no request will be longer
+        args.max_model_len = min(args.create_model_config().max_model_len, target_max_model_len)
+    return args.create_engine_config()
+
+
 class DraftModel:
     """The loaded draft model, its KV pages, and two ways to run it: with vLLM's attention on sequences that each have
     a page table, or with tree attention (`tree_attention`) on the trees of requests."""
@@ -50,14 +63,7 @@ class DraftModel:
         num_branches: int = 0,
         **engine_args,
     ) -> None:
-        if tree_attention:
-            engine_args["attention_backend"] = tree_backend.register()
-        args = EngineArgs(block_size=PAGE_SIZE, enable_prefix_caching=False, disable_log_stats=True, **engine_args)
-        if args.max_num_seqs is not None and args.max_num_seqs > DEFAULT_BATCH_TOKENS:
-            args.max_num_batched_tokens = max(args.max_num_batched_tokens or 0, args.max_num_seqs)
-        if args.max_model_len is None and target_max_model_len is not None:  # no request will be longer
-            args.max_model_len = min(args.create_model_config().max_model_len, target_max_model_len)
-        self.vllm_config = args.create_engine_config()
+        self.vllm_config = draft_config(tree_attention, target_max_model_len, engine_args)
         config = self.vllm_config.model_config
         self.vocab_size, self.dtype = config.get_vocab_size(), config.dtype
         rows = min(num_branches, max_rows(self.vocab_size, self.dtype))
