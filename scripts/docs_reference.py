@@ -30,6 +30,7 @@ ORDER = [
     "vllm_ssd.policy",
     "vllm_ssd.planning",
     "vllm_ssd.doctor",
+    "vllm_ssd.monitor",
     "vllm_ssd.cli",
     "vllm_ssd.kernels",
     "vllm_ssd.compat",

@@ -75,6 +75,13 @@ class Server:
         with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=120) as answer:
             return json.load(answer)["choices"][0]
 
+    def acceptance(self, **body: Any) -> dict[str, Any]:
+        """What vLLM's answer says of the drafts of one request."""
+        url = f"http://127.0.0.1:{self.port}/v1/completions"
+        data = json.dumps({"model": "target", "temperature": 0, "max_tokens": 60, **body}).encode()
+        with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=120) as answer:
+            return json.load(answer)["metrics"]["speculative_decoding"]
+
     def counter(self, name: str) -> float:
         """A counter of vllm-ssd's Prometheus page."""
         page = self.get(self.metrics_port, "/metrics")
@@ -135,9 +142,18 @@ def test_configured_in_json_and_killed(tmp_path: Path, target_alone: Engine) -> 
         "kv_cache_memory": "64MiB",
     }
     keys = json.dumps(config)[:-1] + ', "metrics_port": METRICS_PORT}'
-    with serve(tmp_path / "log", "--speculative-config", keys) as (server, processes):
+    flags = ("--speculative-config", keys, "--per-request-spec-decode-metrics", "summary")
+    with serve(tmp_path / "log", *flags) as (server, processes):
         assert check_answers(server, target_alone) > 0, "inconclusive: no hits"
         assert server.counter("accepted_tokens") > 0, "inconclusive: no drafts accepted"
+        page = server.get(server.port, "/metrics")  # vLLM's own: its counters and ours
+        (accepted,) = re.findall(r'^vllm_ssd:accepted_tokens_total\{engine="0"\} (\S+)', page, re.MULTILINE)
+        assert float(accepted) == server.counter("accepted_tokens") and "vllm:generation_tokens_total{" in page
+        before = [server.counter(name) for name in ("draft_tokens", "accepted_tokens")]
+        told = server.acceptance(prompt=PROMPTS[0])
+        after = [server.counter(name) for name in ("draft_tokens", "accepted_tokens")]
+        counted = [told["num_draft_tokens"], told["num_accepted_draft_tokens"]]
+        assert counted == [b - a for a, b in zip(before, after)] and counted[1] > 0
         drafter_of(processes).kill()
         deadline = time.monotonic() + RESTART_S
         while not check_answers(server, target_alone):

@@ -57,8 +57,9 @@ ALLOWED = {
         "planning",
         "target",
     },
-    "plugin": {"compat", "compat.target", "config", "target.v1", "target.v2"},
-    "cli": {"compat", "compat.target", "config", "doctor", "planning"},
+    "plugin": {"compat", "compat.target", "config", "link", "target.v1", "target.v2"},
+    "monitor": set(),
+    "cli": {"compat", "compat.target", "config", "doctor", "monitor", "planning"},
 }
 """The rooms that each room refers to; a room is a folder, or a file that stands alone."""
 
