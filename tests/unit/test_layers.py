@@ -58,7 +58,7 @@ ALLOWED = {
         "target",
     },
     "plugin": {"compat", "compat.target", "config", "link", "target.v1", "target.v2"},
-    "monitor": set(),
+    "monitor": {"link"},
     "cli": {"compat", "compat.target", "config", "doctor", "monitor", "planning"},
 }
 """The rooms that each room refers to; a room is a folder, or a file that stands alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -23,7 +24,7 @@ def top_command(
 ) -> None:
     """Show hits, accepted drafts, tokens per second and the drafters of running servers, live."""
     urls = [url_of(source) for source in sources or ["8000"]]
-    before: list[Snapshot | None] = [None] * len(urls)
+    before: Sequence[Snapshot | None] = [None] * len(urls)
     now = [scrape(url) for url in urls]
     if once:
         console.print(frame(now, before))

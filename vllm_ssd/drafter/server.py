@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import msgspec
 
@@ -24,7 +24,7 @@ from vllm_ssd.drafter.pages.host import HostPages
 from vllm_ssd.drafter.sampler import Sampler
 from vllm_ssd.drafter.self_check import check_trees
 from vllm_ssd.drafter.stepper import EagerRunner, Stepper
-from vllm_ssd.drafter.trace import TRACE_ENV, TracedFanOut
+from vllm_ssd.drafter.trace import TracedEngine, TracedFanOut, TracedTransport
 from vllm_ssd.drafter.vocabulary import UnlikeVocabularies, Vocabulary, VocabularyMap, match, translated
 from vllm_ssd.link.checks import max_step_bytes
 from vllm_ssd.link.options import DrafterOptions
@@ -42,6 +42,7 @@ from vllm_ssd.link.protocol import (
     fingerprint,
     unpack_ids,
 )
+from vllm_ssd.link.timeline import TRACE_ENV, Timeline
 from vllm_ssd.link.transport import Transport, TransportClosed
 from vllm_ssd.policy import BranchBudget, FanOut
 
@@ -139,7 +140,12 @@ def run(fd: int, options: DrafterOptions) -> int:
         gc.freeze()
         heartbeat = Heartbeat(transport)
         try:
-            serve(heartbeat, engine)
+            if trace:
+                timeline = Timeline(trace, "drafter")
+                traced = cast(Transport, TracedTransport(heartbeat, timeline))
+                serve(traced, cast(DraftEngine, TracedEngine(engine, timeline)))
+            else:
+                serve(heartbeat, engine)
         finally:
             heartbeat.close()
     except TransportClosed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -15,6 +16,7 @@ from vllm_ssd.link.metrics_socket import METRICS_ENV
 from vllm_ssd.link.placement import place_drafter
 from vllm_ssd.link.process import DrafterProcess
 from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, fingerprint
+from vllm_ssd.link.timeline import TRACE_ENV, Timeline
 from vllm_ssd.target.metrics import Metrics
 
 logger = init_logger("vllm.vllm_ssd")
@@ -42,7 +44,14 @@ def start_drafter(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, 
     if METRICS_ENV in os.environ:
         metrics.listen(os.environ[METRICS_ENV], vllm_config.parallel_config.data_parallel_index)
     free_before = torch.accelerator.get_memory_info()[0] if beside_target else 0
-    drafter = DrafterProcess(
+    trace = os.environ.get(TRACE_ENV)
+    if trace:
+        from vllm_ssd.target.trace import TracedDrafterProcess
+
+        start = functools.partial(TracedDrafterProcess, timeline=Timeline(trace, "target"))
+    else:
+        start = DrafterProcess
+    drafter = start(
         options,
         _hello(config, vllm_config),
         environment=environment,
