@@ -131,6 +131,21 @@ def check_answers(server: Server, target_alone: Engine) -> float:
     return server.counter("hits") - hits
 
 
+def check_log(server: Server) -> None:
+    """Nothing of a prompt is in the log of the server, its workers and its drafter, as text or as token ids."""
+    from tokenizers import Tokenizer
+
+    encode = Tokenizer.from_file(str(PAIR / "target" / "tokenizer.json")).encode
+    log = server.log.read_text()
+    assert "SSD drafter 1 ready" in log
+    for prompt in PROMPTS:
+        parts = [line.strip() for line in prompt.splitlines() if len(line.strip()) > 10]
+        ids = encode(prompt).ids
+        for separator in (", ", ",", " "):
+            parts += [separator.join(map(str, ids[i : i + 4])) for i in range(len(ids) - 3)]
+        assert not [part for part in parts if part in log]
+
+
 def test_configured_in_json_and_killed(tmp_path: Path, target_alone: Engine) -> None:
     config = {
         "method": "ssd",
@@ -158,6 +173,7 @@ def test_configured_in_json_and_killed(tmp_path: Path, target_alone: Engine) -> 
         deadline = time.monotonic() + RESTART_S
         while not check_answers(server, target_alone):
             assert time.monotonic() < deadline, "no hits after the drafter was killed"
+        check_log(server)
         restarted = [p for p in processes[0].children(recursive=True) if p not in processes]
         processes += restarted
         server.process.kill()
@@ -182,7 +198,7 @@ def test_configured_by_dotted_keys_and_interrupted(tmp_path: Path, target_alone:
         os.killpg(server.process.pid, signal.SIGINT)  # as Ctrl-C does
         _, alive = psutil.wait_procs(processes, timeout=END_S)
         assert not alive, f"still there after Ctrl-C: {alive}"
-    assert re.search(r"SSD drafter 1 ready", server.log.read_text())
+    check_log(server)
 
 
 def test_drafter_that_does_not_exist(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from vllm_ssd.drafter.stepper import EagerRunner, Stepper
 from vllm_ssd.drafter.trace import TracedEngine, TracedFanOut, TracedTransport
 from vllm_ssd.drafter.vocabulary import UnlikeVocabularies, Vocabulary, VocabularyMap, match, translated
 from vllm_ssd.link.checks import max_step_bytes
+from vllm_ssd.link.environment import forget_loading
 from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import (
     PROTOCOL_VERSION,
@@ -115,6 +116,7 @@ def run(fd: int, options: DrafterOptions) -> int:
         transport.send(Refused(f"{type(error).__name__}: {error}"))
         transport.poll(0.0)
         raise
+    forget_loading(os.environ)
     trace = os.environ.get(TRACE_ENV)
     welcome = Welcome(
         PROTOCOL_VERSION,
