@@ -17,7 +17,7 @@ from mkdocs.structure.pages import Page
 
 logger = logging.getLogger("mkdocs.hooks.docs_reference")  # in strict mode its warnings are errors
 
-OUTSIDE_LINK = re.compile(r"\]\(\.\./([^)#]+)")
+OUTSIDE_LINK = re.compile(r"\]\((?:\.\./)+([^)#]+)")
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "vllm_ssd",
