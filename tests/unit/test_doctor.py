@@ -90,9 +90,14 @@ def test_a_draft_model_that_is_not_there():
 
 
 def test_another_vocabulary_is_refused_in_the_drafter_s_words(tmp_path):
-    status, found = doctor(drafter=altered(DRAFTER, tmp_path / "drafter", vocab_size=2050))
-    assert status == 1 and found["vocabulary"]["status"] == "fails"
-    assert "2048" in found["vocabulary"]["text"] and "2050" in found["vocabulary"]["text"]
+    folder = Path(altered(DRAFTER, tmp_path / "drafter"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = dict(zip(vocab, reversed(list(vocab.values()))))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    status, found = doctor(drafter=str(folder))
+    assert status == 1 and found["vocabulary"]["status"] == "fails", found
+    assert "heterogeneous_vocab" in found["vocabulary"]["text"] + found["vocabulary"]["fix"]
     assert "by its shape" in found["memory"]["text"]
 
 
@@ -166,7 +171,7 @@ def test_the_drafter_takes_the_first_gpu_that_the_target_leaves(ask):
 def test_a_machine_with_one_gpu_too_few(ask):
     starts, found = ask(4, "-tp", "4")
     assert not starts and found["drafter's device"]["status"] == "fails"
-    assert "drafter_device" in found["drafter's device"]["fix"]
+    assert "the target uses all" in found["drafter's device"]["text"]
 
 
 def test_a_target_that_needs_more_gpus_than_vllm_sees(ask):
@@ -187,11 +192,18 @@ def test_replicas_have_a_drafter_each(ask):
 def test_a_shared_gpu_must_hold_both(ask):
     shared = ("--speculative-config.drafter_device", "cuda:0")
     starts, found = ask(1, *shared)
-    assert not starts and found["shared GPU"]["status"] == "fails"
-    starts, found = ask(
-        1, *shared, "--gpu-memory-utilization", "0.6", "--speculative-config.gpu_memory_utilization", "0.3"
-    )
-    assert starts and found["shared GPU"]["status"] == "note"
+    assert not starts and "set kv_cache_memory" in found["drafter's device"]["text"]
+    utilization = ("--gpu-memory-utilization", "0.9", "--speculative-config.gpu_memory_utilization", "0.3")
+    starts, found = ask(1, *shared, *utilization)
+    assert not starts and "ask for 120% of it" in found["drafter's device"]["text"]
+    starts, found = ask(1, *shared, "--gpu-memory-utilization", "0.6", *utilization[2:])
+    assert starts and found["drafter's device"]["status"] == "note"
+
+
+def test_device_ids_are_the_target_s_and_leave_the_rest(ask):
+    starts, found = ask(8, "-tp", "2", "--device-ids", "2,3,5")
+    assert starts, found
+    assert found["target's devices"]["text"].startswith("GPU 2, 3 ") and found["drafter's device"]["text"] == "GPU 5"
 
 
 def test_the_runner_that_was_asked_for(ask):

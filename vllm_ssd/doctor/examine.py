@@ -18,10 +18,11 @@ from vllm_ssd.compat.target import runner, serve_flags
 from vllm_ssd.compat.version import UnsupportedVLLM, check_vllm_version, supported_range
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.doctor.findings import Findings
-from vllm_ssd.doctor.handshake import refusal
+from vllm_ssd.doctor.handshake import shake_hands
 from vllm_ssd.doctor.machine import Machine, gib
 from vllm_ssd.doctor.memory import weight_bytes
-from vllm_ssd.doctor.placed import Placed, place
+from vllm_ssd.doctor.placed import place, targets
+from vllm_ssd.link.placement import Placement
 
 
 def examine(target: str, drafter: str, flags: list[str], machine: Machine) -> Findings:
@@ -93,27 +94,26 @@ def _attention_of_target(found: Findings, config: VllmConfig, machine: Machine) 
     found.ok("target's attention", name + build)
 
 
-def _places(found: Findings, config: SSDConfig, target: VllmConfig, machine: Machine) -> Placed | None:
+def _places(found: Findings, config: SSDConfig, target: VllmConfig, machine: Machine) -> Placement | None:
     """Say where target and drafters run; the first replica's drafter, None where one has no place."""
     parallel = target.parallel_config
-    replicas, per_replica = parallel.data_parallel_size_local, parallel.world_size
-    is_cpu = not machine.num_gpus
+    replicas = parallel.data_parallel_size_local
     ray = parallel.distributed_executor_backend == "ray"
-    if is_cpu:
+    if not machine.num_gpus:
         found.ok("target's devices", "CPU cores as VLLM_CPU_OMP_THREADS_BIND says")
     else:
-        ids = parallel.assigned_physical_gpu_ids or range(replicas * per_replica)
+        ids = targets(target, machine)
         shape = f"TP {parallel.tensor_parallel_size}, PP {parallel.pipeline_parallel_size}, DP {replicas} on this node"
         text = f"GPU {', '.join(map(str, ids))} ({shape}{', by Ray' if ray else ''})"
-        if max(ids) >= machine.num_gpus and not ray and not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        if max(ids) >= machine.num_gpus and not ray:
             found.fails("target's devices", f"{text}; the machine has {machine.num_gpus}", "add GPUs, or use fewer")
         else:
             found.ok("target's devices", text)
-    places: list[Placed] = []
-    for replica in range(replicas):
+    places: list[Placement] = []
+    for replica in range(max(replicas, 1)):
         subject = "drafter's device" if replicas == 1 else f"drafter's device, replica {replica}"
         try:
-            placed = place(config, target, replica, is_cpu=is_cpu)
+            placed = place(config, target, replica, machine)
         except ValueError as error:
             found.fails(subject, *_advised(error))
             return None
@@ -122,29 +122,26 @@ def _places(found: Findings, config: SSDConfig, target: VllmConfig, machine: Mac
     return places[0]
 
 
-def _place(found: Findings, subject: str, placed: Placed, config: SSDConfig, machine: Machine) -> None:
-    device = placed.device
-    if device is None:
-        cores = ", ".join(map(str, placed.options.cpus))
-        left = "" if config.drafter_cpus else ", or what vLLM's workers leave free"
-        beyond = [core for core in placed.options.cpus if core not in os.sched_getaffinity(0)]
-        if beyond:
-            found.fails(subject, f"core {cores}, of which this process may not use {beyond}", "set drafter_cpus")
-        elif machine.num_cores < 2:
-            found.note(subject, f"core {cores}, the only one: the drafter takes time from the target", "add a core")
+def _place(found: Findings, subject: str, placed: Placement, config: SSDConfig, machine: Machine) -> None:
+    if machine.num_gpus:
+        device = placed.environment["CUDA_VISIBLE_DEVICES"]
+        if placed.beside_target:
+            found.note(subject, f"GPU {device}, the target's own: drafting takes its time, and it loads first")
         else:
-            found.ok(subject, f"core {cores}{left}")
-    elif device.isdigit() and int(device) >= machine.num_gpus and not os.environ.get("CUDA_VISIBLE_DEVICES"):
-        fix = (
-            "add a GPU, let the target have one less, or set drafter_device to share one, with gpu_memory_utilization "
-            "for each"
-        )
-        found.fails(subject, f"GPU {device}, and the machine has 0 to {machine.num_gpus - 1}", fix)
+            found.ok(subject, f"GPU {device}")
+        return
+    cores = ", ".join(map(str, placed.options.cpus))
+    left = "" if config.drafter_cpus else ", or what vLLM's workers leave free"
+    beyond = [core for core in placed.options.cpus if core not in os.sched_getaffinity(0)]
+    if beyond:
+        found.fails(subject, f"core {cores}, of which this process may not use {beyond}", "set drafter_cpus")
+    elif machine.num_cores < 2:
+        found.note(subject, f"core {cores}, the only one: the drafter takes time from the target", "add a core")
     else:
-        found.ok(subject, f"GPU {device}")
+        found.ok(subject, f"core {cores}{left}")
 
 
-def _drafter(found: Findings, config: SSDConfig, target: VllmConfig, placed: Placed, machine: Machine) -> None:
+def _drafter(found: Findings, config: SSDConfig, target: VllmConfig, placed: Placement, machine: Machine) -> None:
     """What the draft model needs, and whether it fits the target."""
     options = placed.options
     try:
@@ -173,12 +170,14 @@ def _drafter(found: Findings, config: SSDConfig, target: VllmConfig, placed: Pla
     else:
         found.ok("context", f"{target_len} tokens; the drafter takes requests up to {most}")
     try:
-        reason = refusal(config, target, drafter)
+        fits, said = shake_hands(config, target, drafter)
     except (ValueError, OSError) as error:
         found.fails("vocabulary", *_advised(error))
     else:
-        if reason:
-            found.fails("vocabulary", reason, "choose a draft model of the target's family")
+        if not fits:
+            found.fails("vocabulary", said, "choose a draft model of the target's family, or heterogeneous_vocab")
+        elif said:
+            found.note("vocabulary", said)
         else:
             found.ok("vocabulary", f"{model.get_vocab_size()} tokens, the same tokenizer")
     attention = "tree attention, checked at start" if options.tree_attention else "vLLM's"
@@ -187,12 +186,12 @@ def _drafter(found: Findings, config: SSDConfig, target: VllmConfig, placed: Pla
 
 
 def _draft_config(tree_attention: bool, engine_args: dict[str, Any]) -> VllmConfig:
-    arguments = dict(engine_args)
+    arguments = {key: value for key, value in engine_args.items() if key != "num_branches"}
     return draft_config(tree_attention, arguments.pop("target_max_model_len", None), arguments)
 
 
 def _memory(
-    found: Findings, config: SSDConfig, target: VllmConfig, drafter: VllmConfig, placed: Placed, machine: Machine
+    found: Findings, config: SSDConfig, target: VllmConfig, drafter: VllmConfig, placed: Placement, machine: Machine
 ) -> None:
     """Weights and KV of both sides against what there is."""
     target_weights, how = weight_bytes(target.model_config)
@@ -228,18 +227,6 @@ def _memory(
         bytes_a_token(drafter),
         machine,
     )
-    replicas = parallel.data_parallel_size_local
-    targets = parallel.assigned_physical_gpu_ids or range(replicas * parallel.world_size)
-    if placed.device in [str(target_id) for target_id in targets] and not os.environ.get("CUDA_VISIBLE_DEVICES"):
-        drafters = (draft_weights + kv_bytes) / machine.gpu_bytes if kv_bytes else draft_utilization
-        if utilization + drafters > 1:
-            found.fails(
-                "shared GPU",
-                f"target and drafter ask for {utilization:.2f} and {drafters:.2f} of GPU {placed.device}",
-                "set --gpu-memory-utilization and gpu_memory_utilization in speculative_config to at most 1 together",
-            )
-        else:
-            found.note("shared GPU", f"GPU {placed.device} is the target's, too: drafting takes its time")
 
 
 def _on_gpu(
