@@ -186,7 +186,7 @@ def test_tokens_for_loading_are_gone_when_it_serves(start, monkeypatch):
 
     monkeypatch.setattr(server, "serve", serve)
     start(Asks, msgspec.structs.replace(OPTIONS, tree_attention=False))
-    start.target.send(Hello(PROTOCOL_VERSION, FakePagedModel.vocab_size, 3, fingerprint({"a": 0})))
+    start.target.send(Hello(PROTOCOL_VERSION, FakePagedModel.vocab_size, 3, fingerprint(["a"])))
     start.thread.join(20)
     assert seen == {"loading": [*names], "serving": []}
     environments: list[dict[str, str]] = []
