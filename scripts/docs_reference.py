@@ -17,7 +17,7 @@ from mkdocs.structure.pages import Page
 
 logger = logging.getLogger("mkdocs.hooks.docs_reference")  # in strict mode its warnings are errors
 
-OUTSIDE_LINK = re.compile(r"\]\(\.\./([^)#]+)")
+OUTSIDE_LINK = re.compile(r"\]\((?:\.\./)+([^)#]+)")
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "vllm_ssd",
@@ -29,6 +29,9 @@ ORDER = [
     "vllm_ssd.drafter.pages",
     "vllm_ssd.policy",
     "vllm_ssd.planning",
+    "vllm_ssd.doctor",
+    "vllm_ssd.monitor",
+    "vllm_ssd.cli",
     "vllm_ssd.kernels",
     "vllm_ssd.compat",
 ]

@@ -65,6 +65,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     from vllm_ssd.compat.target import configuration, runner
     from vllm_ssd.compat.version import check_vllm_version
     from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV, SSDConfig
+    from vllm_ssd.link.metrics_socket import METRICS_ENV, show_workers
 
     check_vllm_version(vllm.__version__)
     if model_config.runner_type == "pooling":
@@ -84,6 +85,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     os.environ[RUNTIME_ENV] = config.runtime_json()
     os.environ[SERVER_PID_ENV] = str(os.getpid())
     os.environ[REPLICAS_ENV] = str(replicas_here(parallel_config))
+    os.environ[METRICS_ENV] = show_workers(range(parallel_config.data_parallel_size))
     if parallel_config.pipeline_parallel_size > 1 and not runner.is_v2():
         if parallel_config.worker_extension_cls not in ("", PIPELINE_EXTENSION):
             raise ValueError("ssd: pipeline parallelism needs worker_extension_cls, which is set already")

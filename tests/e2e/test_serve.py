@@ -75,6 +75,13 @@ class Server:
         with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=120) as answer:
             return json.load(answer)["choices"][0]
 
+    def acceptance(self, **body: Any) -> dict[str, Any]:
+        """What vLLM's answer says of the drafts of one request."""
+        url = f"http://127.0.0.1:{self.port}/v1/completions"
+        data = json.dumps({"model": "target", "temperature": 0, "max_tokens": 60, **body}).encode()
+        with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=120) as answer:
+            return json.load(answer)["metrics"]["speculative_decoding"]
+
     def counter(self, name: str) -> float:
         """A counter of vllm-ssd's Prometheus page."""
         page = self.get(self.metrics_port, "/metrics")
@@ -124,6 +131,21 @@ def check_answers(server: Server, target_alone: Engine) -> float:
     return server.counter("hits") - hits
 
 
+def check_log(server: Server) -> None:
+    """Nothing of a prompt is in the log of the server, its workers and its drafter, as text or as token ids."""
+    from tokenizers import Tokenizer
+
+    encode = Tokenizer.from_file(str(PAIR / "target" / "tokenizer.json")).encode
+    log = server.log.read_text()
+    assert "SSD drafter 1 ready" in log
+    for prompt in PROMPTS:
+        parts = [line.strip() for line in prompt.splitlines() if len(line.strip()) > 10]
+        ids = encode(prompt).ids
+        for separator in (", ", ",", " "):
+            parts += [separator.join(map(str, ids[i : i + 4])) for i in range(len(ids) - 3)]
+        assert not [part for part in parts if part in log]
+
+
 def test_configured_in_json_and_killed(tmp_path: Path, target_alone: Engine) -> None:
     config = {
         "method": "ssd",
@@ -135,13 +157,23 @@ def test_configured_in_json_and_killed(tmp_path: Path, target_alone: Engine) -> 
         "kv_cache_memory": "64MiB",
     }
     keys = json.dumps(config)[:-1] + ', "metrics_port": METRICS_PORT}'
-    with serve(tmp_path / "log", "--speculative-config", keys) as (server, processes):
+    flags = ("--speculative-config", keys, "--per-request-spec-decode-metrics", "summary")
+    with serve(tmp_path / "log", *flags) as (server, processes):
         assert check_answers(server, target_alone) > 0, "inconclusive: no hits"
         assert server.counter("accepted_tokens") > 0, "inconclusive: no drafts accepted"
+        page = server.get(server.port, "/metrics")  # vLLM's own: its counters and ours
+        (accepted,) = re.findall(r'^vllm_ssd:accepted_tokens_total\{engine="0"\} (\S+)', page, re.MULTILINE)
+        assert float(accepted) == server.counter("accepted_tokens") and "vllm:generation_tokens_total{" in page
+        before = [server.counter(name) for name in ("draft_tokens", "accepted_tokens")]
+        told = server.acceptance(prompt=PROMPTS[0])
+        after = [server.counter(name) for name in ("draft_tokens", "accepted_tokens")]
+        counted = [told["num_draft_tokens"], told["num_accepted_draft_tokens"]]
+        assert counted == [b - a for a, b in zip(before, after)] and counted[1] > 0
         drafter_of(processes).kill()
         deadline = time.monotonic() + RESTART_S
         while not check_answers(server, target_alone):
             assert time.monotonic() < deadline, "no hits after the drafter was killed"
+        check_log(server)
         restarted = [p for p in processes[0].children(recursive=True) if p not in processes]
         processes += restarted
         server.process.kill()
@@ -166,7 +198,7 @@ def test_configured_by_dotted_keys_and_interrupted(tmp_path: Path, target_alone:
         os.killpg(server.process.pid, signal.SIGINT)  # as Ctrl-C does
         _, alive = psutil.wait_procs(processes, timeout=END_S)
         assert not alive, f"still there after Ctrl-C: {alive}"
-    assert re.search(r"SSD drafter 1 ready", server.log.read_text())
+    check_log(server)
 
 
 def test_drafter_that_does_not_exist(tmp_path: Path) -> None:

@@ -74,6 +74,11 @@ OBJECTS = {
         "scheduler_output": SCHEDULED,
         "model_runner_output": "vllm.v1.outputs:ModelRunnerOutput",
     },
+    "compat.target.serve_flags": {
+        "vllm_config": CONFIG,
+        "model": "vllm.config.model:ModelConfig",
+        "platform": "vllm.platforms.cuda:CudaPlatformBase",
+    },
     "compat.target.truncation": {"params": "vllm.sampling_params:SamplingParams"},
     "compat.vocabulary": {
         "model_config": "vllm.config.model:ModelConfig",

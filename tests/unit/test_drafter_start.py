@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import types
@@ -180,3 +181,31 @@ def test_what_fails_without_it_too_is_the_reason_given(start):
     executed = start(Unsupported, msgspec.structs.replace(OPTIONS, tree_attention=False))
     (refused,) = start.target.poll(20.0)
     assert refused == Refused("ValueError: no such model") and not executed
+
+
+def test_tokens_for_loading_are_gone_when_it_serves(start, monkeypatch):
+    """A drafter that starts over loads again, and gets them again; one that serves has none."""
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
+    seen: dict[str, list[str]] = {}
+    for name in names:
+        monkeypatch.setenv(name, "hf_x")
+
+    class Asks(FakeDraftModel):
+        def __init__(self, **arguments) -> None:
+            seen["loading"] = [name for name in names if name in os.environ]
+            super().__init__(**arguments)
+
+    def serve(transport, engine) -> None:
+        seen["serving"] = [name for name in names if name in os.environ]
+
+    monkeypatch.setattr(server, "serve", serve)
+    start(Asks, msgspec.structs.replace(OPTIONS, tree_attention=False))
+    start.target.send(Hello(PROTOCOL_VERSION, FakePagedModel.vocab_size, 3, fingerprint(["a"])))
+    start.thread.join(20)
+    assert seen == {"loading": [*names], "serving": []}
+    environments: list[dict[str, str]] = []
+    monkeypatch.setattr(server.os, "execve", lambda path, arguments, environment: environments.append(environment))
+    monkeypatch.setattr(server.os, "set_inheritable", lambda fd, inheritable: None)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    server._start_over(0, OPTIONS, dict(os.environ), ValueError("x"))
+    assert environments[0]["HF_TOKEN"] == "hf_x"

@@ -47,8 +47,19 @@ ALLOWED = {
         "policy",
     },
     # on top
+    "doctor": {
+        "compat",
+        "compat.drafter",
+        "compat.target",
+        "config",
+        "drafter",
+        "link",
+        "planning",
+        "target",
+    },
     "plugin": {"compat", "compat.target", "config", "link", "target.v1", "target.v2"},
-    "cli": {"compat", "config", "planning"},
+    "monitor": {"link"},
+    "cli": {"compat", "compat.target", "config", "doctor", "monitor", "planning"},
 }
 """The rooms that each room refers to; a room is a folder, or a file that stands alone."""
 

@@ -79,6 +79,12 @@ def replace(symbol: str, replacement: Callable[..., Any], *, parameters: tuple[s
     _install(Patch(symbol, found, None, parameters, owner, vars(owner).get(_name(symbol)), replacement))
 
 
+def assume(symbol: str, value: Any) -> None:
+    """Set a module's constant, in a process that runs no engine: it is neither marked nor undone."""
+    owner, _ = _resolve(symbol)
+    setattr(owner, _name(symbol), value)
+
+
 def original(symbol: str) -> Callable[..., Any]:
     """vLLM's own function behind the symbol, patched or not."""
     _, found = _resolve(symbol)

@@ -17,7 +17,7 @@ USED = {
     # configuration
     "vllm": "LLMEngine __version__",
     "vllm.envs": "VLLM_USE_V2_MODEL_RUNNER",
-    "vllm.config": "ModelConfig SpeculativeConfig VllmConfig",
+    "vllm.config": "ModelConfig SpeculativeConfig VllmConfig set_current_vllm_config",
     "vllm.config.cache:CacheConfig": "cache_dtype gpu_memory_utilization kv_cache_memory_bytes",
     "vllm.config.device:DeviceConfig": "device_type",
     "vllm.config.model:ModelConfig": (
@@ -34,14 +34,21 @@ USED = {
         "additional_config cache_config device_config max_concurrent_batches model_config parallel_config "
         "scheduler_config speculative_config structured_outputs_config use_v2_model_runner"
     ),
-    "vllm.engine.arg_utils": "EngineArgs",
+    "vllm.config.vllm": "HAS_TRITON",
+    "vllm.engine.arg_utils": "AsyncEngineArgs EngineArgs",
+    "vllm.engine.arg_utils:AsyncEngineArgs": "add_cli_args from_cli_args",
     "vllm.engine.arg_utils:EngineArgs": (
         "create_engine_config create_model_config create_speculative_config language_model_only max_model_len "
         "max_num_batched_tokens max_num_seqs scheduler_cls spec_method speculative_config"
     ),
-    "vllm.platforms": "current_platform",
+    "vllm.platforms": "_current_platform current_platform",
+    "vllm.platforms.cuda": "NonNvmlCudaPlatform",
+    "vllm.platforms.cuda:CudaPlatformBase": "device_count get_device_total_memory",
+    "vllm.platforms.interface": "DeviceCapability",
     "vllm.platforms.interface:Platform": "device_control_id_to_physical_device_id is_cpu is_unspecified",
     "vllm.triton_utils": "HAS_TRITON",
+    "vllm.utils.argparse_utils": "FlexibleArgumentParser",
+    "vllm.v1.attention.selector": "get_attn_backend",
     # both runners
     "vllm.distributed.parallel_state": "get_tp_group",
     "vllm.distributed.parallel_state:GroupCoordinator": "broadcast broadcast_object rank_in_group world_size",
@@ -175,6 +182,7 @@ CALLED = {
     ),
     "vllm.v1.sample.sampler:Sampler.forward": "logits sampling_metadata predict_bonus_token",
     "vllm.v1.attention.backends.registry:register_backend": "backend class_path",
+    "vllm.v1.attention.selector:get_attn_backend": "head_size dtype kv_cache_dtype use_mla",
     "vllm.v1.engine.core:EngineCore": "vllm_config executor_class log_stats",
     "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator": "vllm_config device req_states",
     "vllm.v1.worker.gpu.model_runner:init_speculator": "vllm_config device req_states",

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import msgspec
 
@@ -24,9 +24,10 @@ from vllm_ssd.drafter.pages.host import HostPages
 from vllm_ssd.drafter.sampler import Sampler
 from vllm_ssd.drafter.self_check import check_trees
 from vllm_ssd.drafter.stepper import EagerRunner, Stepper
-from vllm_ssd.drafter.trace import TRACE_ENV, TracedFanOut
+from vllm_ssd.drafter.trace import TracedEngine, TracedFanOut, TracedTransport
 from vllm_ssd.drafter.vocabulary import UnlikeVocabularies, Vocabulary, VocabularyMap, match, translated
 from vllm_ssd.link.checks import max_step_bytes
+from vllm_ssd.link.environment import forget_loading
 from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import (
     PROTOCOL_VERSION,
@@ -42,6 +43,7 @@ from vllm_ssd.link.protocol import (
     fingerprint,
     unpack_ids,
 )
+from vllm_ssd.link.timeline import TRACE_ENV, Timeline
 from vllm_ssd.link.transport import Transport, TransportClosed
 from vllm_ssd.policy import BranchBudget, FanOut
 
@@ -114,6 +116,7 @@ def run(fd: int, options: DrafterOptions) -> int:
         transport.send(Refused(f"{type(error).__name__}: {error}"))
         transport.poll(0.0)
         raise
+    forget_loading(os.environ)
     trace = os.environ.get(TRACE_ENV)
     welcome = Welcome(
         PROTOCOL_VERSION,
@@ -139,7 +142,12 @@ def run(fd: int, options: DrafterOptions) -> int:
         gc.freeze()
         heartbeat = Heartbeat(transport)
         try:
-            serve(heartbeat, engine)
+            if trace:
+                timeline = Timeline(trace, "drafter")
+                traced = cast(Transport, TracedTransport(heartbeat, timeline))
+                serve(traced, cast(DraftEngine, TracedEngine(engine, timeline)))
+            else:
+                serve(heartbeat, engine)
         finally:
             heartbeat.close()
     except TransportClosed:

@@ -1,13 +1,18 @@
-"""A record of outcomes, for `vllm-ssd profile` and `scripts/simulate.py`."""
+"""A record of outcomes, for `vllm-ssd profile` and `scripts/simulate.py`, and of what the drafter does when."""
 
 from __future__ import annotations
 
 import json
+import time
+from typing import Any
 
+from vllm_ssd.drafter.engine import DraftEngine
+from vllm_ssd.link.protocol import Push
+from vllm_ssd.link.timeline import TRACE_ENV, Timeline
+from vllm_ssd.link.transport import Transport
 from vllm_ssd.policy import FanOut
 
-TRACE_ENV = "VLLM_SSD_TRACE"
-"""Environment variable with the path that a drafter appends its outcomes to."""
+__all__ = ["TRACE_ENV", "TracedEngine", "TracedFanOut", "TracedTransport"]
 
 
 class TracedFanOut(FanOut):
@@ -26,3 +31,65 @@ class TracedFanOut(FanOut):
         """Write the outcome down, then learn from it."""
         print(json.dumps([num_drafts, accept_length, rank, after_hit]), file=self._file)
         super().observe(num_drafts, accept_length, rank, after_hit, num_candidates)
+
+
+class TracedEngine:
+    """An engine whose forwards and outcomes are on the timeline; everything else is the engine's."""
+
+    def __init__(self, engine: DraftEngine, timeline: Timeline) -> None:
+        self._engine = engine
+        self._timeline = timeline
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def advance(self, request_id: str, epoch: int, length: int, *args: Any, **kwargs: Any) -> None:
+        """As the engine's."""
+        started = time.monotonic_ns()
+        self._engine.advance(request_id, epoch, length, *args, **kwargs)
+        self._timeline.span("drafter", "outcome", started, time.monotonic_ns(), request=request_id, length=length)
+
+    def speculate(self) -> Push | None:
+        """As the engine's: one forward over all branches."""
+        started, steps = time.monotonic_ns(), self._engine.num_steps
+        push = self._engine.speculate()
+        if self._engine.num_steps > steps:
+            requests = self._engine.sequences.values()
+            self._timeline.span(
+                "drafter",
+                "step",
+                started,
+                time.monotonic_ns(),
+                requests=len(requests),
+                branches=sum(len(sequence.rows) for sequence in requests),
+            )
+        return push
+
+
+class TracedTransport:
+    """A transport whose waits and pushes are on the timeline; everything else is the transport's."""
+
+    def __init__(self, transport: Transport, timeline: Timeline) -> None:
+        self._transport = transport
+        self._timeline = timeline
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def poll(self, timeout_s: float | None = 0.0) -> list[Any]:
+        """As the transport's; the drafter waits only where it has nothing to do."""
+        started = time.monotonic_ns()
+        messages = self._transport.poll(timeout_s)
+        if timeout_s is None or timeout_s > 0:
+            self._timeline.span("drafter", "wait", started, time.monotonic_ns())
+        return messages
+
+    def send(self, message: Any) -> None:
+        """As the transport's."""
+        started = time.monotonic_ns()
+        self._transport.send(message)
+        if isinstance(message, Push) and message.blocks:
+            branches = sum(block.num_branches for block in message.blocks)
+            self._timeline.span(
+                "drafter", "push", started, time.monotonic_ns(), blocks=len(message.blocks), branches=branches
+            )

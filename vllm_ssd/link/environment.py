@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 NAMES = frozenset(
     """
@@ -24,6 +24,8 @@ PREFIXES = tuple(
 )
 TOPOLOGY = re.compile(r"VLLM_(DP|RAY|ELASTIC_EP)_|VLLM_(PP_LAYER_PARTITION|PORT)$|TORCH_?ELASTIC_")
 """The target's ranks, ports and layers a rank; `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and the like are on no list."""
+LOADING = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
+"""What a drafter needs until its model and tokenizer are loaded, and no longer."""
 SECRET = re.compile(r"API_?KEY|ACCESS_KEY|SECRET|PASSWORD|CREDENTIAL|_TOKEN$|_AUTH$")
 
 
@@ -45,3 +47,13 @@ def drafter_environment(environment: Mapping[str, str], changes: Mapping[str, st
     """The drafter's environment: what is passed on of the server's, with `changes`; None removes a variable."""
     passed = {name: value for name, value in environment.items() if is_passed_on(name)}
     return {name: value for name, value in (passed | dict(changes)).items() if value is not None}
+
+
+def forget_loading(environment: MutableMapping[str, str]) -> None:
+    """Take the tokens out of the environment of a drafter that has loaded its model.
+
+    What it starts from now on does not inherit them. The kernel keeps showing what a process was started with, in
+    /proc/PID/environ, to the same user and root.
+    """
+    for name in LOADING:
+        environment.pop(name, None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, quantiles, stdev
 from typing import Any
 
-from vllm_ssd.drafter.trace import TRACE_ENV
+from vllm_ssd.link.timeline import TRACE_ENV
 from vllm_ssd.planning import Acceptance, Costs, Profile
 from vllm_ssd.planning.engine_host import EngineFailed, EngineProcess, threads_on
 from vllm_ssd.planning.worker import Decode, Steps, Task

@@ -1,4 +1,4 @@
-"""Counters of the target's side: a log line every ten seconds, and Prometheus on a loopback port."""
+"""Counters of the target's side: a log line every ten seconds, and Prometheus."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from vllm_ssd.link.metrics_socket import MetricsListener
 from vllm_ssd.link.protocol import DrafterStats
 
 LOG_INTERVAL_S = 10.0
@@ -64,6 +65,8 @@ class Metrics:
         self.seconds = dict.fromkeys(SECONDS, 0.0)
         self.handovers = 0
         self.accepted_at = [0] * num_speculative_tokens
+        self.rows_at_batch: dict[int, int] = {}  # rows verified, by the power of two that their batch size is up to
+        self.drafts_at_batch: dict[int, int] = {}
         self.drafter_stats: DrafterStats | None = None
         self._generation = 0
         self._reported_at = 0.0
@@ -72,6 +75,7 @@ class Metrics:
         self._logged_at = time.monotonic()
         self._logged = dict(self.counts)
         self._server: tuple[WSGIServer, threading.Thread] | None = None
+        self._listener: MetricsListener | None = None
 
     def watch(self, drafter: DrafterStatus) -> None:
         """Show a drafter's gauges only while it is connected; without a call, whenever it has reported any."""
@@ -91,7 +95,12 @@ class Metrics:
 
     def accepted(self, offered: Sequence[int], accepted: Sequence[int]) -> None:
         """Drafts verified and accepted, per row of one round."""
-        self.counts["draft_tokens"] += sum(offered)
+        num_drafts = sum(offered)
+        self.counts["draft_tokens"] += num_drafts
+        if offered:
+            batch = 1 << (len(offered) - 1).bit_length()
+            self.rows_at_batch[batch] = self.rows_at_batch.get(batch, 0) + len(offered)
+            self.drafts_at_batch[batch] = self.drafts_at_batch.get(batch, 0) + num_drafts
         self.counts["accepted_tokens"] += sum(accepted)
         self.counts["drafted_rounds"] += len(offered) - offered.count(0)
         for k in accepted:
@@ -164,15 +173,28 @@ class Metrics:
 
     def serve(self, port: int) -> None:
         """Answer Prometheus on 127.0.0.1:`port` until `close`; raises OSError when the port is taken."""
-        registry = CollectorRegistry()
-        registry.register(self)
         try:
-            self._server = start_http_server(port, addr="127.0.0.1", registry=registry)
+            self._server = start_http_server(port, addr="127.0.0.1", registry=self._registry())
         except OSError as error:
             raise OSError(f"ssd: metrics_port {port} cannot be served: {error.strerror}") from None
 
+    def listen(self, name: str, replica: int) -> None:
+        """Answer the server's own page (`link.metrics_socket`) until `close`; without it where that is not possible."""
+        registry = self._registry()
+        try:
+            self._listener = MetricsListener(name, replica, lambda: generate_latest(registry))
+        except OSError as error:
+            self._logger.debug("SSD: metrics are not on the server's page: %s", error)
+
+    def _registry(self) -> CollectorRegistry:
+        registry = CollectorRegistry()
+        registry.register(self)
+        return registry
+
     def close(self) -> None:
-        """Free the port; idempotent."""
+        """Free the port and the socket; idempotent."""
+        if self._listener is not None:
+            self._listener.close()
         served, self._server = self._server, None
         if served is not None:
             server, thread = served
@@ -193,6 +215,17 @@ class Metrics:
         for position, value in enumerate(self.accepted_at):
             accepted.add_metric([str(position)], value)
         yield accepted
+        rows = CounterMetricFamily(
+            "vllm_ssd:batch_rows", "Rows verified, by batch size up to a power of two.", labels=["batch"]
+        )
+        drafts = CounterMetricFamily(
+            "vllm_ssd:batch_draft_tokens", "Drafts verified, by batch size up to a power of two.", labels=["batch"]
+        )
+        for batch in sorted(self.rows_at_batch.copy()):
+            rows.add_metric([str(batch)], self.rows_at_batch[batch])
+            drafts.add_metric([str(batch)], self.drafts_at_batch.get(batch, 0))
+        yield rows
+        yield drafts
         connected = self.has_drafter
         yield GaugeMetricFamily("vllm_ssd:drafter_connected", "Whether there is a drafter.", value=connected)
         if (stats := self.drafter_stats) is not None and connected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -11,9 +12,11 @@ from vllm.logger import init_logger
 from vllm_ssd.compat.target import worker
 from vllm_ssd.compat.vocabulary import read_vocabulary
 from vllm_ssd.config import SERVER_PID_ENV, SSDConfig
+from vllm_ssd.link.metrics_socket import METRICS_ENV
 from vllm_ssd.link.placement import place_drafter
 from vllm_ssd.link.process import DrafterProcess
 from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, fingerprint
+from vllm_ssd.link.timeline import TRACE_ENV, Timeline
 from vllm_ssd.target.metrics import Metrics
 
 logger = init_logger("vllm.vllm_ssd")
@@ -38,8 +41,17 @@ def start_drafter(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, 
     metrics = Metrics(config.num_speculative_tokens, logger)
     if config.metrics_port is not None:
         metrics.serve(config.metrics_port + vllm_config.parallel_config.data_parallel_index)
+    if METRICS_ENV in os.environ:
+        metrics.listen(os.environ[METRICS_ENV], vllm_config.parallel_config.data_parallel_index)
     free_before = torch.accelerator.get_memory_info()[0] if beside_target else 0
-    drafter = DrafterProcess(
+    trace = os.environ.get(TRACE_ENV)
+    if trace:
+        from vllm_ssd.target.trace import TracedDrafterProcess
+
+        start = functools.partial(TracedDrafterProcess, timeline=Timeline(trace, "target"))
+    else:
+        start = DrafterProcess
+    drafter = start(
         options,
         _hello(config, vllm_config),
         environment=environment,

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -36,6 +36,28 @@ DEFAULT_BATCH_TOKENS = 2048
 """vLLM's tokens a batch where nobody names a number; it refuses more sequences than that."""
 
 
+def draft_config(tree_attention: bool, target_max_model_len: int | None, engine_args: dict[str, Any]) -> VllmConfig:
+    """vLLM's configuration of a draft model; nothing is loaded, but its configuration files are read."""
+    if tree_attention:
+        engine_args = engine_args | {"attention_backend": tree_backend.register()}
+    args = EngineArgs(
+        block_size=PAGE_SIZE,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        disable_hybrid_kv_cache_manager=True,  # one page layout for layers with and without a window
+        **engine_args,
+    )
+    if args.max_num_seqs is not None and args.max_num_seqs > DEFAULT_BATCH_TOKENS:
+        args.max_num_batched_tokens = max(args.max_num_batched_tokens or 0, args.max_num_seqs)
+    model_config = args.create_model_config()
+    refuse_state(model_config)
+    if model_config.is_multimodal_model:
+        args.language_model_only = True  # drafts are text: leave vision and audio out of memory
+    if args.max_model_len is None and target_max_model_len is not None:  # no request will be longer
+        args.max_model_len = min(model_config.max_model_len, target_max_model_len)
+    return args.create_engine_config()
+
+
 class DraftModel:
     """The loaded draft model, its KV pages, and two ways to run it: with vLLM's attention on sequences that each have
     a page table, or with tree attention (`tree_attention`) on the trees of requests."""
@@ -48,24 +70,7 @@ class DraftModel:
         num_branches: int = 0,
         **engine_args,
     ) -> None:
-        if tree_attention:
-            engine_args["attention_backend"] = tree_backend.register()
-        args = EngineArgs(
-            block_size=PAGE_SIZE,
-            enable_prefix_caching=False,
-            disable_log_stats=True,
-            disable_hybrid_kv_cache_manager=True,  # one page layout for layers with and without a window
-            **engine_args,
-        )
-        if args.max_num_seqs is not None and args.max_num_seqs > DEFAULT_BATCH_TOKENS:
-            args.max_num_batched_tokens = max(args.max_num_batched_tokens or 0, args.max_num_seqs)
-        model_config = args.create_model_config()
-        refuse_state(model_config)
-        if model_config.is_multimodal_model:
-            args.language_model_only = True  # drafts are text: leave vision and audio out of memory
-        if args.max_model_len is None and target_max_model_len is not None:  # no request will be longer
-            args.max_model_len = min(model_config.max_model_len, target_max_model_len)
-        self.vllm_config = args.create_engine_config()
+        self.vllm_config = draft_config(tree_attention, target_max_model_len, engine_args)
         config = self.vllm_config.model_config
         self.vocab_size, self.dtype = config.get_vocab_size(), config.dtype
         rows = min(num_branches, max_rows(self.vocab_size, self.dtype))

@@ -22,17 +22,27 @@ SCHEDULER = "vllm_ssd.compat.target.scheduler.scheduler"
 
 def is_v2() -> bool:
     """Whether vLLM will use the V2 runner, as far as can be told before it has built its configuration."""
-    if importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is None:  # up to 0.31
-        return False
+    return choose_runner()[0]
+
+
+def choose_runner() -> tuple[bool, str]:
+    """Whether vLLM will use the V2 runner, and what decides it."""
     import vllm
+
+    if importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is None:  # up to 0.31
+        return False, f"vLLM {vllm.__version__} has no method on V2 that ssd can pass for; 0.32 has"
     import vllm.envs as envs
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
     asked = envs.VLLM_USE_V2_MODEL_RUNNER
     if asked is not None:
-        return asked
-    return HAS_TRITON or (minor_of(vllm.__version__) >= (0, 33) and current_platform.is_unspecified())
+        return asked, f"VLLM_USE_V2_MODEL_RUNNER={int(asked)}"
+    if HAS_TRITON:
+        return True, "Triton works here"
+    if minor_of(vllm.__version__) >= (0, 33) and current_platform.is_unspecified():
+        return True, "the platform is unspecified"
+    return False, "Triton does not work here"
 
 
 def drafts_by_batch_size(num_speculative_tokens: int, max_num_seqs: int | None) -> list[list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
+from vllm_ssd.cli.base import app, console
 from vllm_ssd.config import parse_cpus
 from vllm_ssd.planning import (
     DEVICES,
@@ -29,8 +28,6 @@ from vllm_ssd.planning import (
     plan,
 )
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 PROMPTS = (
     "The history of the lighthouse on the northern cape begins with a storm that",
     "def parse_arguments(argv):\n    ",
@@ -40,11 +37,6 @@ PROMPTS = (
     "Ingredients for four people: 400 g of flour, two eggs,",
 )
 NAMES = {"plain": "plain", "sd": "stock", "ssd": "SSD"}
-
-
-@app.callback()
-def main() -> None:
-    """Plan speculative speculative decoding: which configuration to use, and whether it pays."""
 
 
 @app.command("plan")

@@ -1,0 +1,220 @@
+"""What `vllm-ssd doctor` says of this machine and of others."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import HAS_V2, PAIR
+from typer.testing import CliRunner
+
+from vllm_ssd.cli import app
+from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV
+from vllm_ssd.doctor import Findings, Machine
+from vllm_ssd.link.metrics_socket import METRICS_ENV
+
+TARGET, DRAFTER = str(PAIR / "target"), str(PAIR / "drafter")
+if HAS_V2:  # before the plugin registers, which patches the copy that this module holds
+    importlib.import_module("vllm.v1.worker.gpu.model_runner")
+HOST = Path(__file__).with_name("doctor_host.py")
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (METRICS_ENV, REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV, "VLLM_LOGGING_LEVEL", "VLLM_LOGGING_STREAM"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
+    for name in ("CUDA_VISIBLE_DEVICES", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_LOGGING_LEVEL", "VLLM_LOGGING_STREAM"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def doctor(*flags: str, target: str = TARGET, drafter: str = DRAFTER) -> tuple[int, dict[str, Any]]:
+    """Exit status and findings by subject, of this machine."""
+    done = CliRunner().invoke(app, ["doctor", target, drafter, "--json", *flags])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    found = json.loads(done.stdout)
+    assert found["starts"] == (done.exit_code == 0)
+    return done.exit_code, {finding["subject"]: finding for finding in found["findings"]}
+
+
+def altered(source: str, folder: Path, **changes: Any) -> str:
+    """A copy of a model without weights and with another config.json: the doctor does not need more."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return str(folder)
+
+
+def test_the_bundled_pair_starts_here():
+    status, found = doctor("--dtype", "float32", "--max-model-len", "512", "--port", "8000")
+    assert status == 0, found
+    assert found["flags"]["text"].endswith("--port 8000") and found["flags"]["status"] == "note"
+    assert "same tokenizer" in found["vocabulary"]["text"]
+    assert found["context"]["text"] == "512 tokens; the drafter takes requests up to 500"
+    assert "by file size" in found["memory"]["text"] and "for the drafter's KV" in found["memory"]["text"]
+    assert found["runner"]["text"].startswith("V1: ") and found["asynchronous scheduling"]["fix"]
+    assert found["target's attention"]["text"] == "CPU_ATTN"
+
+
+def test_keys_and_dotted_flags_reach_the_plugin():
+    status, found = doctor("--speculative-config.num_speculative_tokens", "3", "--speculative-config.on_miss", "skip")
+    assert status == 0 and found["configuration"]["text"] == "K = 3, up to 16 branches a request, on_miss skip"
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--speculative-config", '{"fanout": 3}'), "did you mean 'fan_out'?"),
+        (("--speculative-config", '{"rejection_sample_method": "synthetic"}'), "must be 'standard'"),
+        (("--max-num-seqs", "many"), "--max-num-seqs"),
+        (("--runner", "pooling"), "pooling model"),
+    ],
+)
+def test_what_the_server_refuses_the_doctor_refuses(flags, text):
+    status, found = doctor(*flags)
+    assert status == 1 and found["configuration"]["status"] == "fails"
+    assert text in found["configuration"]["text"]
+
+
+def test_a_draft_model_that_is_not_there():
+    status, found = doctor(drafter="./absent")
+    assert status == 1 and "neither a folder nor the name of a model" in found["configuration"]["text"]
+
+
+def test_another_vocabulary_is_refused_in_the_drafter_s_words(tmp_path):
+    folder = Path(altered(DRAFTER, tmp_path / "drafter"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = dict(zip(vocab, reversed(list(vocab.values()))))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    status, found = doctor(drafter=str(folder))
+    assert status == 1 and found["vocabulary"]["status"] == "fails", found
+    assert "heterogeneous_vocab" in found["vocabulary"]["text"] + found["vocabulary"]["fix"]
+    assert "by its shape" in found["memory"]["text"]
+
+
+def test_a_short_context_is_said(tmp_path):
+    short = altered(DRAFTER, tmp_path / "drafter", max_position_embeddings=256)
+    status, found = doctor(drafter=short)
+    assert status == 0 and found["context"]["status"] == "note"
+    assert "requests over 244 tokens run without its drafts" in found["context"]["text"]
+
+
+def test_cores_that_are_not_here():
+    status, found = doctor("--speculative-config.drafter_cpus", "4000-4001")
+    assert status == 1 and "may not use [4000, 4001]" in found["drafter's device"]["text"]
+
+
+def test_a_plugin_that_is_not_loaded(monkeypatch):
+    monkeypatch.setattr("vllm_ssd.compat.target.runner.has_ssd", lambda config: False)
+    status, found = doctor()
+    assert status == 1 and "VLLM_PLUGINS" in found["configuration"]["text"]
+
+
+def test_the_table_says_whether_it_starts():
+    done = CliRunner().invoke(app, ["doctor", TARGET, DRAFTER], env={"COLUMNS": "200"})
+    assert done.exit_code == 0 and "The server would start." in done.output
+    failing = CliRunner().invoke(app, ["doctor", TARGET, "./absent"], env={"COLUMNS": "200"})
+    assert failing.exit_code == 1 and "The server would not start." in failing.output
+
+
+def test_memory_that_is_too_small():
+    from vllm_ssd.doctor.examine import _on_gpu
+
+    found = Findings()
+    machine = Machine(1, 80 << 30, 8, 1 << 40)
+    _on_gpu(found, "target's memory", 141e9, "by file size", 0.92, 0, 1 << 18, machine)
+    _on_gpu(found, "drafter's memory", 2e9, "by file size", 0.92, 90 << 30, 1 << 15, machine)
+    assert [finding.status.value for finding in found] == ["fails", "fails"] and not found.starts
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Any]:
+    """Findings by subject of a machine with GPUs."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "VLLM_USE_V2_MODEL_RUNNER")}
+    host = subprocess.Popen(
+        [sys.executable, str(HOST)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+    def answer(gpus: int, *flags: str, **changes: str) -> tuple[bool, dict[str, Any]]:
+        case = {"gpus": gpus, "flags": flags, "target": TARGET, "drafter": DRAFTER, "environment": changes}
+        host.stdin.write(json.dumps(case) + "\n")
+        host.stdin.flush()
+        found = json.loads(host.stdout.readline())
+        return found["starts"], {finding["subject"]: finding for finding in found["findings"]}
+
+    yield answer
+    host.stdin.close()
+    assert host.wait(30) == 0
+
+
+def test_the_drafter_takes_the_first_gpu_that_the_target_leaves(ask):
+    starts, found = ask(2)
+    assert starts, found
+    assert found["drafter's device"]["text"] == "GPU 1"
+    assert found["runner"]["text"].startswith("V2: Triton" if HAS_V2 else "V1: ")
+    assert "tree attention" in found["drafter's attention"]["text"]
+    assert "of 80.0 GiB for KV" in found["target's memory"]["text"]
+    starts, found = ask(5, "-tp", "4")
+    assert starts and found["target's devices"]["text"].startswith("GPU 0, 1, 2, 3 (TP 4")
+    assert found["drafter's device"]["text"] == "GPU 4"
+
+
+def test_a_machine_with_one_gpu_too_few(ask):
+    starts, found = ask(4, "-tp", "4")
+    assert not starts and found["drafter's device"]["status"] == "fails"
+    assert "the target uses all" in found["drafter's device"]["text"]
+
+
+def test_a_target_that_needs_more_gpus_than_vllm_sees(ask):
+    starts, found = ask(8, "-tp", "16")
+    assert not starts and "World size (16)" in found["configuration"]["text"]
+
+
+def test_replicas_have_a_drafter_each(ask):
+    starts, found = ask(8, "-tp", "2", "-dp", "2")
+    assert starts, found
+    assert [found[f"drafter's device, replica {i}"]["text"] for i in (0, 1)] == ["GPU 4", "GPU 5"]
+    if HAS_V2:
+        assert "data-parallel" in found["adaptive"]["text"]
+    starts, found = ask(5, "-tp", "2", "-dp", "2")
+    assert not starts and found["drafter's device, replica 1"]["status"] == "fails"
+
+
+def test_a_shared_gpu_must_hold_both(ask):
+    shared = ("--speculative-config.drafter_device", "cuda:0")
+    starts, found = ask(1, *shared)
+    assert not starts and "set kv_cache_memory" in found["drafter's device"]["text"]
+    utilization = ("--gpu-memory-utilization", "0.9", "--speculative-config.gpu_memory_utilization", "0.3")
+    starts, found = ask(1, *shared, *utilization)
+    assert not starts and "ask for 120% of it" in found["drafter's device"]["text"]
+    starts, found = ask(1, *shared, "--gpu-memory-utilization", "0.6", *utilization[2:])
+    assert starts and found["drafter's device"]["status"] == "note"
+
+
+def test_device_ids_are_the_target_s_and_leave_the_rest(ask):
+    starts, found = ask(8, "-tp", "2", "--device-ids", "2,3,5")
+    assert starts, found
+    assert found["target's devices"]["text"].startswith("GPU 2, 3 ") and found["drafter's device"]["text"] == "GPU 5"
+
+
+def test_the_runner_that_was_asked_for(ask):
+    starts, found = ask(2, VLLM_USE_V2_MODEL_RUNNER="0")
+    assert starts and found["runner"]["text"].startswith("V1: ")
+    assert ("VLLM_USE_V2_MODEL_RUNNER=0" in found["runner"]["text"]) == HAS_V2
+
+
+def test_ray_is_asked_for(ask):
+    starts, found = ask(8, "-tp", "2", "--distributed-executor-backend", "ray")
+    if importlib.util.find_spec("ray") is None:
+        assert not starts and "Ray" in found["configuration"]["text"]
+    else:
+        assert "by Ray" in found["target's devices"]["text"]

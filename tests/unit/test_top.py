@@ -1,0 +1,109 @@
+"""`vllm-ssd top` shows what the pages say."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vllm_ssd.cli import app
+from vllm_ssd.link.protocol import DrafterStats
+from vllm_ssd.monitor import Snapshot, frame, scrape, url_of
+from vllm_ssd.monitor.scrape import parse
+from vllm_ssd.target.metrics import Metrics
+
+
+def make() -> Metrics:
+    metrics = Metrics(3, logging.getLogger("test_top"))
+    for hit, block in ((True, True), (True, True), (False, True), (False, False)):
+        metrics.outcome(hit=hit, block=block)
+    metrics.accepted([3], [2])
+    metrics.accepted([2, 2, 0], [1, 0, 0])
+    metrics.drafter(DrafterStats(10, 30, 4.0, 100, 2), generation=2)
+    return metrics
+
+
+def text(metrics: Metrics) -> str:
+    registry = CollectorRegistry()
+    registry.register(metrics)
+    return generate_latest(registry).decode()
+
+
+def shown(now: list[Snapshot], before: list[Snapshot | None]) -> str:
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))
+    console.print(frame(now, before))
+    return console.export_text()
+
+
+def serve(metrics: Metrics) -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    metrics.serve(port)
+    return port
+
+
+def test_sources():
+    assert url_of("8000") == "http://127.0.0.1:8000/metrics"
+    assert url_of("gpu1:9100") == "http://gpu1:9100/metrics"
+    assert url_of("https://host/metrics") == "https://host/metrics"
+    assert scrape("file:///etc/passwd").error == "only http and https are read"
+
+
+def test_one_frame_of_several_ports():
+    ports = [serve(make()), serve(make())]
+    done = CliRunner().invoke(app, ["top", *map(str, ports), "--once"], env={"COLUMNS": "160"})
+    assert done.exit_code == 0, done.output
+    rows = [line.split() for line in done.output.splitlines() if line.strip().startswith(":")]
+    assert [row[0] for row in rows] == [f":{port}" for port in ports]
+    for row in rows:
+        assert row[1:5] == ["50%", "25%", "1.00", "2.33"]  # 3 of 7 drafts in three rounds that had any
+        assert row[5:] == ["–", "4.0", "ms", "20/30", "2", "1", "1:", "3.0,", "≤4:", "1.3"]
+
+
+def test_nobody_there_is_an_error():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = CliRunner().invoke(app, ["top", str(port), "--once"], env={"COLUMNS": "160"})
+    assert done.exit_code == 1 and "Connection refused" in done.output
+
+
+def test_rates_are_those_since_the_last_look():
+    metrics = make()
+    page = 'vllm:generation_tokens_total{engine="0"} %d\n'
+    before = Snapshot("http://127.0.0.1:1/metrics", 100.0, parse(text(metrics) + page % 1000))
+    for _ in range(8):
+        metrics.outcome(hit=True, block=True)
+    metrics.accepted([1, 1], [1, 1])
+    engines = parse(text(metrics) + page % 1500)
+    # the server's page labels engines, a port of ours has one without a name
+    for snapshot in (before.engines, engines):
+        snapshot["0"].values |= snapshot.pop("").values
+    now = Snapshot(before.url, 102.0, engines)
+    found = shown([now], [before])
+    (row,) = [line.split() for line in found.splitlines() if line.strip().startswith(":1")]
+    assert row[:7] == [":1", "0", "100%", "0%", "1.00", "1.00", "250"]
+
+
+def test_a_server_that_started_again_is_shown_since_its_start():
+    old, new = make(), Metrics(3, logging.getLogger("test_top"))
+    new.outcome(hit=True, block=True)
+    url = "http://127.0.0.1:1/metrics"
+    found = shown([Snapshot(url, 2.0, parse(text(new)))], [Snapshot(url, 1.0, parse(text(old)))])
+    assert "100%" in found and "-" not in found.replace("-" * 3, "")
+
+
+@pytest.mark.parametrize("page", ["<html>", "vllm:generation_tokens_total 5\n"])
+def test_pages_of_others(page: str, tmp_path: Path):
+    try:
+        engines, error = parse(page), ""
+    except ValueError as failure:
+        engines, error = {}, str(failure)
+    found = shown([Snapshot("http://127.0.0.1:1/metrics", 1.0, engines, error)], [None])
+    assert ("no SSD metrics" in found) == (not error)

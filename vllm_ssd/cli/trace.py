@@ -1,0 +1,34 @@
+"""The command `vllm-ssd trace`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_ssd.cli.base import app, console
+from vllm_ssd.monitor.page import page
+from vllm_ssd.monitor.timeline import chrome_trace, read, rounds
+
+
+@app.command("trace")
+def trace_command(
+    trace: Annotated[Path, typer.Argument(help="what VLLM_SSD_TRACE named when the server ran")],
+    out: Annotated[Path | None, typer.Option(help="write Chrome's trace events, for ui.perfetto.dev")] = None,
+    html: Annotated[Path | None, typer.Option(help="write one self-contained page")] = None,
+) -> None:
+    """Turn a recorded timeline of target and drafter into something to look at."""
+    if out is None and html is None:
+        raise typer.BadParameter("give --out, --html or both")
+    try:
+        events = read(trace)
+    except (OSError, ValueError) as error:
+        console.print(str(error), markup=False)
+        raise typer.Exit(1) from None
+    if out:
+        out.write_text(json.dumps(chrome_trace(events)))
+    if html:
+        html.write_text(page(events, f"SSD, {trace.name}"))
+    console.print(f"{len(events)} events of {len({e.pid for e in events})} processes, {len(rounds(events))} requests")

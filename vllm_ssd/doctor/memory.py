@@ -1,0 +1,44 @@
+"""Memory of target and drafter: weights from the files where they are, else from the shape of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_ssd.planning import Shape
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+"""File names of weights, the first kind that a folder has counts."""
+
+
+def weight_bytes(model_config: Any) -> tuple[int, str]:
+    """Bytes of a model's weights and how they are known; 0 where they are not.
+
+    model_config: vLLM's
+    """
+    folder = _folder(model_config.model, model_config.revision)
+    for pattern in WEIGHTS if folder else ():
+        sizes = [path.stat().st_size for path in folder.glob(pattern)] if folder else []
+        if sizes:
+            return sum(sizes), "by file size"
+    try:
+        shape = Shape.from_config(model_config.hf_config.to_dict())
+    except (ValueError, TypeError, ZeroDivisionError):
+        return 0, "unknown"
+    item = torch.empty(0, dtype=model_config.dtype).element_size()
+    quantized = " before quantization" if model_config.quantization else ""
+    return round(shape.weights * item), f"by its shape{quantized}"
+
+
+def _folder(model: str, revision: str | None) -> Path | None:
+    """Where the model's files are on this machine; nothing is downloaded."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except Exception:  # not in the cache, or a name that is none of the Hub's
+        return None
