@@ -86,7 +86,7 @@ class DraftModel:
         groups = runner.kv_cache_config.kv_cache_groups
         if len(groups) != 1 or not runner.kv_caches:
             raise UnsupportedDraftModel(
-                f"the draft model {model_config.model} has {len(groups)} groups of KV pages that vLLM cannot lay out "
+                f"the draft model {config.model} has {len(groups)} groups of KV pages that vLLM cannot lay out "
                 f"as one, so it cannot draft; {WHO_CAN_DRAFT}"
             )
         self._model = runner.model
@@ -96,7 +96,7 @@ class DraftModel:
         if tree_attention:
             tree_backend.check_builders([builder for _, builder in self._attention_groups])
         self._layer_names = [name for names, _ in self._attention_groups for name in names]
-        self._position_rows = 3 if model_config.uses_mrope else None
+        self._position_rows = 3 if config.uses_mrope else None
         self.device = runner.device
         self.page_size = groups[0].kv_cache_spec.block_size
         self.num_pages = runner.kv_cache_config.num_blocks
