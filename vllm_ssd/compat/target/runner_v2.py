@@ -166,7 +166,7 @@ def install() -> None:
 
 
 def _is_for_ssd(manager: Any) -> bool:
-    return has_ssd(manager.vllm_config)
+    return has_ssd(getattr(manager, "vllm_config", None))
 
 
 def _init_candidates(original, manager):
