@@ -66,6 +66,11 @@ OBJECTS = {
         "req_states": REQUESTS,
         "scheduler_output": SCHEDULED,
         "speculator": "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator",
+        "sampler.sampler": "vllm.v1.worker.gpu.sample.sampler:Sampler",
+        "sampler.sampler.sampling_states": "vllm.v1.worker.gpu.sample.states:SamplingStates",
+        "sampler.sampler.sampling_states.temperature": "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor",
+        "manager": "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager",
+        "graph": "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor",
     },
     "compat.target.refused": {"model_config": "vllm.config.model:ModelConfig"},
     "compat.target.scheduler": {

@@ -103,7 +103,9 @@ USED = {
     "vllm.config:CUDAGraphMode": "FULL",
     "vllm.v1.worker.gpu.cudagraph_utils": "CudaGraphManager",
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager": "_candidates _capture_descs _init_candidates vllm_config",
-    "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": "num_active_loras num_tokens uniform_token_count",
+    "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": (
+        "num_active_loras num_tokens num_ubatches uniform_token_count"
+    ),
     "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor": "np",
     "vllm.v1.worker.gpu.input_batch:InputBatch": (
         "expanded_idx_mapping expanded_local_pos idx_mapping idx_mapping_np num_reqs"
@@ -116,7 +118,7 @@ USED = {
     "vllm.v1.worker.gpu.spec_decode.ngram": "",
     "vllm.v1.worker.gpu.spec_decode.ngram.speculator": "NgramGPUSpeculator",
     "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator": "propose",
-    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler": "__call__ sampler",
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler": "__call__",
     "vllm.v1.worker.gpu.sample.sampler:Sampler": "sampling_states",
     "vllm.v1.worker.gpu.sample.states:SamplingStates": "temperature",
     "vllm.v1.worker.gpu.spec_decode.speculator": "BaseSpeculator",

@@ -178,7 +178,7 @@ def _init_candidates(original, manager):
     original(manager)
     smaller: dict[tuple[Any, ...], int] = {}
     for graph in reversed(manager._capture_descs.get(CUDAGraphMode.FULL, ())):  # from the smallest on
-        kind = graph.uniform_token_count, graph.num_active_loras, getattr(graph, "num_ubatches", 1)
+        kind = graph.uniform_token_count, graph.num_active_loras, graph.num_ubatches
         for num_tokens in range(smaller.get(kind, 0) + 1, graph.num_tokens + 1):
             candidates = manager._candidates.setdefault((num_tokens, graph.num_active_loras), [])
             if graph not in candidates:
