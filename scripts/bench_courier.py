@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Clock:
 
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def timed(self, part: str, function):
+    def timed(self, part: str, function: Any) -> Any:
         """`function`, its thread CPU time added to `part`."""
 
         def call(*args):
