@@ -17,20 +17,21 @@ SKIP = -3
 """The request had no outcome: nothing of it changes."""
 
 
-def commit(pool: DevicePool, trees: Trees, winners: torch.Tensor) -> None:
+def commit(pool: DevicePool, trees: Trees, winners: torch.Tensor, slots: torch.Tensor | None = None) -> None:
     """Relink the winning branch of each request as its spine and free the others; one launch, no host.
 
-    winners [S] int32: the row that won, or `MISS`, `CLOSE` or `SKIP`. A winner's pages replace those of the spine from
-    the page of its base on. Pages lose one holder each; those without any go back on the free stack, so that afterwards
-    free + held = P. In place; all rows of the requests that are not skipped are empty afterwards.
+    winners [S] int32: the row that won, or `MISS`, `CLOSE` or `SKIP`; slots [S] int32: the requests, None for all of
+    them in order. A winner's pages replace those of the spine from the page of its base on. Pages lose one holder each;
+    those without any go back on the free stack, so that afterwards free + held = P. In place; all rows of the requests
+    that are not skipped are empty afterwards.
     """
     if not use_triton(pool.free):
-        _commit_reference(pool, trees, winners)
+        _commit_reference(pool, trees, winners, slots)
         return
     require_contiguous(winners)
-    num_requests, max_branches, max_pages = trees.branch_pages.shape
-    if num_requests:
-        _commit_kernel[(num_requests,)](
+    max_branches, max_pages = trees.branch_pages.shape[1:]
+    if len(winners):
+        _commit_kernel[(len(winners),)](
             pool.free,
             pool.num_free,
             pool.holders,
@@ -41,6 +42,7 @@ def commit(pool: DevicePool, trees: Trees, winners: torch.Tensor) -> None:
             trees.branch_pages,
             trees.copy_lens,
             winners,
+            slots,
             trees.page_tables.stride(0),
             PAGE_SIZE=trees.page_size,
             N=max_branches,
@@ -52,8 +54,9 @@ def commit(pool: DevicePool, trees: Trees, winners: torch.Tensor) -> None:
         )
 
 
-def _commit_reference(pool: DevicePool, trees: Trees, winners: torch.Tensor) -> None:
-    for r, winner in enumerate(winners.tolist()):
+def _commit_reference(pool: DevicePool, trees: Trees, winners: torch.Tensor, slots: torch.Tensor | None) -> None:
+    for i, winner in enumerate(winners.tolist()):
+        r = i if slots is None else int(slots[i])
         if winner == SKIP:
             continue
         owned = trees.branch_pages[r]
@@ -95,6 +98,7 @@ def _commit_kernel(
     branch_pages_ptr,
     copy_lens_ptr,
     winners_ptr,
+    request_slots_ptr,
     table_stride,
     PAGE_SIZE: tl.constexpr,
     N: tl.constexpr,
@@ -109,6 +113,8 @@ def _commit_kernel(
     winner = tl.load(winners_ptr + r)
     if winner == -3:  # SKIP
         return
+    if request_slots_ptr is not None:
+        r = tl.load(request_slots_ptr + r)
     table = page_tables_ptr + r * table_stride
     have = tl.load(num_pages_ptr + r)
     keep = tl.where(winner == -1, have, 0)  # MISS, CLOSE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,20 +35,29 @@ def copy_pages(
     if like.stride(3) != 1:
         raise ValueError(f"the last axis of a cache must have unit stride, not {like.stride(3)}")
     if sources.numel():
-        block_row = triton.next_power_of_2(num_heads * head_size)
-        block_slots = max(1, min(triton.next_power_of_2(page_size), 4096 // block_row))
+        addresses, size = tuple(cache.data_ptr() for cache in caches), like.element_size()
+        word = _word_bytes(*(size * stride for stride in like.stride()[:3]), size * head_size, *addresses)
+        head_words = size * head_size // word
+        block_row = triton.next_power_of_2(num_heads * head_words)
+        block_slots = max(1, min(triton.next_power_of_2(page_size), 2048 // block_row))
         _copy_pages_kernel[(sources.numel(), len(caches), triton.cdiv(page_size, block_slots))](
-            _pointers(tuple(cache.data_ptr() for cache in caches), like.device),
+            _pointers(addresses, like.device),
             sources,
             destinations,
             num_slots,
-            *like.stride()[:3],
-            ELEMENT=getattr(tl, f"int{8 * like.element_size()}"),
+            *(size * stride // word for stride in like.stride()[:3]),
+            WORD=getattr(tl, f"int{8 * word}"),
+            ALIGNED=math.gcd(16, *addresses),
             NUM_HEADS=num_heads,
-            HEAD=head_size,
+            HEAD=head_words,
             BLOCK_SLOTS=block_slots,
             BLOCK_ROW=block_row,
         )
+
+
+def _word_bytes(*multiples: int) -> int:
+    """The widest word, of 8 bytes at most, that divides all sizes and addresses."""
+    return math.gcd(8, *multiples)
 
 
 @functools.lru_cache(maxsize=8)
@@ -73,19 +83,20 @@ def _copy_pages_kernel(
     stride_page,
     stride_slot,
     stride_head,
-    ELEMENT: tl.constexpr,
+    WORD: tl.constexpr,
+    ALIGNED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """One program a copy, a cache and a run of `BLOCK_SLOTS` slots."""
+    """One program a copy, a cache and a run of `BLOCK_SLOTS` slots; all is counted in words, two to a load."""
     i = tl.program_id(0)
     slot = tl.program_id(2) * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
     num_slots = tl.load(num_slots_ptr + i)
     if tl.program_id(2) * BLOCK_SLOTS >= num_slots:
         return
-    cache = tl.load(caches_ptr + tl.program_id(1)).to(tl.pointer_type(ELEMENT))
+    cache = tl.multiple_of(tl.load(caches_ptr + tl.program_id(1)).to(tl.pointer_type(WORD)), ALIGNED)
     source = tl.load(sources_ptr + i).to(tl.int64) * stride_page
     destination = tl.load(destinations_ptr + i).to(tl.int64) * stride_page
     element = tl.arange(0, BLOCK_ROW)

@@ -18,9 +18,11 @@ def expand(
     candidates: torch.Tensor,
     fan_out: torch.Tensor,
     forks: torch.Tensor,
+    slots: torch.Tensor | None = None,
 ) -> None:
     """Fill `trees`' rows for the branches that start now, popping their pages from `pool`; one launch, no host.
 
+    slots [S] int32: the requests, by their place in `trees`; None for all of them in order.
     lengths [S] int32: committed tokens L. A branch of accept length k starts at position L + k.
     draft_token_ids [S, K] int32: the drafts under verification, -1 beyond the last.
     candidates [S, K + 1, C] int32: likeliest bonus tokens of each accept length, best first; the draft there, if it is
@@ -33,7 +35,7 @@ def expand(
     for the last pages in no particular order (the reference: in theirs).
     """
     if not use_triton(pool.free):
-        _expand_reference(pool, trees, lengths, draft_token_ids, candidates, fan_out, forks)
+        _expand_reference(pool, trees, lengths, draft_token_ids, candidates, fan_out, forks, slots)
         return
     require_contiguous(lengths, draft_token_ids, candidates, fan_out, forks)
     num_requests, num_forks, num_candidates = candidates.shape
@@ -56,6 +58,7 @@ def expand(
             candidates,
             fan_out,
             forks,
+            slots,
             trees.page_tables.stride(0),
             PAGE_SIZE=trees.page_size,
             K=num_forks - 1,
@@ -77,19 +80,21 @@ def _expand_reference(
     candidates: torch.Tensor,
     fan_out: torch.Tensor,
     forks: torch.Tensor,
+    slots: torch.Tensor | None,
 ) -> None:
     page_size, num_drafts = trees.page_size, draft_token_ids.shape[1]
     steps = torch.arange(num_drafts + 1)
-    for r, (begin, end) in enumerate(forks.tolist()):
+    for i, (begin, end) in enumerate(forks.tolist()):
+        r = i if slots is None else int(slots[i])
         outcomes = []
         for k in range(begin, end):
-            draft = int(draft_token_ids[r, k]) if k < num_drafts else -1
-            tokens = [token for token in candidates[r, k].tolist() if token != draft]
-            outcomes += [(k, token) for token in tokens[: int(fan_out[r, k])]]
+            draft = int(draft_token_ids[i, k]) if k < num_drafts else -1
+            tokens = [token for token in candidates[i, k].tolist() if token != draft]
+            outcomes += [(k, token) for token in tokens[: int(fan_out[i, k])]]
         if begin < end:
             trees.copy_lens[r] = 0  # those of an earlier wave were copied
-        for row, (k, token) in enumerate(outcomes, start=int(fan_out[r, :begin].sum())):
-            base = int(lengths[r]) + k
+        for row, (k, token) in enumerate(outcomes, start=int(fan_out[i, :begin].sum())):
+            base = int(lengths[i]) + k
             first_page, offset = divmod(base, page_size)
             num_pages = (offset + num_drafts) // page_size + 1
             num_free = int(pool.num_free)
@@ -126,6 +131,7 @@ def _expand_kernel(
     candidates_ptr,
     fan_out_ptr,
     forks_ptr,
+    request_slots_ptr,
     table_stride,
     PAGE_SIZE: tl.constexpr,
     K: tl.constexpr,
@@ -138,16 +144,19 @@ def _expand_kernel(
     BLOCK_Q: tl.constexpr,
 ):
     """One program a request; its rows are one block."""
-    r = tl.program_id(0)
-    begin = tl.load(forks_ptr + 2 * r)
-    end = tl.load(forks_ptr + 2 * r + 1)
+    i = tl.program_id(0)
+    begin = tl.load(forks_ptr + 2 * i)
+    end = tl.load(forks_ptr + 2 * i + 1)
     if begin >= end:
         return
-    length = tl.load(lengths_ptr + r)
+    r = i
+    if request_slots_ptr is not None:
+        r = tl.load(request_slots_ptr + i)
+    length = tl.load(lengths_ptr + i)
 
     # Which accept length k and which candidate rank each row of the request stands for.
     fork = tl.arange(0, BLOCK_K)
-    fan_out = tl.load(fan_out_ptr + r * (K + 1) + fork, mask=fork <= K, other=0)
+    fan_out = tl.load(fan_out_ptr + i * (K + 1) + fork, mask=fork <= K, other=0)
     last = tl.cumsum(fan_out, 0)  # rows of this and all shorter accept lengths
     row = tl.arange(0, BLOCK_N)
     k = tl.sum((row[:, None] >= last[None, :]).to(tl.int32), 1)
@@ -173,8 +182,8 @@ def _expand_kernel(
 
     # The bonus token: the candidate of this rank, counted without the draft that the outcome rejects.
     out = r * N + row
-    fork_row = (r * (K + 1) + k) * C
-    draft = tl.load(draft_token_ids_ptr + r * K + k, mask=starts & (k < K), other=-1)
+    fork_row = (i * (K + 1) + k) * C
+    draft = tl.load(draft_token_ids_ptr + i * K + k, mask=starts & (k < K), other=-1)
     c = tl.arange(0, BLOCK_C)
     candidates = tl.load(
         candidates_ptr + fork_row[:, None] + c[None, :], mask=starts[:, None] & (c[None, :] < C), other=-2

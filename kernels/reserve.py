@@ -10,14 +10,16 @@ from vllm_ssd.kernels.dispatch import require_contiguous, use_triton
 from vllm_ssd.kernels.trees import DevicePool, Trees
 
 
-def reserve(pool: DevicePool, trees: Trees, num_tokens: torch.Tensor) -> None:
+def reserve(pool: DevicePool, trees: Trees, num_tokens: torch.Tensor, slots: torch.Tensor | None = None) -> None:
     """Pop pages so that each spine can hold `num_tokens` [S] int32 tokens; 0 leaves a request alone.
+
+    slots [S] int32: the requests; None for all of them in order.
 
     A spine gets all the pages it lacks or, when fewer are free, none: `trees.num_pages` tells. Prompts, and tokens that
     no branch predicted, are the only ones that need this: a branch brings its own pages. In place, one launch.
     """
     if not use_triton(pool.free):
-        _reserve_reference(pool, trees, num_tokens)
+        _reserve_reference(pool, trees, num_tokens, slots)
         return
     require_contiguous(num_tokens)
     if len(num_tokens):
@@ -28,14 +30,16 @@ def reserve(pool: DevicePool, trees: Trees, num_tokens: torch.Tensor) -> None:
             trees.page_tables,
             trees.num_pages,
             num_tokens,
+            slots,
             trees.page_tables.stride(0),
             PAGE_SIZE=trees.page_size,
             BLOCK=128,
         )
 
 
-def _reserve_reference(pool: DevicePool, trees: Trees, num_tokens: torch.Tensor) -> None:
-    for r, wanted in enumerate(num_tokens.tolist()):
+def _reserve_reference(pool: DevicePool, trees: Trees, num_tokens: torch.Tensor, slots: torch.Tensor | None) -> None:
+    for i, wanted in enumerate(num_tokens.tolist()):
+        r = i if slots is None else int(slots[i])
         have = int(trees.num_pages[r])
         missing = -(-wanted // trees.page_size) - have
         num_free = int(pool.num_free)
@@ -56,14 +60,18 @@ def _reserve_kernel(
     page_tables_ptr,
     num_pages_ptr,
     num_tokens_ptr,
+    request_slots_ptr,
     table_stride,
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a request."""
     r = tl.program_id(0)
+    wanted = tl.load(num_tokens_ptr + r)
+    if request_slots_ptr is not None:
+        r = tl.load(request_slots_ptr + r)
     have = tl.load(num_pages_ptr + r)
-    missing = tl.cdiv(tl.load(num_tokens_ptr + r), PAGE_SIZE) - have
+    missing = tl.cdiv(wanted, PAGE_SIZE) - have
     if missing > 0:
         # Claim [top - missing, top) of the stack, as in expand.
         top = tl.atomic_add(num_free_ptr, 0)

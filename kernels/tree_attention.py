@@ -6,10 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_ssd.kernels.dispatch import require_contiguous, use_triton
+from vllm_ssd.kernels.dispatch import power_of_2, require_contiguous, use_triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = 64
+MIN_BLOCKS = 4
+"""Blocks of context that a program reads at least; where a trunk is too short for all programs, the others exit."""
+MAX_TILE = 128
+"""Largest M dimension of a tile: queries of a request times the query heads of a KV head."""
+PROGRAMS_PER_PROCESSOR = 2
+"""Programs of the trunk that a multiprocessor runs at a time."""
 
 
 def tree_attention(
@@ -41,8 +47,9 @@ def tree_attention(
     A branch reads the trunk up to the page of its base and owns the rest; a token of the spine owns nothing and reads
     the trunk up to itself, so prompts ride along. A query of length 0 gets zeros. sliding_window: the last so many
     positions count, 0 for all; soft_cap: logits become soft_cap * tanh(logits / soft_cap), 0 for none.
-    max_shared_len and max_rows, bounds on shared_lens and on the queries of a request, and num_splits (at most 64) size
-    the launch.
+    Tokens after those of the last request are padding, of length 0. max_shared_len and max_rows, bounds on shared_lens
+    and on the queries of a request, and num_splits (at most 64) size the launch, which may be far too large: programs
+    without work exit at once.
     """
     if out is None:
         out = torch.empty_like(query)
@@ -62,14 +69,15 @@ def tree_attention(
     # The rows of a request and the query heads of one KV head form the M dimension of a tensor-core dot.
     # Float32 has no tensor cores of its precision: small tiles keep its multiplications in registers.
     is_half = query.dtype.itemsize == 2
-    block_d = triton.next_power_of_2(head_size)
-    block_m = min(max(triton.next_power_of_2(max_rows * group), 16), min(128, 16384 // block_d) if is_half else 16)
-    block_m = max(block_m, triton.next_power_of_2(group))
+    block_d = power_of_2(head_size)
+    block_m = min(max(power_of_2(max_rows * group), 16), min(MAX_TILE, 16384 // block_d) if is_half else 16)
+    block_m = max(block_m, power_of_2(group))
     rows_per_tile = block_m // group
     block_t = 64 if is_half and block_d <= 128 else 32
     num_tiles = num_rows // rows_per_tile + num_requests  # at least one more than whole tiles in every request
     if num_splits is None:
-        num_splits = _splits(num_tiles * num_kv_heads, triton.cdiv(max_shared_len, block_t), query.device)
+        num_live = live_tiles(num_rows, num_requests, rows_per_tile) * num_kv_heads
+        num_splits = splits(num_live, triton.cdiv(max_shared_len, block_t), _num_processors(query.device))
     elif num_splits > MAX_SPLITS:
         raise ValueError(f"num_splits must be at most {MAX_SPLITS}, not {num_splits}")
     partial = torch.empty(num_rows, num_heads, num_splits, head_size, dtype=torch.float32, device=query.device)
@@ -97,6 +105,7 @@ def tree_attention(
         ROWS=rows_per_tile,
         BLOCK_M=block_m,
         BLOCK_T=block_t,
+        MIN_BLOCKS=MIN_BLOCKS,
         num_warps=8 if block_m * block_d >= 128 * 128 else 4,
         num_stages=3 if block_d <= 128 else 2,
         **common,
@@ -119,19 +128,27 @@ def tree_attention(
         *out.stride()[:2],
         num_splits,
         MAX_SPLITS=MAX_SPLITS,
-        BLOCK_M=max(16, triton.next_power_of_2(group)),
+        BLOCK_M=max(16, power_of_2(group)),
         BLOCK_T=32,
         **common,
     )
     return out
 
 
-def _splits(num_programs: int, num_blocks: int, device: torch.device) -> int:
-    """Runs of context a trunk is cut into, so that twice as many programs as multiprocessors read it."""
-    if device.type != "cuda":
-        return max(1, min(num_blocks, 3))
-    wanted = triton.cdiv(2 * torch.cuda.get_device_properties(device).multi_processor_count, num_programs)
-    return max(1, min(wanted, triton.cdiv(num_blocks, 4), MAX_SPLITS))
+def live_tiles(num_rows: int, num_requests: int, rows_per_tile: int) -> int:
+    """Tiles that have work when every request has as many rows, which is what a budget of branches aims at."""
+    return num_requests * triton.cdiv(triton.cdiv(num_rows, num_requests), rows_per_tile)
+
+
+def splits(num_programs: int, num_blocks: int, num_processors: int) -> int:
+    """Runs of context that a trunk is cut into, so that all programs run at once and few processors are idle."""
+    wanted = PROGRAMS_PER_PROCESSOR * num_processors // num_programs
+    return max(1, min(wanted, triton.cdiv(num_blocks, MIN_BLOCKS), MAX_SPLITS))
+
+
+def _num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; elsewhere few, since the interpreter runs programs one after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def _tree_attention_reference(
@@ -147,27 +164,47 @@ def _tree_attention_reference(
     sliding_window: int,
     soft_cap: float,
 ) -> torch.Tensor:
-    page_size = key_cache.shape[1]
-    group = query.shape[1] // key_cache.shape[2]
-    lens = shared_lens + own_lens
-    position = torch.arange(int(lens.max()) if len(lens) else 0, device=query.device)
-    request = torch.arange(len(page_tables), device=query.device).repeat_interleave(query_start_loc.diff())
-    in_trunk = position < shared_lens[:, None]
-    read = position < lens[:, None]
-    if sliding_window:
-        read &= position >= lens[:, None] - sliding_window
-    own = torch.where(in_trunk, 0, position - shared_lens[:, None]).clamp(max=own_pages.shape[1] * page_size - 1)
-    trunk_page = page_tables[request][:, (position // page_size).clamp(max=page_tables.shape[1] - 1)]
-    page = torch.where(in_trunk, trunk_page, own_pages.gather(1, own // page_size)).masked_fill(~read, 0)
-    offset = torch.where(in_trunk, position, own) % page_size
-    unread = ~read[:, :, None, None]
-    keys = key_cache[page, offset].float().masked_fill(unread, 0).repeat_interleave(group, 2)
-    values = value_cache[page, offset].float().masked_fill(unread, 0).repeat_interleave(group, 2)
-    logits = torch.einsum("bhd,bthd->bht", query.float(), keys) * scale
-    if soft_cap:
-        logits = soft_cap * torch.tanh(logits / soft_cap)
-    weights = torch.softmax(logits.masked_fill(~read[:, None], float("-inf")), -1).masked_fill(~read[:, None], 0)
-    return torch.einsum("bht,bthd->bhd", weights, values).to(query.dtype)
+    """Request by request, so that a prompt of thousands of tokens takes no copy of the trunk for each of them."""
+    page_size, starts = key_cache.shape[1], query_start_loc.tolist()
+    grouped = query.float().unflatten(1, (key_cache.shape[2], -1))
+    attended = torch.zeros_like(grouped)
+    for r, (first, last) in enumerate(zip(starts, starts[1:])):
+        if first == last:
+            continue
+        rows, shared, own = slice(first, last), shared_lens[first:last, None], own_lens[first:last, None]
+        slot = torch.arange(int(shared.max()), device=query.device)
+        own_slot = torch.arange(int(own.max()), device=query.device)
+        page = page_tables[r][slot // page_size].expand(last - first, -1)
+        own_page = own_pages[rows][:, own_slot // page_size]
+        in_trunk, in_own = slot < shared, own_slot < own
+        if sliding_window:
+            in_trunk = in_trunk & (slot >= shared + own - sliding_window)
+            in_own = in_own & (own_slot >= own - sliding_window)
+        read = torch.cat([in_trunk, in_own], 1)[:, None, None]
+        in_trunk = in_trunk.any(0, keepdim=True)  # that any row reads: the others hold anything
+        trunk, own_part = (page[:1], slot % page_size, in_trunk), (own_page, own_slot % page_size, in_own)
+        keys, own_keys = (_read_slots(key_cache, *part) for part in (trunk, own_part))
+        values, own_values = (_read_slots(value_cache, *part) for part in (trunk, own_part))
+        logits = torch.cat(
+            [
+                torch.einsum("bkgd,tkd->bkgt", grouped[rows], keys[0]),
+                torch.einsum("bkgd,btkd->bkgt", grouped[rows], own_keys),
+            ],
+            -1,
+        )
+        logits = logits * scale
+        if soft_cap:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        weights = torch.softmax(logits.masked_fill(~read, float("-inf")), -1).masked_fill(~read, 0)
+        of_trunk, of_own = weights.split([len(slot), len(own_slot)], -1)
+        attended[rows] = torch.einsum("bkgt,tkd->bkgd", of_trunk, values[0])
+        attended[rows] += torch.einsum("bkgt,btkd->bkgd", of_own, own_values)
+    return attended.flatten(1, 2).to(query.dtype)
+
+
+def _read_slots(cache: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    """Keys or values `[rows, slots, num_kv_heads, head_size]` float32; 0 where not read."""
+    return cache[page.masked_fill(~read, 0), offset].float().masked_fill(~read[..., None, None], 0)
 
 
 @triton.jit
@@ -204,7 +241,7 @@ def _attend(
     return new_largest, total, weighted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def _trunk_kernel(
     query_ptr,
     key_ptr,
@@ -236,6 +273,7 @@ def _trunk_kernel(
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
 ):
     """One program a tile of `ROWS` queries of one request, a KV head and a run of the trunk.
 
@@ -271,9 +309,13 @@ def _trunk_kernel(
         begin = tl.maximum(shared_len + own_len - SLIDING_WINDOW, 0)
     end = tl.max(shared_len, 0)
     start = tl.minimum(tl.min(tl.where(shared_len > 0, begin, end), 0), end) // BLOCK_T
-    per_split = tl.cdiv(tl.cdiv(end, BLOCK_T) - start, num_splits)
+    per_split = tl.maximum(tl.cdiv(tl.cdiv(end, BLOCK_T) - start, num_splits), MIN_BLOCKS)
     start = (start + split * per_split) * BLOCK_T
     end = tl.minimum(end, start + per_split * BLOCK_T)
+    at = (row * (tl.num_programs(1) * GROUP) + head) * num_splits + split
+    if start >= end:
+        tl.store(lse_ptr + at, float("-inf"), mask=valid)
+        return
 
     d = tl.arange(0, BLOCK_D)
     query = tl.load(
@@ -299,7 +341,6 @@ def _trunk_kernel(
             query, keys, values, seen, scale, largest, total, weighted, SOFT_CAP, PRECISION
         )
 
-    at = (row * (tl.num_programs(1) * GROUP) + head) * num_splits + split
     tl.store(lse_ptr + at, largest + tl.log2(total), mask=valid)  # -inf where nothing was seen
     tl.store(
         partial_ptr + at[:, None] * HEAD + d[None, :],
@@ -308,7 +349,7 @@ def _trunk_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _merge_kernel(
     query_ptr,
     key_ptr,
@@ -376,10 +417,12 @@ def _merge_kernel(
         )
 
     # The largest log-sum-exp first: then the runs add up independently of each other and their loads overlap.
+    # A row that reads no trunk may be padding, which no program of the trunk has seen.
     at = (row * (tl.num_programs(1) * GROUP) + head) * num_splits
+    written = valid & (tl.load(shared_lens_ptr + row) > 0)
     run = tl.arange(0, MAX_SPLITS)
     lse = tl.load(
-        lse_ptr + at[:, None] + run[None, :], mask=valid[:, None] & (run[None, :] < num_splits), other=float("-inf")
+        lse_ptr + at[:, None] + run[None, :], mask=written[:, None] & (run[None, :] < num_splits), other=float("-inf")
     )
     new_largest = tl.maximum(largest, tl.max(lse, 1))
     shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -387,10 +430,11 @@ def _merge_kernel(
     total = total * rescale + tl.sum(tl.exp2(lse - shift[:, None]), 1)
     weighted = weighted * rescale[:, None]
     for split in tl.range(num_splits, loop_unroll_factor=4):
-        weight = tl.exp2(tl.load(lse_ptr + at + split, mask=valid, other=float("-inf")) - shift)
+        split_lse = tl.load(lse_ptr + at + split, mask=written, other=float("-inf"))
+        weight = tl.exp2(split_lse - shift)
         partial = tl.load(
             partial_ptr + (at + split)[:, None] * HEAD + d[None, :],
-            mask=valid[:, None] & (d[None, :] < HEAD),
+            mask=(split_lse > float("-inf"))[:, None] & (d[None, :] < HEAD),
             other=0.0,
         )
         weighted += partial * weight[:, None]

@@ -56,6 +56,11 @@ class Trees:
     copy_sources: torch.Tensor
     copy_lens: torch.Tensor
 
+    @property
+    def max_len(self) -> int:
+        """Tokens that a spine can hold."""
+        return self.page_tables.shape[1] * self.page_size
+
     @classmethod
     def empty(
         cls,

@@ -1,7 +1,8 @@
 """`python grow_trees.py FOLDER KIND`: what a real drafter speculates through a script of outcomes, as JSON.
 
-KIND: `tree` (our attention), `vllm` (vLLM's) or `compiled` (vLLM's, in a model that vLLM compiles). With `tree`, also
-what the check at start says of the drafter as it is, and once attention misses own pages.
+KIND: `tree` (our attention), `vllm` (vLLM's), `compiled` (vLLM's, in a model that vLLM compiles) or `captured` (vLLM's,
+in steps as a GPU captures them, called). With `tree`, also what the check at start says of the drafter as it is, and
+once attention misses own pages.
 """
 
 from __future__ import annotations
@@ -9,18 +10,23 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_ssd.compat.drafter import tree_backend
 from vllm_ssd.compat.drafter.draft_model import DraftModel
+from vllm_ssd.drafter.buckets import row_sizes
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.self_check import WrongTrees, check_trees
 from vllm_ssd.drafter.server import build_engine
 from vllm_ssd.policy import FanOut
 
 K = 4
+MOST_CAPTURED = 64
+"""Tokens of the largest captured step."""
 ROUNDS = 12
 PROMPT_LENGTHS = (1, 31, 32, 90)
 """One token; up to, and on, the boundary of a page; several pages."""
@@ -37,6 +43,10 @@ def main(folder: str, kind: str) -> None:
         kv_cache_memory_bytes=32 << 20,
         max_num_batched_tokens=64,  # the prompts together are more: no compiled model takes so many
     )
+    graphs = CountedSteps()
+    if kind == "captured":  # on a CPU vLLM has no graphs
+        type(model._attention_groups[0][1])._cudagraph_support = AttentionCGSupport.ALWAYS
+    captured = model.warm_up(row_sizes(MOST_CAPTURED), graphs) if kind == "captured" else 0
     eager_forwards = count_eager_forwards(model)
     engine = build_engine(
         model,
@@ -82,6 +92,8 @@ def main(folder: str, kind: str) -> None:
         "backend": type(model._attention_groups[0][1]).__module__,
         "steps": engine.num_steps,
         "eager_forwards": len(eager_forwards),
+        "captured": captured,
+        "replays": graphs.replays,
         "grown": grown,
     }
     if kind == "tree":
@@ -90,6 +102,23 @@ def main(folder: str, kind: str) -> None:
         check_trees(engine, model, K)
         result["fault"] = fault_without_own_pages(engine, model)
     print(json.dumps(result))
+
+
+class CountedSteps:
+    """Captures that call the step, and count how often."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """As `Graphs.capture`."""
+        step()
+
+        def replay() -> None:
+            self.replays += 1
+            step()
+
+        return replay
 
 
 def count_eager_forwards(model: DraftModel) -> list[int]:

@@ -49,6 +49,15 @@ def test_trees_on_the_device_equal_sequences_on_the_host(grow_trees):
 
 
 @pytest.mark.compat
+def test_captured_steps_with_vllms_attention_equal_others(grow_trees):
+    """What a drafter falls back to on a GPU: padded batches in which every token is a sequence of its own."""
+    captured, plain = grow_trees("captured"), grow_trees("vllm")
+    assert captured["grown"] == plain["grown"] and captured["steps"] == plain["steps"]
+    assert captured["captured"] == 6 and captured["replays"] > 60
+    assert captured["steps"] - captured["replays"] < 5, "prompts alone are not replayed"
+
+
+@pytest.mark.compat
 def test_a_compiled_drafter_equals_an_eager_one(grow_trees):
     """`enforce_eager: false`: compiled for every number of tokens up to a bound, beyond which it runs eagerly."""
     compiled, plain = grow_trees("compiled"), grow_trees("vllm")

@@ -19,4 +19,4 @@ def test_the_engine_over_the_kernels():
     run = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     result = json.loads(run.stdout.splitlines()[-1])
-    assert result["steps"] > 60 and (result["captured"] > 0) == torch.cuda.is_available()
+    assert result["steps"] > 60 and result["captured"] > 2 and result["eager"] < result["steps"] / 3

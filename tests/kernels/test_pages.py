@@ -391,3 +391,25 @@ def test_layers_must_agree():
     one = torch.ones(1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="shape, strides and dtype"):
         copy_pages(caches, one, one * 2, one)
+
+
+def test_ops_on_some_requests():
+    """By their slots, which is what a drafter launches: as the same call for all requests, with nothing for others."""
+    lengths, slots = [37, 5, 64, 20, 9], [3, 0, 4]
+    pool, trees = make_trees(lengths, branches=8, num_drafts=3, page_size=16, num_pages=200, spine_tokens=3)
+    drafts, candidates = random_outcomes(random.Random(0), 5, 3, 7)
+    fan_out = ints([[2, 2, 2, 2], [3, 1, 1, 1], [1, 1, 1, 1], [0, 3, 2, 0], [4, 0, 0, 1]])
+    forks = ints([[0, 4], [0, 0], [0, 0], [1, 3], [0, 4]])
+    by_slot = ints(slots)
+    arguments = (ints(lengths), drafts, candidates, fan_out, forks)
+    everywhere = run_both(expand, pool, trees, *arguments)
+    expanded = run_both(expand, pool, trees, *(argument[slots] for argument in arguments), by_slot)
+    same_state(expanded, everywhere)
+    winners = ints([1, SKIP, SKIP, MISS, CLOSE])
+    everywhere = run_both(commit, *expanded, winners)
+    committed = run_both(commit, *expanded, winners[slots], by_slot)
+    same_state(committed, everywhere)
+    assert committed[1].num_pages.tolist()[4] == 0
+    num_tokens = ints([90, 0, 0, 40, 61])
+    everywhere = run_both(reserve, *committed, num_tokens)
+    same_state(run_both(reserve, *committed, num_tokens[slots], by_slot), everywhere)

@@ -57,6 +57,7 @@ SHAPES = {
     "soft cap and window": Shape([branches(75, 16, 1, 2)], soft_cap=2.0, sliding_window=30),
     "one split": Shape([branches(200, 16, 1, 2)], num_splits=1),
     "more splits than blocks": Shape([branches(200, 16, 1, 2), branches(20, 16, 3)], num_splits=7),
+    "most splits": Shape([branches(900, 16, 1, 2), branches(20, 16, 3), [(0, 2)]], num_splits=64),
 }
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])  # wrong when interpreted
@@ -164,6 +165,29 @@ def test_any_strides_and_a_given_output():
     want = tree_attention(wide.contiguous(), keys.contiguous(), values.contiguous(), *rest, **options(shape))
     assert torch.equal(got, want)
     assert (out[..., shape.head_size :] == 7).all()
+
+
+def test_padding_after_the_last_request():
+    """Rows of no request, as in a graph for larger batches; nobody writes their part of the trunk's results."""
+    shape = SHAPES["ragged requests"]
+    query, keys, values, tables, starts, shared_lens, own_pages, own_lens = make_case(shape, torch.float32)
+    num_rows, padding = len(query), 5
+
+    def padded(rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([rows, torch.zeros_like(rows[:1]).expand(padding, *rows.shape[1:])])
+
+    tables, starts = torch.cat([tables, tables[:1]]), torch.cat([starts, starts[-1:]])  # and a request without rows
+    case = padded(query), keys, values, tables, starts, padded(shared_lens), padded(own_pages), padded(own_lens)
+    bounds = options(shape) | {"max_shared_len": 4096, "num_splits": 8}
+    want = dense(shape, query, keys, values, tables[:-1], starts[:-1], shared_lens, own_pages, own_lens)
+    for got in (run_reference(case, bounds), tree_attention(*(argument.to(DEVICE) for argument in case), **bounds)):
+        torch.testing.assert_close(got[:num_rows].cpu().double(), want, atol=1e-5, rtol=1e-5)
+        assert (got[num_rows:] == 0).all()
+
+
+def run_reference(case, bounds) -> torch.Tensor:
+    with reference():
+        return tree_attention(*case, **bounds)
 
 
 def test_too_many_splits_are_refused():

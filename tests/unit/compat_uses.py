@@ -99,6 +99,14 @@ OBJECTS = {
         "snapshot": "vllm.utils.mem_utils:MemorySnapshot",
     },
     "compat.drafter.cpu_norms": {"self": "vllm.model_executor.layers.layernorm:RMSNorm"},
+    "compat.drafter.decode_graphs": {
+        "vllm_config": CONFIG,
+        "compilation": "vllm.config.compilation:CompilationConfig",
+        "scheduler": "vllm.config.scheduler:SchedulerConfig",
+        "builder": "vllm.v1.attention.backend:AttentionMetadataBuilder",
+        "self._builder": "vllm.v1.attention.backend:AttentionMetadataBuilder",
+        "kind": "vllm.v1.attention.backend:AttentionMetadataBuilder",
+    },
     "compat.drafter.draft_model": {
         "args": ARGUMENTS,
         "self.vllm_config": CONFIG,

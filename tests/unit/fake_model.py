@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -29,6 +31,9 @@ class FakePagedModel:
         self.max_model_len = max_model_len
         self.kv = np.full((num_pages, self.page_size), POISON, np.int64)
         self.num_forwards = self.num_tokens = 0
+
+    def warm_up(self, sizes: Sequence[int]) -> int:
+        return 0
 
     def forward(self, batch: ForwardBatch | TreeBatch) -> torch.Tensor:
         self.num_forwards += 1
@@ -66,6 +71,8 @@ class FakePagedModel:
                 prefix = trunk + self.kv[batch.own_pages[token].numpy()].reshape(-1)[:own].tolist()
                 assert prefix[-1] == token_ids[token]
                 rows.append(reference_logits(prefix))
+        assert not real[len(rows) :].any(), "a token of no request"
+        rows += [torch.zeros(self.vocab_size)] * (len(real) - len(rows))
         logits = torch.stack(rows)
         return logits if batch.logit_indices is None else logits[batch.logit_indices]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,6 +46,26 @@ def test_fewer_branches_when_drafts_are_accepted_after_a_miss():
     numbers = [branches(1e-3, 0.2e-3, 10e-3, after_misses=[k] * 100) for k in range(4)]
     assert branches(1e-3, 0.2e-3, 10e-3) == numbers[0] == 7
     assert numbers == sorted(numbers, reverse=True) and numbers[-1] == 1
+
+
+@pytest.mark.parametrize("when", [0, 1, 2, 20])
+def test_one_step_that_took_seconds_takes_no_branches_away(when):
+    """The process was descheduled, or a kernel was compiled that nobody knew of."""
+    budget = BranchBudget(24)
+    for i in range(40):
+        n = 1 + i % 24
+        budget.observe_step(n, 5.0 if i == when else 1e-3 + 0.2e-3 * n)
+        budget.observe_window(10e-3)
+    for _ in range(4):
+        assert 6 <= budget.branches(3, 1, HIT_CHANCES, SURVIVAL) <= 9
+
+
+def test_a_tree_is_in_time_despite_one_step_that_took_seconds():
+    budget = BranchBudget(24)
+    for seconds in (5.0, 1e-3, 1e-3):
+        budget.observe_step(8, seconds)
+        budget.observe_window(20e-3)
+    assert budget.in_time(0.0, 6) and not budget.in_time(0.0, 20)
 
 
 def test_branches_keep_varying_so_that_their_cost_stays_measurable():

@@ -128,6 +128,51 @@ def test_a_model_that_cannot_draft_is_not_tried_twice(start):
     assert refused == Refused("UnsupportedDraftModel: it cannot draft") and not executed
 
 
+class Hanging(FakeDraftModel):
+    """A kernel never ends, until the process becomes another."""
+
+    started_over = threading.Event()
+
+    def copy_slots(self, *copies) -> None:
+        assert self.started_over.wait(20.0)
+        sys.exit()  # this thread's end is that of the process
+
+
+def test_a_kernel_that_hangs_is_done_without(start, monkeypatch, caplog):
+    """The target waits for its drafter's start; it hears from the next one, not from `startup_timeout_s`."""
+    monkeypatch.setattr(server, "TIME_LIMIT_S", 0.5)
+    start_over = server._start_over
+
+    def and_tell(*arguments) -> None:
+        try:
+            start_over(*arguments)
+        except StartedOver:
+            Hanging.started_over.set()
+
+    monkeypatch.setattr(server, "_start_over", and_tell)
+    (arguments,) = start(Hanging, OPTIONS)
+    options = msgspec.json.decode(arguments[4], type=DrafterOptions)
+    assert options == msgspec.structs.replace(OPTIONS, tree_attention=False)
+    assert "TimeoutError: not done after 0.5 s" in caplog.text
+
+
+class Uncapturable(FakeDraftModel):
+    """As vLLM's attention when it cannot be captured after all."""
+
+    def warm_up(self, sizes) -> int:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_vllms_attention_that_cannot_be_captured_is_launched(start, caplog):
+    without = msgspec.structs.replace(OPTIONS, tree_attention=False)
+    executed = start(Uncapturable, without)
+    start.thread.join()
+    (arguments,) = executed
+    options = msgspec.json.decode(arguments[4], type=DrafterOptions)
+    assert options == msgspec.structs.replace(without, graphs=False)
+    assert "does without CUDA graphs" in caplog.text
+
+
 def test_a_sound_drafter_keeps_its_attention(start):
     executed = start(FakeDraftModel, OPTIONS)
     start.target.send(Hello(PROTOCOL_VERSION, FakePagedModel.vocab_size, 3, fingerprint(["a"])))

@@ -20,19 +20,20 @@ def test_sampled_branches_carry_the_distribution_they_were_drawn_from(make_targe
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_every_step_is_pushed_while_the_next_ones_run(make_target, monkeypatch, temperature):
-    """On the device, a step is launched before the host looks at what the one before it drew."""
+    """On the device, a step is launched when the one before it is done, before the host looks at what that drew."""
     order: list[tuple[str, int]] = []
-    for name in ("launch", "drawn"):
-        original = getattr(device_steps._Bucket, name)
+    for name in ("launch", "wait", "drawn"):
+        original = getattr(device_steps._Buffers, name)
 
         def logged(self, step, *arguments, name=name, original=original):
             order.append((name, step))
             return original(self, step, *arguments)
 
-        monkeypatch.setattr(device_steps._Bucket, name, logged)
+        monkeypatch.setattr(device_steps._Buffers, name, logged)
     target = make_target()
     target.open("a", [1, 2, 3, 4, 5], temperature)
     target.step()
+    order.clear()
     for depth in range(1, K + 1):
         target.step()
         assert {len(drafts) for drafts in target.blocks["a"].values()} == {depth}
@@ -41,8 +42,31 @@ def test_every_step_is_pushed_while_the_next_ones_run(make_target, monkeypatch, 
     if target.model.tree_attention:
         launched = [("launch", 0)]
         for step in range(K):
-            launched += [("launch", step + 1), ("drawn", step)]
-        assert order == launched + [("drawn", K)]
+            launched += [("wait", step), ("launch", step + 1), ("drawn", step)]
+        assert order == [*launched, ("wait", K), ("drawn", K)]
+
+
+@pytest.mark.parametrize("num_polls", [0, 3])
+def test_an_outcome_waits_for_one_step_at_most(make_target, monkeypatch, num_polls):
+    """While a step runs, the target is listened to again and again, and no further one is launched."""
+    target = make_target()
+    if not target.model.tree_attention:
+        return  # nothing runs while nobody waits for it
+    target.open("a", [1, 2, 3, 4, 5])
+    target.step()
+    launched = []
+    launch = device_steps._Buffers.launch
+    monkeypatch.setattr(
+        device_steps._Buffers, "launch", lambda self, step, *rest: (launched.append(step), launch(self, step, *rest))
+    )
+    monkeypatch.setattr(device_steps._Buffers, "is_drawn", lambda self, step, timeout_s: False)
+    for _ in range(num_polls):
+        assert target.engine.speculate() is None and launched == [0]
+    target.advance("a", [7], [])
+    assert len(launched) <= 1
+    monkeypatch.undo()
+    grow(target)
+    assert target.blocks["a"]
 
 
 def test_predicted_bonus_tokens_are_proposed_less_and_q_says_so():

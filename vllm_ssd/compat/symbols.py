@@ -18,12 +18,14 @@ USED = {
     "vllm": "LLMEngine __version__",
     "vllm.envs": "VLLM_USE_V2_MODEL_RUNNER",
     "vllm.config": "CUDAGraphMode ModelConfig SpeculativeConfig VllmConfig set_current_vllm_config",
+    "vllm.config:CUDAGraphMode": "FULL_DECODE_ONLY",
+    "vllm.config.compilation:CompilationConfig": ("cudagraph_capture_sizes cudagraph_mode max_cudagraph_capture_size"),
     "vllm.config.cache:CacheConfig": "cache_dtype gpu_memory_utilization kv_cache_memory_bytes",
     "vllm.config.device:DeviceConfig": "device_type",
     "vllm.config.model:ModelConfig": (
-        "architecture dtype get_diff_sampling_param get_head_size get_num_kv_heads get_num_layers get_vocab_size "
-        "hf_text_config is_attention_free is_encoder_decoder is_hybrid is_multimodal_model max_model_len model "
-        "runner_type use_mla uses_mrope"
+        "architecture dtype get_diff_sampling_param get_head_size get_hidden_size get_num_kv_heads get_num_layers "
+        "get_vocab_size hf_text_config is_attention_free is_encoder_decoder is_hybrid is_multimodal_model "
+        "max_model_len model runner_type use_mla uses_mrope"
     ),
     "vllm.config.parallel:ParallelConfig": "data_parallel_index data_parallel_size pipeline_parallel_size",
     "vllm.config.scheduler:SchedulerConfig": "async_scheduling max_num_batched_tokens max_num_seqs",
@@ -31,8 +33,8 @@ USED = {
         "method num_speculative_tokens rejection_sample_method uses_dynamic_speculative_decoding"
     ),
     "vllm.config.vllm:VllmConfig": (
-        "additional_config cache_config device_config max_concurrent_batches model_config parallel_config "
-        "scheduler_config speculative_config structured_outputs_config use_v2_model_runner"
+        "additional_config cache_config compilation_config device_config max_concurrent_batches model_config "
+        "parallel_config scheduler_config speculative_config structured_outputs_config use_v2_model_runner"
     ),
     "vllm.config.vllm": "HAS_TRITON",
     "vllm.engine.arg_utils": "AsyncEngineArgs EngineArgs",
@@ -134,16 +136,19 @@ USED = {
     "vllm.tokenizers": "cached_tokenizer_from_config",
     "vllm.tokenizers.protocol:TokenizerLike": "convert_ids_to_tokens get_vocab",
     "vllm.v1.attention.backend": (
-        "AttentionBackend AttentionImpl AttentionLayer AttentionMetadata AttentionMetadataBuilder AttentionType "
-        "CommonAttentionMetadata MultipleOf"
+        "AttentionBackend AttentionCGSupport AttentionImpl AttentionLayer AttentionMetadata AttentionMetadataBuilder "
+        "AttentionType CommonAttentionMetadata MultipleOf"
     ),
     "vllm.v1.attention.backend:AttentionBackend": (
         "get_builder_cls get_impl_cls get_name get_supported_kernel_block_sizes supports_head_size "
         "supports_sliding_window"
     ),
+    "vllm.v1.attention.backend:AttentionCGSupport": "NEVER",
     "vllm.v1.attention.backend:AttentionImpl": "__init__ forward",
     "vllm.v1.attention.backend:AttentionLayer": "_k_scale _v_scale",
-    "vllm.v1.attention.backend:AttentionMetadataBuilder": "__init__ build",
+    "vllm.v1.attention.backend:AttentionMetadataBuilder": (
+        "__init__ build build_for_cudagraph_capture device get_cudagraph_support kv_cache_spec layer_names"
+    ),
     "vllm.v1.attention.backend:AttentionType": "DECODER",
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "block_table_tensor max_query_len max_seq_len num_actual_tokens num_reqs query_start_loc seq_lens"

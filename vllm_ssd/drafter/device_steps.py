@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import torch
 
+from vllm_ssd.compat.drafter.graphs import Graphs, Replay, graphs_on
 from vllm_ssd.compat.drafter.paged import PagedModel, TreeBatch
 from vllm_ssd.drafter.branches import Branches
+from vllm_ssd.drafter.buckets import Buckets, BucketSize
 from vllm_ssd.drafter.pages.device import DevicePages
 from vllm_ssd.drafter.sampler import Draw
-from vllm_ssd.kernels import sample
+from vllm_ssd.drafter.sequence import Sequence
+from vllm_ssd.drafter.step_tokens import StepTokens
+from vllm_ssd.kernels import Trees, sample
+from vllm_ssd.kernels.tree_attention import MAX_TILE
 
 MAX_TOP_M = 256
 """Widest proposal that `kernels.sample` keeps in registers; wider ones are drawn by the host, step by step."""
-STEPS_AHEAD = 1
-"""Steps launched beyond the one whose draws are waited for: the device works while the host reads and pushes those.
-An outcome that comes meanwhile waits for them."""
-SHORTEST_BUCKET = 1024
-"""Context, in tokens, of the smallest bucket; each larger one is twice as long."""
-MAX_BUCKETS = 64
-"""Buckets that are kept, the latest used; a graph takes a megabyte or two."""
+WAIT_S = 2e-4
+"""Time for which a step is waited for before the target is listened to again."""
 
 
 class DeviceSteps:
@@ -29,88 +30,151 @@ class DeviceSteps:
 
     The host copies what a step drew while the next one runs, so that nothing of its own lies between two steps.
 
-    Batches are padded to buckets of branches, requests and context. A bucket's buffers never move, so that on a GPU one
-    step is captured when the bucket is first used, and replayed as often as steps are wanted. Elsewhere the same step
-    is called.
+    Batches are padded to buckets of rows and requests (`Buckets`). A row is a branch or, in the first step of a run, a
+    token of a spine. All buckets share buffers that never move, so that on a GPU one step of each bucket is captured
+    when the drafter starts, and replayed as often as steps are wanted. Elsewhere the same step is called.
     """
 
     def __init__(
-        self, model: PagedModel, pages: DevicePages, branches: Branches, top_m: int, seed: int, saguaro_c: float
+        self,
+        model: PagedModel,
+        pages: DevicePages,
+        branches: Branches,
+        top_m: int,
+        seed: int,
+        saguaro_c: float,
+        graphs: Graphs | None = None,
     ) -> None:
         self._model = model
         self._pages = pages
         self._branches = branches
-        self._sampling = {"top_m": top_m, "factor": saguaro_c}
         self._random = np.random.default_rng(seed)
-        self._buckets: dict[tuple[int, int, int], _Bucket] = {}  # longest unused first
-        self._memory = torch.cuda.graph_pool_handle() if torch.device(model.device).type == "cuda" else None
+        self.sizes = Buckets(branches.max_num_seqs, branches.per_request + branches.num_speculative_tokens + 1)
+        self._buffers = _Buffers(model, pages, self.sizes.largest, {"top_m": top_m, "factor": saguaro_c})
+        self._graphs = graphs or graphs_on(torch.device(model.device))
+        self._replays: dict[BucketSize, Replay] = {}
+
+    @property
+    def num_captured(self) -> int:
+        """Buckets whose step was captured, or would be on a GPU."""
+        return len(self._replays)
+
+    def warm_up(self) -> int:
+        """Compile and capture all that later steps launch, without touching any KV; the number of buckets."""
+        warm_up_attention(self._model, self._pages.trees)
+        for size in reversed(self.sizes.all):  # later ones fit into the memory of earlier ones
+            self._replay_of(size)
+        return self.num_captured
+
+    def carries(self, num_rows: int, num_requests: int, spine_tokens: int = 0) -> bool:
+        """Whether a bucket holds so many rows of so many requests, of none a prompt."""
+        most = self._branches.num_speculative_tokens + 1
+        return spine_tokens <= most and self.sizes.find(num_rows, num_requests) is not None
 
     def start(self, rows: np.ndarray, num_steps: int, fan_out: np.ndarray | None) -> DeviceRun:
         """As `Runner.start`: until the run is done no other may start, and nothing may be asked of the pages.
 
         Every call seeds the noise of each row anew: draws are independent between branches and rounds.
         """
-        began = time.perf_counter()
-        pages, branches = self._pages, self._branches
-        pages.carry_out()
-        order = np.argsort(branches.owner[rows], kind="stable")  # the branches of a request side by side
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        ordered, n = rows[order], len(rows)
-        requests, counts = np.unique(branches.owner[ordered], return_counts=True)
-        context = int(branches.base[ordered].max())
-        unit = max(8, (1 << n.bit_length()) // 16)  # of all but small batches, an eighth at most is padding
-        key = (
-            -(-n // unit) * unit,
-            1 << (len(requests) - 1).bit_length(),
-            max(SHORTEST_BUCKET, 1 << context.bit_length()),
+        return self._start(StepTokens.gather(self._branches, (), rows), num_steps, fan_out)
+
+    def forward(
+        self, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray, fan_out: np.ndarray | None
+    ) -> tuple[StepTokens, Draw]:
+        """As `EagerRunner.forward`."""
+        tokens = StepTokens.gather(self._branches, spines, rows)
+        run = self._start(tokens, 1, None if fan_out is None else fan_out[None])
+        draw = run.take()
+        kept = tokens.logit_indices  # the others are tokens that somebody has drawn before
+        return tokens, Draw(
+            draw.candidates[kept],
+            draw.drawn[kept],
+            None if draw.q_token_ids is None else draw.q_token_ids[kept],
+            None if draw.q_probs is None else draw.q_probs[kept],
         )
-        bucket = self._buckets.pop(key, None)
-        if bucket is None:
-            if len(self._buckets) == MAX_BUCKETS:
-                del self._buckets[next(iter(self._buckets))]
-            bucket = _Bucket(self._model, pages, self._sampling, self._memory, *key)
-        self._buckets[key] = bucket
-        step, base, temperatures = branches.computed[ordered], branches.base[ordered], branches.temperature[ordered]
-        shared = base // pages.page_size * pages.page_size
-        bucket.load(
-            token_ids=branches.tokens[ordered, step],
-            positions=base + step,
+
+    def _start(self, tokens: StepTokens, num_steps: int, fan_out: np.ndarray | None) -> DeviceRun:
+        """`num_steps` steps of the rows of `tokens`: its spines' tokens, then its branches; of one step with spines."""
+        began = time.perf_counter()
+        pages, branches, rows, spines = self._pages, self._branches, tokens.rows, tokens.spines
+        pages.carry_out()
+        n, m = len(tokens.positions), len(rows)
+        num_of_spine = np.array([num_tokens for _, num_tokens in spines], np.int64)
+        slots = np.array([sequence.slot for sequence, _ in spines], np.int64)
+        spine_temperatures = np.array([sequence.temperature for sequence, _ in spines], np.float32)
+        owners = np.concatenate([np.repeat(slots, num_of_spine), branches.owner[rows]])
+        temperatures = np.concatenate([np.repeat(spine_temperatures, num_of_spine), branches.temperature[rows]])
+        spine_truncations = np.array([sequence.truncation for sequence, _ in spines], np.float32).reshape(-1, 3)
+        truncations = np.concatenate([np.repeat(spine_truncations, num_of_spine, axis=0), branches.truncation[rows]])
+        base, shared = tokens.positions.copy(), tokens.positions + 1
+        base[n - m :] = branches.base[rows]
+        shared[n - m :] = branches.base[rows] // pages.page_size * pages.page_size
+        indices = np.zeros(n, np.int64)
+        indices[n - m :] = pages.index(rows)
+        order = np.argsort(owners, kind="stable")  # the tokens of a request side by side
+        place = np.empty_like(order)
+        place[order] = np.arange(n)
+        requests, counts = np.unique(owners, return_counts=True)
+        size = self.sizes.find(n, len(requests))
+        if size is None:
+            raise ValueError(f"no bucket holds {n} rows of {len(requests)} requests")
+        is_cold = size not in self._replays
+        replay = self._replay_of(size)
+        if fan_out is not None:
+            fan_out = np.concatenate([np.zeros((num_steps, n - m), np.int64), fan_out], 1)[:, order]
+        self._buffers.load(
+            size,
+            token_ids=tokens.token_ids[order],
+            positions=tokens.positions[order],
             requests=requests,
             starts=np.cumsum([0, *counts]),
-            owners=branches.owner[ordered],
-            indices=pages.index(ordered),
-            steps=step,
-            shared_lens=shared,
-            own_lens=base + step + 1 - shared,
-            temperatures=temperatures,
-            truncations=branches.truncation[ordered],
+            owners=owners[order],
+            indices=indices[order],
+            steps=(tokens.positions - base)[order],
+            shared_lens=shared[order],
+            own_lens=(tokens.positions + 1 - shared)[order],
+            temperatures=temperatures[order],
+            truncations=truncations[order],
             seeds=self._random.integers(1 << 63, size=n),
-            fan_out=None if fan_out is None else fan_out[:, order],
+            fan_out=fan_out,
         )
-        return DeviceRun(bucket, rows, place, num_steps, branches.num_candidates, bool(temperatures.any()), began)
+        sampled, num_candidates = bool(temperatures.any()), branches.num_candidates
+        return DeviceRun(
+            self._buffers, replay, size, rows, place, num_steps, num_candidates, sampled, None if is_cold else began
+        )
+
+    def _replay_of(self, size: BucketSize) -> Replay:
+        if size not in self._replays:
+            buffers = self._buffers
+            buffers.clear(size)
+            self._replays[size] = self._graphs.capture(lambda: buffers.step(size))
+            buffers.clear(size)
+        return self._replays[size]
 
 
 class DeviceRun:
     """Steps of `rows` under way, since `began`: `take` them one after the other, until it `is_done`.
 
-    The device works between two takes, too: a step's time is that since the step before it was taken.
+    The device works between two takes, too: a step's time is that since the step before it was taken. `began` None: the
+    first step was compiled or captured just now, and its time says nothing.
     """
 
     def __init__(
         self,
-        bucket: _Bucket,
+        buffers: _Buffers,
+        replay: Replay,
+        size: BucketSize,
         rows: np.ndarray,
         place: np.ndarray,
         num_steps: int,
         num_candidates: int,
         sampled: bool,
-        began: float,
+        began: float | None,
     ) -> None:
         self.rows = rows
-        self.step_s = 0.0
+        self.step_s: float | None = None
         self._began = began
-        self._bucket = bucket
+        self._buffers, self._replay, self._size = buffers, replay, size
         self._place = place  # of each row in the bucket
         self._num_steps, self._num_launched, self._num_taken = num_steps, 0, 0
         self._num_candidates = num_candidates
@@ -121,16 +185,22 @@ class DeviceRun:
         """Whether every step was taken."""
         return self._num_taken == self._num_steps
 
+    def is_ready(self) -> bool:
+        """Whether the next step is done, which is launched if it was not; waits for it a little."""
+        self._launch(self._num_taken)
+        return self._buffers.is_drawn(self._num_taken, WAIT_S)
+
     def take(self) -> Draw:
-        """What the next step drew after `rows`, once it is done; as many as allowed are launched ahead of it."""
-        step, bucket = self._num_taken, self._bucket
-        while self._num_launched < min(step + 1 + STEPS_AHEAD, self._num_steps):
-            bucket.launch(self._num_launched, self._sampled)
-            self._num_launched += 1
-        token_ids, q_token_ids, q_probs = (drawn[self._place] for drawn in bucket.drawn(step))
+        """What the next step drew after `rows`, once it is done; the step after it runs meanwhile."""
+        step = self._num_taken
+        self._launch(step)
+        self._buffers.wait(step)
+        if step + 1 < self._num_steps:
+            self._launch(step + 1)
+        token_ids, q_token_ids, q_probs = (drawn[self._place] for drawn in self._buffers.drawn(step))
         self._num_taken += 1
         now = time.perf_counter()
-        self.step_s, self._began = now - self._began, now
+        self.step_s, self._began = None if self._began is None else now - self._began, now
         return Draw(
             q_token_ids[:, : self._num_candidates],
             token_ids,
@@ -139,28 +209,50 @@ class DeviceRun:
         )
 
     def stop(self) -> None:
-        """Launch no more steps; those that were launched are still to be taken."""
+        """Launch no more steps; the one that was launched is still to be taken."""
         self._num_steps = self._num_launched
 
+    def _launch(self, step: int) -> None:
+        if step == self._num_launched:
+            self._buffers.launch(step, self._replay, self._size, self._sampled)
+            self._num_launched += 1
 
-class _Bucket:
-    """Buffers for up to `num_rows` branches of `num_requests` requests, and one step over them."""
 
-    def __init__(
-        self,
-        model: PagedModel,
-        pages: DevicePages,
-        sampling: dict,
-        memory: torch.cuda._POOL_HANDLE | None,
-        num_rows: int,
-        num_requests: int,
-        context: int,
-    ) -> None:
-        self._model, self._trees, self._sampling, self._memory = model, pages.trees, sampling, memory
-        self._context, self._num_rows, self._num_requests = context, num_rows, num_requests
+def warm_up_attention(model: PagedModel, trees: Trees) -> None:
+    """Forwards of padding that launch tree attention with tiles of every size."""
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=model.device)
+
+    for log_rows in range(MAX_TILE.bit_length()):
+        num_rows = 1 << log_rows
+        with torch.inference_mode():
+            model.forward(
+                TreeBatch(
+                    token_ids=zeros(num_rows),
+                    positions=zeros(num_rows, dtype=torch.int64),
+                    slots=zeros(num_rows, dtype=torch.int64) - 1,
+                    page_tables=zeros(1, trees.page_tables.shape[1]),
+                    query_start_loc=zeros(2),
+                    shared_lens=zeros(num_rows),
+                    own_pages=zeros(num_rows, trees.branch_pages.shape[2]),
+                    own_lens=zeros(num_rows),
+                    max_shared_len=trees.max_len,
+                    max_rows=num_rows,
+                    logit_indices=zeros(1, dtype=torch.int64),
+                )
+            )
+
+
+class _Buffers:
+    """Device tensors for the rows and requests of the largest bucket, and one step over the first of them."""
+
+    def __init__(self, model: PagedModel, pages: DevicePages, largest: BucketSize, sampling: dict) -> None:
+        self._model, self._trees, self._sampling = model, pages.trees, sampling
+        num_rows, num_requests = largest.rows, largest.requests
         device = self._device = torch.device(model.device)
-        _, most_branches, most_steps = pages.trees.slots.shape
-        self._max_rows = min(num_rows, most_branches + max(8, num_rows // 8))  # of one request, with all the padding
+        most_steps = pages.trees.slots.shape[2]
+        self._most_rows = largest.rows_per_request
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -181,103 +273,115 @@ class _Bucket:
         }
         self._fan_out = zeros(most_steps, num_rows, dtype=torch.int32)
         self._done = zeros(1)  # steps since the last load
-        top_m, on_gpu = sampling["top_m"], device.type == "cuda"
+        top_m, self._on_gpu = sampling["top_m"], device.type == "cuda"
         self._drawn = (  # token ids, q's token ids, q's probabilities
             zeros(most_steps, num_rows, dtype=torch.int32),
             zeros(most_steps, num_rows, top_m, dtype=torch.int32),
             zeros(most_steps, num_rows, top_m, dtype=torch.float32),
         )
-        self._on_host = [torch.empty_like(drawn, device="cpu", pin_memory=on_gpu) for drawn in self._drawn]
-        self._copied = [torch.cuda.Event() for _ in range(most_steps)] if on_gpu else []
-        self._copies = torch.cuda.Stream(device) if on_gpu else None
+        self._on_host = [torch.empty_like(drawn, device="cpu", pin_memory=self._on_gpu) for drawn in self._drawn]
+        self._copied = [torch.cuda.Event() for _ in range(most_steps)] if self._on_gpu else []
+        self._copies = torch.cuda.Stream(device) if self._on_gpu else None
         self._down_weighted = False  # whether `_fan_out` holds anything
-        self._graph = self._capture() if on_gpu else None
 
-    def load(self, *, fan_out: np.ndarray | None, **inputs: np.ndarray) -> None:
-        """Fill the buffers; rows and requests beyond the given ones are padding, which reads and writes no KV."""
-        self._num_loaded = len(inputs["token_ids"])
+    def load(self, size: BucketSize, *, fan_out: np.ndarray | None, **inputs: np.ndarray) -> None:
+        """Fill a bucket's part of the buffers; rows and requests beyond the given ones read and write no KV."""
+        num_rows = len(inputs["token_ids"])
         for name, values in inputs.items():
-            padded = np.zeros(self._inputs[name].shape, values.dtype)
+            buffer = self._part(name, size)
+            padded = np.zeros(buffer.shape, values.dtype)
             padded[: len(values)] = values
-            if name == "starts":  # padding belongs to the last request, the requests after it are empty
-                padded[len(values) - 1 :] = self._num_rows
-            self._fill(self._inputs[name], padded)
+            if name == "starts":  # the requests after the given ones are empty
+                padded[len(values) :] = num_rows
+            self._fill(buffer, padded)
         if fan_out is not None or self._down_weighted:
             self._down_weighted = fan_out is not None
             padded = np.zeros(self._fan_out.shape, np.int32)
             if fan_out is not None:
-                padded[: len(fan_out), : self._num_loaded] = fan_out
+                padded[: len(fan_out), :num_rows] = fan_out
             self._fill(self._fan_out, padded)
         self._done.zero_()
 
+    def clear(self, size: BucketSize) -> None:
+        """Fill a bucket with padding."""
+        for name in self._inputs:
+            self._part(name, size).zero_()
+        self._done.zero_()
+
+    def _part(self, name: str, size: BucketSize) -> torch.Tensor:
+        length = {"requests": size.requests, "starts": size.requests + 1}.get(name, size.rows)
+        return self._inputs[name][:length]
+
     def _fill(self, buffer: torch.Tensor, values: np.ndarray) -> None:
         host = torch.from_numpy(values).to(buffer.dtype)
-        buffer.copy_(host.pin_memory() if self._graph else host, non_blocking=True)
+        buffer.copy_(host.pin_memory() if self._on_gpu else host, non_blocking=True)
 
-    def launch(self, step: int, sampled: bool) -> None:
+    def launch(self, step: int, replay: Replay, size: BucketSize, sampled: bool) -> None:
         """The next step of what was loaded, number `step`, and the copy of what it draws, beside the step after it."""
-        if self._graph:
-            self._graph.replay()
-        else:
-            self._step()
-        buffers = list(zip(self._drawn, self._on_host))[: 3 if sampled else 2]
+        replay()
+        buffers = [(drawn[step, : size.rows], on_host[step, : size.rows]) for drawn, on_host in self._drawn_on_host()]
         if self._copies is None:
-            for drawn, on_host in buffers:
-                on_host[step] = drawn[step]
+            for drawn, on_host in buffers[: 3 if sampled else 2]:
+                on_host.copy_(drawn)
             return
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
-            for drawn, on_host in buffers:
-                on_host[step].copy_(drawn[step], non_blocking=True)
+            for drawn, on_host in buffers[: 3 if sampled else 2]:
+                on_host.copy_(drawn, non_blocking=True)
             self._copied[step].record()
 
+    def _drawn_on_host(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(zip(self._drawn, self._on_host))
+
+    def is_drawn(self, step: int, timeout_s: float) -> bool:
+        """Whether what a launched step drew is on the host, after waiting for it a little."""
+        if not self._copied:
+            return True
+        deadline = time.perf_counter() + timeout_s
+        while not self._copied[step].query():
+            if time.perf_counter() > deadline:
+                return False
+        return True
+
+    def wait(self, step: int) -> None:
+        """Wait until what a launched step drew is on the host."""
+        if self._copied:
+            self._copied[step].synchronize()
+
     def drawn(self, step: int) -> tuple[np.ndarray, ...]:
-        """Token ids [B], q's token ids and probabilities [B, M] of a launched step, once they are there.
+        """Token ids [B], q's token ids and probabilities [B, M] of a step that was waited for.
 
         The arrays are views that a later run overwrites.
         """
-        if self._copied:
-            self._copied[step].synchronize()
         return tuple(on_host[step].numpy() for on_host in self._on_host)
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """One step as a graph. The buffers hold padding only, so that warming up touches no KV."""
-        self._inputs["starts"][1:] = self._num_rows
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            self._step()  # compiles kernels and fills caches, which a capture must not
-            self._done.zero_()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):  # shared: never do two graphs run at once
-            self._step()
-        return graph
-
     @torch.inference_mode()
-    def _step(self) -> None:
-        trees, inputs = self._trees, self._inputs
+    def step(self, size: BucketSize) -> None:
+        """One step over the rows of a bucket; a row that owns nothing is a token of a spine."""
+        trees = self._trees
+        inputs = {name: self._part(name, size) for name in self._inputs}
         owners, indices, steps = inputs["owners"], inputs["indices"], inputs["steps"]
-        own_lens, positions = inputs["own_lens"], inputs["positions"]
-        alive = own_lens > 0
-        last_step = trees.slots.shape[2] - 1
-        slots = trees.slots[owners, indices, steps.clamp(max=last_step)].masked_fill(~alive, -1)
+        own_lens, shared_lens, positions = inputs["own_lens"], inputs["shared_lens"], inputs["positions"]
+        is_branch, page_size = own_lens > 0, trees.page_size
+        spine_page = trees.page_tables[owners, positions // page_size].long()
+        branch_slot = trees.slots[owners, indices, steps.clamp(max=trees.slots.shape[2] - 1)]
+        slots = torch.where(is_branch, branch_slot, spine_page * page_size + positions % page_size)
         logits = self._model.forward(
             TreeBatch(
                 token_ids=inputs["token_ids"],
                 positions=positions,
-                slots=slots,
+                slots=slots.masked_fill(own_lens + shared_lens == 0, -1),
                 page_tables=trees.page_tables[inputs["requests"]],
                 query_start_loc=inputs["starts"],
-                shared_lens=inputs["shared_lens"],
+                shared_lens=shared_lens,
                 own_pages=trees.branch_pages[owners, indices],
                 own_lens=own_lens,
-                max_shared_len=self._context,
-                max_rows=self._max_rows,
+                max_shared_len=trees.max_len,
+                max_rows=min(size.rows, self._most_rows),
                 logit_indices=None,
             )
         )
-        fan_out = self._fan_out.index_select(0, self._done)[0]
+        fan_out = self._fan_out.index_select(0, self._done)[0, : size.rows]
         drawn = sample(
             logits,
             inputs["temperatures"],
@@ -288,8 +392,8 @@ class _Bucket:
             **self._sampling,
         )
         for buffer, values in zip(self._drawn, (drawn.token_ids, drawn.q_token_ids, drawn.q_probs)):
-            buffer.index_copy_(0, self._done, values[None])
+            buffer[:, : size.rows].index_copy_(0, self._done, values[None])
         inputs["token_ids"].copy_(drawn.token_ids)
         for counter in (positions, steps, own_lens):
-            counter += alive.to(counter.dtype)
+            counter += is_branch.to(counter.dtype)
         self._done += 1

@@ -49,8 +49,9 @@ from vllm_ssd.drafter.truncation import leaves_tokens, truncation_row
 from vllm_ssd.link.protocol import ALL_TOKENS, DrafterStats, Evicted, Push, Truncation, common_prefix
 from vllm_ssd.policy import BranchBudget, FanOut
 
-PREFILL_TOKENS_PER_STEP = 256
-"""Prompt tokens forwarded beside one step of the branches, so that a long prompt delays nobody for long."""
+PREFILL_TOKENS_PER_STEP = {"cpu": 256, "cuda": 2048}
+"""Prompt tokens forwarded beside one step of the branches, so that a long prompt delays nobody for long. A GPU needs
+many to be busy: fewer take as long, and the steps of the branches beside them are launched kernel by kernel."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e5
 """Of requests that sample. vLLM takes lower ones for 0; beyond them, logits divided by one are not finite, or all 0."""
 
@@ -72,6 +73,7 @@ class DraftEngine:
         *,
         vocab_size: int,
         max_model_len: int,
+        prefill_tokens: int = PREFILL_TOKENS_PER_STEP["cpu"],
     ) -> None:
         self._fan_out = fan_out
         self._budget = budget
@@ -80,6 +82,7 @@ class DraftEngine:
         self._stepper = stepper
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._prefill_tokens = prefill_tokens
         self.sequences: dict[str, Sequence] = {}  # least recently advanced first
         self._by_slot: list[Sequence | None] = [None] * branches.max_num_seqs
         self._free_slots = list(range(branches.max_num_seqs - 1, -1, -1))
@@ -91,6 +94,10 @@ class DraftEngine:
         self.num_cached_tokens = 0  # of those, whose KV was there already
         self.build_s = 0.0  # from an outcome to the whole tree after it, last seen
         self._growing_since = 0.0
+
+    def warm_up(self) -> int:
+        """Compile and capture all that serving will need; how many sizes of batches were captured."""
+        return self._stepper.warm_up()
 
     # ---- the verbs -------------------------------------------------------------------------------------
 
@@ -337,7 +344,7 @@ class DraftEngine:
 
     def _schedule_spines(self) -> list[tuple[Sequence, int]]:
         """Uncomputed spines and how many of their tokens ride in the next step; they have the pages for these."""
-        budget, spines = PREFILL_TOKENS_PER_STEP, []
+        budget, spines = self._prefill_tokens, []
         for sequence in list(self._unfinished.values()):
             if not budget:
                 break

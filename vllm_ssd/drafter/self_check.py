@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from vllm_ssd.compat.drafter.paged import ForwardBatch, PagedModel
+from vllm_ssd.drafter.device_steps import warm_up_attention
 from vllm_ssd.drafter.engine import DraftEngine
+from vllm_ssd.drafter.pages.device import DevicePages
 from vllm_ssd.kernels import reference_ops
-from vllm_ssd.link.protocol import unpack_ids
+from vllm_ssd.link.protocol import common_prefix, unpack_ids
 
 TOLERANCE = {2: 0.25, 4: 0.02}
 """Root mean square error of log-probabilities, in standard deviations of the logits, by bytes of the model's dtype.
 Rounding stays an order of magnitude below; KV from a wrong place exceeds it."""
-
-
 NEGLIGIBLE = 1e-6
 """Probability below which proposals are alike."""
+LONG_TOKENS = 4096
+"""Length of a prompt whose trunk is read in many runs."""
+REFERENCE_TOKENS = 256
+"""Tokens of a prompt that the references compute at once."""
+TIME_LIMIT_S = 120.0
+"""Longest time for the check, compiling and capturing; the rest of `startup_timeout_s` is for starting over."""
 
 
 class WrongTrees(RuntimeError):
@@ -43,6 +51,10 @@ class _Request:
     tokens: list[int]
     drafts: list[int] = field(default_factory=list)
 
+    def open(self, engine: DraftEngine, num_drafts: int) -> None:
+        """Open it at temperature 1."""
+        engine.open(self.name, 0, np.array(self.tokens, np.int32), 1.0, num_drafts)
+
     def advance(self, engine: DraftEngine, emitted: list[int], drafts: list[int], num_drafts: int) -> None:
         """Tell the engine of an outcome."""
         self.tokens, self.drafts = self.tokens + emitted, drafts
@@ -50,51 +62,76 @@ class _Request:
 
 
 def check_trees(engine: DraftEngine, model: PagedModel, num_drafts: int) -> None:
-    """Take two requests of one prompt through openings, a hit and their ends, on an idle `engine` of `model`.
+    """Take requests through openings, a hit, a miss and their ends, two at a time, on an idle `engine` of `model`.
 
-    Raises `WrongTrees` unless what they propose agrees with the model's logits after the same tokens, computed without
-    branches, graphs or Triton. All that requests will need is compiled on the way.
+    Two have one prompt; the third's is longer than `LONG_TOKENS`, where requests may be. Raises `WrongTrees` unless
+    what they propose agrees with the model's logits after the same tokens, computed without branches, graphs or Triton.
+    All that requests will need is compiled on the way.
     """
-    num_tokens = min(2 * model.page_size - 2, model.max_model_len - 3 * (num_drafts + 2))
+    most_tokens = model.max_model_len - 3 * (num_drafts + 2)
+    num_tokens = min(2 * model.page_size - 2, most_tokens)
     if num_tokens < 1:
         return  # nothing will ever be drafted
-    some = np.random.default_rng(0).integers(model.vocab_size, size=num_tokens + 1 + num_drafts).tolist()
+    if isinstance(engine.pages, DevicePages):
+        warm_up_attention(model, engine.pages.trees)
+    random_numbers = np.random.default_rng(0)
+    some = random_numbers.integers(model.vocab_size, size=num_tokens + 1 + num_drafts).tolist()
     prompt, emitted, drafts = some[:num_tokens], some[num_tokens : num_tokens + 1], some[num_tokens + 1 :]
     first, second = _Request("first", prompt), _Request("second", prompt)
-    engine.open("first", 0, np.array(prompt, np.int32), 1.0, num_drafts)
-    grown = [_grow(engine, first)]
+    first.open(engine, num_drafts)
+    trees = _grow(engine, first)
     first.advance(engine, emitted, drafts, num_drafts)  # drafts that nobody predicted: all forks start at once
-    grown.append(_grow(engine, first))
-    if grown[-1]:
-        accept_length, bonus = max(grown[-1])
-        hit = grown[-1][accept_length, bonus]
+    trees += _grow(engine, first)
+    second.open(engine, num_drafts)  # reads pages of the first
+    if trees[-1]:
+        accept_length, bonus = max(trees[-1])
+        hit = trees[-1][accept_length, bonus]
         first.advance(engine, [*drafts[:accept_length], bonus], hit.drafts, num_drafts)
-        grown.append(_grow(engine, first))
-    engine.open("second", 0, np.array(prompt, np.int32), 1.0, num_drafts)  # reads pages of the first
-    grown.append(_grow(engine, second))
-    for request in (first, second):
-        engine.close(request.name)
+    trees += _grow(engine, first, second)
+    engine.close(first.name)
+    if most_tokens > num_tokens:
+        size = min(LONG_TOKENS + model.page_size // 2, most_tokens)
+        third = _Request("third", random_numbers.integers(model.vocab_size, size=size).tolist())
+        third.open(engine, num_drafts)
+        second.advance(engine, emitted, drafts, num_drafts)
+        trees += _grow(engine, second, third)
+        engine.close(third.name)
+    engine.close(second.name)
     engine.pages.forget_idle()  # what the model is asked next is written to any page
-    for tree in grown:
-        for branch in _spread(list(tree.values()), 6):
-            error = _error(model, branch)
-            if not error <= TOLERANCE[model.dtype.itemsize]:
-                raise WrongTrees(f"proposals differ from the model's own by {error:.2g} standard deviations")
+    for tree in trees:
+        error = _error(model, list(_spread(list(tree.values()), 6)))
+        if not error <= TOLERANCE[model.dtype.itemsize]:
+            raise WrongTrees(f"proposals differ from the model's own by {error:.2g} standard deviations")
 
 
-def _grow(engine: DraftEngine, request: _Request) -> dict[tuple[int, int], _Branch]:
-    """Speculate until nothing is left to do; the branches of `request` by outcome."""
-    branches: dict[tuple[int, int], _Branch] = {}
+@contextmanager
+def time_limit(seconds: float, then: Callable[[Exception], object]) -> Iterator[None]:
+    """Call `then` on another thread if the body has not ended after so many seconds: a kernel that hangs never will."""
+    error = TimeoutError(f"not done after {seconds:g} s")
+    timer = threading.Timer(seconds, then, [error])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _grow(engine: DraftEngine, *requests: _Request) -> list[dict[tuple[int, int], _Branch]]:
+    """Speculate until nothing is left to do; the branches of each of `requests` by outcome."""
+    trees: dict[str, dict[tuple[int, int], _Branch]] = {request.name: {} for request in requests}
+    by_name = {request.name: request for request in requests}
     while engine.has_work:
         push = engine.speculate()
         for block in push.blocks if push else []:
+            request, branches = by_name[block.request_id], trees[block.request_id]
             for i, (k, bonus) in enumerate(unpack_ids(block.outcomes).reshape(-1, 2).tolist()):
                 branch = branches.setdefault((k, bonus), _Branch([*request.tokens, *request.drafts[:k], bonus]))
                 branch.drafts += block.drafts(i)
                 proposals = block.proposals(i)
                 assert proposals is not None  # at temperature 1
                 branch.proposals += proposals
-    return branches
+    return list(trees.values())
 
 
 def _spread(branches: list[_Branch], num: int) -> Iterator[_Branch]:
@@ -103,30 +140,42 @@ def _spread(branches: list[_Branch], num: int) -> Iterator[_Branch]:
         yield branches[i]
 
 
-def _error(model: PagedModel, branch: _Branch) -> float:
-    """The largest error of a draft of `branch`; infinite for a token outside its own proposal."""
-    token_ids = np.array(branch.prefix + branch.drafts[:-1], np.int32)
-    n, num_pages = len(token_ids), -(-len(token_ids) // model.page_size)
-    positions = np.arange(n)
+def _error(model: PagedModel, branches: list[_Branch]) -> float:
+    """The largest error of a draft of `branches`, all of one request; infinite for a token outside its own proposal."""
+    if not branches:
+        return 0.0
+    first = branches[0].prefix
+    num_shared = min(common_prefix(first, branch.prefix[:-1]) for branch in branches)
+    for start in range(0, num_shared, REFERENCE_TOKENS):
+        _reference_logits(model, first[: min(start + REFERENCE_TOKENS, num_shared)], start, num_logits=1)
+    errors = []
+    for branch in branches:
+        tokens = branch.prefix + branch.drafts[:-1]
+        logits = _reference_logits(model, tokens, num_shared, num_logits=len(branch.drafts))
+        for row, token, (ids, probs) in zip(logits, branch.drafts, branch.proposals, strict=True):
+            if token not in ids:
+                return float("inf")
+            ids = torch.from_numpy(ids.astype(np.int64))
+            left_out = row.clone().index_fill_(0, ids, float("-inf")).max()
+            proposed, expected = torch.from_numpy(probs.copy()), torch.softmax(row[ids], -1)
+            difference = proposed.clamp(min=NEGLIGIBLE).log() - expected.clamp(min=NEGLIGIBLE).log()
+            beyond = (left_out - row[ids].min()).clamp(min=0)  # likelier than the least likely proposed
+            errors.append(torch.maximum(difference.square().mean().sqrt(), beyond) / row.std())
+    return float(torch.stack(errors).max())
+
+
+def _reference_logits(model: PagedModel, tokens: list[int], start: int, num_logits: int) -> torch.Tensor:
+    """Logits `[num_logits, vocab]` after the last of `tokens`; the KV of the first `start` is in the first pages."""
+    n, num_pages = len(tokens), -(-len(tokens) // model.page_size)
+    positions = np.arange(start, n)
     batch = ForwardBatch(
-        token_ids=token_ids,
+        token_ids=np.array(tokens[start:], np.int32),
         positions=positions,
         slots=positions,  # the first pages: an idle engine holds none
-        query_start_loc=np.array([0, n], np.int32),
+        query_start_loc=np.array([0, n - start], np.int32),
         seq_lens=np.array([n], np.int32),
         page_tables=np.arange(num_pages, dtype=np.int32)[None],
-        logit_indices=positions[len(branch.prefix) - 1 :],
+        logit_indices=np.arange(n - start - num_logits, n - start),
     )
     with reference_ops():
-        logits = model.forward(batch).float().cpu()
-    errors = []
-    for row, token, (ids, probs) in zip(logits, branch.drafts, branch.proposals, strict=True):
-        if token not in ids:
-            return float("inf")
-        ids = torch.from_numpy(ids.astype(np.int64))
-        left_out = row.clone().index_fill_(0, ids, float("-inf")).max()
-        proposed, expected = torch.from_numpy(probs.copy()), torch.softmax(row[ids], -1)
-        difference = proposed.clamp(min=NEGLIGIBLE).log() - expected.clamp(min=NEGLIGIBLE).log()
-        beyond = (left_out - row[ids].min()).clamp(min=0)  # likelier than the least likely proposed
-        errors.append(torch.maximum(difference.square().mean().sqrt(), beyond) / row.std())
-    return float(torch.stack(errors).max())
+        return model.forward(batch).float().cpu()

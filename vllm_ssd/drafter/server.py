@@ -12,17 +12,19 @@ from collections.abc import Callable
 from typing import NoReturn, cast
 
 import msgspec
+import torch
 
 from vllm_ssd.compat.drafter.memory import max_rows
 from vllm_ssd.compat.drafter.paged import PagedModel, UnsupportedDraftModel
 from vllm_ssd.drafter.branches import Branches
+from vllm_ssd.drafter.buckets import MAX_BRANCHES
 from vllm_ssd.drafter.device_steps import MAX_TOP_M, DeviceSteps
-from vllm_ssd.drafter.engine import DraftEngine
+from vllm_ssd.drafter.engine import PREFILL_TOKENS_PER_STEP, DraftEngine
 from vllm_ssd.drafter.heartbeat import Heartbeat
 from vllm_ssd.drafter.pages.device import DevicePages
 from vllm_ssd.drafter.pages.host import HostPages
 from vllm_ssd.drafter.sampler import Sampler
-from vllm_ssd.drafter.self_check import check_trees
+from vllm_ssd.drafter.self_check import TIME_LIMIT_S, check_trees, time_limit
 from vllm_ssd.drafter.stepper import EagerRunner, Stepper
 from vllm_ssd.drafter.trace import TracedEngine, TracedFanOut, TracedTransport
 from vllm_ssd.drafter.vocabulary import UnlikeVocabularies, Vocabulary, VocabularyMap, match, translated
@@ -107,14 +109,18 @@ def run(fd: int, options: DrafterOptions) -> int:
 
         model = DraftModel(tree_attention=options.tree_attention, **options.engine_args)
         tokens, stand_in = model.vocabulary()
-        if model.tree_attention:
-            plain = msgspec.structs.replace(options, saguaro_c=1.0)
-            check_trees(_engine_of(model, plain, FanOut), model, options.num_speculative_tokens)
     except Exception as error:  # whatever vLLM's start-up raises is the reason the target reports
         if options.tree_attention and not isinstance(error, UnsupportedDraftModel):
             _start_over(fd, options, environment, error)
-        transport.send(Refused(f"{type(error).__name__}: {error}"))
-        transport.poll(0.0)
+        _refuse(transport, error)
+        raise
+    try:
+        with time_limit(TIME_LIMIT_S, functools.partial(_start_over, fd, options, environment)):
+            _check(model, options)
+    except Exception as error:
+        if options.tree_attention or options.graphs:
+            _start_over(fd, options, environment, error)
+        _refuse(transport, error)
         raise
     forget_loading(os.environ)
     trace = os.environ.get(TRACE_ENV)
@@ -135,6 +141,8 @@ def run(fd: int, options: DrafterOptions) -> int:
             return 1
         learner = functools.partial(TracedFanOut, trace) if trace else FanOut
         engine = _engine_of(translated(model, vocabulary), options, learner, vocabulary.num_shared)
+        num_captured = engine.warm_up() if options.graphs else 0
+        logger.info("SSD: the drafter captured its steps for %d sizes of batches", num_captured)
         transport.limit_messages(max_step_bytes(model.max_model_len, options.max_num_seqs))
         transport.send(msgspec.structs.replace(welcome, notice=vocabulary.notice))
         del tokens, vocabulary
@@ -155,12 +163,35 @@ def run(fd: int, options: DrafterOptions) -> int:
     return 0
 
 
+def _check(model: PagedModel, options: DrafterOptions) -> None:
+    """Raise unless an engine as the one that will serve says what the model says, and its steps can be captured.
+
+    Before the handshake, from which on nothing can start over: the target introduces itself once.
+    """
+    engine = _engine_of(model, msgspec.structs.replace(options, saguaro_c=1.0), FanOut)
+    if model.tree_attention:
+        check_trees(engine, model, options.num_speculative_tokens)
+    if options.graphs:
+        engine.warm_up()
+
+
+def _refuse(transport: Transport, error: Exception) -> None:
+    transport.send(Refused(f"{type(error).__name__}: {error}"))
+    transport.poll(0.0)
+
+
 def _start_over(fd: int, options: DrafterOptions, environment: dict[str, str], error: Exception) -> NoReturn:
-    """Become a drafter with vLLM's own attention; what failed may have left the device unusable to this process."""
+    """Become a drafter that does without its own attention, or without graphs if it did that already.
+
+    What failed may have left the device unusable to this process, or hang for ever.
+    """
+    what, changes = ("its own attention", {"tree_attention": False})
+    if not options.tree_attention:
+        what, changes = ("CUDA graphs", {"graphs": False})
     reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    logger.warning("SSD: the drafter does without its own attention, which failed here (%s)", reason)
+    logger.warning("SSD: the drafter does without %s, which failed here (%s)", what, reason)
     logger.debug("SSD: what failed", exc_info=error)
-    options = msgspec.structs.replace(options, tree_attention=False)
+    options = msgspec.structs.replace(options, **changes)
     os.set_inheritable(fd, True)
     arguments = ["-m", "vllm_ssd.drafter", str(fd), msgspec.json.encode(options).decode()]
     os.execve(sys.executable, [sys.executable, *arguments], environment)
@@ -198,8 +229,9 @@ def build_engine(
     else:
         pages = HostPages(model, branches)
         runner = eager = EagerRunner(model, pages, branches, sampler)
+    on_gpu = torch.device(model.device).type == "cuda"
     most_rows = max_rows(model.vocab_size, model.dtype)
-    budget = BranchBudget(min(max_num_seqs * max_branches, most_rows))
+    budget = BranchBudget(min(max_num_seqs * max_branches, most_rows, MAX_BRANCHES if on_gpu else most_rows))
     stepper = Stepper(branches, eager, runner, budget, saguaro_c, most_rows)
     return DraftEngine(
         fan_out,
@@ -209,6 +241,7 @@ def build_engine(
         stepper,
         vocab_size=model.vocab_size,
         max_model_len=model.max_model_len,
+        prefill_tokens=PREFILL_TOKENS_PER_STEP["cuda" if on_gpu else "cpu"],
     )
 
 

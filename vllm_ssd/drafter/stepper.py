@@ -17,6 +17,7 @@ import numpy as np
 
 from vllm_ssd.compat.drafter.paged import PagedModel
 from vllm_ssd.drafter.branches import Branches
+from vllm_ssd.drafter.buckets import MAX_ROWS, row_sizes
 from vllm_ssd.drafter.pages.protocol import Pages
 from vllm_ssd.drafter.sampler import Draw, Sampler
 from vllm_ssd.drafter.sequence import Sequence
@@ -28,14 +29,21 @@ FanOutAfterHit = Callable[[int], SequenceOf[int]]
 
 
 class Run(Protocol):
-    """Steps of the branches in `rows` [n], taken one after the other; the last one took `step_s`."""
+    """Steps of the branches in `rows` [n], taken one after the other.
+
+    step_s: what the last one took; None where that says nothing of another step.
+    """
 
     rows: np.ndarray
-    step_s: float
+    step_s: float | None
 
     @property
     def is_done(self) -> bool:
         """Whether every step was taken."""
+        ...
+
+    def is_ready(self) -> bool:
+        """Whether the next step can be taken without waiting long; begins it."""
         ...
 
     def take(self) -> Draw:
@@ -47,7 +55,27 @@ class Run(Protocol):
 
 
 class Runner(Protocol):
-    """Runs steps of branches alone."""
+    """Runs steps of branches, and steps that spines ride with."""
+
+    def warm_up(self) -> int:
+        """Do all at once that later steps would wait for; how many sizes of batches were captured."""
+        ...
+
+    def carries(self, num_rows: int, num_requests: int, spine_tokens: int = 0) -> bool:
+        """Whether it takes steps of so many branches and spine tokens, of so many requests.
+
+        spine_tokens: most of one request.
+        """
+        ...
+
+    def forward(
+        self, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray, fan_out: np.ndarray | None
+    ) -> tuple[StepTokens, Draw]:
+        """Forward the next n tokens of each (sequence, n) of `spines` and one of each branch in `rows`, and draw.
+
+        The first draws belong to the spine logits. fan_out [m] int64, of `rows`.
+        """
+        ...
 
     def start(self, rows: np.ndarray, num_steps: int, fan_out: np.ndarray | None) -> Run:
         """Begin `num_steps` of the branches in `rows` [n]; until the run is done, nothing may be asked of the pages.
@@ -70,13 +98,20 @@ class EagerRunner:
         """As `Runner.start`; no step is launched before it is taken."""
         return EagerRun(self, rows, num_steps, fan_out)
 
+    def warm_up(self) -> int:
+        """As `Runner.warm_up`: what the model captures."""
+        branches = self._branches
+        most = branches.max_num_seqs * (branches.per_request + branches.num_speculative_tokens + 1)
+        return self._model.warm_up(row_sizes(min(most, MAX_ROWS)))
+
+    def carries(self, num_rows: int, num_requests: int, spine_tokens: int = 0) -> bool:
+        """As `Runner.carries`: all of them."""
+        return True
+
     def forward(
         self, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray, fan_out: np.ndarray | None
     ) -> tuple[StepTokens, Draw]:
-        """Forward the next n tokens of each (sequence, n) of `spines` and one of each branch in `rows`, and draw.
-
-        The first draws belong to the spine logits. fan_out [m] int64, of `rows`.
-        """
+        """As `Runner.forward`."""
         tokens = StepTokens.gather(self._branches, spines, rows)
         temperatures, truncations = self._branches.temperature[rows], self._branches.truncation[rows]
         if spines:
@@ -93,7 +128,7 @@ class EagerRun:
 
     def __init__(self, runner: EagerRunner, rows: np.ndarray, num_steps: int, fan_out: np.ndarray | None) -> None:
         self.rows = rows
-        self.step_s = 0.0
+        self.step_s: float | None = None
         self._runner = runner
         self._num_steps, self._num_taken = num_steps, 0
         self._fan_out = fan_out
@@ -102,6 +137,10 @@ class EagerRun:
     def is_done(self) -> bool:
         """Whether every step was taken."""
         return self._num_taken == self._num_steps
+
+    def is_ready(self) -> bool:
+        """Whether the next step can be taken: it runs when it is."""
+        return True
 
     def take(self) -> Draw:
         """Run the next step."""
@@ -120,7 +159,8 @@ class EagerRun:
 class Stepper:
     """Runs one step at a time, and stores what the branches draw.
 
-    eager: for steps with spines; runner: for those of branches alone, often the same; max_rows: branches in one step
+    runner: for all steps that it carries; eager: for prompts and all others, often the same; max_rows: branches in one
+    step
     """
 
     def __init__(
@@ -139,12 +179,17 @@ class Stepper:
         self._down_weights = saguaro_c < 1
         self._max_rows = max_rows
         self._run: Run | None = None
-        self.num_steps = 0
+        self._is_usual = True  # whether the run is of `runner`, whose steps the budget knows
+        self.num_steps = self.num_eager_steps = 0
+
+    def warm_up(self) -> int:
+        """As `Runner.warm_up`."""
+        return self._runner.warm_up()
 
     def step(
         self, spines: SequenceOf[tuple[Sequence, int]], fan_out_after_hit: FanOutAfterHit
     ) -> tuple[StepTokens, Draw] | None:
-        """One forward, if there is anything to forward.
+        """One forward, if there is anything to forward; nothing yet where it takes long, so that others are heard.
 
         `spines`, (sequence, tokens in this step), have the pages they need, and are empty while a run is under way.
         What is drawn after branches goes to them; what is drawn after spines is returned, as the first draws.
@@ -160,8 +205,11 @@ class Stepper:
                 return None
             self._run = self._start_run(rows, is_last, fan_out_after_hit)
         run = self._run
+        if not run.is_ready():
+            return None
         self._take(run)
-        self._budget.observe_step(len(run.rows), run.step_s)
+        if run.step_s is not None and self._is_usual:  # the others are of another cost
+            self._budget.observe_step(len(run.rows), run.step_s)
         if run.is_done:
             self._run = None
         return None
@@ -189,7 +237,10 @@ class Stepper:
         self, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray, fan_out_after_hit: FanOutAfterHit
     ) -> tuple[StepTokens, Draw]:
         fan_out = self._predicted(rows, 0, fan_out_after_hit) if self._down_weights else None
-        tokens, draw = self._eager.forward(spines, rows, fan_out)
+        owners = {sequence.slot for sequence, _ in spines}.union(self._branches.owner[rows].tolist())
+        num_tokens = [n for _, n in spines]
+        runner = self._choose(sum(num_tokens) + len(rows), len(owners), max(num_tokens))
+        tokens, draw = runner.forward(spines, rows, fan_out)
         self.num_steps += 1
         self._branches.extend(rows, draw, len(tokens.spine_logits))
         return tokens, draw
@@ -204,7 +255,14 @@ class Stepper:
         fan_out = None
         if self._down_weights and branches.temperature[rows].any():
             fan_out = np.stack([self._predicted(rows, step, fan_out_after_hit) for step in range(num_steps)])
-        return self._runner.start(rows, num_steps, fan_out)
+        runner = self._choose(len(rows), len(set(branches.owner[rows].tolist())))
+        return runner.start(rows, num_steps, fan_out)
+
+    def _choose(self, num_rows: int, num_requests: int, spine_tokens: int = 0) -> Runner:
+        """Who takes a step, see `Runner.carries`."""
+        self._is_usual = self._runner.carries(num_rows, num_requests, spine_tokens)
+        self.num_eager_steps += not self._is_usual
+        return self._runner if self._is_usual else self._eager
 
     def _predicted(self, rows: np.ndarray, ahead: int, fan_out_after_hit: FanOutAfterHit) -> np.ndarray:
         """Bonus tokens that will be predicted where the next token of each branch in `rows` is rejected, [n] int64.

@@ -24,6 +24,7 @@ class DrafterOptions(msgspec.Struct, frozen=True):
     parent_pid: int
     tree_attention: bool = False
     saguaro_c: float = 1.0
+    graphs: bool = True  # capture steps on a GPU
 
     @property
     def max_fan_out(self) -> int:

@@ -125,17 +125,21 @@ class DrafterEngine:
             top_m=64,
             seed=0,
         )
+        engine.warm_up()
         means = []
         for _ in range(STEP_TREES):
             for i in range(request.rows):
                 prompt = np.arange(i, i + DRAFTER_PROMPT_TOKENS, dtype=np.int32) % self._model.vocab_size
                 engine.open(str(i), 1, prompt, 0.0, request.num_drafts)
             steps_s: dict[int, list[float]] = {}  # by the branches that were there already
+            started = time.perf_counter()
             while engine.has_work:
-                alive, before, started = int(engine.branches.alive.sum()), engine.num_steps, time.perf_counter()
+                alive, before = int(engine.branches.alive.sum()), engine.num_steps
                 engine.speculate()
                 if engine.num_steps > before:
-                    steps_s.setdefault(alive, []).append(time.perf_counter() - started)
+                    now = time.perf_counter()
+                    steps_s.setdefault(alive, []).append(now - started)
+                    started = now
             means.append(fmean(steps_s[max(steps_s)]))
             for i in range(request.rows):
                 engine.close(str(i))

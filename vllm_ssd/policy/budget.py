@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from statistics import median
 
 DECAY = 0.998
 """Factor on the weight of earlier steps, per step."""
@@ -11,7 +13,9 @@ MIN_STEPS = 10
 MIN_VARIANCE = 1.0
 """Variance in branches per step that the first fit needs; later fits weigh the previous slope as much."""
 MAX_OUTLIER = 4
-"""Multiple of the mean at which the duration of a step or a window is capped: the process was descheduled."""
+"""Multiple at which the duration of a step (of the median of recent ones) or a window (of the mean) is capped."""
+RECENT_STEPS, FIRST_STEPS = 15, 3
+"""Steps that the median is of, and those that are waited for before the first is believed."""
 WINDOW_WEIGHT = 0.05
 """Weight of the newest window in the mean and in the mean deviation."""
 REFRESH_CALLS, REFRESH_CALLS_UNMEASURED = 32, 4
@@ -36,15 +40,22 @@ class BranchBudget:
         self._max_branches = max_branches
         # Decayed sums over steps: 1, N, t, N^2 and N t.
         self._weight = self._n = self._t = self._nn = self._nt = 0.0
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)  # branches and seconds of the last steps
         self._per_branch_s: float | None = None  # the slope b, None until steps differed
         self._window_s = self._deviation_s = 0.0
         self._misses = self._miss_accepted = 0.0
         self._cache: dict[tuple[int, int], tuple[int, int]] = {}  # (K, requests) -> (branches, calls left)
 
     def observe_step(self, num_branches: int, seconds: float) -> None:
-        """Learn from one forward over `num_branches` branches and nothing else."""
-        if self._weight > MIN_STEPS:
-            seconds = min(seconds, MAX_OUTLIER * self._t / self._weight)
+        """Learn from one forward over `num_branches` branches and nothing else, which compiled and captured nothing."""
+        self._recent.append((num_branches, seconds))
+        if len(self._recent) < FIRST_STEPS:
+            return
+        most = MAX_OUTLIER * median(seconds for _, seconds in self._recent)
+        for branches, measured in [(num_branches, seconds)] if self._weight else list(self._recent):
+            self._count_step(branches, min(measured, most))
+
+    def _count_step(self, num_branches: int, seconds: float) -> None:
         self._weight = DECAY * self._weight + 1
         self._n = DECAY * self._n + num_branches
         self._t = DECAY * self._t + seconds

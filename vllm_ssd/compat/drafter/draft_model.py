@@ -6,6 +6,7 @@ this module then runs single forwards on pages and slots that the caller chooses
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,14 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_ssd.compat.drafter import tree_backend
 from vllm_ssd.compat.drafter.cpu_norms import use_compiled_norms
+from vllm_ssd.compat.drafter.decode_graphs import DecodeGraphs, capturing_builders
+from vllm_ssd.compat.drafter.graphs import Graphs, graphs_on
 from vllm_ssd.compat.drafter.memory import bytes_a_row, executor_with_reserve, explained, max_rows
 from vllm_ssd.compat.drafter.paged import ForwardBatch, TreeBatch, UnsupportedDraftModel
 from vllm_ssd.compat.vocabulary import read_vocabulary
 from vllm_ssd.kernels import copy_pages
+
+logger = logging.getLogger("vllm.vllm_ssd")
 
 PAGE_SIZE = 32
 """Slots a page: the smallest that vLLM's CPU attention takes, so that little is copied on a fork."""
@@ -40,6 +45,8 @@ def draft_config(tree_attention: bool, target_max_model_len: int | None, engine_
     """vLLM's configuration of a draft model; nothing is loaded, but its configuration files are read."""
     if tree_attention:
         engine_args = engine_args | {"attention_backend": tree_backend.register()}
+    if not engine_args.get("enforce_eager"):  # what is captured of a compiled model are steps of ours
+        engine_args.setdefault("compilation_config", {"cudagraph_mode": "NONE"})
     args = EngineArgs(
         block_size=PAGE_SIZE,
         enable_prefix_caching=False,
@@ -97,6 +104,7 @@ class DraftModel:
             tree_backend.check_builders([builder for _, builder in self._attention_groups])
         self._layer_names = [name for names, _ in self._attention_groups for name in names]
         self._position_rows = 3 if config.uses_mrope else None
+        self._decode_graphs: DecodeGraphs | None = None
         self.device = runner.device
         self.page_size = groups[0].kv_cache_spec.block_size
         self.num_pages = runner.kv_cache_config.num_blocks
@@ -113,6 +121,30 @@ class DraftModel:
         self.max_model_len = self.vllm_config.model_config.max_model_len
         self.max_num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
 
+    def warm_up(self, sizes: Sequence[int], graphs: Graphs | None = None) -> int:
+        """As `PagedModel.warm_up`; with vLLM's attention on a GPU, or where `graphs` are given."""
+        if self.tree_attention or (graphs is None and self.device.type != "cuda"):
+            return 0
+        if self._decode_graphs is not None:  # they are this model's, whatever engine it is in
+            return len(sizes)
+        groups = capturing_builders(self._attention_groups, self.vllm_config, sizes)
+        if groups is None:
+            logger.warning(
+                "SSD: vLLM cannot capture its attention for the drafter, whose steps are launched one by one"
+            )
+            return 0
+        self._decode_graphs = DecodeGraphs(
+            self._hidden_states,
+            groups,
+            sizes,
+            self.vllm_config.model_config.get_hidden_size(),
+            self.dtype,
+            self.page_size,
+            self.max_model_len,
+            graphs or graphs_on(self.device),
+        )
+        return self._decode_graphs.capture()
+
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch | TreeBatch) -> torch.Tensor:
         """Logits `[n, vocab]` at `batch.logit_indices`; KV of every token lands in its slot.
@@ -123,6 +155,9 @@ class DraftModel:
             metadata = dict.fromkeys(self._layer_names, tree_backend.TreeAttentionMetadata.from_batch(batch))
             return self._run(metadata, batch.token_ids, batch.positions, batch.slots, batch.logit_indices)
         to_device = self._to_device
+        replayed = self._decode_graphs.hidden_states(batch) if self._decode_graphs else None
+        if replayed is not None:
+            return self._model.compute_logits(replayed[to_device(batch.logit_indices)])
         num_tokens = len(batch.token_ids)
         query_lens = np.diff(batch.query_start_loc)
         positions = to_device(batch.positions)
@@ -156,6 +191,13 @@ class DraftModel:
         slots: torch.Tensor,
         logit_indices: torch.Tensor | None,
     ) -> torch.Tensor:
+        hidden_states = self._hidden_states(metadata, token_ids, positions, slots)
+        return self._model.compute_logits(hidden_states if logit_indices is None else hidden_states[logit_indices])
+
+    @torch.inference_mode()
+    def _hidden_states(
+        self, metadata: dict[str, Any], token_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
         if self._position_rows is not None:  # of text, time, height and width are the same
             positions = positions.expand(self._position_rows, -1)
         with set_forward_context(
@@ -165,8 +207,7 @@ class DraftModel:
             slot_mapping=dict.fromkeys(self._layer_names, slots),
             skip_compiled=len(token_ids) > self.max_num_tokens,  # vLLM compiles for no more
         ):
-            hidden_states = self._model(token_ids, positions)
-        return self._model.compute_logits(hidden_states if logit_indices is None else hidden_states[logit_indices])
+            return self._model(token_ids, positions)
 
     def copy_pages(self, sources: list[int], destinations: list[int]) -> None:
         """Copy whole pages, every layer; `sources` and `destinations` are page ids of equal number."""

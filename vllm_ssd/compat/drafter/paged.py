@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,7 +39,7 @@ class TreeBatch:
     token_ids [B] int32, positions [B] int64, slots [B] int64; page_tables [R, W] int32, query_start_loc [R + 1] int32,
     shared_lens [B] int32, own_pages [B, Q] int32 and own_lens [B] int32 as `kernels.tree_attention` takes them, with
     its bounds max_shared_len and max_rows; logit_indices [n] int64 into the B tokens, None for all of them. A token of
-    slot -1 is padding: it reads and writes no KV.
+    slot -1 is padding: it reads and writes no KV. Tokens after those of the last request are padding, too.
     """
 
     token_ids: torch.Tensor
@@ -68,6 +69,10 @@ class PagedModel(Protocol):
     num_pages: int
     dtype: torch.dtype
     device: torch.device
+
+    def warm_up(self, sizes: Sequence[int]) -> int:
+        """Capture forwards of a `ForwardBatch` of up to so many tokens; of how many sizes, 0 where none is replayed."""
+        ...
 
     def forward(self, batch: ForwardBatch | TreeBatch) -> torch.Tensor:
         """Logits `[n, vocab]` at `batch.logit_indices`; KV of every token lands in its slot."""

@@ -51,6 +51,7 @@ class DevicePages(SpinePages):
         self._fan_out = np.zeros((num_slots, k + 1), np.int32)
         self._candidates = np.full((num_slots, k + 1, branches.num_candidates + 1), -1, np.int32)
         self._filled_base: set[int] = set()  # slots whose branch also copies the slot of its base
+        self._copied: list[np.ndarray] = []  # forked branches whose first page is not empty, slot * N + index
 
     @property
     def num_free(self) -> int:
@@ -127,6 +128,8 @@ class DevicePages(SpinePages):
         self._candidates[slot, k, : len(rows)] = branches.tokens[rows, 0]
         if is_jit:
             self._filled_base.add(slot)
+        if is_jit or base % self.page_size:
+            self._copied.append(slot * branches.per_request + self._index[rows])
 
     def index(self, rows: np.ndarray) -> np.ndarray:
         """Where the branches in `rows` [n] lie among their requests' rows of `trees`, [n] int64."""
@@ -160,10 +163,12 @@ class DevicePages(SpinePages):
             self.carry_out()
 
     def carry_out(self) -> None:
-        """Launch what is due; `batch` does so before every forward."""
+        """Launch what is due, for the slots that it is due for; `batch` does so before every forward."""
         pool, trees = self.device_pool, self.trees
-        if (self._winners != SKIP).any():
-            commit(pool, trees, self._to_device(self._winners))
+        committed, reserved = np.flatnonzero(self._winners != SKIP), np.flatnonzero(self._num_tokens)
+        forked = np.flatnonzero(self._forks[:, 0] < self._forks[:, 1])
+        if len(committed):
+            commit(pool, trees, self._to_device(self._winners[committed]), self._slots(committed))
             self._winners[:] = SKIP
         if self._dropped:
             drop(pool, self._kept_pages, self._to_device(np.concatenate(self._dropped)))
@@ -171,32 +176,40 @@ class DevicePages(SpinePages):
         if self._adopted:
             adopt(pool, trees, self._kept_pages, *self._to_device(np.concatenate(self._adopted, axis=1)))
             self._adopted.clear()
-        if self._num_tokens.any():
-            reserve(pool, trees, self._to_device(self._num_tokens))
+        if len(reserved):
+            reserve(pool, trees, self._to_device(self._num_tokens[reserved]), self._slots(reserved))
             self._num_tokens[:] = 0
-        if (self._forks[:, 0] < self._forks[:, 1]).any():
-            self._expand()
+        if len(forked):
+            self._expand(forked)
 
-    def _expand(self) -> None:
+    def _expand(self, forked: np.ndarray) -> None:
         trees, to_device = self.trees, self._to_device
-        no_drafts = to_device(np.full((len(self._lengths), self._num_drafts), -1, np.int32))
+        no_drafts = to_device(np.full((len(forked), self._num_drafts), -1, np.int32))
         expand(
             self.device_pool,
             trees,
-            to_device(self._lengths),
+            to_device(self._lengths[forked]),
             no_drafts,  # the host has left them out of the candidates
-            to_device(self._candidates),
-            to_device(self._fan_out),
-            to_device(self._forks),
+            to_device(self._candidates[forked]),
+            to_device(self._fan_out[forked]),
+            to_device(self._forks[forked]),
+            self._slots(forked),
         )
+        self._forks[:] = 0
         for slot in self._filled_base:
             base = int(self._lengths[slot])
             trees.copy_sources[slot, 0] = trees.page_tables[slot, base // self.page_size]
             trees.copy_lens[slot, 0] = base % self.page_size + 1
         self._filled_base.clear()
-        self._model.copy_slots(trees.copy_sources, trees.branch_pages[:, :, 0].contiguous(), trees.copy_lens)
-        trees.copy_lens.zero_()
-        self._forks[:] = 0
+        if self._copied:
+            rows = to_device(np.concatenate(self._copied))
+            self._copied.clear()
+            sources, num_slots = trees.copy_sources.view(-1)[rows], trees.copy_lens.view(-1)[rows]
+            self._model.copy_slots(sources, trees.branch_pages.flatten(0, 1)[rows, 0], num_slots)
+            trees.copy_lens.view(-1)[rows] = 0
+
+    def _slots(self, slots: np.ndarray) -> torch.Tensor:
+        return self._to_device(slots.astype(np.int32))
 
     def batch(self, tokens: StepTokens) -> TreeBatch:
         """The forward of `tokens`, before which everything asked for is carried out."""
