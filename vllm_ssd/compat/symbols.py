@@ -18,7 +18,7 @@ USED = {
     "vllm": "LLMEngine __version__",
     "vllm.envs": "VLLM_USE_V2_MODEL_RUNNER",
     "vllm.config": "CUDAGraphMode ModelConfig SpeculativeConfig VllmConfig set_current_vllm_config",
-    "vllm.config:CUDAGraphMode": "FULL_DECODE_ONLY",
+    "vllm.config:CUDAGraphMode": "FULL FULL_DECODE_ONLY",
     "vllm.config.compilation:CompilationConfig": ("cudagraph_capture_sizes cudagraph_mode max_cudagraph_capture_size"),
     "vllm.config.cache:CacheConfig": "cache_dtype gpu_memory_utilization kv_cache_memory_bytes",
     "vllm.config.device:DeviceConfig": "device_type",
@@ -102,7 +102,6 @@ USED = {
     "vllm.v1.core.sched.scheduler:Scheduler": "dynamic_sd_lookup num_spec_tokens parallel_config update_from_output",
     "vllm.v1.outputs:ModelRunnerOutput": "req_id_to_index sampled_token_ids",
     "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor": "gpu",
-    "vllm.config:CUDAGraphMode": "FULL",
     "vllm.v1.worker.gpu.cudagraph_utils": "CudaGraphManager",
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager": "_candidates _capture_descs _init_candidates vllm_config",
     "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": (
