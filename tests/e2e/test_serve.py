@@ -68,19 +68,32 @@ class Server:
         except (URLError, OSError):
             return None
 
+    def post(self, path: str, **body: Any) -> str:
+        """The answer of the OpenAI API at `path` to a greedy request."""
+        data = json.dumps({"model": "target", "temperature": 0, **body}).encode()
+        request = Request(f"http://127.0.0.1:{self.port}/v1/{path}", data, {"Content-Type": "application/json"})
+        with urlopen(request, timeout=120) as answer:
+            return answer.read().decode()
+
     def complete(self, **body: Any) -> dict[str, Any]:
-        """One choice of a completion over the OpenAI API."""
-        url = f"http://127.0.0.1:{self.port}/v1/completions"
-        data = json.dumps({"model": "target", "temperature": 0, "max_tokens": 60, **body}).encode()
-        with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=120) as answer:
-            return json.load(answer)["choices"][0]
+        """One choice of a completion."""
+        return json.loads(self.post("completions", **{"max_tokens": 60, **body}))["choices"][0]
 
     def acceptance(self, **body: Any) -> dict[str, Any]:
         """What vLLM's answer says of the drafts of one request."""
-        url = f"http://127.0.0.1:{self.port}/v1/completions"
-        data = json.dumps({"model": "target", "temperature": 0, "max_tokens": 60, **body}).encode()
-        with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=120) as answer:
-            return json.load(answer)["metrics"]["speculative_decoding"]
+        return json.loads(self.post("completions", max_tokens=60, **body))["metrics"]["speculative_decoding"]
+
+    def tool_calls(self) -> list[str]:
+        """The parts of name and arguments of the calls that a chat is made to stream."""
+        body = {
+            "messages": [{"role": "user", "content": PROMPTS[0]}],
+            "tools": [{"type": "function", "function": {"name": "read_file", "parameters": {"type": "object"}}}],
+            "tool_choice": "required",
+        }
+        lines = self.post("chat/completions", stream=True, max_tokens=100, **body).splitlines()
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        calls = [call for event in events for call in event["choices"][0]["delta"].get("tool_calls") or ()]
+        return [call["function"].get("name") or call["function"].get("arguments") or "" for call in calls]
 
     def counter(self, name: str) -> float:
         """A counter of vllm-ssd's Prometheus page."""
@@ -157,9 +170,18 @@ def test_configured_in_json_and_killed(tmp_path: Path, target_alone: Engine) -> 
         "kv_cache_memory": "64MiB",
     }
     keys = json.dumps(config)[:-1] + ', "metrics_port": METRICS_PORT}'
-    flags = ("--speculative-config", keys, "--per-request-spec-decode-metrics", "summary")
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    chat = ("--chat-template", str(template), "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    with serve(tmp_path / "plain.log", *chat) as (plain, _):
+        tool_calls = "".join(plain.tool_calls())
+    flags = ("--speculative-config", keys, "--per-request-spec-decode-metrics", "summary", *chat)
     with serve(tmp_path / "log", *flags) as (server, processes):
         assert check_answers(server, target_alone) > 0, "inconclusive: no hits"
+        hits = server.counter("hits")
+        streamed = server.tool_calls()
+        assert "".join(streamed) == tool_calls and tool_calls.startswith("read_file")
+        assert len(streamed) > 2 and server.counter("hits") > hits, "inconclusive: nothing was streamed, or no hits"
         assert server.counter("accepted_tokens") > 0, "inconclusive: no drafts accepted"
         page = server.get(server.port, "/metrics") or ""  # vLLM's own: its counters and ours
         (accepted,) = re.findall(r'^vllm_ssd:accepted_tokens_total\{engine="0"\} (\S+)', page, re.MULTILINE)

@@ -129,6 +129,7 @@ FEATURES = (
         "untested",
         {"V1": ("integration/test_features.py",)},
     ),
+    Feature("tool calls, streamed", "yes", "untested", {"V1": ("e2e/test_serve.py",)}),
     Feature("architectures", "[Models](models.md)", "untested", {"V1": ("integration/test_models.py",)}),
     Feature(
         "tensor parallelism",
