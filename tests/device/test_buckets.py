@@ -20,6 +20,15 @@ def test_how_many_there_are(max_num_seqs, most):
     assert len(set(sizes)) == len(sizes) <= most
 
 
+@pytest.mark.parametrize("most_rows", [4, 8, 100, 512, 880])
+@pytest.mark.parametrize("max_num_seqs", [1, 8, 256])
+def test_none_is_larger_than_its_memory(max_num_seqs, most_rows):
+    buckets = Buckets(max_num_seqs, PER_REQUEST, most_rows)
+    assert all(size.rows <= max(most_rows, 8) for size in buckets.all)
+    fits = min(max_num_seqs * PER_REQUEST, 3 * most_rows // 4)
+    assert all(buckets.find(rows, 1) for rows in range(1, min(fits, PER_REQUEST) + 1))
+
+
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 8, 64, 100])
 def test_every_batch_has_a_bucket_with_little_padding(max_num_seqs):
     buckets = Buckets(max_num_seqs, PER_REQUEST)

@@ -27,20 +27,24 @@ class BucketSize:
 class Buckets:
     """Sizes for up to `max_num_seqs` requests of up to `rows_per_request` rows each, in ascending order.
 
+    most_rows: what memory for logits was kept for; no size but the smallest has more
+
     Requests are rounded up to a power of two; rows to multiples of it by 1 or 1.5 up to `FINE_ROWS`, of 1, 1.25, 1.5 or
     1.75 above. Contexts of any length share them.
     """
 
-    def __init__(self, max_num_seqs: int, rows_per_request: int) -> None:
+    def __init__(self, max_num_seqs: int, rows_per_request: int, most_rows: int = MAX_ROWS) -> None:
         self._rows: dict[int, list[int]] = {}  # by requests
         self._rows_per_request = rows_per_request
+        largest = max(min(most_rows, MAX_ROWS), 8)
         requests = 1
-        while requests < 2 * max_num_seqs and requests <= MAX_ROWS:
-            most = min(requests * rows_per_request, MAX_ROWS)
-            least = min(max(ROWS_PER_REQUEST * requests, 8), MAX_ROWS)
-            sizes = row_sizes(max(most, least))
-            first, last = bisect.bisect_left(sizes, least), bisect.bisect_left(sizes, most)
-            self._rows[requests] = sizes[min(first, last) : last + 1]
+        while requests < 2 * max_num_seqs and requests <= largest:
+            most = min(requests * rows_per_request, largest)
+            least = min(max(ROWS_PER_REQUEST * requests, 8), largest)
+            sizes = [rows for rows in row_sizes(max(most, least)) if rows <= largest]
+            last = min(bisect.bisect_left(sizes, most), len(sizes) - 1)
+            first = min(bisect.bisect_left(sizes, least), last)
+            self._rows[requests] = sizes[first : last + 1]
             requests *= 2
 
     @property

@@ -11,7 +11,7 @@ import torch
 from vllm_ssd.compat.drafter.graphs import Graphs, Replay, graphs_on
 from vllm_ssd.compat.drafter.paged import PagedModel, TreeBatch
 from vllm_ssd.drafter.branches import Branches
-from vllm_ssd.drafter.buckets import Buckets, BucketSize
+from vllm_ssd.drafter.buckets import MAX_ROWS, Buckets, BucketSize
 from vllm_ssd.drafter.pages.device import DevicePages
 from vllm_ssd.drafter.sampler import Draw
 from vllm_ssd.drafter.sequence import Sequence
@@ -44,12 +44,14 @@ class DeviceSteps:
         seed: int,
         saguaro_c: float,
         graphs: Graphs | None = None,
+        most_rows: int = MAX_ROWS,
     ) -> None:
         self._model = model
         self._pages = pages
         self._branches = branches
         self._random = np.random.default_rng(seed)
-        self.sizes = Buckets(branches.max_num_seqs, branches.per_request + branches.num_speculative_tokens + 1)
+        rows_per_request = branches.per_request + branches.num_speculative_tokens + 1
+        self.sizes = Buckets(branches.max_num_seqs, rows_per_request, most_rows)
         self._buffers = _Buffers(model, pages, self.sizes.largest, {"top_m": top_m, "factor": saguaro_c})
         self._graphs = graphs or graphs_on(torch.device(model.device))
         self._replays: dict[BucketSize, Replay] = {}

@@ -222,16 +222,18 @@ def build_engine(
         top_m = max(top_m, num_candidates)  # the kernel draws both from one list
     branches = Branches(max_num_seqs, max_branches + 1, num_speculative_tokens, num_candidates, top_m)
     sampler = Sampler(num_candidates, top_m, seed, saguaro_c)
+    most_rows = max_rows(model.vocab_size, model.dtype)
     if model.tree_attention:
         pages = DevicePages(model, branches)
-        eager = EagerRunner(model, pages, branches, sampler)
-        runner = DeviceSteps(model, pages, branches, top_m, seed, saguaro_c) if top_m <= MAX_TOP_M else eager
+        runner = eager = EagerRunner(model, pages, branches, sampler)
+        if top_m <= MAX_TOP_M:
+            runner = DeviceSteps(model, pages, branches, top_m, seed, saguaro_c, most_rows=most_rows)
     else:
         pages = HostPages(model, branches)
         runner = eager = EagerRunner(model, pages, branches, sampler)
     on_gpu = torch.device(model.device).type == "cuda"
-    most_rows = max_rows(model.vocab_size, model.dtype)
-    budget = BranchBudget(min(max_num_seqs * max_branches, most_rows, MAX_BRANCHES if on_gpu else most_rows))
+    most_branches = min(MAX_BRANCHES, 3 * most_rows // 4) if on_gpu else most_rows  # beside them ride spine tokens
+    budget = BranchBudget(max(min(max_num_seqs * max_branches, most_branches), 1))
     stepper = Stepper(branches, eager, runner, budget, saguaro_c, most_rows)
     return DraftEngine(
         fan_out,
