@@ -80,7 +80,8 @@ def test_a_killed_server_frees_its_metrics_port(start_engine: Callable[..., Engi
         while not drafters or not is_served(port):
             assert time.monotonic() < deadline and engine.process.poll() is None, engine.log.read_text()[-4000:]
             time.sleep(0.1)
-            drafters = drafters_of(engine)
+            children = psutil.Process(engine.process.pid).children(recursive=True)
+            drafters = [p for p in children if "vllm_ssd.drafter" in p.cmdline()]
         engine.process.kill()
         wait_until_gone(drafters)
         deadline = time.monotonic() + GONE_S
