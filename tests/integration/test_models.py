@@ -12,10 +12,10 @@ import pytest
 from engines import ANSWER_S
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_models.py"
-NO_TREES = {"bloom": "ALiBi", "gpt_oss": "attention sinks", "llama4": "ChunkedLocalAttention"}
+NO_TREES = {"gpt_oss": "attention sinks"}
 """What the drafter's own attention does not know, so that vLLM's is taken."""
 RECURRENT = ["mamba2"]
-DRAFTERS = ["llama", "gemma3", "gemma3n", "cohere2", "qwen3_moe", *NO_TREES]
+DRAFTERS = ["gemma3n", "cohere2", *NO_TREES]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     """What the script found, by the name of the model."""
     out = tmp_path_factory.mktemp("models") / "models.json"
     command = [sys.executable, str(SCRIPT), "--out", str(out), "--jobs", "2", "--only", *DRAFTERS, *RECURRENT]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=2 * ANSWER_S)
     assert out.exists(), run.stderr[-4000:]
     return json.loads(out.read_text())
 
