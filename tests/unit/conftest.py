@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from engine_target import Target
 from fake_model import FakePagedModel
+
+
+@pytest.fixture(autouse=True)
+def vllm_logging() -> Iterator[None]:
+    """Put vLLM's logger back, which it sets anew for a configuration that asks for other settings than the last one."""
+    logger = logging.getLogger("vllm")
+    level, propagate = logger.level, logger.propagate
+    before = _configured()
+    yield
+    after = _configured()
+    if after != before:
+        sys.modules["vllm.logger"]._last_configured_logging_config = before or type(after)()
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _configured() -> Any:
+    return getattr(sys.modules.get("vllm.logger"), "_last_configured_logging_config", None)
 
 
 @pytest.fixture(scope="session", params=[False, True], ids=["host pages", "device pages"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -30,15 +29,11 @@ HOST = Path(__file__).with_name("doctor_host.py")
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (METRICS_ENV, REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV, "VLLM_LOGGING_LEVEL", "VLLM_LOGGING_STREAM"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
     for name in ("CUDA_VISIBLE_DEVICES", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_LOGGING_LEVEL", "VLLM_LOGGING_STREAM"):
         monkeypatch.delenv(name, raising=False)
-    logger = logging.getLogger("vllm")
-    level = logger.level
-    yield
-    logger.setLevel(level)  # vLLM sets it anew for each configuration
 
 
 def doctor(*flags: str, target: str = TARGET, drafter: str = DRAFTER) -> tuple[int, dict[str, Any]]:
