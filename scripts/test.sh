@@ -67,7 +67,7 @@ if [[ ! $only ]]; then
     if ((selecting)); then
       run "compat-$release" -m compat "$@"
     else
-      parts "compat-$release" "compat and" tests
+      split "compat-$release" "compat and" tests
     fi
   done
 fi
