@@ -274,7 +274,10 @@ FROM_0_32 = (
     "vllm.v1.worker.gpu.",
 )
 """Beginnings of symbols that are used from 0.32 on, where the V2 runner is."""
-UP_TO_0_31 = {"vllm.v1.worker.gpu.spec_decode:init_speculator": "vllm_config device"}
+UP_TO_0_31 = {
+    "vllm.v1.worker.gpu.model_runner:init_speculator": "vllm_config device",
+    "vllm.v1.worker.gpu.spec_decode:init_speculator": "vllm_config device",
+}
 """Parameters of symbols that are used before 0.32, too, but have fewer there."""
 
 
