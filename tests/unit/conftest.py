@@ -14,16 +14,18 @@ from fake_model import FakePagedModel
 
 @pytest.fixture(autouse=True)
 def vllm_logging() -> Iterator[None]:
-    """Put vLLM's logger back, which it sets anew for a configuration that asks for other settings than the last one."""
+    """Let vLLM's records reach `caplog` once, whatever configured its logger before, and put its level back.
+
+    vLLM sets its logger anew for a configuration that asks for other settings than the last one.
+    """
     logger = logging.getLogger("vllm")
-    level, propagate = logger.level, logger.propagate
-    before = _configured()
+    logger.propagate = True  # before pytest looks: it listens to loggers that do not propagate themselves
+    level, before = logger.level, _configured()
     yield
     after = _configured()
     if after != before:
         sys.modules["vllm.logger"]._last_configured_logging_config = before or type(after)()
         logger.setLevel(level)
-        logger.propagate = propagate
 
 
 def _configured() -> Any:
