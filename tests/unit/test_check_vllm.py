@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import inspect
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import vllm
 from compat_uses import product, uses
 from engines import HAS_V2
+from script_modules import load_script
 
 from vllm_ssd.compat import patch, symbols
 from vllm_ssd.compat.symbols import Symbol
@@ -29,15 +29,7 @@ SITE = Path(vllm.__file__).parents[1]
 NGRAM = "vllm.v1.worker.gpu.spec_decode.ngram"
 
 
-def load_script() -> Any:
-    spec = importlib.util.spec_from_file_location("check_vllm", ROOT / "scripts" / "check_vllm.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_vllm"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-check_vllm = load_script()
+check_vllm = load_script("check_vllm")
 TABLE = {symbol.name: symbol for symbol in symbols.symbols(SUPPORTED[1])}
 
 TREE = {

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from script_modules import load_script
 
 from vllm_ssd.compat.features import FEATURES, V2_SINCE, runners
 from vllm_ssd.compat.symbols import FROM_0_32, symbols
@@ -19,16 +17,8 @@ ROOT = Path(__file__).parents[2]
 SHOWN = [(feature.name, test) for feature in FEATURES for tests in feature.shown_by.values() for test in tests]
 
 
-def load_script() -> Any:
-    spec = importlib.util.spec_from_file_location("compatibility_table", ROOT / "scripts" / "compatibility_table.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compatibility_table"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_page_is_as_the_code_has_it():
-    script = load_script()
+    script = load_script("compatibility_table")
     text = script.PAGE.read_text()
     assert text == script.page(text), "run python scripts/compatibility_table.py"
     with pytest.raises(ValueError, match="has no <!-- written by"):

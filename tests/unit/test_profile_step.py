@@ -1,7 +1,6 @@
 """The gap between two forwards of the target, out of a trace; and a clear word where no trace can be made."""
 
 import gzip
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from script_modules import load_script
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "profile_step.py"
-spec = importlib.util.spec_from_file_location("profile_step", SCRIPT)
-profile_step = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(profile_step)
+profile_step = load_script("profile_step")
 
 
 def graph(launch, start_us, us):

@@ -1,18 +1,14 @@
 """Resized checkpoints compute the function of the checkpoint they came from."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from script_modules import load_script
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "resize_model.py"
-spec = importlib.util.spec_from_file_location("resize_model", SCRIPT)
-resize_model = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(resize_model)
+resize_model = load_script("resize_model")
 
 TOKENS = torch.arange(40).view(2, 20)
 

