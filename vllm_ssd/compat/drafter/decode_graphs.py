@@ -24,6 +24,14 @@ Forward = Callable[[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor], t
 """Hidden states of attention metadata, token ids, positions and slots."""
 
 
+def metadata_by_layer(groups: Groups, build: Callable[[AttentionMetadataBuilder], Any]) -> dict[str, Any]:
+    """What `build` makes with the builder of each group, by the names of its layers."""
+    found: dict[str, Any] = {}
+    for names, builder in groups:
+        found |= dict.fromkeys(names, build(builder))
+    return found
+
+
 class DecodeGraphs:
     """Replays for batches of up to `sizes[-1]` tokens, over buffers that never move; padding reads page 0, writes none.
 
@@ -67,12 +75,7 @@ class DecodeGraphs:
     def _step_of(self, size: int) -> Callable[[], None]:
         seq_lens = torch.ones(size, dtype=torch.int32)
         batch = self._batch(size, seq_lens, self._max_model_len)
-        self._metadata = {
-            name: metadata
-            for names, builder in self._groups
-            for metadata in [builder.build_for_cudagraph_capture(batch)]
-            for name in names
-        }
+        self._metadata = metadata_by_layer(self._groups, lambda builder: builder.build_for_cudagraph_capture(batch))
 
         def step() -> None:
             hidden_states = self._forward(
@@ -101,12 +104,7 @@ class DecodeGraphs:
         self._fill(self._page_tables[:, : page_tables.shape[1]], page_tables)
         self._page_tables[num_tokens:size, 0] = 0
         common = self._batch(size, torch.from_numpy(seq_lens), int(seq_lens.max()))
-        self._metadata = {
-            name: metadata
-            for names, builder in self._groups
-            for metadata in [builder.build(0, common)]
-            for name in names
-        }
+        self._metadata = metadata_by_layer(self._groups, lambda builder: builder.build(0, common))
         self._replays[size]()
         return self._hidden_states[:num_tokens]
 

@@ -23,7 +23,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_ssd.compat.drafter import tree_backend
 from vllm_ssd.compat.drafter.cpu_norms import use_compiled_norms
-from vllm_ssd.compat.drafter.decode_graphs import DecodeGraphs, capturing_builders
+from vllm_ssd.compat.drafter.decode_graphs import DecodeGraphs, capturing_builders, metadata_by_layer
 from vllm_ssd.compat.drafter.graphs import Graphs, graphs_on
 from vllm_ssd.compat.drafter.memory import bytes_a_row, executor_with_reserve, explained, max_rows
 from vllm_ssd.compat.drafter.paged import ForwardBatch, TreeBatch, UnsupportedDraftModel
@@ -176,9 +176,7 @@ class DraftModel:
             positions=positions,
             seq_lens_cpu_upper_bound=torch.from_numpy(batch.seq_lens),
         )
-        metadata: dict[str, Any] = {}
-        for names, builder in self._attention_groups:
-            metadata |= dict.fromkeys(names, builder.build(0, common))
+        metadata = metadata_by_layer(self._attention_groups, lambda builder: builder.build(0, common))
         all_logits = len(batch.logit_indices) == num_tokens
         logit_indices = None if all_logits else to_device(batch.logit_indices)
         return self._run(metadata, to_device(batch.token_ids), positions, slots, logit_indices)
