@@ -32,6 +32,11 @@ class Replicas:
     index: int
     number: int
 
+    @property
+    def known(self) -> int:
+        """Replicas that there are at least: those started here, or as many as come before this one and it."""
+        return max(self.number, self.index + 1)
+
 
 def visible_names(visible: str | None, count: int) -> list[str]:
     """The names of the `count` GPUs that CUDA enumerates under CUDA_VISIBLE_DEVICES `visible`; MIG instances all, of
@@ -88,7 +93,7 @@ def named_gpus(device: str | None) -> list[int]:
 def target_gpus(parallel: Any, gpus: Gpus, replicas: Replicas) -> set[int]:
     """The indices of the GPUs that targets on this node use, as far as this server knows."""
     spans_nodes = parallel.nnodes_within_dp > 1
-    number = local_world_size(parallel) * (1 if spans_nodes else max(replicas.number, replicas.index + 1))
+    number = local_world_size(parallel) * (1 if spans_nodes else replicas.known)
     assigned = parallel.assigned_physical_gpu_ids
     if assigned is None:
         return {*range(number), gpus.current}

@@ -102,7 +102,7 @@ def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None)
             NO_UTILIZATION if config.kv_cache_memory else None
         )
         if config.drafter_cpus:
-            cpus = share(parse_cpus(config.drafter_cpus), replicas.index, max(replicas.number, replicas.index + 1))
+            cpus = share(parse_cpus(config.drafter_cpus), replicas.index, replicas.known)
     options = DrafterOptions(
         engine_args={key: value for key, value in engine_args.items() if value is not None},
         num_speculative_tokens=config.num_speculative_tokens,
@@ -122,7 +122,7 @@ def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None)
 def _check_memory(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus, replicas: Replicas, index: int) -> None:
     """Raise ValueError where the drafter shares GPU `index` and would size its KV pages by what others leave free."""
     where, chosen = f"cuda:{index}", named_gpus(config.drafter_device)
-    drafters = max(replicas.number, replicas.index + 1)
+    drafters = replicas.known
     if chosen and drafters > len(chosen) and not config.kv_cache_memory:
         raise ValueError(
             f"ssd: drafters of several replicas share {where}, and none can tell how much memory is its own: set "
