@@ -14,6 +14,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import fork_server
 import numpy as np
 
 from vllm_ssd.planning.engine_host import serve
@@ -40,6 +41,7 @@ class EngineHost:
         """
         from vllm import LLM
 
+        fork_server.fork_drafters()
         self.patch(**(patches or {}))
         with interpreted_kernels(self._launched_at_start) if V2 else contextlib.nullcontext():
             llm = LLM(**engine_args)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import fork_server
 
 from vllm_ssd.planning.engine_host import EngineFailed, EngineProcess
 
@@ -28,6 +31,17 @@ XDIST_WORKER = "PYTEST_XDIST_WORKER"
 """Environment variable with the name of a test process of `pytest -n`: gw0, gw1 and so on."""
 ANSWER_S = 240
 """No start and no run takes so long: an engine that has not answered by then hangs."""
+BASE = ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+FORKED = (BASE, BASE | ON_V2)
+"""Environments whose engines are forked; what else they may ask for could matter to vLLM's import."""
+_servers: dict[bool, fork_server.ForkServer] = {}
+
+
+def server(*, v2: bool = False) -> fork_server.ForkServer:
+    """The server that forks engines, or on V2 interpreted ones, and drafters of both, started when first asked for."""
+    if v2 not in _servers:
+        _servers[v2] = fork_server.ForkServer({**os.environ, **FORKED[v2]})
+    return _servers[v2]
 
 
 def own_cores() -> list[int]:
@@ -52,10 +66,11 @@ class Engine(EngineProcess):
         **engine_args: Any,
     ) -> None:
         *self._cores, drafter_core = own_cores()
+        self._variables = BASE | (environment or {})
         super().__init__(
             [str(HOST)],
             log,
-            environment=ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | (environment or {}),
+            environment=self._variables,
             name="the engine's process",
             answer_timeout_s=ANSWER_S,
         )
@@ -82,6 +97,13 @@ class Engine(EngineProcess):
             }
         self.arguments = {**defaults, **engine_args}
         self.send("start", **self.arguments)
+
+    def _start(self, program: Sequence[str], connection: int, environment: Mapping[str, str], output: int) -> Any:
+        if self._variables not in FORKED:
+            return super()._start(program, connection, environment, output)
+        forks = server(v2=self._variables != BASE)
+        environment = {**environment, fork_server.ADDRESS: server().address}
+        return fork_server.fork(forks.address, "engine", program, connection, environment, output)
 
     def receive(self, timeout_s: float | None = None) -> Any:
         """The result of the last `send`. A start may use all cores; then the drafter has the last one to itself."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import quick_interpreter  # noqa: F401
 import triton
 import triton.language as tl
 from triton.backends import backends

@@ -18,6 +18,8 @@ if INTERPRETED:
             del sys.modules[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        import quick_interpreter  # noqa: F401
+
         import vllm_ssd.kernels  # noqa: F401
 
 

@@ -57,15 +57,25 @@ class EngineProcess:
         variables = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environment or {})}
         self._connection, theirs = Pipe()
         with theirs, log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, *program, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env={key: value for key, value in variables.items() if value is not None},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
+            self.process = self._start(
+                program,
+                theirs.fileno(),
+                {key: value for key, value in variables.items() if value is not None},
+                output.fileno(),
             )
         self.pin(cpus)
+
+    def _start(
+        self, program: Sequence[str], connection: int, environment: Mapping[str, str], output: int
+    ) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, *program, str(connection)],
+            pass_fds=[connection],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
 
     def pin(self, cpus: Sequence[int]) -> None:
         """Move the threads that the process has now to `cpus`; those they start later, and children, inherit this."""
