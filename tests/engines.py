@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,18 @@ import fork_server
 
 from vllm_ssd.planning.engine_host import EngineFailed, EngineProcess
 
-__all__ = ["ENVIRONMENT", "HAS_V2", "ON_V2", "PAIR", "Engine", "EngineFailed", "assert_conclusive", "request", "texts"]
+__all__ = [
+    "ENVIRONMENT",
+    "FORKED_WORKERS",
+    "HAS_V2",
+    "ON_V2",
+    "PAIR",
+    "Engine",
+    "EngineFailed",
+    "assert_conclusive",
+    "request",
+    "texts",
+]
 
 HOST = Path(__file__).with_name("engine_host.py")
 PAIR = Path(__file__).parent / "assets" / "pair"
@@ -23,8 +36,10 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
-ON_V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
-"""Environment of an engine on vLLM's V2 model runner."""
+ON_V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
+"""Environment of an engine on vLLM's V2 model runner; of what inductor compiles, the interpreter knows nothing."""
+FORKED_WORKERS = {"vllm.v1.executor.multiproc_executor.get_mp_context": partial(multiprocessing.get_context, "fork")}
+"""Patches of an engine whose workers are forked from it; on a CPU vLLM spawns them, on a GPU it prefers to fork."""
 HAS_V2 = importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is not None
 """Whether this vLLM's V2 runner has a method that SSD can pass for, and that runs on a CPU."""
 XDIST_WORKER = "PYTEST_XDIST_WORKER"

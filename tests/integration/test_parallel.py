@@ -42,7 +42,6 @@ def test_two_workers(
         block_size=32,
         num_gpu_blocks_override=10,
         speculative={"branch_budget": 12},
-        environment={"VLLM_CPU_OMP_THREADS_BIND": "nobind"},  # vLLM binds by itself only to a NUMA node a worker
         **parallelism,
     )
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import ON_V2, Engine
+from engines import FORKED_WORKERS, ON_V2, Engine
 from sampling import p_value, sample
 from tiny_models import write_pair
 
@@ -18,7 +18,6 @@ PROMPTS = [[3, 7, 1], [11, 2, 5]]
 SAMPLING = [{"temperature": 0.7}, {"temperature": 1.0, "top_k": 12, "top_p": 0.85}]
 HOT_SAMPLING = [{"temperature": 1.2}, {"temperature": 1.0, "top_k": 16, "top_p": 0.95}]
 """Flatter, so that fewer samples fill as many cells: a round of two interpreted V2 workers takes a second."""
-TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # vLLM binds by itself only to a NUMA node a worker
 EAGER_BACKEND = {"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"}
 """On the CPU, vLLM 0.32 gives later pipeline ranks their buffers in the warm-up of a compiled model only."""
 
@@ -45,7 +44,7 @@ def test_samples_have_the_distribution_of_the_target(
         max_model_len=64,
         max_num_seqs=32,
         speculative={"model": str(pair[1]), "on_miss": "wait", "fan_out": 2, "top_m": 8},
-        environment=TWO_WORKERS,
+        patches=FORKED_WORKERS,
         **parallelism,
     )
     try:
@@ -64,7 +63,8 @@ def test_on_v2(start_engine: Callable[..., Engine], pair: tuple[Path, Path], par
         max_model_len=64,
         max_num_seqs=32,
         speculative={"model": str(pair[1]), "num_speculative_tokens": 2, "fan_out": 3, "top_m": 8},
-        environment=ON_V2 | TWO_WORKERS | {"TORCHDYNAMO_DISABLE": "1"},
+        environment=ON_V2,
+        patches=FORKED_WORKERS,
         **{parallelism: 2},
     )
     try:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import HAS_V2, ON_V2, Engine, assert_conclusive, request, texts
+from engines import FORKED_WORKERS, HAS_V2, ON_V2, Engine, assert_conclusive, request, texts
 from host_reads import HostReads
 
 Prompts = Callable[..., list[list[int]]]
@@ -188,7 +188,8 @@ def test_two_workers(
     engine = start_engine(
         max_model_len=256,
         speculative={"branch_budget": 12, "adaptive": True},
-        environment=ON_V2 | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"},
+        environment=ON_V2,
+        patches=FORKED_WORKERS,
         **{parallelism: 2},
     )
     try:
