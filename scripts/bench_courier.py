@@ -146,7 +146,7 @@ def measure(num_rows: int, greedy: bool, args: argparse.Namespace) -> dict:
     link = Link(target, checker, clock)
     cache = SpeculationCache(num_rows, args.branches, args.drafts, args.top_m, "cpu")
     cache.flush = clock.timed("write", cache.flush)
-    courier = Courier(config, link, Metrics(args.drafts, logger), cache, logger)
+    courier = Courier(config, link, Metrics(args.drafts, logger), cache, logger, num_batches=2)
     courier._client.poll = clock.timed("poll", courier._client.poll)
     courier._client.send = clock.timed("send", courier._client.send)
     courier._take_outcomes = clock.timed("outcomes", courier._take_outcomes)
@@ -179,7 +179,7 @@ def measure(num_rows: int, greedy: bool, args: argparse.Namespace) -> dict:
         k = args.drafts - 1
         buffer.rows[:num_rows, :5] = buffer.rows.new_tensor([1 + k if round_ else 1, 7, HIT, 0, args.drafts])
         buffer.rows[:num_rows, 5:] = 9
-        courier.await_outcomes(list(range(num_rows)), buffer)
+        courier.await_outcomes(round_, list(range(num_rows)), [args.drafts] * num_rows, buffer)
         before = time.thread_time()
         courier.work()
         seconds += time.thread_time() - before

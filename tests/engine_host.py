@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import itertools
 import os
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +108,8 @@ class EngineHost:
             seconds.append(time.perf_counter() - began)
             time.sleep(max(0.0, min_seconds - seconds[-1]))
             step += 1
+        if V2 and self._proposer is not None:
+            self._settle()
         counts = {name: value - before.get(name, 0) for name, value in self.counts().items()}
         return SimpleNamespace(outputs=outputs, counts=counts, seconds=seconds, total_s=time.perf_counter() - started)
 
@@ -252,6 +255,16 @@ class EngineHost:
             return drafts
 
         fallback.ngram_drafts = ngram_drafts
+
+    def _settle(self) -> None:
+        """On the V2 runner: tell the worker that the last requests have ended; the courier counts their rounds."""
+        from vllm_ssd.compat.target import measure
+
+        while measure.scheduler(self._engine).has_requests():
+            self._engine.step()
+        counted = threading.Event()
+        self._proposer._courier._enqueue(counted.set)
+        counted.wait(5)  # unless its thread has ended
 
     def _join(self, index: int, request: dict[str, Any]) -> None:
         from vllm import SamplingParams

@@ -33,6 +33,7 @@ def built(
     config = SSDConfig.from_user({"model": "x", **user})
     num_drafts = config.num_speculative_tokens
     vllm_config: Any = SimpleNamespace(
+        max_concurrent_batches=2,
         scheduler_config=SimpleNamespace(max_num_seqs=num_slots),
         model_config=SimpleNamespace(get_vocab_size=lambda: vocab_size, max_model_len=max_model_len),
     )
@@ -55,4 +56,9 @@ def built(
 
 def batch(slots: torch.Tensor) -> SimpleNamespace:
     """vLLM's `InputBatch` of one row for each of `slots` [B] int64 on the host, on the fake device "cuda"."""
-    return SimpleNamespace(num_reqs=len(slots), idx_mapping=slots.to("cuda:0"), idx_mapping_np=slots.numpy())
+    return SimpleNamespace(
+        num_reqs=len(slots),
+        idx_mapping=slots.to("cuda:0"),
+        idx_mapping_np=slots.numpy(),
+        num_draft_tokens_per_req=None,
+    )

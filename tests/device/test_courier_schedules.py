@@ -151,6 +151,30 @@ def play(cuda: FakeCuda, seed: int, steps: int = 40) -> tuple[Target, Schedule]:
     return target, schedule
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_counts_are_the_scheduler_s_in_every_order(cuda: FakeCuda, seed: int) -> None:
+    """Requests end in the result of one round while the next, which vLLM throws away, is on the device."""
+    target, schedule, rng = Target(cuda), Schedule(seed), random.Random(seed)
+    with schedule.running(target):
+        for _ in range(40):
+            if len(target.requests) < SLOTS and rng.random() < 0.4:
+                target.start([rng.randrange(13) for _ in range(rng.randint(1, 12))])
+            target.step()
+            target.finish(*[request for request in target.requests if rng.random() < 0.1])
+            for _ in range(rng.randint(1, 12)):
+                schedule.switch()
+            if rng.random() < 0.7:
+                cuda.synchronize()  # the outcome is there
+                schedule.settle(target)
+                cuda.synchronize()  # and the block for it
+        target.step()
+        target.finish(*target.requests)
+        schedule.settle(target)
+    counts = target.metrics.counts
+    assert {name: counts[name] for name in target.counted} == target.counted
+    assert min(target.counted.values()) > 10
+
+
 def assert_known(target: Target, request: Request) -> None:
     """The courier has exactly the tokens that the scheduler has."""
     assert target.courier._requests[request.serial].token_ids == request.token_ids

@@ -20,6 +20,8 @@ from vllm_ssd.target.v2.courier import Courier
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
 
 SLOTS = 3
+NUM_BATCHES = 2
+"""Steps that the scheduler has under way at most."""
 LOGGER = logging.getLogger("test")
 
 
@@ -44,10 +46,19 @@ class Request:
     token_ids: list[int]
     on_device: list[int]  # what the device has, a step ahead
     drafts: list[int] = field(default_factory=list)
-    num_drafted: int = 0
-    num_accepted: int = 0
+    is_decoding: bool = False  # vLLM schedules K drafts for it, some of which may be filler
     finished: bool = False
     found: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Row:
+    """A request in one round: what it carries, filler included, and once the device came to it, what that was."""
+
+    request: Request
+    num_scheduled: int
+    num_drafts: int = 0
+    emitted: list[int] = field(default_factory=list)
 
 
 class Target:
@@ -60,13 +71,14 @@ class Target:
         self.link = Link()
         self.metrics = Metrics(K, LOGGER)
         self.cache = SpeculationCache(SLOTS, 3 * (K + 1), K, 5, self.device)
-        self.courier = Courier(SSDConfig.from_user(user), self.link, self.metrics, self.cache, LOGGER)
+        self.courier = Courier(SSDConfig.from_user(user), self.link, self.metrics, self.cache, LOGGER, NUM_BATCHES)
         self.verifying = DeviceSpeculation.empty(SLOTS, K, 5, self.device)
         self.epochs = torch.full((SLOTS,), -1, dtype=torch.int64, device=self.device)
         self.requests: list[Request] = []
-        self.num_started = 0
+        self.num_started = self.num_steps = 0
+        self.counted = {"draft_tokens": 0, "accepted_tokens": 0, "filler_tokens": 0}  # by vLLM's scheduler
         self.buffers: set[int] = set()  # by identity, all that ever were
-        self._launched: deque[tuple[list[Request], list[list[int]], torch.cuda.Event]] = deque()
+        self._launched: deque[tuple[list[Row], torch.cuda.Event]] = deque()
 
     def start(self, token_ids: list[int]) -> Request:
         """A request joins with its scheduler's own list of tokens."""
@@ -78,13 +90,16 @@ class Target:
         self.courier.start(request.serial, slot, token_ids, 0.0)
         return request
 
-    def finish(self, request: Request) -> None:
-        self.requests.remove(request)
-        request.finished = True
-        self.courier.finish(request.serial)
+    def finish(self, *requests: Request) -> None:
+        """All requests that have ended since the last step."""
+        for request in requests:
+            self.requests.remove(request)
+            request.finished = True
+        self.courier.finish(self.num_steps + 1, [request.serial for request in requests])
 
     def step(self, late: int = 1) -> None:
         """Launch a round, and process the outputs of all but the `late` newest."""
+        self.num_steps += 1
         if self.requests:
             self.launch()
         while len(self._launched) > late:
@@ -98,67 +113,70 @@ class Target:
     def launch(self) -> None:
         """Launch a round of all requests; the device comes to it when it does."""
         requests = list(self.requests)
-        emitted: list[list[int]] = []
+        rows = [Row(request, K if request.is_decoding else 0) for request in requests]
+        for request in requests:
+            request.is_decoding = True
         buffer = self.courier.outcome_buffer()
         self.buffers.add(id(buffer))
 
-        def round_(blocks, verifying, epochs, rows) -> None:
-            self._round(requests, emitted, blocks, verifying, epochs, rows)
+        def round_(blocks, verifying, epochs, outcomes) -> None:
+            self._round(rows, blocks, verifying, epochs, outcomes)
 
         self.cuda.kernel(round_)(self.cache.blocks, self.verifying, self.epochs, buffer.rows)
-        self.courier.await_outcomes([request.serial for request in requests], buffer)
+        serials, scheduled = [row.request.serial for row in rows], [row.num_scheduled for row in rows]
+        self.courier.await_outcomes(self.num_steps, serials, scheduled, buffer)
         done = torch.cuda.Event()
         done.record()
-        self._launched.append((requests, emitted, done))
+        self._launched.append((rows, done))
 
     def collect(self) -> None:
         """Process the output of the oldest round in flight, as the scheduler does; an ended request gets none."""
         if self._launched:
-            requests, emitted, done = self._launched.popleft()
+            rows, done = self._launched.popleft()
             done.synchronize()
-            for request, new in zip(requests, emitted):
-                if not request.finished:
-                    request.token_ids += new
+            for row in rows:
+                if not row.request.finished:
+                    row.request.token_ids += row.emitted
+                    self.counted["draft_tokens"] += row.num_drafts
+                    self.counted["filler_tokens"] += row.num_scheduled - row.num_drafts
+                    self.counted["accepted_tokens"] += len(row.emitted) - 1
 
     def _round(
         self,
-        requests: list[Request],
-        emitted: list[list[int]],
+        rows: list[Row],
         blocks: DeviceBlocks,
         verifying: DeviceSpeculation,
         epochs: torch.Tensor,
-        rows: torch.Tensor,
+        outcomes: torch.Tensor,
     ) -> None:
         """On the device: verify what each row carries, look up what follows, and say so."""
         by_slot = torch.zeros(2, SLOTS, dtype=torch.int64)
-        for request in requests:
-            new: list[int] = []
+        for row in rows:
+            request, new = row.request, row.emitted
             for draft in [*request.drafts, None]:
                 new.append(next_token(request.on_device + new))
                 if new[-1] != draft:
                     break
             request.on_device += new
-            request.num_drafted += len(request.drafts)
-            request.num_accepted += len(new) - 1
+            row.num_drafts = len(request.drafts)
             by_slot[:, request.slot] = torch.tensor([len(request.on_device), new[-1]])
-            emitted.append(new)
         drafts = torch.zeros(SLOTS, 1 + K, dtype=torch.int64)
         lookup(
             blocks,
             verifying,
-            torch.tensor([request.slot for request in requests], dtype=torch.int64),
-            torch.tensor([len(new) for new in emitted], dtype=torch.int32),
+            torch.tensor([row.request.slot for row in rows], dtype=torch.int64),
+            torch.tensor([len(row.emitted) for row in rows], dtype=torch.int32),
             epochs,
             by_slot[0].int(),
             by_slot[1],
             torch.zeros(SLOTS),
             K,
             drafts,
-            rows,
+            outcomes,
         )
-        for request, row, (num_drafts, *tokens) in zip(requests, rows.tolist(), drafts.tolist()):
-            request.drafts = tokens[:num_drafts]
-            request.found.append(Found(row[2]))
+        for row, outcome, (num_drafts, *tokens) in zip(rows, outcomes.tolist(), drafts.tolist()):
+            row.request.drafts = tokens[:num_drafts]
+            row.request.found.append(Found(outcome[2]))
 
 
 def next_token(prefix: list[int]) -> int:

@@ -15,6 +15,7 @@ V1_BATCH = "vllm.v1.worker.gpu_input_batch:InputBatch"
 V2_BATCH = "vllm.v1.worker.gpu.input_batch:InputBatch"
 REQUESTS = "vllm.v1.worker.gpu.states:RequestState"
 SCHEDULED = "vllm.v1.core.sched.output:SchedulerOutput"
+GRAMMARS = "vllm.v1.core.sched.output:GrammarOutput"
 NEW = "vllm.v1.core.sched.output:NewRequestData"
 CACHED = "vllm.v1.worker.gpu_input_batch:CachedRequestState"
 GROUP = "vllm.distributed.parallel_state:GroupCoordinator"
@@ -65,6 +66,7 @@ OBJECTS = {
         "input_batch": V2_BATCH,
         "req_states": REQUESTS,
         "scheduler_output": SCHEDULED,
+        "grammar_output": GRAMMARS,
         "speculator": "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator",
         "sampler.sampler": "vllm.v1.worker.gpu.sample.sampler:Sampler",
         "sampler.sampler.sampling_states": "vllm.v1.worker.gpu.sample.states:SamplingStates",

@@ -46,12 +46,12 @@ class Device:
         user = {"model": "x", "num_speculative_tokens": K, "fan_out": 3, **options}
         self.metrics = Metrics(K, LOGGER)
         self.cache = SpeculationCache(SLOTS, 3 * (K + 1), K, 5, "cpu")
-        self.courier = Courier(SSDConfig.from_user(user), link, self.metrics, self.cache, LOGGER)
+        self.courier = Courier(SSDConfig.from_user(user), link, self.metrics, self.cache, LOGGER, 1)
         self.requests: dict[str, tuple[int, int]] = {}  # serial number and slot
         self.tokens: dict[str, list[int]] = {}
         self.drafts: dict[str, list[int]] = {}
         self.verifying = DeviceSpeculation.empty(SLOTS, K, 5, "cpu")
-        self.num_started = 0
+        self.num_started = self.step = 0
         self.wanted = K
         self.ngram: Callable[[list[int]], list[int]] = lambda token_ids: token_ids[-1:] * K
 
@@ -67,7 +67,7 @@ class Device:
         self.num_started += 1
 
     def finish(self, name: str) -> list[int]:
-        self.courier.finish(self.requests.pop(name)[0])
+        self.courier.finish(self.step + 1, [self.requests.pop(name)[0]])
         del self.drafts[name]
         return self.tokens.pop(name)
 
@@ -102,7 +102,8 @@ class Device:
             outcomes.rows,
             torch.tensor([self.ngram(self.tokens[name]) for name in names]) if self.courier.wants_ngram else None,
         )
-        self.courier.await_outcomes(list(serials), outcomes)
+        self.step += 1
+        self.courier.await_outcomes(self.step, list(serials), [len(self.drafts[name]) for name in names], outcomes)
         for name, (num_drafts, *row) in zip(names, drafts.tolist()):
             self.drafts[name] = row[:num_drafts]
 
@@ -248,12 +249,12 @@ def test_a_buffer_is_used_again_once_it_was_read() -> None:
     used = [device.courier.outcome_buffer() for _ in range(NUM_BUFFERS)]
     device.round()  # with one that had to be made
     for outcomes in used:
-        device.courier.await_outcomes([], outcomes)
+        device.courier.await_outcomes(0, [], [], outcomes)
     device.courier.work()
     again = [device.courier.outcome_buffer() for _ in range(NUM_BUFFERS + 1)]
     assert {id(outcomes) for outcomes in used} < {id(outcomes) for outcomes in again}
     device.courier.stop()
-    device.courier.await_outcomes([], again[0])  # nobody will read it
+    device.courier.await_outcomes(0, [], [], again[0])  # nobody will read it
     assert device.courier.outcome_buffer() is again[0]
 
 

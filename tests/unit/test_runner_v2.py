@@ -6,6 +6,7 @@ import inspect
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from vllm.config import VllmConfig
@@ -15,6 +16,8 @@ from vllm_ssd.compat.target import runner
 
 pytest.importorskip("vllm.v1.worker.gpu.spec_decode.ngram", reason="0.30: ssd uses the V1 runner")
 
+from vllm.v1.core.sched.output import GrammarOutput
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu import model_runner, spec_decode
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
@@ -31,6 +34,8 @@ def parameters(function: Any) -> list[str]:
 def test_what_is_wrapped_is_called_as_we_expect() -> None:
     assert parameters(inspect.unwrap(spec_decode.init_speculator)) == ["vllm_config", "device", "req_states"]
     assert parameters(GPUModelRunner.add_requests) == ["self", "scheduler_output"]
+    assert parameters(GPUModelRunner.finish_requests) == ["self", "scheduler_output"]
+    assert parameters(GPUModelRunner.sample_tokens) == ["self", "grammar_output"]
     assert parameters(GPUModelRunner._remove_request) == ["self", "req_id"]
     assert parameters(RejectionSampler.__call__) == ["self", "logits", "input_batch", "draft_logits", "invalid_drafts"]
     source = inspect.getsource(GPUModelRunner)
@@ -47,22 +52,56 @@ def test_what_is_wrapped_is_called_as_we_expect() -> None:
 def test_our_speculator_is_asked_as_vllm_asks_its_own() -> None:
     assert parameters(V2Speculator.propose) == parameters(BaseSpeculator.propose)
     assert parameters(NgramGPUSpeculator.propose) == parameters(BaseSpeculator.propose)
-    abstract = {"speculate", "want", "on_target_loaded", "add_request", "end_at", "remove_request"}
+    abstract = {"speculate", "want", "on_target_loaded", "add_request", "end_at", "finish_requests", "remove_request"}
     assert V2Speculator.__abstractmethods__ == abstract, "vLLM wants more of a speculator than we have"
+
+
+class Speculator(V2Speculator):
+    """One that does nothing of its own."""
+
+    speculate = want = on_target_loaded = add_request = end_at = remove_request = None
+
+    def __init__(self) -> None:
+        self.finished: list[str] = []
+
+    def finish_requests(self, request_ids: Any) -> None:
+        self.finished += request_ids
 
 
 def test_a_dummy_run_drafts_nothing() -> None:
     """vLLM makes one to measure memory, to capture graphs, and where a data-parallel rank is idle."""
-
-    class Speculator(V2Speculator):
-        speculate = want = on_target_loaded = add_request = end_at = remove_request = None
-
-    speculator = object.__new__(Speculator)
+    speculator = Speculator()
     speculator.draft_logits = torch.zeros(4, 5, 7)
     arguments = dict.fromkeys(parameters(V2Speculator.propose)[1:])
     batch = SimpleNamespace(num_reqs=3)
     drafts = speculator.propose(**arguments | {"input_batch": batch, "num_sampled": torch.ones(4), "dummy_run": True})
     assert drafts.shape == (3, 5) and drafts.dtype == torch.int64 and not drafts.any()
+
+
+@pytest.mark.parametrize(
+    ("pending", "acceptable", "counted"),
+    [(True, [1, 0], [4, 1, 0]), (False, [0, 0], [4, 4, 4]), (True, None, [4, 4, 4])],
+    ids=["drafts seen by the scheduler", "placeholders", "no numbers"],
+)
+def test_drafts_that_fit_no_grammar_are_not_counted(pending: bool, acceptable: Any, counted: list[int]) -> None:
+    """vLLM counts the drafts of a row less those it saw to break its grammar, which it does only a step late."""
+    speculator = Speculator()
+    speculator.begin_step(SimpleNamespace(pending_structured_output_tokens=pending, finished_req_ids={"z"}))
+    assert (speculator.step, speculator.finished) == (1, ["z"])
+    speculator.note_grammars(GrammarOutput(["b", "c"], np.zeros((2, 1), np.int32), acceptable))
+    batch = SimpleNamespace(num_reqs=3, req_ids=["a", "b", "c"], num_draft_tokens_per_req=np.array([4, 4, 4]))
+    assert speculator.num_scheduled_drafts(batch) == counted
+    speculator.note_grammars(None)
+    assert speculator.num_scheduled_drafts(batch) == [4, 4, 4]
+    assert speculator.num_scheduled_drafts(SimpleNamespace(num_reqs=2, num_draft_tokens_per_req=None)) == [0, 0]
+
+
+def test_vllm_subtracts_what_fits_no_grammar_where_it_saw_the_drafts() -> None:
+    padded = inspect.getsource(Scheduler.update_draft_token_ids_in_output)
+    assert "num_invalid_spec_tokens[req_id] = num_invalid_tokens" in padded
+    assert "num_draft_tokens -= num_invalid_spec_tokens.get(request_id, 0)" in inspect.getsource(
+        Scheduler.make_spec_decoding_stats
+    )
 
 
 def test_vllm_builds_ours_where_ssd_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,8 @@ ON_V2 = {
     f"{V2}:init_speculator",
     f"{V2}:GPUModelRunner.load_model",
     f"{V2}:GPUModelRunner.add_requests",
+    f"{V2}:GPUModelRunner.finish_requests",
+    f"{V2}:GPUModelRunner.sample_tokens",
     f"{V2}:GPUModelRunner._remove_request",
     JUDGE,
 }

@@ -65,7 +65,8 @@ USED = {
         "mm_features prefill_token_ids prompt_embeds prompt_token_ids req_id sampling_params"
     ),
     "vllm.v1.core.sched.output:SchedulerOutput": (
-        "finished_req_ids num_scheduled_tokens scheduled_cached_reqs scheduled_new_reqs scheduled_spec_decode_tokens"
+        "finished_req_ids num_scheduled_tokens pending_structured_output_tokens scheduled_cached_reqs "
+        "scheduled_new_reqs scheduled_spec_decode_tokens"
     ),
     "vllm.v1.engine.core_client": "InprocClient",
     "vllm.v1.engine.core_client:InprocClient": "engine_core",
@@ -99,6 +100,7 @@ USED = {
     # the V2 runner
     "vllm.v1.core.sched.async_scheduler": "AsyncScheduler",
     "vllm.v1.core.sched.scheduler": "Scheduler",
+    "vllm.v1.core.sched.output:GrammarOutput": "num_acceptable_drafts structured_output_request_ids",
     "vllm.v1.core.sched.scheduler:Scheduler": "dynamic_sd_lookup num_spec_tokens parallel_config update_from_output",
     "vllm.v1.outputs:ModelRunnerOutput": "req_id_to_index sampled_token_ids",
     "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor": "gpu",
@@ -109,11 +111,12 @@ USED = {
     ),
     "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor": "np",
     "vllm.v1.worker.gpu.input_batch:InputBatch": (
-        "expanded_idx_mapping expanded_local_pos idx_mapping idx_mapping_np num_reqs"
+        "expanded_idx_mapping expanded_local_pos idx_mapping idx_mapping_np num_draft_tokens_per_req num_reqs req_ids"
     ),
     "vllm.v1.worker.gpu.model_runner": "GPUModelRunner init_speculator",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": (
-        "_remove_request add_requests load_model rejection_sampler req_states speculator vllm_config"
+        "_remove_request add_requests finish_requests load_model rejection_sampler req_states sample_tokens speculator "
+        "vllm_config"
     ),
     "vllm.v1.worker.gpu.spec_decode": "init_speculator",
     "vllm.v1.worker.gpu.spec_decode.ngram": "",
@@ -228,6 +231,8 @@ EXACT = {
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates": "",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner._remove_request": "req_id",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests": "scheduler_output",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.finish_requests": "scheduler_output",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens": "grammar_output",
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler.__call__": (
         "logits input_batch draft_logits invalid_drafts"
     ),
@@ -267,6 +272,8 @@ SUBCLASSED = {
 """Abstract methods of classes that ours are subclasses of, all of which ours have: no other may be abstract."""
 
 FROM_0_32 = (
+    "vllm.v1.core.sched.output:GrammarOutput",
+    "vllm.v1.core.sched.output:SchedulerOutput.pending_structured_output_tokens",
     "vllm.config.speculative:SpeculativeConfig.uses_dynamic_speculative_decoding",
     "vllm.platforms.interface:Platform.is_unspecified",
     "vllm.v1.core.sched.scheduler:Scheduler",

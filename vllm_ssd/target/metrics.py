@@ -29,6 +29,7 @@ COUNTERS = {
     "draft_tokens": "Draft tokens verified by the target.",
     "accepted_tokens": "Draft tokens accepted by the target.",
     "drafted_rounds": "Rounds of a request that verified draft tokens.",
+    "filler_tokens": "Padding in draft rows on the V2 runner, never accepted, which vLLM counts as draft tokens.",
     "too_long": "Requests that the drafter did not take for their length.",
     "drafter_steps": "Forwards of the draft model.",
     "drafter_prompt_tokens": "Tokens of the requests that were opened on the drafter.",
@@ -93,9 +94,10 @@ class Metrics:
         """One request's outcome: found in its block, not in it, or no block there yet."""
         self.counts["hits" if hit else "misses" if block else "late"] += 1
 
-    def accepted(self, offered: Sequence[int], accepted: Sequence[int]) -> None:
-        """Drafts verified and accepted, per row of one round."""
+    def accepted(self, offered: Sequence[int], accepted: Sequence[int], num_filler: int = 0) -> None:
+        """Drafts verified and accepted, per row of one round, and the filler in all its rows."""
         num_drafts = sum(offered)
+        self.counts["filler_tokens"] += num_filler
         self.counts["draft_tokens"] += num_drafts
         if offered:
             batch = 1 << (len(offered) - 1).bit_length()

@@ -1,15 +1,17 @@
 """The seam with vLLM's V2 model runner.
 
-The runner gives its speculator rows of device tensors, but never a request. Four methods are wrapped, so that a
-speculator of ours sees requests come and go, knows when the target is loaded, and has drafts that are only filler
-rejected by vLLM's rejection sampler. A fifth chooses CUDA graphs where the number of drafts adapts.
+The runner gives its speculator rows of device tensors, but never a request. Six methods are wrapped, so that a
+speculator of ours sees requests come and go, knows when the target is loaded, has drafts that are only filler
+rejected by vLLM's rejection sampler, and knows which drafts vLLM counts. A seventh chooses CUDA graphs where the number
+of drafts adapts.
 """
 
 from __future__ import annotations
 
 import heapq
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,12 +33,16 @@ class V2Speculator(BaseSpeculator):
     draft_logits [C, K, vocab] float32: log q times temperature of the drafts under verification, by slot, of the C
     lowest. While a request that samples is in a higher one, all drafts of the batch are declared one-hot.
     num_drafts [max_num_reqs] int32: how many of a slot's K drafts are any; the others are rejected.
+    step: number of the scheduler step that is carried out.
     """
 
     supports_mm_inputs = False
     draft_logits: torch.Tensor
     num_drafts: torch.Tensor
+    step = 0
     _wanted: int | None = None
+    _counts_valid = False  # vLLM counts only the drafts of this step's rows that fit their grammars
+    _num_valid: Mapping[str, int] = MappingProxyType({})  # drafts that fit, of each row with a grammar
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing to capture: drafting is a lookup."""
@@ -104,8 +110,37 @@ class V2Speculator(BaseSpeculator):
         """The request ends at so many committed tokens, if not before."""
 
     @abstractmethod
+    def finish_requests(self, request_ids: Collection[str]) -> None:
+        """Requests have ended: vLLM throws away their results under way. Unknown ones are ignored."""
+
+    @abstractmethod
     def remove_request(self, request_id: str) -> None:
-        """A request leaves its slot: finished, preempted, or about to be replaced; unknown ones are ignored."""
+        """A request leaves its slot, preempted or about to be replaced; unknown ones are ignored."""
+
+    def begin_step(self, scheduler_output: Any) -> None:
+        """The scheduler's next step is carried out; requests whose end it tells leave first."""
+        self.step += 1
+        self._counts_valid = scheduler_output.pending_structured_output_tokens
+        self.finish_requests(scheduler_output.finished_req_ids)
+
+    def note_grammars(self, grammar_output: Any) -> None:
+        """The step's `GrammarOutput`, if any; vLLM does not count drafts that it saw to fit no grammar."""
+        self._num_valid = {}
+        if self._counts_valid and grammar_output is not None:
+            row_ids, num_valid = grammar_output.structured_output_request_ids, grammar_output.num_acceptable_drafts
+            self._num_valid = dict(zip(row_ids, num_valid or ()))
+
+    def num_scheduled_drafts(self, batch: Any) -> list[int]:
+        """How many drafts vLLM counts in each row of `batch`, filler included."""
+        if batch.num_draft_tokens_per_req is None:
+            return [0] * batch.num_reqs
+        num_drafts = batch.num_draft_tokens_per_req.tolist()
+        if not self._num_valid:
+            return num_drafts
+        return [
+            min(number, self._num_valid.get(request_id, number))
+            for request_id, number in zip(batch.req_ids, num_drafts)
+        ]
 
     def invalid_drafts(self, batch: Any) -> torch.Tensor:
         """Which of the logit rows of `batch` [num_logits] belong to drafts that are only filler."""
@@ -160,6 +195,8 @@ def install() -> None:
     with patch.all_or_nothing():
         patch.wrap(f"{runner}.load_model", _has_our_speculator, _load_model)
         patch.wrap(f"{runner}.add_requests", _has_our_speculator, _add_requests, parameters=("scheduler_output",))
+        patch.wrap(f"{runner}.finish_requests", _has_our_speculator, _finish_requests, parameters=("scheduler_output",))
+        patch.wrap(f"{runner}.sample_tokens", _has_our_speculator, _sample_tokens, parameters=("grammar_output",))
         patch.wrap(f"{runner}._remove_request", _has_our_speculator, _remove_request, parameters=("req_id",))
         patch.wrap(judge, _judges_ours, _judge, parameters=judged)
         patch.wrap(f"{CUDA_GRAPHS}._init_candidates", _is_for_ssd, _init_candidates, parameters=())
@@ -211,6 +248,16 @@ def _add_requests(original, runner, scheduler_output):
         runner.speculator.add_request(new.req_id, slot, tokens, params.temperature, truncation_of(params))
         if gains and (last := last_length(new)) is not None:
             runner.speculator.end_at(new.req_id, last)
+
+
+def _finish_requests(original, runner, scheduler_output):
+    runner.speculator.begin_step(scheduler_output)
+    original(runner, scheduler_output)
+
+
+def _sample_tokens(original, runner, grammar_output):
+    runner.speculator.note_grammars(grammar_output)
+    return original(runner, grammar_output)
 
 
 def _remove_request(original, runner, req_id):

@@ -27,6 +27,7 @@ from vllm_ssd.policy import NgramGain
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.requests import DrafterClient, Link, RemoteRequest
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
+from vllm_ssd.target.v2.verified import VerifiedDrafts
 
 NUM_BUFFERS = 4
 """Buffers for outcomes made at the start: vLLM's thread is a step or two ahead of the device."""
@@ -58,6 +59,16 @@ class OutcomeBuffer:
     written: torch.cuda.Event | None
 
 
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """A round on the device; see `Courier.await_outcomes`."""
+
+    step: int
+    serials: list[int]
+    num_scheduled: list[int]
+    buffer: OutcomeBuffer
+
+
 @dataclass(slots=True)
 class SlotRequest:
     """A request as the courier's thread sees it, some steps behind vLLM's."""
@@ -73,12 +84,19 @@ class SlotRequest:
 class Courier:
     """Carries what vLLM's thread and the device leave to the drafter, and its blocks into the cache.
 
-    `start`, `finish`, `want`, `await_outcomes` and `stop` may be called from any thread and return at once. A request
-    is known by its serial number, which no other request ever had: one that vLLM preempts and resumes is a new one.
+    All methods down to `stop` may be called from any thread and return at once. A request is known by its serial
+    number, which no other request ever had: one that vLLM preempts and resumes is a new one. A `step` is the number of
+    a step of vLLM's scheduler, which has up to `num_batches` under way.
     """
 
     def __init__(
-        self, config: SSDConfig, link: WaitableLink, metrics: Metrics, cache: SpeculationCache, logger: logging.Logger
+        self,
+        config: SSDConfig,
+        link: WaitableLink,
+        metrics: Metrics,
+        cache: SpeculationCache,
+        logger: logging.Logger,
+        num_batches: int,
     ) -> None:
         self._config = config
         self._link = link
@@ -87,8 +105,9 @@ class Courier:
         self._logger = logger
         self._client = DrafterClient(config, link, metrics, self._keep_block)
         self._requests: dict[int, SlotRequest] = {}  # by serial number
+        self._verified = VerifiedDrafts(metrics, num_batches)
         self._tasks: deque[Callable[[], None]] = deque()
-        self._on_device: queue.SimpleQueue[tuple[list[int], OutcomeBuffer] | None] = queue.SimpleQueue()
+        self._on_device: queue.SimpleQueue[Verification | None] = queue.SimpleQueue()
         # Pinned memory must outlive the kernels that write to it: no buffer is ever given back to PyTorch.
         self._made: list[OutcomeBuffer] = []
         self._buffers = deque(self._new_buffer() for _ in range(NUM_BUFFERS))
@@ -118,9 +137,13 @@ class Courier:
         # A copy: vLLM passes the scheduler's own list, which grows before the courier's thread has its turn.
         self._enqueue(functools.partial(self._start, serial, slot, list(token_ids), temperature, truncation))
 
-    def finish(self, serial: int) -> None:
-        """Request `serial` has left its slot."""
-        self._enqueue(functools.partial(self._finish, serial))
+    def finish(self, step: int, serials: Sequence[int]) -> None:
+        """All requests whose end came with `step`, before anything else of that step."""
+        self._enqueue(functools.partial(self._finish, step, serials))
+
+    def preempt(self, step: int, serial: int) -> None:
+        """Request `serial` has left its slot with `step`, but has not ended."""
+        self._enqueue(functools.partial(self._preempt, step, serial))
 
     def end_at(self, serial: int, length: int) -> None:
         """Request `serial` ends at so many committed tokens, if not before."""
@@ -137,15 +160,19 @@ class Courier:
         except IndexError:
             return self._new_buffer()
 
-    def await_outcomes(self, serials: list[int], buffer: OutcomeBuffer) -> None:
-        """A round of requests `serials`, whose outcomes the current stream writes to the first rows of `buffer`."""
+    def await_outcomes(self, step: int, serials: list[int], num_scheduled: list[int], buffer: OutcomeBuffer) -> None:
+        """The round of `step`, whose outcomes the current stream writes to the first rows of `buffer`.
+
+        serials, num_scheduled: each row's request, and the drafts that vLLM counts in it, filler included.
+        """
+        round_ = Verification(step, serials, num_scheduled, buffer)
         if self._stopped:
             self._buffers.append(buffer)
         elif buffer.written is None:
-            self._enqueue(functools.partial(self._take_outcomes, serials, buffer))
+            self._enqueue(functools.partial(self._take_outcomes, round_))
         else:
             buffer.written.record()
-            self._on_device.put((serials, buffer))
+            self._on_device.put(round_)
 
     def stop(self) -> None:
         """End the threads and the drafter."""
@@ -183,11 +210,11 @@ class Courier:
 
     def _await_device(self) -> None:
         """Waiting for the device and waiting for the drafter take two threads."""
-        while (item := self._on_device.get()) is not None:
-            serials, buffer = item
-            assert buffer.written is not None  # see `await_outcomes`
-            buffer.written.synchronize()
-            self._enqueue(functools.partial(self._take_outcomes, serials, buffer))
+        while (round_ := self._on_device.get()) is not None:
+            written = round_.buffer.written
+            assert written is not None  # see `await_outcomes`
+            written.synchronize()
+            self._enqueue(functools.partial(self._take_outcomes, round_))
 
     def _carry(self) -> None:
         try:
@@ -220,7 +247,16 @@ class Courier:
         if self._num_drafts:
             self._client.open(remote, token_ids)
 
-    def _finish(self, serial: int) -> None:
+    def _finish(self, step: int, serials: Sequence[int]) -> None:
+        self._verified.end(step, serials)
+        for serial in serials:
+            self._close(serial)
+
+    def _preempt(self, step: int, serial: int) -> None:
+        self._verified.preempt(step, serial)
+        self._close(serial)
+
+    def _close(self, serial: int) -> None:
         self._requests.pop(serial, None)
         self._client.close(str(serial))
 
@@ -231,18 +267,17 @@ class Courier:
     def _want(self, num_drafts: int) -> None:
         self._num_drafts = num_drafts
 
-    def _take_outcomes(self, serials: list[int], buffer: OutcomeBuffer) -> None:
+    def _take_outcomes(self, round_: Verification) -> None:
         """Commit what the rows of a round emitted, and queue it for the drafter."""
         self._client.begin_round()
-        offered, accepted, any_missed = [], [], False
-        rows = buffer.rows[: len(serials)].tolist()
-        self._buffers.append(buffer)
-        for serial, (num_emitted, last, found, _, num_drafts, *drafts) in zip(serials, rows):
+        any_missed = False
+        rows = round_.buffer.rows[: len(round_.serials)].tolist()
+        self._buffers.append(round_.buffer)
+        self._verified.take(round_.step, round_.serials, round_.num_scheduled, rows)
+        for serial, (num_emitted, last, found, _, num_drafts, *drafts) in zip(round_.serials, rows):
             request = self._requests.get(serial)
             if request is None or not num_emitted:  # it has left since, or its prompt is not through
                 continue
-            offered.append(len(request.verifying))
-            accepted.append(num_emitted - 1)
             if request.by_ngram:
                 self._ngram_gain.observe(len(request.verifying), num_emitted - 1)
             any_missed = any_missed or found != Found.HIT
@@ -251,7 +286,6 @@ class Courier:
             request.verifying = drafts[:num_drafts]
             if self._num_drafts:
                 self._tell(request, found)
-        self._metrics.accepted(offered, accepted)
         if any_missed and self._config.on_miss == "auto":
             self.wants_ngram = self._ngram_gain.drafts(self._config.num_speculative_tokens, NGRAM_LOSS)[0] > 0
 

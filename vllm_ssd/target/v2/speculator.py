@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,7 +79,9 @@ class SSDSpeculator(V2Speculator):
             )
             self._cache = SpeculationCache(num_slots, config.max_branches, num_drafts, top_m, device)
             self._metrics, self._drafter = start_drafter(config, vllm_config)
-            self._courier = Courier(config, self._drafter, self._metrics, self._cache, logger)
+            self._courier = Courier(
+                config, self._drafter, self._metrics, self._cache, logger, vllm_config.max_concurrent_batches
+            )
             self._ngram = ngram_speculator(vllm_config, device, req_states) if self._courier.wants_ngram else None
             weakref.finalize(self, self._courier.stop)
 
@@ -107,13 +109,24 @@ class SSDSpeculator(V2Speculator):
         if self._courier is not None:
             self._courier.end_at(self._requests[request_id][0], length)
 
+    def finish_requests(self, request_ids: Collection[str]) -> None:
+        """Forget the requests; the blocks of their slots match no later one."""
+        serials = [serial for request_id in request_ids if (serial := self._forget(request_id)) is not None]
+        if self._courier is not None and serials:
+            self._courier.finish(self.step, serials)
+
     def remove_request(self, request_id: str) -> None:
-        """Forget the request; its slot's blocks match no later one."""
-        serial, slot = self._requests.pop(request_id, (-1, -1))
-        if serial >= 0:
+        """Forget the request, whose results under way count; unknown ones are ignored."""
+        serial = self._forget(request_id)
+        if self._courier is not None and serial is not None:
+            self._courier.preempt(self.step, serial)
+
+    def _forget(self, request_id: str) -> int | None:
+        """The serial number that the request had, if it was known."""
+        serial, slot = self._requests.pop(request_id, (None, -1))
+        if serial is not None:
             self._sampled[slot] = False
-            if self._courier is not None:
-                self._courier.finish(serial)
+        return serial
 
     def want(self, num_drafts: int) -> None:
         """Let the drafter grow what rounds carry, and rest while they carry nothing."""
@@ -150,7 +163,8 @@ class SSDSpeculator(V2Speculator):
         if sampled:
             write_draft_logits(self.draft_logits, self._columns, self._verifying, slots, temperatures)
         if courier is not None:
-            courier.await_outcomes(self._serials[slots_on_host].tolist(), outcomes)
+            serials, num_scheduled = self._serials[slots_on_host].tolist(), self.num_scheduled_drafts(batch)
+            courier.await_outcomes(self.step, serials, num_scheduled, outcomes)
         return self._drafts[: batch.num_reqs, 1:]
 
     def _broadcast(self, slots: torch.Tensor, sampled: bool) -> None:
@@ -165,7 +179,8 @@ class SSDSpeculator(V2Speculator):
     def _warm_up(self) -> None:
         """Launch everything once for a row that emitted nothing: else the first request would wait for compilers."""
         slots = np.zeros(1, np.int64)
-        batch = SimpleNamespace(num_reqs=1, idx_mapping=torch.from_numpy(slots).to(self._device), idx_mapping_np=slots)
+        on_device = torch.from_numpy(slots).to(self._device)
+        batch = SimpleNamespace(num_reqs=1, idx_mapping=on_device, idx_mapping_np=slots, num_draft_tokens_per_req=None)
         num_sampled = torch.zeros(1, dtype=torch.int32, device=self._device)
         temperatures = torch.zeros(len(self.num_drafts), device=self._device)
         self._sampled[0] = True
