@@ -27,7 +27,7 @@ def speculation_block(rng: np.random.Generator, request_id: str, *, sampled: boo
     token_ids = np.stack([rng.choice(VOCAB_SIZE, SUPPORT, replace=False) for _ in range(num_drafts)])
     probs = rng.random((num_drafts, SUPPORT), np.float32)
     probs /= probs.sum(axis=1, keepdims=True)
-    drafts = token_ids[np.arange(num_drafts), rng.integers(0, SUPPORT, num_drafts)]
+    drafts = token_ids[:, 0]
     proposals = (pack_ids(token_ids), probs.tobytes()) if sampled else ()
     return SpeculationBlock(request_id, 0, 10, 0, pack_ids(outcomes), pack_ids(drafts), *proposals)
 

@@ -168,12 +168,18 @@ def check_proposals(
     temperature: float,
     truncation: Truncation = ALL_TOKENS,
 ) -> None:
-    """The drafts of a branch after `prefix` were drawn from what they carry: the likeliest tokens' softmax, cut."""
+    """The drafts of a branch after `prefix` were drawn from what they carry: the likeliest tokens' softmax, cut.
+
+    The draft has changed places with the likeliest token, the others are in order.
+    """
     for token, (ids, probs) in zip(block.drafts(i), block.proposals(i), strict=True):
         logits = model.reference_logits(prefix).numpy() / temperature
         order = np.argsort(-logits)[: len(ids)]
         weights = truncated(np.exp(logits[order] - logits[order].max()), truncation)
-        assert ids.tolist() == order.tolist() and weights[order == token] > 0
+        place = int((order == token).argmax())
+        for array in (order, weights):
+            array[[0, place]] = array[[place, 0]]
+        assert ids.tolist() == order.tolist() and ids[0] == token and weights[0] > 0
         assert np.allclose(probs, weights / weights.sum(), atol=1e-5)
         prefix = prefix + [token]
 

@@ -45,9 +45,9 @@ def block(**changes) -> SpeculationBlock:
 
 
 def sampled(probs: list[float] = (0.4, 0.3, 0.2, 0.1), ids: list[int] | None = None, **changes) -> SpeculationBlock:
-    """A sound block whose drafts carry a q of `probs` over themselves and three others, or over `ids`."""
+    """A sound block whose drafts carry a q of `probs` over themselves and three others, or over `ids`, draft first."""
     drafts = np.ravel(changes.get("draft_token_ids", DRAFTS))
-    support = [ids or [draft, 90, 91, 92] for draft in drafts]
+    support = [sorted(ids, key=lambda token: token != draft) if ids else [draft, 90, 91, 92] for draft in drafts]
     q_probs = np.tile(np.asarray(probs, "<f4"), (len(drafts), 1)).tobytes()
     return block(**{"q_token_ids": support, "q_probs": q_probs} | changes)
 
@@ -94,6 +94,11 @@ UNSOUND = {
     "a q that sums to 2": push(sampled([0.8, 0.6, 0.4, 0.2])),
     "a q of zeros": push(sampled([0.0, 0.0, 0.0, 0.0])),
     "a q that does not hold its draft": push(sampled(ids=[50, 51, 52, 53])),
+    "a q that holds its draft later": push(
+        sampled([0.5, 0.5], q_token_ids=[[3, 9], [4, 9], [5, 9], [6, 9], [9, 7], [8, 9]])
+    ),
+    "q that sum to NaN": push(sampled([0.4, float("inf"), -float("inf"), 0.1])),
+    "a q whose sum a negative one brings down to 1": push(sampled([0.9, 0.9, -0.8, 0.0])),
     "a q that gives its draft nothing": push(sampled([0.0, 0.5, 0.3, 0.2])),
     "one bad q of many": push(sampled(), sampled(), sampled([0.4, float("nan"), 0.2, 0.1])),
     "statistics of NaN": push(stats=DrafterStats(1, 2, float("nan"), 3, 4)),

@@ -49,17 +49,30 @@ def take_blocks(branches: Branches, by_slot: SequenceOf[Sequence | None], rows: 
 def _block(branches: Branches, sequence: Sequence, rows: list[int], offset: int, depth: int) -> SpeculationBlock:
     outcomes = np.stack([branches.accept_length[rows], branches.tokens[rows, 0]], axis=1)
     outcomes[outcomes[:, 0] == JIT_ACCEPT_LENGTH] = (0, JIT_TOKEN)
+    drafts = branches.tokens[rows, offset + 1 : depth + 1]
     q_token_ids = q_probs = b""
     if sequence.temperature > 0:
-        q_token_ids = pack_ids(branches.q_token_ids[rows, offset:depth])
-        q_probs = branches.q_probs[rows, offset:depth].astype("<f4").tobytes()
+        token_ids, probs = branches.q_token_ids[rows, offset:depth], branches.q_probs[rows, offset:depth]
+        _put_drafts_first(drafts, token_ids, probs)
+        q_token_ids, q_probs = pack_ids(token_ids), probs.astype("<f4").tobytes()
     return SpeculationBlock(
         sequence.request_id,
         sequence.epoch,
         sequence.length,
         offset,
         pack_ids(outcomes),
-        pack_ids(branches.tokens[rows, offset + 1 : depth + 1]),
+        pack_ids(drafts),
         q_token_ids,
         q_probs,
     )
+
+
+def _put_drafts_first(drafts: np.ndarray, token_ids: np.ndarray, probs: np.ndarray) -> None:
+    """Let each of `drafts` [n, d] change places with the first of its proposal, ids and probabilities [n, d, M]."""
+    row = np.arange(drafts.size)
+    for_draft = token_ids.reshape(len(row), -1)
+    place = (for_draft == drafts.reshape(-1, 1)).argmax(1)
+    for array in (for_draft, probs.reshape(len(row), -1)):
+        firsts = array[:, 0].copy()
+        array[:, 0] = array[row, place]
+        array[row, place] = firsts

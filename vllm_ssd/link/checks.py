@@ -1,9 +1,12 @@
 """Whether what a drafter pushes may reach the target, by value.
 
-Checked are shapes and ranges. Whether a draft was drawn from the q that comes with it, only the drafter can know.
+Checked are shapes and ranges, and that the q which comes with a draft gives it a probability. Whether the draft was
+drawn from it, only the drafter can know.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -17,6 +20,11 @@ BYTES_A_ROW = 256
 BYTES_A_REQUEST = 64 << 10
 """Of a push, for evictions, and of a step, for a long request id and the tokens of its rounds."""
 
+GROUP_BYTES = 64 << 10
+"""Of the token ids of proposals that are checked at once."""
+
+_UINT32, _FLOAT32 = np.dtype("<u4"), np.dtype("<f4")
+_largest = np.maximum.reduce
 _JIT = JIT_TOKEN % 2**32
 _ONE = int(np.float32(1 + Q_EPSILON).view(np.uint32))
 
@@ -79,43 +87,38 @@ class PushChecker:
 
     def _wrong_values(self, blocks: list[SpeculationBlock]) -> str | None:
         outcomes = _unsigned([block.outcomes for block in blocks])
-        if outcomes[0::2].max() > self._num_drafts:
+        if _largest(outcomes[0::2]) > self._num_drafts:
             return "an accept length out of range"
         bonus_token_ids = outcomes[1::2]
-        if bonus_token_ids.max() >= self._vocab_size:
+        if _largest(bonus_token_ids) >= self._vocab_size:
             wrong = bonus_token_ids >= self._vocab_size
             if (bonus_token_ids[wrong] != _JIT).any() or outcomes[0::2][wrong].any():
                 return "a bonus token that is not in the target's vocabulary"
-        if _unsigned([block.draft_token_ids for block in blocks]).max() >= self._vocab_size:
+        greedy = [block.draft_token_ids for block in blocks if not block.q_token_ids]
+        if greedy and _largest(_unsigned(greedy)) >= self._vocab_size:
             return "a draft that is not in the target's vocabulary"
-        by_support: dict[int, list[SpeculationBlock]] = {}
-        for block in blocks:
-            if block.q_token_ids:
-                by_support.setdefault(len(block.q_token_ids) // len(block.draft_token_ids), []).append(block)
-        for support, sampled in by_support.items():
+        for support, sampled in _groups(blocks) if len(greedy) < len(blocks) else ():
             reason = self._wrong_proposals(sampled, support)
             if reason is not None:
                 return reason
         return None
 
     def _wrong_proposals(self, blocks: list[SpeculationBlock], support: int) -> str | None:
-        """As `reason`, for the proposals of blocks whose drafts have `support` ids each."""
-        token_ids = _unsigned([block.q_token_ids for block in blocks]).reshape(-1, support)
-        if np.maximum.reduce(token_ids, axis=None) >= self._vocab_size:
+        """As `reason`, for drafts whose proposals have `support` ids each."""
+        token_ids = _unsigned([block.q_token_ids for block in blocks])
+        if token_ids[::support].tobytes() != _joined([block.draft_token_ids for block in blocks]):
+            return "a draft that is not the first of its proposal"
+        if _largest(token_ids) >= self._vocab_size:
             return "a proposal over tokens that are not in the target's vocabulary"
-        bits = _unsigned([block.q_probs for block in blocks]).reshape(-1, support)
-        probs = bits.view(np.float32)
-        high = np.maximum.reduce(bits, axis=None) > _ONE  # in bits, NaN is over 1 too
-        if high and not ((probs >= 0) & (probs <= 1 + Q_EPSILON)).all():
+        bits = _unsigned([block.q_probs for block in blocks])
+        probs = bits.view(_FLOAT32)
+        # In bits NaN and whatever is negative are over 1, too.
+        if _largest(bits) > _ONE and not ((probs >= 0) & (probs <= 1 + Q_EPSILON)).all():
             return "a probability that is not from 0 to 1"
-        sums = probs @ self._ones[:support]
-        if not (0 < sums.min() and sums.max() <= 1 + Q_EPSILON):
-            return "probabilities that do not sum to 1"
-        drafts = _unsigned([block.draft_token_ids for block in blocks])
-        at = (token_ids == drafts[:, None]).argmax(1)  # of each row the first match, or 0 without one
-        at += np.arange(0, token_ids.size, support)
-        if (token_ids.take(at) != drafts).any() or not bits.take(at).all():
-            return "a draft that its proposal does not hold"
+        if _largest(probs.reshape(-1, support).dot(self._ones[:support])) > 1 + Q_EPSILON:
+            return "probabilities that sum to more than 1"
+        if np.count_nonzero(probs[::support]) * support < len(probs):
+            return "a draft that its proposal gives no probability"
         return None
 
 
@@ -132,4 +135,29 @@ def max_step_bytes(max_model_len: int, max_num_seqs: int) -> int:
 
 def _unsigned(arrays: list[bytes]) -> np.ndarray:
     """Arrays of 32-bit items, one after the other, as uint32: a negative id is a large one."""
-    return np.frombuffer(arrays[0] if len(arrays) == 1 else b"".join(arrays), "<u4")
+    return np.frombuffer(_joined(arrays), _UINT32)
+
+
+def _joined(arrays: list[bytes]) -> bytes:
+    return arrays[0] if len(arrays) == 1 else b"".join(arrays)
+
+
+def _groups(blocks: list[SpeculationBlock]) -> Iterator[tuple[int, list[SpeculationBlock]]]:
+    """The blocks with proposals, in groups that are checked at once, with the ids of each proposal in them.
+
+    Calls cost more than bytes for small blocks; what does not fit into a core's cache costs more than calls.
+    """
+    group: list[SpeculationBlock] = []
+    group_support = group_bytes = 0
+    for block in blocks:
+        num_bytes = len(block.q_token_ids)
+        if not num_bytes:
+            continue
+        support = num_bytes // len(block.draft_token_ids)
+        if group and (support != group_support or group_bytes + num_bytes > GROUP_BYTES):
+            yield group_support, group
+            group, group_bytes = [], 0
+        group.append(block)
+        group_support, group_bytes = support, group_bytes + num_bytes
+    if group:
+        yield group_support, group

@@ -16,7 +16,7 @@ from typing import Annotated, TypeVar
 import msgspec
 import numpy as np
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_BLOCKS = 1 << 16
 """Most speculation blocks in a push; one with more is refused before they are decoded."""
@@ -156,7 +156,8 @@ class SpeculationBlock(_Message, frozen=True):
     outcomes: [n, 2] int32 little-endian, accept length and bonus token of each branch; accept length 0 with
         `JIT_TOKEN` continues the committed tokens themselves
     draft_token_ids: [n, d] int32 little-endian, the tokens after each outcome
-    q_token_ids: [n, d, M] int32 little-endian, the support of each token's proposal; empty when greedy
+    q_token_ids: [n, d, M] int32 little-endian, the support of each token's proposal, the token itself first; empty
+        when greedy
     q_probs: [n, d, M] float32 little-endian, its probabilities; empty when greedy
     """
 
