@@ -6,6 +6,8 @@ import inspect
 import json
 import os
 import re
+import shutil
+import subprocess
 import time
 from collections import Counter
 from html.parser import HTMLParser
@@ -22,7 +24,7 @@ from vllm_ssd.drafter.trace import TracedEngine, TracedTransport
 from vllm_ssd.link.process import DrafterProcess
 from vllm_ssd.link.protocol import Close, Open, Outcome, Push, SpeculationBlock, Step, pack_ids
 from vllm_ssd.link.timeline import Timeline, timeline_path
-from vllm_ssd.monitor.page import page
+from vllm_ssd.monitor.page import COLOURS, page
 from vllm_ssd.monitor.timeline import chrome_trace, read, rounds
 from vllm_ssd.target import start
 from vllm_ssd.target.trace import TracedDrafterProcess
@@ -181,6 +183,59 @@ def test_the_page_stands_alone_and_shows_every_round(recorded, tmp_path):
     assert parser.counts["round"] == 4 and parser.counts["bonus"] == 4
     assert parser.counts["accepted"] == 1 and parser.counts["rejected"] == 1
     assert "1 of 2 drafts were accepted" in text
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+
+
+def browse(html: Path, *arguments: str) -> tuple[str, list[str]]:
+    """What a headless Chromium prints of a page, and what the page says on its console."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    command += [f"--user-data-dir={html.parent / 'profile'}", "--enable-logging=stderr", "--window-size=1300,900"]
+    done = subprocess.run([*command, *arguments, html.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium, chromium-browser or google-chrome on the PATH")
+def test_a_browser_shows_the_page(recorded, tmp_path):
+    from matplotlib.image import imread
+
+    html, shot = tmp_path / "page.html", tmp_path / "page.png"
+    text = page(read(recorded), "a trace")
+    html.write_text(text)
+    assert browse(html, f"--screenshot={shot}")[1] == []
+    pixels = {tuple(round(255 * value) for value in pixel[:3]) for pixel in imread(shot).reshape(-1, 4)}
+    for name in (("target", "verify"), ("drafter", "step"), ("drafter", "wait"), ("waits", "wait")):
+        assert tuple(bytes.fromhex(COLOURS[name][1:])) in pixels, name
+    html.write_text(text.replace("</body>", "<script>console.error('planted')</script></body>"))
+    shown, console = browse(html, "--dump-dom")
+    assert len(console) == 1 and "planted" in console[0]
+    assert shown.count('class="round"') == 4 and shown.count('class="bonus"') == 4
+
+
+def test_a_step_is_wide_enough_to_be_seen(tmp_path):
+    """From the first work on: a drafter may have waited for minutes."""
+    trace = str(tmp_path / "t")
+    drafter = Timeline(trace, "drafter")
+    drafter.span("drafter", "wait", 10**9, 100 * 10**9)
+    drafter.span("drafter", "step", 100 * 10**9, 100 * 10**9 + 10**6)
+    drafter.span("drafter", "push", 100 * 10**9 + 10**6, 100 * 10**9 + 10**6 + 1000)
+    drafter.flush()
+    spans = re.findall(r'class="span" x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', page(read(Path(trace)), "t"))
+    assert [float(x) for x, _ in spans] == [0.0, 10.0]
+    assert float(spans[0][1]) >= 8 and float(spans[1][1]) >= 1
+
+
+def test_a_drafter_that_waits_has_written_what_it_did(tmp_path):
+    """The server ends it by SIGKILL."""
+    trace = tmp_path / "t"
+    timeline = Timeline(str(trace), "drafter")
+    timeline.span("drafter", "step", 5, 7)
+    found = []
+    polled = SimpleNamespace(poll=lambda timeout_s: found.extend(read(trace)))
+    TracedTransport(polled, timeline).poll(None)
+    assert [event.name for event in found] == ["step"]
 
 
 def test_a_hostile_request_id_is_text(tmp_path):

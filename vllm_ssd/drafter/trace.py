@@ -78,6 +78,8 @@ class TracedTransport:
 
     def poll(self, timeout_s: float | None = 0.0) -> list[Any]:
         """As the transport's; the drafter waits only where it has nothing to do."""
+        if timeout_s is None:
+            self._timeline.flush()  # the server may end a drafter that waits for it
         started = time.monotonic_ns()
         messages = self._transport.poll(timeout_s)
         if timeout_s is None or timeout_s > 0:

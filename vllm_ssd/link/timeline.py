@@ -41,9 +41,13 @@ class Timeline:
         """Something that happened now."""
         self._write({"track": track, "name": name, "at": time.monotonic_ns()} | details)
 
+    def flush(self) -> None:
+        """Leave nothing unwritten: a process that is killed loses what it has not flushed."""
+        self._file.flush()
+        self._flushed_ns = time.monotonic_ns()
+
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         now = time.monotonic_ns()
         if now - self._flushed_ns > FLUSH_NS:
-            self._file.flush()
-            self._flushed_ns = now
+            self.flush()

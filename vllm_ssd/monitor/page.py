@@ -16,14 +16,18 @@ STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem; } th { text-align: left; font-weight: 600; }
 th, td { padding: .1rem .7rem .1rem 0; font-variant-numeric: tabular-nums; } td.n { text-align: right; }
-svg { display: block; } summary { cursor: pointer; font-weight: 600; } .key span { margin-right: 1.2rem; }
+svg { display: block; } .lanes { display: flex; } .lanes > div { overflow-x: auto; } .lanes > svg { flex: none; }
+summary { cursor: pointer; font-weight: 600; } .key span { margin-right: 1.2rem; }
 .key i { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }
 @media (prefers-color-scheme: dark) { body { color: #ddd; background: #16181c; } }
 """
 BOX = 14
-LANE_PX, LANES_PX = 26, 1200
-MAX_SPANS = 4000
-"""Spans that the overview draws; a longer trace is drawn from its beginning."""
+LANE_PX, LABEL_PX = 26, 110
+PX_PER_MS = 10.0
+"""A step of a millisecond is to be seen; the lanes scroll."""
+TICK_MS, LABELLED_TICKS = 10, 5
+MAX_SPANS, MAX_PX = 4000, 100_000
+"""Spans and width that the lanes draw; of a longer trace they draw the beginning."""
 COLOURS = {
     ("target", "verify"): "#3b6fb6",
     ("target", "hand over"): "#9fbce0",
@@ -69,28 +73,43 @@ def _summary(found: dict[str, list[Round]]) -> str:
 
 
 def _lanes(events: list[Event]) -> str:
-    """An SVG with a lane for each process and track that has spans."""
-    spans = [event for event in events if event.length_ns is not None][:MAX_SPANS]
-    if not spans:
+    """An SVG that scrolls, with a lane for each process and track that has spans, from the first work on."""
+    spans = [event for event in events if event.length_ns is not None]
+    first = next((event.at_ns for event in events if event.name != "wait"), None)
+    if not spans or first is None:
         return "<p>No spans.</p>"
-    first = spans[0].at_ns
-    last = max(event.at_ns + (event.length_ns or 0) for event in spans)
-    scale = LANES_PX / max(last - first, 1)
+    last = first + round(1e6 * MAX_PX / PX_PER_MS)
+    spans = [event for event in spans if first <= event.at_ns < last][:MAX_SPANS]
+    total = max((event.at_ns + (event.length_ns or 0) - first for event in spans), default=0) / 1e6
     lanes = sorted({(event.side != "target", event.pid, event.track) for event in spans})
-    height = LANE_PX * len(lanes)
-    parts = [f'<svg viewBox="-130 0 {LANES_PX + 140} {height}" width="100%" role="img" aria-label="timeline">']
-    for row, (_, pid, track) in enumerate(lanes):
-        parts.append(f'<text x="-130" y="{row * LANE_PX + 17}" font-size="12" fill="currentColor">{track} {pid}</text>')
+    height = LANE_PX * (len(lanes) + 1)
+    labels = [
+        f'<text x="0" y="{row * LANE_PX + 17}" font-size="12" fill="currentColor">{escape(track)} {pid}</text>'
+        for row, (_, pid, track) in enumerate(lanes)
+    ]
+    width = max(PX_PER_MS * total, 1.0)
+    parts = [
+        '<div class="lanes">',
+        f'<svg width="{LABEL_PX}" height="{height}">{"".join(labels)}</svg>',
+        f'<div><svg width="{width:.0f}" height="{height}" role="img" aria-label="timeline">',
+    ]
+    for number in range(int(total / TICK_MS) + 1):
+        x, y = number * TICK_MS * PX_PER_MS, LANE_PX * len(lanes)
+        parts.append(f'<line x1="{x:.0f}" y1="0" x2="{x:.0f}" y2="{y + 4}" stroke="#8a8f98" stroke-width="0.5"/>')
+        if number % LABELLED_TICKS == 0:
+            parts.append(
+                f'<text x="{x + 3:.0f}" y="{y + 16}" font-size="11" fill="currentColor">{number * TICK_MS} ms</text>'
+            )
     for event in spans:
         row = lanes.index((event.side != "target", event.pid, event.track))
-        length = event.length_ns or 0
-        text = f"{event.name}, {length / 1e6:.2f} ms" + "".join(f", {k} {v}" for k, v in event.details.items())
+        length = (event.length_ns or 0) / 1e6
+        text = f"{event.name}, {length:.2f} ms" + "".join(f", {k} {v}" for k, v in event.details.items())
         parts.append(
-            f'<rect x="{(event.at_ns - first) * scale:.2f}" y="{row * LANE_PX + 3}" '
-            f'width="{max(length * scale, 0.4):.2f}" height="{LANE_PX - 8}" '
+            f'<rect class="span" x="{(event.at_ns - first) / 1e6 * PX_PER_MS:.2f}" y="{row * LANE_PX + 3}" '
+            f'width="{max(PX_PER_MS * length - 0.5, 1.0):.2f}" height="{LANE_PX - 8}" '
             f'fill="{COLOURS.get((event.track, event.name), "#999")}"><title>{escape(text)}</title></rect>'
         )
-    return "\n".join([*parts, "</svg>"]) + f"<p>{(last - first) / 1e6:.1f} ms from left to right.</p>"
+    return "\n".join([*parts, "</svg></div></div>"]) + f"<p>{total:.1f} ms from left to right; it scrolls.</p>"
 
 
 def _request(request: str, list_: list[Round], is_open: bool) -> str:
