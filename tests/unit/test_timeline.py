@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from script_modules import load_script
 from typer.testing import CliRunner
 
 from vllm_ssd.cli import app
@@ -225,6 +226,18 @@ def test_a_step_is_wide_enough_to_be_seen(tmp_path):
     spans = re.findall(r'class="span" x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', page(read(Path(trace)), "t"))
     assert [float(x) for x, _ in spans] == [0.0, 10.0]
     assert float(spans[0][1]) >= 8 and float(spans[1][1]) >= 1
+
+
+def test_the_picture_shows_what_reaches_into_its_window(recorded):
+    script = load_script("plot_overlap")
+    events = read(recorded)
+    step = next(e for e in events if e.name == "verify" and (e.length_ns or 0) > 1e6)
+    begin = step.at_ns + 10**6
+    shown = script.window(events, begin, begin + 10**7)
+    assert step in shown and all(e.at_ns < begin + 10**7 for e in shown)
+    assert step not in script.window(events, begin + 10**9, begin + 2 * 10**9)
+    labels = script.draw(events, events[0].at_ns, 100.0).legends[0].get_texts()
+    assert {"draft step", "push", "hit", "miss", "late", "n-gram drafts"} <= {label.get_text() for label in labels}
 
 
 def test_a_drafter_that_waits_has_written_what_it_did(tmp_path):
