@@ -10,12 +10,14 @@ import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
+import soak
 import soak_faults as faults
 import soak_verdicts as verdicts
 from soak_faults import KINDS, Fault, Injector, gone, schedule
@@ -225,3 +227,48 @@ def test_a_process_that_stays_is_not_gone():
         assert not asyncio.run(gone(psutil.Process(process.pid), timeout_s=0.1))
         process.kill()
         assert asyncio.run(gone(psutil.Process(process.pid)))
+
+
+def conclusions(**changes) -> dict[str, bool | None]:
+    """The lines of a run without fault, with parts of what was found replaced."""
+    names = ("API server", "worker")
+    rest = dict.fromkeys(names, (30, 10))
+    found = soak.Found(Counter(kill=2, hang=1), Counter(kill=2, hang=1), 1, WINDOWS, drafted=900.0, seconds=100.0)
+    found.rest = [rest, rest]
+    load = SimpleNamespace(total=500, wrong=[], failed=[], ties=0, first_piece_s=0.2)
+    watch = SimpleNamespace(
+        dead=["1"], orphans={}, fell=[], gaps=[], peak_pages=3, memory={n: memory(0.0) for n in names}, processes=names
+    )
+    for name, value in changes.items():
+        setattr(next(part for part in (found, load, watch) if hasattr(part, name)), name, value)
+    lines = soak.verdicts(soak.parse(["--faults", "kill,hang"]), found, load, watch)
+    return {line.what: line.holds for line in lines}
+
+
+def test_a_run_without_fault_holds():
+    assert all(conclusions().values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"drafted": 0.0},
+        {"hit": Counter()},
+        {"hit": Counter(kill=3)},
+        {"total": 0},
+        {"wrong": ["greedy 3"]},
+        {"failed": ["500"]},
+        {"gaps": [Gap(15.0, 15.5)]},
+        {"fell": ["hits: 3 → 2"]},
+        {"orphans": {7: "drafter 7"}},
+        {"left": ["drafter 7"]},
+        {"left_pages": ["3 pages"]},
+        {"not_back": ["kill"]},
+        {"memory": {"API server": memory(0.0), "worker": memory(3.0)}},
+        {"rest": [dict.fromkeys(("API server", "worker"), (30, n)) for n in (10, 13)]},
+        {"rest": [dict.fromkeys(("API server", "worker"), (n, 10)) for n in (30, 33)]},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_each_breach_breaks_the_run(changes):
+    assert False in conclusions(**changes).values()
