@@ -42,15 +42,14 @@ from soak_verdicts import (
     at_least,
     memory_verdict,
     rest_verdict,
-    stall_verdict,
-    stalls,
+    stall_verdicts,
     zero,
 )
 from soak_watch import RunDelay, Watch, server_processes
 
 SERVER = Path(__file__).with_name("soak_server.py")
 START_S = 300.0
-BACK_S = 90.0
+BACK_S = 180.0
 """A drafter is connected again so long after a fault, at the latest."""
 SETTLE_S = 0.5
 """What still counts as under a fault after it."""
@@ -58,6 +57,8 @@ WARM_S = 5.0
 MOST = 3.0
 """A run goes on until enough kinds of fault have hit, for so many times the minutes asked for."""
 POOL = 70
+MAX_BATCHED_TOKENS = 64
+"""oneDNN compiles and keeps kernels for each number of tokens in a step, in half a second each: a few are soon all."""
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -95,7 +96,8 @@ class Server:
         command = [sys.executable, str(SERVER), "serve", str(PAIR / "target"), "--host", "127.0.0.1"]
         command += ["--port", str(port), "--served-model-name", "target", "--dtype", "float32", "--enforce-eager"]
         command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(2 * clients)]
-        command += ["--kv-cache-memory-bytes", "128M", "--chat-template", str(template)]
+        command += ["--kv-cache-memory-bytes", "64M", "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
+        command += ["--chat-template", str(template)]
         command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--disable-uvicorn-access-log"]
         if speculates:
             command += ["--speculative-config", json.dumps(SPECULATION)]
@@ -158,7 +160,7 @@ class Found:
 async def soak(options: argparse.Namespace, folder: Path) -> tuple[Found, Load, Watch]:
     """Start both servers, and run for the time that is asked for."""
     if (task := asyncio.current_task()) is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # the servers are to end, too
+        _end_early(options, task)
     requests = Requests(options.seed, options.pool)
     plain = Server(folder, "target", options.runner, options.clients, speculates=False)
     server = Server(folder, "ssd", options.runner, options.clients, speculates=True)
@@ -186,6 +188,18 @@ async def soak(options: argparse.Namespace, folder: Path) -> tuple[Found, Load, 
         server.end(processes)
 
 
+def _end_early(options: argparse.Namespace, task: asyncio.Task) -> None:
+    """Have a first SIGTERM or Ctrl-C end the run after the fault that is under way, and a second one end it at once."""
+
+    def end() -> None:
+        if options.minutes == 0:
+            task.cancel()
+        options.minutes = options.kinds = 0
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, end)
+
+
 async def _run(options: argparse.Namespace, load: Load, watch: Watch) -> Found:
     found, injector = Found(), Injector(watch.engine)
     load.go()
@@ -200,7 +214,7 @@ async def _run(options: argparse.Namespace, load: Load, watch: Watch) -> Found:
     watch.gaps.clear()
     for fault in schedule(options.seed, options.faults, options.longest_hang):
         await asyncio.sleep(fault.pause_s)
-        over = (time.monotonic() - begun) / (60 * options.minutes)
+        over = (time.monotonic() - begun) / max(60 * options.minutes, 1e-9)
         if over > 1 and (kinds_hit(options, found) >= options.kinds or over > MOST) or looking.done():
             break
         drafter, start = watch.drafter(), time.monotonic()
@@ -279,7 +293,7 @@ def verdicts(options: argparse.Namespace, found: Found, load: Load, watch: Watch
         zero("wrong answers", load.wrong),
         Verdict("ties broken differently", f"{load.ties}", "", True),
         zero("requests that failed", load.failed),
-        stall_verdict(stalls(watch.gaps, found.windows, found.seconds)),
+        *stall_verdicts(watch.gaps, found.windows, found.seconds),
         Verdict("longest time to a first piece", f"{load.first_piece_s:.2f} s", "", True),
         zero("drafters that did not come back", found.not_back),
         zero("drafters that outlived their death", list(watch.orphans.values())),
@@ -367,6 +381,8 @@ def main() -> int:
             found, load, watch = asyncio.run(soak(options, folder))
         except Inconclusive as error:
             console.print(str(error), markup=False)
+            return 1
+        except asyncio.CancelledError:
             return 1
     lines = verdicts(options, found, load, watch)
     show(found, load, lines)

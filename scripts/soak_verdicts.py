@@ -1,8 +1,9 @@
 """What a soak may conclude from what it has seen: pure functions of samples and counts.
 
-A stall is a gap between two pieces of one stream. Part of a gap is *starved* when a thread that the stream needs was
-ready to run and no core was free (the run delay of /proc/PID/schedstat), or when the client itself came late. What is
-left was spent by the server, and is the drafter's doing where it happens under a fault and not without one.
+A stall is a gap between two pieces of one stream. Part of a gap is *starved*: a thread that the stream needs was ready
+to run and no core was free (the run delay of /proc/PID/schedstat), or the client itself came late. In another part the
+server computed. In what is left it *waited* for somebody, and that is the drafter where it happens under a fault and
+not without one. Pauses of several streams at the same time are one stall.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ MB_PER_1000 = 1.0
 MIN_REQUESTS = 1000
 """Fewer requests than these tell no leak from an allocator that is still warming up."""
 ORPHAN_S = 5.0
+SPARE_STALLS = 3
+"""Collections of garbage and kernels compiled on first use stop a server, too, and a short run has little calm time."""
 SPARE = 2
 """Descriptors or threads of a process that may come and go between two moments of rest: keep-alive and thread pools."""
 
@@ -50,6 +53,11 @@ class Gap:
         """What the server took of it."""
         return self.end - self.start - self.starved_s
 
+    @property
+    def waited_s(self) -> float:
+        """What no process of the server ran in."""
+        return self.served_s - max((ran for ran, _ in self.spent.values()), default=0.0)
+
     def overlaps(self, windows: Sequence[tuple[float, float]]) -> bool:
         """Whether part of it lies in one of the windows."""
         return any(self.start < end and start < self.end for start, end in windows)
@@ -57,35 +65,52 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Stalls:
-    """Gaps above `STALL_S`: under a fault, without one, and those of either that starvation explains."""
+    """Stalls of one kind, under a fault and without one; `expected` of the former come without faults, too."""
 
     under_fault: list[Gap]
     calm: list[Gap]
-    starved: list[Gap]
-    allowed: int
-    """As many under faults as their time would have without any."""
+    expected: float
+
+    def verdict(self, what: str, spare: int, note: str = "") -> Verdict:
+        """No more than are expected, but for their deviation and `spare`."""
+        allowed = math.floor(self.expected + 2 * math.sqrt(self.expected)) + spare
+        longest = max((gap.served_s for gap in self.under_fault), default=0.0)
+        text = f"{len(self.under_fault)} under faults" + (f", longest {1e3 * longest:.0f} ms" if longest else "")
+        text += f"; {len(self.calm)} without{note}"
+        return Verdict(what, text, f"{allowed} above {1e3 * STALL_S:.0f} ms", len(self.under_fault) <= allowed)
 
 
-def stalls(gaps: Sequence[Gap], windows: Sequence[tuple[float, float]], seconds: float) -> Stalls:
-    """Sort the gaps of a run of `seconds`, of which `windows` were under a fault."""
-    long = [gap for gap in gaps if gap.end - gap.start > STALL_S]
-    starved = [gap for gap in long if gap.served_s <= STALL_S]
+def stall_verdicts(gaps: Sequence[Gap], windows: Sequence[tuple[float, float]], seconds: float) -> list[Verdict]:
+    """Judge the gaps of a run of `seconds`, of which `windows` were under a fault."""
+    long = events([gap for gap in gaps if gap.end - gap.start > STALL_S])
     own = [gap for gap in long if gap.served_s > STALL_S]
-    under_fault = [gap for gap in own if gap.overlaps(windows)]
-    calm = [gap for gap in own if not gap.overlaps(windows)]
+    waited = _stalls([gap for gap in own if gap.waited_s > STALL_S], windows, seconds)
+    busy = _stalls([gap for gap in own if gap.waited_s <= STALL_S], windows, seconds)
+    note = f"; {len(long) - len(own)} for want of a core"
+    return [
+        waited.verdict("stalls in which the server waited", 0),
+        busy.verdict("stalls in which the server computed", SPARE_STALLS, note),
+    ]
+
+
+def events(gaps: Sequence[Gap]) -> list[Gap]:
+    """The longest of each group of gaps that overlap."""
+    found: list[Gap] = []
+    reaches = -math.inf
+    for gap in sorted(gaps, key=lambda gap: gap.start):
+        if gap.start >= reaches:
+            found.append(gap)
+        elif gap.served_s > found[-1].served_s:
+            found[-1] = gap
+        reaches = max(reaches, gap.end)
+    return found
+
+
+def _stalls(gaps: list[Gap], windows: Sequence[tuple[float, float]], seconds: float) -> Stalls:
+    under_fault = [gap for gap in gaps if gap.overlaps(windows)]
+    calm = [gap for gap in gaps if not gap.overlaps(windows)]
     fault_s = sum(end - start for start, end in windows)
-    expected = len(calm) * fault_s / max(seconds - fault_s, 1e-9)
-    allowed = math.floor(expected + 2 * math.sqrt(expected))
-    return Stalls(under_fault, calm, starved, allowed)
-
-
-def stall_verdict(found: Stalls) -> Verdict:
-    """More stalls under faults than without them are the drafter's."""
-    longest = max((gap.served_s for gap in found.under_fault), default=0.0)
-    text = f"{len(found.under_fault)} under faults" + (f", longest {1e3 * longest:.0f} ms" if longest else "")
-    text += f"; {len(found.calm)} without, {len(found.starved)} for want of a core"
-    bound = f"{found.allowed} above {1e3 * STALL_S:.0f} ms"
-    return Verdict("stalls of a stream", text, bound, len(found.under_fault) <= found.allowed)
+    return Stalls(under_fault, calm, len(calm) * fault_s / max(seconds - fault_s, 1e-9))
 
 
 def slope_per_1000(samples: Sequence[tuple[int, int]]) -> float:

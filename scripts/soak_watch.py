@@ -121,11 +121,11 @@ class Watch:
         self.gaps: list[Gap] = []
         self.fell: list[str] = []
         self.orphans: dict[int, str] = {}
-        self.dead: list[str] = []  # drafters
+        self.dead: list[int] = []  # process ids of drafters
         self.peak_pages = 0.0
         self._delay = delay
         self._reading = asyncio.Lock()
-        self._seen: dict[psutil.Process, float | None] = {}  # drafters, and since when each should be gone
+        self._seen: dict[int, float | None] = {}  # drafters, and since when each should be gone
 
     def gap(self, start: float, end: float) -> None:
         """A pause between two pieces of a stream; only long ones are kept."""
@@ -169,18 +169,19 @@ class Watch:
 
     def _look_at_drafters(self) -> None:
         """Count those that have died, and find those that are still there long after they should be gone."""
-        now, drafters = time.monotonic(), drafters_of(self.engine)
-        found = {*drafters, *(p for p in self.engine.children() if p.status() == psutil.STATUS_ZOMBIE)}
-        for process in found:
-            self._seen.setdefault(process, None)
-        for process, since in list(self._seen.items()):
-            if process not in found:
-                del self._seen[process]
-                self.dead.append(f"{process.pid} {process.create_time():.2f}")
-            elif not drafters or process != drafters[-1]:
-                self._seen[process] = since = since or now
+        now, drafters = time.monotonic(), [process.pid for process in drafters_of(self.engine)]
+        zombies = (p.pid for p in self.engine.children() if p.status() == psutil.STATUS_ZOMBIE)
+        found = {*drafters, *(pid for pid in zombies if pid in self._seen)}
+        for pid in found:
+            self._seen.setdefault(pid, None)
+        for pid, since in list(self._seen.items()):
+            if pid not in found:
+                del self._seen[pid]
+                self.dead.append(pid)
+            elif not drafters or pid != drafters[-1]:
+                self._seen[pid] = since = since or now
                 if now - since > ORPHAN_S:
-                    self.orphans[process.pid] = f"drafter {process.pid} for {now - since:.0f} s"
+                    self.orphans[pid] = f"drafter {pid} for {now - since:.0f} s"
 
 
 def server_processes(api: psutil.Process) -> dict[str, psutil.Process]:

@@ -22,7 +22,7 @@ import soak_faults as faults
 import soak_verdicts as verdicts
 from soak_faults import KINDS, Fault, Injector, gone, schedule
 from soak_load import CHECKED, INVALID, UNCHECKED, Answer, Asked, Expected, Requests, faults_of
-from soak_verdicts import Gap, fallen, memory_verdict, rest_verdict, slope_per_1000, stall_verdict, stalls
+from soak_verdicts import Gap, events, fallen, memory_verdict, rest_verdict, slope_per_1000, stall_verdicts
 
 from vllm_ssd.link.process import HANG_S
 
@@ -65,7 +65,10 @@ WINDOWS = [(10.0, 20.0), (40.0, 50.0)]
 
 
 def stalled(gaps: list[Gap]) -> bool:
-    return stall_verdict(stalls(gaps, WINDOWS, seconds=100.0)).holds is False
+    """Whether the server waited longer under faults than without."""
+    waited, computed = stall_verdicts(gaps, WINDOWS, seconds=100.0)
+    assert computed.holds
+    return not waited.holds
 
 
 def test_a_stall_under_a_fault_is_the_drafter_s():
@@ -78,13 +81,28 @@ def test_a_stall_under_a_fault_is_the_drafter_s():
 def test_a_stall_for_want_of_a_core_is_not():
     assert not stalled([Gap(15.0, 15.6, starved_s=0.4)])
     assert stalled([Gap(15.0, 15.6, starved_s=0.3)])
-    assert len(stalls([Gap(15.0, 15.6, 0.4)], WINDOWS, 100.0).starved) == 1
+    assert "1 for want of a core" in stall_verdicts([Gap(15.0, 15.6, 0.4)], WINDOWS, 100.0)[1].found
+
+
+def test_stalls_in_which_the_server_computed_are_counted_apart():
+    def computed(at: float) -> Gap:
+        return Gap(at, at + 0.5, spent={"worker": (0.4, 0.0), "API server": (0.1, 0.0)})
+
+    assert not stalled([computed(15.0)])
+    assert stalled([Gap(15.0, 15.5, spent={"worker": (0.2, 0.0)})]), "it computed for a part only"
+    waited, busy = stall_verdicts([computed(11.0 + i) for i in range(6)], WINDOWS, 100.0)
+    assert waited.holds and not busy.holds
 
 
 def test_stalls_that_also_come_without_faults_are_compared():
     calm = [Gap(60.0 + i, 60.5 + i) for i in range(8)]  # 8 in 80 s: 2 in 20 s, and twice their deviation
     assert not stalled([*calm, Gap(15.0, 15.5), Gap(16.0, 16.5)])
     assert stalled([*calm, *(Gap(11.0 + i / 2, 11.4 + i / 2) for i in range(10))])
+
+
+def test_streams_that_pause_together_are_one_stall():
+    assert events([Gap(1.0, 1.5), Gap(1.1, 1.8), Gap(1.6, 1.9), Gap(1.9, 2.2)]) == [Gap(1.1, 1.8), Gap(1.9, 2.2)]
+    assert "1 under faults" in stall_verdicts([Gap(15.0, 15.5), Gap(15.0, 15.5)], WINDOWS, 100.0)[0].found
 
 
 def test_descriptors_and_threads_are_compared_at_rest():
