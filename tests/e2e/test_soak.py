@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SOAK = Path(__file__).parents[2] / "scripts" / "soak.py"
-FAULTS = ("kill", "hang", "slow", "socket", "disk")
+FAULTS = ("kill", "hang", "slow", "socket", "memory")
 
 
 @pytest.mark.timed
@@ -28,4 +28,4 @@ def test_a_minute_of_faults_harms_nobody(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
     found = json.loads(out.read_text())
     assert set(found["faults_hit"]) == set(FAULTS) and all(found["faults_hit"].values())
-    assert not found["wrong"] and not found["failed"] and len(found["deaths"]) >= 2
+    assert not found["wrong"] and not found["failed"] and found["deaths"]
