@@ -148,13 +148,14 @@ class Found:
     hangs: int = 0
     windows: list[tuple[float, float]] = field(default_factory=list)
     not_back: list[str] = field(default_factory=list)
-    drafted: float = 0.0  # tokens accepted, after the first fault
+    hits: float = 0.0  # rounds with drafts of the drafter's, since faults began
     seconds: float = 0.0
     rest: list[dict[str, tuple[int, int]]] = field(default_factory=list)
     left_pages: list[str] = field(default_factory=list)
     restarts: float = 0.0
     left: list[str] = field(default_factory=list)  # drafters that outlived the server
     ended_by: str = ""
+    broken: list[str] = field(default_factory=list)  # why the run ended too early
 
 
 async def soak(options: argparse.Namespace, folder: Path) -> tuple[Found, Load, Watch]:
@@ -177,12 +178,17 @@ async def soak(options: argparse.Namespace, folder: Path) -> tuple[Found, Load, 
             load = Load(server.url, requests, expected, watch.gap)
             tasks = [asyncio.create_task(load.client(number)) for number in range(options.clients)]
             tasks.append(asyncio.create_task(delay.watch_client()))
+            result = Found()
             try:
-                return await _run(options, load, watch), load, watch
+                await _run(options, result, load, watch)
+            except (OSError, psutil.Error) as error:  # the server does not answer, or is gone
+                result.broken.append(repr(error))
             finally:
+                result.broken += [f"a client: {task.exception()!r}" for task in tasks if task.done()]
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+            return result, load, watch
     finally:
         plain.end([])
         server.end(processes)
@@ -200,8 +206,8 @@ def _end_early(options: argparse.Namespace, task: asyncio.Task) -> None:
         asyncio.get_running_loop().add_signal_handler(number, end)
 
 
-async def _run(options: argparse.Namespace, load: Load, watch: Watch) -> Found:
-    found, injector = Found(), Injector(watch.engine)
+async def _run(options: argparse.Namespace, found: Found, load: Load, watch: Watch) -> None:
+    injector = Injector(watch.engine)
     load.go()
     warm_until = time.monotonic() + WARM_S
     while time.monotonic() < warm_until or load.total < 12 * options.clients:
@@ -209,7 +215,7 @@ async def _run(options: argparse.Namespace, load: Load, watch: Watch) -> Found:
     await _rest(load, watch, found)
     load.go()
     looking = asyncio.create_task(_look(load, watch))
-    accepted = watch.page.get("accepted_tokens_total")
+    hits = watch.page.get("hits_total")
     begun = time.monotonic()
     watch.gaps.clear()
     for fault in schedule(options.seed, options.faults, options.longest_hang):
@@ -236,10 +242,9 @@ async def _run(options: argparse.Namespace, load: Load, watch: Watch) -> Found:
     with suppress(asyncio.CancelledError):
         await looking
     await _rest(load, watch, found)
-    found.drafted = watch.page.get("accepted_tokens_total") - accepted
+    found.hits = watch.page.get("hits_total") - hits
     found.restarts = watch.page.get("restarts_total")
     await _end(options, watch, found)
-    return found
 
 
 async def _look(load: Load, watch: Watch) -> None:
@@ -285,11 +290,13 @@ def verdicts(options: argparse.Namespace, found: Found, load: Load, watch: Watch
     hits = found.hit.total()
     lines = [
         at_least("requests answered", load.total, 1),
-        at_least("drafts accepted", found.drafted, 1),
+        at_least("rounds with drafts of the drafter's", found.hits, 1),
         at_least("faults that hit", hits, 1),
         at_least("kinds of fault that hit", kinds_hit(options, found), options.kinds),
-        Verdict("drafter deaths", f"{len(watch.dead)}, {found.restarts:.0f} restarts", "", True),
+        Verdict("drafter deaths, those in a boot included", f"{len(watch.dead)}", "", True),
+        Verdict("drafters that came up after the first", f"{found.restarts:.0f}", "", True),
         Verdict("hangs beyond the target's patience", f"{found.hangs}", "", True),
+        zero("ends before the time", found.broken),
         zero("wrong answers", load.wrong),
         Verdict("ties broken differently", f"{load.ties}", "", True),
         zero("requests that failed", load.failed),
@@ -302,11 +309,11 @@ def verdicts(options: argparse.Namespace, found: Found, load: Load, watch: Watch
         Verdict("most pages in use", f"{watch.peak_pages:.0f}", "", True),
         zero("counters that fell", watch.fell),
     ]
-    before, after = found.rest[0], found.rest[-1]
     for name in watch.processes:
         lines.append(memory_verdict(name, watch.memory[name]))
         for i, what in enumerate(("descriptors", "threads")):
-            lines.append(rest_verdict(what, name, before[name][i], after[name][i]))
+            if len(found.rest) > 1:
+                lines.append(rest_verdict(what, name, found.rest[0][name][i], found.rest[-1][name][i]))
     return lines
 
 

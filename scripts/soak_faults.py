@@ -25,7 +25,8 @@ from vllm_ssd.link.transport import SOCKET_BUFFER_BYTES
 
 KINDS = ("kill", "segv", "hang", "start", "memory", "socket", "slow", "disk")
 """SIGKILL; SIGSEGV; SIGSTOP for 1 to 30 s; SIGKILL while the next one boots; no more memory; both socket buffers as
-small as can be, and full; a core for a fifth of the time; and no byte more for the logs while a drafter boots."""
+small as can be, and full; a core for a fifth of the time; SIGKILL, and no byte more in any file for worker and drafter,
+under which no drafter starts."""
 PIDFD_GETFD = 438  # the number of the system call, on every architecture
 SIOCOUTQ = 0x5411
 BOOT_S = 60.0
@@ -197,7 +198,7 @@ def limited(process: psutil.Process, what: int, soft: int) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):
             process.rlimit(what, before)
 
 

@@ -307,7 +307,7 @@ class Load:
         started = time.monotonic()
         try:
             answer = await ask(session, self._url, asked)
-        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+        except (aiohttp.ClientError, TimeoutError, ConnectionError, ValueError, LookupError) as error:
             self.failed.append(f"{asked.kind}: {type(error).__name__} {error}")
             await asyncio.sleep(0.2)  # a server that is gone
             return

@@ -251,7 +251,7 @@ def conclusions(**changes) -> dict[str, bool | None]:
     """The lines of a run without fault, with parts of what was found replaced."""
     names = ("API server", "worker")
     rest = dict.fromkeys(names, (30, 10))
-    found = soak.Found(Counter(kill=2, hang=1), Counter(kill=2, hang=1), 1, WINDOWS, drafted=900.0, seconds=100.0)
+    found = soak.Found(Counter(kill=2, hang=1), Counter(kill=2, hang=1), 1, WINDOWS, hits=900.0, seconds=100.0)
     found.rest = [rest, rest]
     load = SimpleNamespace(total=500, wrong=[], failed=[], ties=0, first_piece_s=0.2)
     watch = SimpleNamespace(
@@ -270,7 +270,8 @@ def test_a_run_without_fault_holds():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"drafted": 0.0},
+        {"hits": 0.0},
+        {"broken": ["ConnectionRefusedError()"]},
         {"hit": Counter()},
         {"hit": Counter(kill=3)},
         {"total": 0},
