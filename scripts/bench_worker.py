@@ -211,7 +211,7 @@ class Worker:
             turn.drafts, turn.handovers_s = self._recorder.drafts, self._recorder.handovers_s
             turn.wanted = self._steered.wanted
         if self._ssd:
-            stats = self._ssd._metrics.drafter_stats
+            stats = self._ssd._metrics.drafter_stats()
             turn.build_ms = stats.build_ms if stats else 0.0
         return turn
 

@@ -162,7 +162,7 @@ class EngineHost:
 
     def drafter(self) -> SimpleNamespace:
         """Process id, how often it was started, whether it is connected, KV pages in use when it last reported."""
-        link, stats = self._proposer._drafter, self._proposer._metrics.drafter_stats
+        link, stats = self._proposer._drafter, self._proposer._metrics.drafter_stats()
         return SimpleNamespace(
             pid=link._process.pid,
             generation=link.generation,

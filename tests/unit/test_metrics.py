@@ -42,7 +42,7 @@ def test_prometheus_answers_on_loopback_only():
         "vllm_ssd:late_total 1.0",
         "vllm_ssd:accepted_tokens_total 2.0",
         'vllm_ssd:accepted_tokens_at_total{position="1"} 1.0',
-        "vllm_ssd:drafter_pages_in_use 20.0",
+        'vllm_ssd:drafter_pages_in_use{drafter="0"} 20.0',
         "vllm_ssd:restarts_total 1.0",
     ):
         assert line in text.splitlines()
@@ -91,6 +91,39 @@ def test_gauges_have_an_age_and_go_with_the_drafter(monkeypatch):
         "vllm_ssd:drafter_pages",
         "vllm_ssd:build_seconds",
     } & set(seen)
+
+
+def test_each_drafter_of_a_fleet_has_its_own_gauges_and_outcomes(caplog, monkeypatch):
+    monkeypatch.setattr("vllm_ssd.target.metrics.LOG_INTERVAL_S", 0.0)
+    metrics, links = Metrics(3, logging.getLogger("test_metrics")), [FakeLink(), FakeLink()]
+    metrics.watch(*links)
+    for index, hit in [(0, True), (1, True), (1, False), (1, False)]:
+        metrics.outcome(hit=hit, block=True, index=index)
+        metrics.drafter(DrafterStats(10, 30, 4.0 + index, 100 * (index + 1), 2), 1 + index, index)
+
+    def by_labels() -> dict[tuple[str, ...], float]:
+        return {
+            (sample.name.removeprefix("vllm_ssd:"), *sample.labels.values()): sample.value
+            for family in metrics.collect()
+            for sample in family.samples
+        }
+
+    seen = by_labels()
+    assert seen["hits_total",] == 2 and seen["drafter_outcomes_total", "0", "hit"] == 1
+    assert seen["drafter_outcomes_total", "1", "miss"] == 2 and seen["drafter_outcomes_total", "0", "late"] == 0
+    assert seen["drafter_steps_total",] == 300 and seen["restarts_total",] == 1
+    assert seen["build_seconds", "0"] == 4e-3 and seen["build_seconds", "1"] == 5e-3
+    with caplog.at_level(logging.INFO, "test_metrics"):
+        metrics.log()
+        links[0].connected = False
+        metrics.outcome(hit=True, block=True)
+        metrics.log()
+    lines = [record.getMessage() for record in caplog.records]
+    assert "drafter pages 40/60 in use" in lines[0] and "connected" not in lines[0]
+    assert "1 of 2 drafters are connected" in lines[1] and "drafter pages 20/30 in use" in lines[1]
+    seen = by_labels()
+    assert (seen["drafter_connected", "0"], seen["drafter_connected", "1"]) == (0, 1)
+    assert ("build_seconds", "0") not in seen and seen["drafter_outcomes_total", "0", "hit"] == 2
 
 
 def test_a_line_without_a_drafter_says_so(caplog, monkeypatch):

@@ -261,6 +261,18 @@ def test_a_hostile_request_id_is_text(tmp_path):
     assert "<script" not in page(read(tmp_path / "t"), name)
 
 
+def test_each_drafter_of_a_fleet_has_a_lane_of_its_own(tmp_path):
+    timeline = Timeline(str(tmp_path / "t"), "target")
+    for track in ("target", "target 1", "waits 1", "drafter"):
+        timeline.span(track, "verify", 0, 5)
+    timeline._file.flush()
+    trace = chrome_trace(read(tmp_path / "t"))
+    check_chrome(trace)
+    numbers = {event["cat"]: event["tid"] for event in trace["traceEvents"] if event["ph"] == "X"}
+    assert len({*numbers.values()}) == 4
+    assert page(read(tmp_path / "t"), "fleet").count('fill="#3b6fb6"') == 2, "both are verifications"
+
+
 def test_a_line_cut_off_by_a_kill_is_left_out_and_others_are_not(tmp_path):
     trace = str(tmp_path / "t[1]")  # no pattern
     path = Path(timeline_path(trace, "target", os.getpid()))

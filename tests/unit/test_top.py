@@ -66,6 +66,13 @@ def test_one_frame_of_several_ports():
         assert row[5:] == ["–", "4.0", "ms", "20/30", "2", "1", "1:", "3.0,", "≤4:", "1.3"]
 
 
+def test_a_fleet_has_the_pages_of_all_drafters_and_the_time_of_the_slowest():
+    metrics = make()
+    metrics.drafter(DrafterStats(5, 10, 7.0, 100, 0), 1, index=1)
+    found = shown([Snapshot("http://127.0.0.1:1/metrics", 1.0, parse(text(metrics)))], [None])
+    assert "25/40" in found and "7.0 ms" in found
+
+
 def test_nobody_there_is_an_error():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -101,13 +101,14 @@ def _lanes(events: list[Event]) -> str:
                 f'<text x="{x + 3:.0f}" y="{y + 16}" font-size="11" fill="currentColor">{number * TICK_MS} ms</text>'
             )
     for event in spans:
+        colour = COLOURS.get((event.track.partition(" ")[0], event.name), "#999")
         row = lanes.index((event.side != "target", event.pid, event.track))
         length = (event.length_ns or 0) / 1e6
         text = f"{event.name}, {length:.2f} ms" + "".join(f", {k} {v}" for k, v in event.details.items())
         parts.append(
             f'<rect class="span" x="{(event.at_ns - first) / 1e6 * PX_PER_MS:.2f}" y="{row * LANE_PX + 3}" '
             f'width="{max(PX_PER_MS * length - 0.5, 1.0):.2f}" height="{LANE_PX - 8}" '
-            f'fill="{COLOURS.get((event.track, event.name), "#999")}"><title>{escape(text)}</title></rect>'
+            f'fill="{colour}"><title>{escape(text)}</title></rect>'
         )
     return "\n".join([*parts, "</svg></div></div>"]) + f"<p>{total:.1f} ms from left to right; it scrolls.</p>"
 

@@ -78,6 +78,12 @@ def scrape(url: str, timeout_s: float = 5.0) -> Snapshot:
 def parse(text: str) -> dict[str, Engine]:
     """Engines by name of a page in Prometheus' text format; raises ValueError for anything else."""
     engines: dict[str, Engine] = {}
+
+    def add_drafter(values: dict[str, float], name: str, value: float) -> None:
+        """A fleet has the pages of all its drafters, and is as slow and as silent as the worst of them."""
+        before = values.get(name, 0.0)
+        values[name] = max(before, value) if name.endswith("_seconds") else before + value
+
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if not sample.name.startswith(PREFIX) and sample.name != GENERATED:
@@ -86,6 +92,8 @@ def parse(text: str) -> dict[str, Engine]:
             name = sample.name.removeprefix(PREFIX)
             if "batch" in sample.labels:
                 engine.by_batch.setdefault(name, {})[int(sample.labels["batch"])] = sample.value
-            elif "position" not in sample.labels:
+            elif "drafter" in sample.labels and "outcome" not in sample.labels:
+                add_drafter(engine.values, name, sample.value)
+            elif not sample.labels.keys() & {"position", "outcome"}:
                 engine.values[name] = sample.value
     return engines

@@ -81,7 +81,9 @@ def chrome_trace(events: list[Event]) -> dict[str, Any]:
 
 
 def _tid(track: str) -> int:
-    return TRACKS.index(track) + 1 if track in TRACKS else len(TRACKS) + 1
+    """A number for each track, in the order of TRACKS; "waits 2" is that of the third drafter."""
+    name, _, index = track.partition(" ")
+    return (TRACKS.index(name) if name in TRACKS else len(TRACKS)) + 1 + (len(TRACKS) + 1) * int(index or 0)
 
 
 @dataclass(slots=True)

@@ -6,8 +6,9 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
@@ -55,6 +56,29 @@ class DrafterStatus(Protocol):
     max_model_len: int
 
 
+class Report(NamedTuple):
+    """What a drafter said of itself last: which of its processes, and when."""
+
+    stats: DrafterStats
+    generation: int
+    at: float
+
+
+DRAFTER_GAUGES: dict[str, tuple[str, Callable[[Report, float], float]]] = {
+    "drafter_pages_in_use": (
+        "KV pages in use on a drafter.",
+        lambda report, _: report.stats.pages_total - report.stats.pages_free,
+    ),
+    "drafter_pages": ("KV pages of a drafter.", lambda report, _: report.stats.pages_total),
+    "build_seconds": ("Time a drafter took for its last whole tree.", lambda report, _: report.stats.build_ms / 1e3),
+    "drafter_stats_age_seconds": (
+        "Time since a drafter reported its gauges, which it does every second while it has work.",
+        lambda report, now: now - report.at,
+    ),
+}
+"""Gauges of a drafter that is connected, from its last report and the time."""
+
+
 class Metrics:
     """Plain integers on the hot path, rendered only when somebody looks.
 
@@ -68,31 +92,46 @@ class Metrics:
         self.accepted_at = [0] * num_speculative_tokens
         self.rows_at_batch: dict[int, int] = {}  # rows verified, by the power of two that their batch size is up to
         self.drafts_at_batch: dict[int, int] = {}
-        self.drafter_stats: DrafterStats | None = None
-        self._generation = 0
-        self._reported_at = 0.0
-        self._drafter: weakref.ref[DrafterStatus] | None = None
+        self.drafter_outcomes: Counter[tuple[int, str]] = Counter()  # by the drafter's index, and what was found
+        self._reports: dict[int, Report] = {}  # by the drafter's index
+        self._report_lock = threading.Lock()  # each drafter has a thread that reports in an idle target's place
+        self._drafters: list[weakref.ref[DrafterStatus]] | None = None
         self._logger = logger
         self._logged_at = time.monotonic()
         self._logged = dict(self.counts)
         self._server: tuple[WSGIServer, threading.Thread] | None = None
         self._listener: MetricsListener | None = None
 
-    def watch(self, drafter: DrafterStatus) -> None:
-        """Show a drafter's gauges only while it is connected; without a call, whenever it has reported any."""
-        self._drafter = weakref.ref(drafter)
+    def watch(self, *drafters: DrafterStatus) -> None:
+        """Show drafters' gauges only while they are connected; without a call, whenever they have reported any."""
+        self._drafters = [weakref.ref(drafter) for drafter in drafters]
 
     @property
-    def has_drafter(self) -> bool:
-        """Whether a drafter is connected, as far as is known."""
-        if self._drafter is None:
+    def num_drafters(self) -> int:
+        """Drafters that are connected; of those that nobody watches, those that have reported anything."""
+        indices = self._reports if self._drafters is None else range(len(self._drafters))
+        return sum(map(self._is_connected, indices))
+
+    def drafter_stats(self, index: int = 0) -> DrafterStats | None:
+        """What a drafter reported last."""
+        report = self._reports.get(index)
+        return None if report is None else report.stats
+
+    def _is_connected(self, index: int) -> bool:
+        if self._drafters is None:
             return True
-        drafter = self._drafter()
+        drafter = self._drafters[index]()
         return drafter is not None and drafter.connected
 
-    def outcome(self, *, hit: bool, block: bool) -> None:
-        """One request's outcome: found in its block, not in it, or no block there yet."""
-        self.counts["hits" if hit else "misses" if block else "late"] += 1
+    def _shown(self) -> list[tuple[int, Report]]:
+        """Reports of drafters that are connected."""
+        return [(index, report) for index, report in sorted(self._reports.copy().items()) if self._is_connected(index)]
+
+    def outcome(self, *, hit: bool, block: bool, index: int = 0) -> None:
+        """One request's outcome: found in the block of its drafter, not in it, or no block there yet."""
+        found = "hits" if hit else "misses" if block else "late"
+        self.counts[found] += 1
+        self.drafter_outcomes[index, found] += 1
 
     def accepted(self, offered: Sequence[int], accepted: Sequence[int], num_filler: int = 0) -> None:
         """Drafts verified and accepted, per row of one round, and the filler in all its rows."""
@@ -118,7 +157,7 @@ class Metrics:
         self.counts["too_long"] += 1
         if self.counts["too_long"] > 1:
             return
-        drafter = self._drafter() if self._drafter is not None else None
+        drafter = self._drafters[0]() if self._drafters else None
         self._logger.warning(
             "SSD: request %s has no room on the drafter and runs without its drafts: max_model_len=%s in "
             "speculative_config, of which 2 * num_speculative_tokens + 2 = %d are kept for drafts; more such requests "
@@ -138,13 +177,15 @@ class Metrics:
         self.handovers += 1
         self.seconds["handover_seconds"] += seconds
 
-    def drafter(self, stats: DrafterStats, generation: int) -> None:
-        """What the `generation`-th drafter reports of itself: its gauges, and its counters since it started."""
-        last = self.drafter_stats if generation == self._generation else None
-        for name, field in DRAFTER_COUNTERS.items():
-            self.counts[name] += max(getattr(stats, field) - (getattr(last, field) if last else 0), 0)
-        self.counts["restarts"] = max(self.counts["restarts"], generation - 1)
-        self.drafter_stats, self._generation, self._reported_at = stats, generation, time.monotonic()
+    def drafter(self, stats: DrafterStats, generation: int, index: int = 0) -> None:
+        """What the `generation`-th process of a drafter reports: its gauges, and its counters since it started."""
+        with self._report_lock:
+            report = self._reports.get(index)
+            last = report.stats if report is not None and generation == report.generation else None
+            for name, field in DRAFTER_COUNTERS.items():
+                self.counts[name] += max(getattr(stats, field) - (getattr(last, field) if last else 0), 0)
+            self.counts["restarts"] += max(generation - (report.generation if report else 1), 0)
+            self._reports[index] = Report(stats, generation, time.monotonic())
 
     def log(self) -> None:
         """One line about the last ten seconds, if there was anything to tell."""
@@ -164,12 +205,15 @@ class Metrics:
             accepted, offered = new["accepted_tokens"] / rounds, new["draft_tokens"] / rounds
             told.append(f"accepted {accepted:.2f} of {offered:.2f} drafts a round with drafts")
         told.append(f"{new['waits']} waits")
-        stats = self.drafter_stats
-        if not self.has_drafter:
+        num_connected = self.num_drafters
+        if not num_connected:
             told.append("no drafter is connected")
-        elif stats is not None:
-            told.append(f"block built in {stats.build_ms:.1f} ms")
-            told.append(f"drafter pages {stats.pages_total - stats.pages_free}/{stats.pages_total} in use")
+        elif self._drafters and num_connected < len(self._drafters):
+            told.append(f"{num_connected} of {len(self._drafters)} drafters are connected")
+        if shown := [report.stats for _, report in self._shown()]:
+            free, total = (sum(getattr(stats, name) for stats in shown) for name in ("pages_free", "pages_total"))
+            told.append(f"block built in {max(stats.build_ms for stats in shown):.1f} ms")
+            told.append(f"drafter pages {total - free}/{total} in use")
         told.append(f"{self.counts['evictions']} evictions, {self.counts['restarts']} restarts")
         self._logger.info("SSD: %s", ", ".join(told))
 
@@ -228,20 +272,26 @@ class Metrics:
             drafts.add_metric([str(batch)], self.drafts_at_batch.get(batch, 0))
         yield rows
         yield drafts
-        connected = self.has_drafter
-        yield GaugeMetricFamily("vllm_ssd:drafter_connected", "Whether there is a drafter.", value=connected)
-        if (stats := self.drafter_stats) is not None and connected:
-            yield GaugeMetricFamily(
-                "vllm_ssd:drafter_pages_in_use",
-                "KV pages in use on the drafter.",
-                value=stats.pages_total - stats.pages_free,
-            )
-            yield GaugeMetricFamily("vllm_ssd:drafter_pages", "KV pages of the drafter.", value=stats.pages_total)
-            yield GaugeMetricFamily(
-                "vllm_ssd:build_seconds", "Time the drafter took for its last whole tree.", value=stats.build_ms / 1e3
-            )
-            yield GaugeMetricFamily(
-                "vllm_ssd:drafter_stats_age_seconds",
-                "Time since the drafter reported its gauges, which it does every second while it has work.",
-                value=time.monotonic() - self._reported_at,
-            )
+        yield from self._collect_drafters()
+
+    def _collect_drafters(self) -> Iterator[Metric]:
+        outcomes = CounterMetricFamily(
+            "vllm_ssd:drafter_outcomes",
+            "Rounds of a request by its drafter, and whether the outcome was a hit, a miss or came late.",
+            labels=["drafter", "outcome"],
+        )
+        indices = sorted(self._reports.copy()) if self._drafters is None else range(len(self._drafters))
+        for index in indices:
+            for found, outcome in (("hits", "hit"), ("misses", "miss"), ("late", "late")):
+                outcomes.add_metric([str(index), outcome], self.drafter_outcomes[index, found])
+        yield outcomes
+        connected = GaugeMetricFamily("vllm_ssd:drafter_connected", "Whether a drafter is there.", labels=["drafter"])
+        for index in indices:
+            connected.add_metric([str(index)], self._is_connected(index))
+        yield connected
+        shown, now = self._shown(), time.monotonic()
+        for name, (text, value) in DRAFTER_GAUGES.items():
+            gauge = GaugeMetricFamily(f"vllm_ssd:{name}", text, labels=["drafter"])
+            for index, report in shown:
+                gauge.add_metric([str(index)], value(report, now))
+            yield gauge
