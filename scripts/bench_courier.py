@@ -30,6 +30,7 @@ from rich.table import Table
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.kernels import blocks
 from vllm_ssd.link.checks import PushChecker
+from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.link.protocol import Push, SpeculationBlock, Step, pack_ids
 from vllm_ssd.link.transport import MAX_MESSAGE_BYTES, ProcessTransport
 from vllm_ssd.target.metrics import Metrics
@@ -87,8 +88,14 @@ class Link:
         self.sent.append(step)
         self._transport.send(step)
 
-    def wait(self, wakeup: int, timeout_s: float) -> None:
-        """Unused: the work is called by hand."""
+    suspect = False
+
+    def descriptor(self) -> int:
+        """Nobody sleeps: the work is called by hand."""
+        return -1
+
+    def wait_until_ready(self) -> None:
+        """It is."""
 
     def close(self) -> None:
         """Nothing to end."""
@@ -146,7 +153,7 @@ def measure(num_rows: int, greedy: bool, args: argparse.Namespace) -> dict:
     link = Link(target, checker, clock)
     cache = SpeculationCache(num_rows, args.branches, args.drafts, args.top_m, "cpu")
     cache.flush = clock.timed("write", cache.flush)
-    courier = Courier(config, link, Metrics(args.drafts, logger), cache, logger, num_batches=2)
+    courier = Courier(config, Fleet([link]), Metrics(args.drafts, logger), cache, logger, num_batches=2)
     courier._client.poll = clock.timed("poll", courier._client.poll)
     courier._client.send = clock.timed("send", courier._client.send)
     courier._take_outcomes = clock.timed("outcomes", courier._take_outcomes)

@@ -242,7 +242,7 @@ class Worker:
     def _delayed_s(self) -> float:
         """Seconds that the main threads of target and drafter have waited for a core so far."""
         waited_ns = 0
-        for pid in [os.getpid(), *([self._ssd._drafter._process.pid] if self._ssd else [])]:
+        for pid in [os.getpid(), *([self._ssd._drafters.links[0]._process.pid] if self._ssd else [])]:
             with suppress(OSError):  # a drafter may have ended
                 waited_ns += int(Path(f"/proc/{pid}/schedstat").read_text().split()[1])
         return waited_ns / 1e9

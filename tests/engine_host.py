@@ -10,6 +10,8 @@ import contextlib
 import importlib
 import itertools
 import os
+import select
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -79,13 +81,19 @@ class EngineHost:
         signals: dict[int, int] | None = None,
         min_seconds: float = 0.0,
         calls: dict[int, tuple[str, dict[str, Any]]] | None = None,
+        signalled: int = 0,
+        resume_s: float | None = None,
     ) -> SimpleNamespace:
-        """Run `requests` (see `engines.request`) to their ends; `signals[step]` is sent to the drafter before a step,
-        and of the engine, `calls[step]` is called: the name of a method, and its keyword arguments.
+        """Run `requests` (see `engines.request`) to their ends; `signals[step]` is sent to the drafter of index
+        `signalled` before a step, and SIGCONT `resume_s` seconds later; of the engine, `calls[step]` is called: the
+        name of a method, and its keyword arguments.
 
         -> outputs, one per request; counts, what the metrics of vLLM and of SSD grew by; seconds, one per step. Each
-        step is stretched to `min_seconds`.
+        step is stretched to `min_seconds`. signals_at: when each signal was sent, of `time.perf_counter`, or SIGKILL
+        had its effect, which a busy machine puts off.
         """
+        signals_at: list[float] = []
+        resumed: list[threading.Timer] = []
         before, started = self.counts(), time.perf_counter()
         waiting = sorted(enumerate(requests), key=lambda item: item[1]["join_step"])
         outputs: list[SimpleNamespace] = [SimpleNamespace() for _ in requests]
@@ -94,7 +102,14 @@ class EngineHost:
             while waiting and waiting[0][1]["join_step"] <= step:
                 self._join(*waiting.pop(0))
             if signals and step in signals:
-                os.kill(self.drafter().pid, signals[step])
+                signals_at.append(time.perf_counter())
+                pid = self.drafter(signalled).pid
+                if signals[step] == signal.SIGKILL:
+                    threading.Thread(target=note_end, args=(os.pidfd_open(pid), signals_at)).start()
+                os.kill(pid, signals[step])
+                if resume_s is not None:
+                    resumed.append(threading.Timer(resume_s, os.kill, (pid, signal.SIGCONT)))
+                    resumed[-1].start()
             if calls and step in calls:
                 method, arguments = calls[step]
                 getattr(self._engine, method)(**arguments)
@@ -111,7 +126,10 @@ class EngineHost:
         if V2 and self._proposer is not None:
             self._settle()
         counts = {name: value - before.get(name, 0) for name, value in self.counts().items()}
-        return SimpleNamespace(outputs=outputs, counts=counts, seconds=seconds, total_s=time.perf_counter() - started)
+        total_s = time.perf_counter() - started
+        for timer in resumed:
+            timer.join()
+        return SimpleNamespace(outputs=outputs, counts=counts, seconds=seconds, total_s=total_s, signals_at=signals_at)
 
     def call_engine(self, name: str, arguments: dict[str, Any]) -> None:
         """Call a method of vLLM's engine whose result does not matter."""
@@ -160,9 +178,9 @@ class EngineHost:
         """Whether the scheduler is a step ahead of the results."""
         return bool(self._engine.vllm_config.scheduler_config.async_scheduling)
 
-    def drafter(self) -> SimpleNamespace:
-        """Process id, how often it was started, whether it is connected, KV pages in use when it last reported."""
-        link, stats = self._proposer._drafter, self._proposer._metrics.drafter_stats()
+    def drafter(self, index: int = 0) -> SimpleNamespace:
+        """Of one drafter: process id, number of starts, whether it is connected, KV pages in use by its last report."""
+        link, stats = self._proposer._drafters.links[index], self._proposer._metrics.drafter_stats(index)
         return SimpleNamespace(
             pid=link._process.pid,
             generation=link.generation,
@@ -170,15 +188,25 @@ class EngineHost:
             pages_in_use=stats.pages_total - stats.pages_free if stats else 0,
         )
 
-    def wait_for_drafter(self, generation: int, timeout_s: float) -> bool:
-        """Whether a drafter of `generation` or later shook hands within the time."""
+    def wait_for_drafter(self, generation: int, timeout_s: float, index: int = 0) -> bool:
+        """Whether a process of the drafter of `generation` or later shook hands within the time."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            link = self._proposer._drafter
+            link = self._proposer._drafters.links[index]
             if link.generation >= generation and link.connected:
                 return True
             time.sleep(0.1)
         return False
+
+    def watch_fleet(self) -> None:
+        """Record from now on what the drafters of a fleet do."""
+        from fleet_watch import FleetWatch
+
+        self._fleet_watch = FleetWatch(self._proposer)
+
+    def fleet_seen(self) -> SimpleNamespace:
+        """What was recorded since the last call; see `fleet_watch.FleetWatch`."""
+        return self._fleet_watch.take()
 
     def distort_q(self, exponent: float | None) -> None:
         """On V1, claim q ** exponent, renormalised, to be what drafts are drawn from from now on; None: the truth."""
@@ -293,6 +321,13 @@ class EngineHost:
             return None
         number = self._adapters.setdefault(folder, len(self._adapters) + 1)
         return LoRARequest(f"adapter-{number}", number, folder)
+
+
+def note_end(process: int, signals_at: list[float]) -> None:
+    """Put the time when the process of this descriptor ends in the place of the last."""
+    select.select([process], [], [])
+    signals_at[-1] = time.perf_counter()
+    os.close(process)
 
 
 def plain_output(output: Any) -> SimpleNamespace:

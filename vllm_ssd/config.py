@@ -124,7 +124,8 @@ class SSDConfig:
     branch_budget: branches a request, divided by measured hit rates; with neither given, 4 * (K + 1)
     on_miss: decode plainly, wait for just-in-time drafts up to `wait_ms`, draft by n-gram match, or decide by gain
     adaptive: let the drafts a round carries follow the load, down to none where speculation does not pay
-    drafter_device: None leaves the choice to the platform; of several numbers, each data-parallel replica gets one
+    drafter_device: None leaves the choice to the platform; of several numbers, each drafter gets one
+    num_drafters: drafters of each data-parallel replica, which share its requests
     tokenizer: of the draft model, where its own folder has none
     hf_overrides: settings of the draft model's configuration to replace
     drafter_args: vLLM's other engine arguments for the draft model, by their names in `EngineArgs`
@@ -148,6 +149,7 @@ class SSDConfig:
     ngram_max: int = _integer(1, 32, 4)
     adaptive: bool = _flag(True)
     drafter_device: str | None = _field("cpu, cuda, cuda:N or cuda:N,M,...", _is_device, None)
+    num_drafters: int = _integer(1, 64, 1)
     drafter_cpus: str | None = _field("a list of CPU numbers and ranges such as 2-5,7", _is_cpu_list, None)
     dtype: str = _choice(("auto", "half", "float16", "bfloat16", "float", "float32"), "auto")
     quantization: str | None = _name("the name of a quantization method")

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from vllm_ssd.config import SSDConfig
+from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.v2 import speculator
 
@@ -42,10 +43,12 @@ def built(
         total_len=SimpleNamespace(gpu=torch.zeros(num_slots, dtype=torch.int32, device=device)),
         last_sampled_tokens=torch.zeros(num_slots, 1, dtype=torch.int64, device=device),
     )
-    link = mock.Mock(generation=0, connected=False, max_model_len=max_model_len, poll=lambda timeout_s: [])
+    link = mock.Mock(
+        generation=0, connected=False, max_model_len=max_model_len, poll=lambda timeout_s: [], descriptor=lambda: -1
+    )
     replaced = {
         "user_config": lambda vllm_config: config,
-        "start_drafter": lambda config, vllm_config: (Metrics(num_drafts, speculator.logger), link),
+        "start_drafters": lambda config, vllm_config: (Metrics(num_drafts, speculator.logger), Fleet([link])),
         "get_tp_group": lambda: SimpleNamespace(rank_in_group=0, world_size=1),
         "install": lambda: None,
         "ngram_speculator": lambda vllm_config, device, req_states: NgramDrafts(num_slots, num_drafts, device),

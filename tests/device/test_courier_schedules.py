@@ -45,7 +45,7 @@ class Schedule:
     def running(self, target: Target) -> Iterator[None]:
         """Run the courier's threads under this schedule."""
         target.courier._on_device = mock.Mock(put=self._outcomes.append, get=self._get)
-        target.link.wait = self._rest
+        target.fleet.wait = self._rest
         self._names.name = VLLM
         threading.settrace(self._trace)
         sys.settrace(self._trace)

@@ -195,7 +195,7 @@ class Drafter:
 
 @dataclass
 class Pair:
-    """A target of 8B parameters and its drafter, started as `start_drafter` does."""
+    """A target of 8B parameters and its drafter, started as `start_drafters` does."""
 
     target: Engine
     drafter: Drafter

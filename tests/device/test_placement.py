@@ -279,8 +279,8 @@ def physical_id(name: str) -> int:
     return int(name) if name.isdigit() else UUIDS[name]
 
 
-def place(monkeypatch: pytest.MonkeyPatch, case: Case, replica: int | None) -> Placement:
-    """The drafter of one replica, told what a worker of it is told."""
+def place(monkeypatch: pytest.MonkeyPatch, case: Case, replica: int | None, drafter: int = 0) -> Placement:
+    """A drafter of one replica, told what a worker of it is told."""
     for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "RANK", "VLLM_DP_SIZE", "VLLM_DP_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in case.environment.items():
@@ -302,7 +302,7 @@ def place(monkeypatch: pytest.MonkeyPatch, case: Case, replica: int | None) -> P
         cache_config=SimpleNamespace(gpu_memory_utilization=0.92),
     )
     config = SSDConfig.from_user({"model": "x", **case.user})
-    return place_drafter(config, vllm_config, Gpus(names, current, physical_id))
+    return place_drafter(config, vllm_config, Gpus(names, current, physical_id), drafter)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -320,6 +320,23 @@ def test_never_a_targets_gpu_and_never_one_that_is_not_there(monkeypatch: pytest
         device = placement.environment["CUDA_VISIBLE_DEVICES"]
         assert device == drafter and device in names
         assert device not in case.targets or ":" in case.user.get("drafter_device", "")
+
+
+def test_each_drafter_of_a_fleet_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gpus(replicas: int, count: int, **user: Any) -> list[str | None]:
+        parallel = {"data_parallel_size": replicas, "data_parallel_size_local": replicas}
+        case = Case("", "", count=count, parallel=parallel, user={"num_drafters": 2, **user})
+        everywhere = [(replica, drafter) for replica in range(replicas) for drafter in range(2)]
+        return [place(monkeypatch, case, *one).environment["CUDA_VISIBLE_DEVICES"] for one in everywhere]
+
+    assert gpus(1, 4) == ["1", "2"]
+    assert gpus(2, 6) == ["2", "3", "4", "5"]
+    assert gpus(1, 4, drafter_device="cuda:3,1") == ["3", "1"]
+    assert gpus(1, 2, drafter_device="cuda:1", **KV) == ["1", "1"]
+    with pytest.raises(ValueError, match=r"one GPU for 2 drafters.*drafter_device"):
+        gpus(1, 2)
+    with pytest.raises(ValueError, match="several drafters share cuda:1.*kv_cache_memory"):
+        gpus(1, 2, drafter_device="cuda:1")
 
 
 def test_pages_of_given_size_need_no_share_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import select
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ import fake_model
 import numpy as np
 import torch
 from fake_cuda import FakeCuda
-from fake_link import InProcessLink, K
+from fake_link import InProcessLink, K, PolledFleet
 
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.kernels import DeviceBlocks, DeviceSpeculation, Found, lookup
@@ -26,12 +25,9 @@ LOGGER = logging.getLogger("test")
 
 
 class Link(InProcessLink):
-    """An in-process drafter that a thread can sleep on; it works when it is polled, so never for long."""
+    """An in-process drafter that is told when it is over."""
 
     closed = False
-
-    def wait(self, wakeup: int, timeout_s: float) -> None:
-        select.select([wakeup], [], [], min(timeout_s, 0.002))
 
     def close(self) -> None:
         self.closed = True
@@ -71,7 +67,8 @@ class Target:
         self.link = Link()
         self.metrics = Metrics(K, LOGGER)
         self.cache = SpeculationCache(SLOTS, 3 * (K + 1), K, 5, self.device)
-        self.courier = Courier(SSDConfig.from_user(user), self.link, self.metrics, self.cache, LOGGER, NUM_BATCHES)
+        self.fleet = PolledFleet([self.link])
+        self.courier = Courier(SSDConfig.from_user(user), self.fleet, self.metrics, self.cache, LOGGER, NUM_BATCHES)
         self.verifying = DeviceSpeculation.empty(SLOTS, K, 5, self.device)
         self.epochs = torch.full((SLOTS,), -1, dtype=torch.int64, device=self.device)
         self.requests: list[Request] = []

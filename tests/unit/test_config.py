@@ -20,6 +20,7 @@ COMMON = {
     "ngram_max": st.integers(4, 32),
     "adaptive": st.booleans(),
     "drafter_device": st.sampled_from([None, "cpu", "cuda", "cuda:7", "cuda:7,5"]),
+    "num_drafters": st.integers(1, 64),
     "drafter_cpus": st.sampled_from([None, "1", "2-5,7", "0, 3"]),
     "dtype": st.sampled_from(["auto", "bfloat16", "float32"]),
     "quantization": st.none() | NAME,
@@ -90,7 +91,7 @@ CHANGES_THE_TARGET = {"num_speculative_tokens": 3}
 LEAVES_THE_TARGET_ALONE = {
     "model": "other", "fan_out": 3, "branch_budget": 30, "on_miss": "skip", "wait_ms": 3.5, "ngram_min": 3,
     "ngram_max": 5, "adaptive": False, "drafter_device": "cpu", "drafter_cpus": "1", "dtype": "float32",
-    "quantization": "fp8", "revision": "main", "trust_remote_code": True, "enforce_eager": False,
+    "num_drafters": 3, "quantization": "fp8", "revision": "main", "trust_remote_code": True, "enforce_eager": False,
     "max_model_len": 100, "kv_cache_memory": "64MiB", "gpu_memory_utilization": 0.3, "top_m": 5, "saguaro_c": 0.5,
     "tree_attention": False, "seed": 1, "startup_timeout_s": 9, "metrics_port": 9100, "heterogeneous_vocab": True,
     "load_format": "safetensors", "download_dir": "d", "tokenizer": "t", "hf_overrides": {"a": 1},

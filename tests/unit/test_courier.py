@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import select
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import fake_model
 import numpy as np
 import pytest
 import torch
-from fake_link import InProcessLink, K
+from fake_link import InProcessLink, K, PolledFleet
 
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.kernels import DeviceSpeculation, lookup
@@ -32,9 +31,6 @@ class Link(InProcessLink):
 
     closed = False
 
-    def wait(self, wakeup: int, timeout_s: float) -> None:
-        select.select([wakeup], [], [], timeout_s)
-
     def close(self) -> None:
         self.closed = True
 
@@ -46,7 +42,7 @@ class Device:
         user = {"model": "x", "num_speculative_tokens": K, "fan_out": 3, **options}
         self.metrics = Metrics(K, LOGGER)
         self.cache = SpeculationCache(SLOTS, 3 * (K + 1), K, 5, "cpu")
-        self.courier = Courier(SSDConfig.from_user(user), link, self.metrics, self.cache, LOGGER, 1)
+        self.courier = Courier(SSDConfig.from_user(user), PolledFleet([link]), self.metrics, self.cache, LOGGER, 1)
         self.requests: dict[str, tuple[int, int]] = {}  # serial number and slot
         self.tokens: dict[str, list[int]] = {}
         self.drafts: dict[str, list[int]] = {}

@@ -189,6 +189,14 @@ def test_replicas_have_a_drafter_each(ask):
     assert not starts and found["drafter's device, replica 1"]["status"] == "fails"
 
 
+def test_each_drafter_of_a_fleet_is_placed(ask):
+    starts, found = ask(6, "-tp", "4", "--speculative-config.num_drafters", "2")
+    assert starts, found
+    assert [found[f"device of drafter {i}"]["text"] for i in (0, 1)] == ["GPU 4", "GPU 5"]
+    starts, found = ask(5, "-tp", "4", "--speculative-config.num_drafters", "2")
+    assert not starts and "one GPU for 2 drafters" in found["device of drafter 1"]["text"]
+
+
 def test_a_shared_gpu_must_hold_both(ask):
     shared = ("--speculative-config.drafter_device", "cuda:0")
     starts, found = ask(1, *shared)

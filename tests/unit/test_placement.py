@@ -17,6 +17,7 @@ def place(
     *,
     replica: int | None = None,
     replicas: int = 1,
+    drafter: int = 0,
     cpus: str = "0-7",
     environment: dict[str, str] | None = None,
     target_max_model_len: int = 4096,
@@ -34,7 +35,7 @@ def place(
         model_config=SimpleNamespace(max_model_len=target_max_model_len),
     )
     config = SSDConfig.from_user({"model": "x", **user})
-    return placement.place_drafter(config, vllm_config, None).options
+    return placement.place_drafter(config, vllm_config, None, drafter).options
 
 
 def test_cores_that_no_worker_is_bound_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +56,16 @@ def test_replicas_share_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (cores(0), cores(1)) == ([4, 6], [5, 7])
     assert (cores(0, drafter_cpus="6-7"), cores(1, drafter_cpus="6-7")) == ([6], [7])
     assert (cores(0, drafter_cpus="7"), cores(1, drafter_cpus="7")) == ([7], [7])
+
+
+def test_drafters_of_a_fleet_share_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cores(replica: int, drafter: int, cpus: str) -> list[int]:
+        user = {"num_drafters": 2, "drafter_cpus": cpus}
+        return place(monkeypatch, replica=replica, replicas=2, drafter=drafter, **user).cpus
+
+    everywhere = [(replica, drafter) for replica in range(2) for drafter in range(2)]
+    assert [cores(*place, "2-7") for place in everywhere] == [[2, 6], [3, 7], [4], [5]]
+    assert [cores(*place, "5-7") for place in everywhere] == [[5, 6, 7]] * 4
 
 
 def test_a_drafter_takes_no_longer_requests_than_its_target(monkeypatch: pytest.MonkeyPatch) -> None:

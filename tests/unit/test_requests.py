@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from vllm_ssd.config import SSDConfig
+from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.link.protocol import (
     Close,
     Evicted,
@@ -110,7 +111,7 @@ def block(request_id: str, epoch: int, length: int, drafts: bytes = pack_ids([2]
 def make() -> tuple[ModelLink, DrafterClient, Metrics, list[SpeculationBlock]]:
     link, metrics, kept = ModelLink(), Metrics(K, logging.getLogger("test")), []
     config = SSDConfig.from_user({"model": "x", "num_speculative_tokens": K})
-    return link, DrafterClient(config, link, metrics, kept.append), metrics, kept
+    return link, DrafterClient(config, Fleet([link]), metrics, kept.append), metrics, kept
 
 
 class Conversation(RuleBasedStateMachine):
@@ -283,7 +284,7 @@ class Conversation(RuleBasedStateMachine):
     @invariant()
     def both_sides_agree(self) -> None:
         """Once all was sent, the drafter holds exactly what the target believes, or has said that it does not."""
-        if self.client._events or not self.link.connected:
+        if self.client._members[0].events or not self.link.connected:
             return
         believed = {name: request for name, request in self.requests.items() if self.client.holds(request)}
         assert {*self.link.held} <= {*believed} <= {*self.link.held, *self.link.evicted}
@@ -339,11 +340,16 @@ def test_the_drafter_is_told_what_a_request_samples_from_each_time_it_is_opened(
 
 def test_a_push_is_awaited_from_a_vain_wait_to_the_next_push():
     link, client, _, _ = make()
+    request = client.add("a", 0.0)
+    assert client.open(request, [1, 2])
     client.poll()
-    assert not client.awaiting_push, "nobody waited"
-    client.poll(0.01)
+    assert client.may_wait(request, 2), "nobody waited"
+    client.poll(0.01, [request])
     client.poll()
-    assert client.awaiting_push
+    assert not client.may_wait(request, 2)
     link.push()
-    client.poll(0.01)
-    assert not client.awaiting_push
+    client.poll(0.01, [request])
+    assert client.may_wait(request, 2)
+    assert not client.may_wait(request, MAX_LENGTH + 1)
+    link.die()
+    assert not client.may_wait(request, 2)

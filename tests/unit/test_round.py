@@ -11,6 +11,7 @@ import pytest
 from fake_link import InProcessLink, K
 
 from vllm_ssd.config import SSDConfig
+from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.link.protocol import ALL_TOKENS, Evicted, Push, SpeculationBlock, pack_ids
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.v1.round import Batch
@@ -73,7 +74,7 @@ class FakeTarget:
 def make(link: InProcessLink, **options) -> tuple[Verifier, Metrics]:
     metrics = Metrics(K, logging.getLogger("test"))
     user = {"model": "x", "num_speculative_tokens": K, "adaptive": False, "wait_ms": 1000, **options}
-    return Verifier(SSDConfig.from_user(user), link, metrics), metrics
+    return Verifier(SSDConfig.from_user(user), Fleet([link]), metrics), metrics
 
 
 PROMPTS = {"a": [1, 2, 3], "b": [4] * 9, "c": [5, 6]}

@@ -149,6 +149,15 @@ FEATURES = (
             "V2": (f"{_V2}::test_two_workers[pipeline_parallel_size]",),
         },
     ),
+    Feature(
+        "several drafters: `num_drafters`",
+        "yes",
+        "yes",
+        {
+            "V1": ("integration/test_fleet.py[v1]", "unit/test_fleet.py"),
+            "V2": ("integration/test_fleet.py[v2]", "unit/test_fleet.py"),
+        },
+    ),
     Feature("LoRA on the target", "yes", "untested", {"V1": ("integration/test_lora.py",)}),
     Feature(
         "tree attention in the drafter",

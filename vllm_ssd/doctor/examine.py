@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,10 +111,11 @@ def _places(found: Findings, config: SSDConfig, target: VllmConfig, machine: Mac
         else:
             found.ok("target's devices", text)
     places: list[Placement] = []
-    for replica in range(max(replicas, 1)):
-        subject = "drafter's device" if replicas == 1 else f"drafter's device, replica {replica}"
+    for replica, drafter in itertools.product(range(max(replicas, 1)), range(config.num_drafters)):
+        subject = "drafter's device" if config.num_drafters == 1 else f"device of drafter {drafter}"
+        subject += "" if replicas == 1 else f", replica {replica}"
         try:
-            placed = place(config, target, replica, machine)
+            placed = place(config, target, replica, machine, drafter)
         except ValueError as error:
             found.fails(subject, *_advised(error))
             return None

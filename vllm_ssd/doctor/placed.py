@@ -21,15 +21,15 @@ def gpus_of(machine: Machine, current: int = 0) -> Gpus | None:
     return Gpus(visible_names(visible, machine.num_gpus), current)
 
 
-def place(config: SSDConfig, target: VllmConfig, replica: int, machine: Machine) -> Placement:
-    """The drafter of a data-parallel replica; raises ValueError where there is no place for it."""
+def place(config: SSDConfig, target: VllmConfig, replica: int, machine: Machine, drafter: int = 0) -> Placement:
+    """A drafter of a data-parallel replica; raises ValueError where there is no place for it."""
     of_replica = copy.copy(target)
     of_replica.parallel_config = parallel = copy.copy(target.parallel_config)
     if parallel.data_parallel_size > 1:
         parallel.data_parallel_rank_local = replica
     own = parallel.assigned_physical_gpu_ids or range((replica + 1) * parallel.world_size)
     current = list(own)[min(replica * parallel.world_size, len(own) - 1)]
-    return place_drafter(config, of_replica, gpus_of(machine, current))
+    return place_drafter(config, of_replica, gpus_of(machine, current), drafter)
 
 
 def targets(target: VllmConfig, machine: Machine) -> list[int]:

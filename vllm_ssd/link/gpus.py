@@ -47,18 +47,22 @@ def visible_names(visible: str | None, count: int) -> list[str]:
     return names if any(name.startswith("MIG-") for name in names) else names[:count]
 
 
-def drafter_gpu(device: str | None, parallel: Any, gpus: Gpus, replicas: Replicas) -> int:
-    """The index of the GPU for this replica's drafter.
+def drafter_gpu(
+    device: str | None, parallel: Any, gpus: Gpus, replicas: Replicas, drafter: int = 0, num_drafters: int = 1
+) -> int:
+    """The index of the GPU for a drafter of this replica.
 
-    device: the user's `drafter_device`; with several indices, one for each replica in turn
+    device: the user's `drafter_device`; with several indices, one for each drafter in turn
     parallel: vLLM's `ParallelConfig`
+    drafter, num_drafters: which of the replica's drafters, and how many each replica has
 
     Raises ValueError, naming the key, where the user names a GPU that is not there or none is known to be free.
     """
     number = len(gpus.names)
     chosen = named_gpus(device)
+    place = replicas.index * num_drafters + drafter
     if chosen:
-        index = chosen[replicas.index % len(chosen)]
+        index = chosen[place % len(chosen)]
         if index >= number:
             raise ValueError(
                 f"ssd: drafter_device {device!r}: the server sees {_gpus(number)}, the last is {number - 1}"
@@ -71,11 +75,11 @@ def drafter_gpu(device: str | None, parallel: Any, gpus: Gpus, replicas: Replica
         )
     targets = target_gpus(parallel, gpus, replicas)
     free = [index for index in _preferred(parallel, gpus) if index not in targets]
-    if replicas.index < len(free):
-        return free[replicas.index]
+    if place < len(free):
+        return free[place]
     if free:
         raise ValueError(
-            f"ssd: {_gpus(len(free))} for the drafters of {replicas.number} replicas: let them share with "
+            f"ssd: {_gpus(len(free))} for {num_drafters * replicas.number} drafters: let them share with "
             f'drafter_device "cuda:{free[0]}" and kv_cache_memory'
         )
     raise ValueError(

@@ -41,8 +41,8 @@ class Placement(NamedTuple):
     beside_target: bool = False
 
 
-def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None) -> Placement:
-    """Where this worker's drafter runs, and with what; gpus: None where vLLM is built for the CPU.
+def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None, drafter: int = 0) -> Placement:
+    """Where this worker's drafter of index `drafter` runs, and with what; gpus: None where vLLM is built for the CPU.
 
     Raises ValueError, naming the key, where the GPU or the memory that it would get is another's.
     """
@@ -75,7 +75,11 @@ def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None)
     if gpus is None:
         replica = parallel.data_parallel_rank_local or 0
         num_replicas = max(int(os.environ.get(REPLICAS_ENV, "1")), replica + 1)
-        cpus = share(parse_cpus(config.drafter_cpus) if config.drafter_cpus else default_cpus(), replica, num_replicas)
+        cpus = share(
+            parse_cpus(config.drafter_cpus) if config.drafter_cpus else default_cpus(),
+            replica * config.num_drafters + drafter,
+            num_replicas * config.num_drafters,
+        )
         engine_args["kv_cache_memory_bytes"] = config.kv_cache_memory or CPU_KV_CACHE_BYTES
         places = ",".join(map(str, cpus))
         environment |= {
@@ -88,7 +92,7 @@ def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None)
         }
     else:
         replicas = replicas_here(parallel, int(os.environ.get(REPLICAS_ENV, "1")))
-        index = drafter_gpu(config.drafter_device, parallel, gpus, replicas)
+        index = drafter_gpu(config.drafter_device, parallel, gpus, replicas, drafter, config.num_drafters)
         beside_target = index == gpus.current
         _check_memory(config, vllm_config, gpus, replicas, index)
         environment |= {
@@ -102,7 +106,11 @@ def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None)
             NO_UTILIZATION if config.kv_cache_memory else None
         )
         if config.drafter_cpus:
-            cpus = share(parse_cpus(config.drafter_cpus), replicas.index, replicas.known)
+            cpus = share(
+                parse_cpus(config.drafter_cpus),
+                replicas.index * config.num_drafters + drafter,
+                replicas.known * config.num_drafters,
+            )
     options = DrafterOptions(
         engine_args={key: value for key, value in engine_args.items() if value is not None},
         num_speculative_tokens=config.num_speculative_tokens,
@@ -122,10 +130,10 @@ def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None)
 def _check_memory(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus, replicas: Replicas, index: int) -> None:
     """Raise ValueError where the drafter shares GPU `index` and would size its KV pages by what others leave free."""
     where, chosen = f"cuda:{index}", named_gpus(config.drafter_device)
-    drafters = replicas.known
+    drafters = replicas.known * config.num_drafters
     if chosen and drafters > len(chosen) and not config.kv_cache_memory:
         raise ValueError(
-            f"ssd: drafters of several replicas share {where}, and none can tell how much memory is its own: set "
+            f"ssd: several drafters share {where}, and none can tell how much memory is its own: set "
             f'kv_cache_memory, or name a GPU for each of the {drafters}, as in drafter_device "cuda:2,3"'
         )
     if index not in target_gpus(vllm_config.parallel_config, gpus, replicas) or config.kv_cache_memory:
@@ -141,9 +149,9 @@ def _check_memory(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus, replic
         )
 
 
-def share(cpus: Sequence[int], replica: int, num_replicas: int) -> list[int]:
-    """The replica's part of cores that are for all drafters; all of them where there are fewer than drafters."""
-    return list(cpus[replica::num_replicas] if len(cpus) >= num_replicas else cpus)
+def share(cpus: Sequence[int], drafter: int, num_drafters: int) -> list[int]:
+    """A drafter's part of cores that are for all drafters; all of them where there are fewer than drafters."""
+    return list(cpus[drafter::num_drafters] if len(cpus) >= num_drafters else cpus)
 
 
 def default_cpus() -> list[int]:

@@ -15,7 +15,6 @@ import contextlib
 import logging
 import math
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -39,6 +38,8 @@ DRAFTER_MODULE = "vllm_ssd.drafter"
 """What `python -m` runs as the drafter, with the number of its socket and its options as arguments."""
 HANG_S = 10.0
 """A drafter that owes an answer and gives none for so long, while it is listened to, is taken for hung."""
+SUSPECT_S = 2.0
+"""So long silent, its requests go to another drafter, if there is one: sound ones say something every second."""
 CRASH_S = 2.0
 """A drafter that crashed has this long to end, until it is taken for hung."""
 EXIT_S = 10.0
@@ -156,17 +157,17 @@ class DrafterProcess:
             self._polled_at = time.monotonic()
             return kept + pushes if self.connected else []
 
-    def wait(self, wakeup: int, timeout_s: float) -> None:
-        """Return when the drafter has said something, the descriptor `wakeup` is readable, or the time is over."""
-        poller = select.poll()
-        poller.register(wakeup, select.POLLIN)
+    @property
+    def suspect(self) -> bool:
+        """Whether the drafter was told something, was listened to since, and has said nothing for SUSPECT_S."""
+        return self.connected and self._awaiting_reply and self._listened_at - self._heard_at > SUSPECT_S
+
+    def descriptor(self) -> int | None:
+        """A file descriptor that is readable when `poll` has news, or None when it has some already; -1 for none."""
         drafter = self._drafter
-        if self.connected and drafter is not None:
-            if self._kept or drafter.transport.at_bound:
-                return
-            with contextlib.suppress(ValueError):  # closed meanwhile, by another thread
-                poller.register(drafter.transport.fileno(), select.POLLIN)
-        poller.poll(timeout_s * 1e3)
+        if not self.connected or drafter is None:
+            return -1
+        return None if self._kept or drafter.transport.at_bound else drafter.transport.fileno()
 
     def rest(self) -> None:
         """End the drafter, whose memory is wanted elsewhere, and start no other until `wake`."""

@@ -10,8 +10,8 @@
 # A request is
 #
 #     not held   the drafter does not know it,
-#     held       the drafter knows it under `epoch`, up to `length` committed tokens, or
-#     too long   it has outgrown the drafter's context, which is final.
+#     held       one drafter knows it under `epoch`, up to `length` committed tokens, or
+#     too long   it has outgrown every drafter's context, which is final.
 #
 #     what happens                                 from             to          event
 #     ------------------------------------------   --------------   ---------   ------------------------------
@@ -19,9 +19,11 @@
 #     open, with a drafter and no back-off         not held, held   held        Open: all tokens, a new epoch
 #     open, otherwise                              not held, held   not held    Close if it was held
 #     outcome                                      held             held        Outcome: `length` grows
-#     open or outcome beyond `max_length`          not held, held   too long    Close if it was held
+#     outcome beyond `max_length` of its drafter   held             not held    Close
+#     open or outcome beyond that of every one     not held, held   too long    Close if it was held
 #     `Evicted` with its epoch                     held             not held    none; back-off begins
 #     a new drafter process shakes hands           held             not held    none
+#     open, its drafter abandoned for another      held             held        Close there, Open elsewhere
 #     close                                        any              forgotten   Close if it was held
 #
 # 1. Whoever asks for what the state forbids is refused, quietly: an outcome of a request that is not held is dropped,
@@ -35,29 +37,32 @@
 #    Each eviction doubles the back-off, so that requests which do not fit together do not evict each other for ever.
 # 6. `max_length` leaves the room that the drafter insists on, for the drafts of two rounds: it never evicts a request
 #    for its length.
+# 7. Any drafter of the fleet drafts for any request. A request stays where it is while its drafter answers; opened anew
+#    it goes to the drafter that knows its first tokens, if that is not much busier, or else to the less busy one of two
+#    chosen at random (Mitzenmacher, "The power of two choices", 2001). Those that a lost drafter leaves behind are read
+#    by the others in pieces, so that the rounds of their own requests do not come late.
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from vllm_ssd.config import SSDConfig
+from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.link.protocol import (
     ALL_TOKENS,
     Close,
     Evicted,
     Open,
     Outcome,
-    Push,
     SpeculationBlock,
-    Step,
     Truncation,
     pack_ids,
 )
+from vllm_ssd.target.members import Member, Members
 from vllm_ssd.target.metrics import Metrics
 
 REOPEN_ROUNDS = 32
@@ -65,19 +70,6 @@ REOPEN_ROUNDS = 32
 
 NOT_HELD = -1
 """Generation of no drafter."""
-
-
-class Link(Protocol):
-    """A connection to a drafter that may die and come back; none of its calls blocks or raises."""
-
-    generation: int
-    """Grows whenever a new drafter process has come up; 0 while there never was one."""
-    connected: bool
-    max_model_len: int
-
-    def send(self, step: Step) -> None: ...
-
-    def poll(self, timeout_s: float = 0.0) -> list[Push]: ...
 
 
 @dataclass(slots=True)
@@ -89,6 +81,7 @@ class RemoteRequest:
     truncation: Truncation = ALL_TOKENS
     epoch: int = 0
     length: int = 0  # committed tokens that the drafter was told of
+    member: int = 0  # index of the drafter that holds it, or held it last
     generation: int = NOT_HELD  # of the drafter that holds it
     awaiting_first_block: bool = False  # none has come in this epoch: the drafter may still read the prompt
     too_long: bool = False
@@ -97,45 +90,46 @@ class RemoteRequest:
 
 
 class DrafterClient:
-    """Open, outcome, close and poll: the target's side of the conversation with a drafter.
+    """Open, outcome, close and poll: the target's side of the conversation with its drafters.
 
     `keep_block` gets each accepted block, from `poll`; others are counted as stale.
     """
 
     def __init__(
-        self, config: SSDConfig, link: Link, metrics: Metrics, keep_block: Callable[[SpeculationBlock], None]
+        self, config: SSDConfig, fleet: Fleet, metrics: Metrics, keep_block: Callable[[SpeculationBlock], None]
     ) -> None:
-        self._num_speculative_tokens = config.num_speculative_tokens
-        self._link = link
+        self._fleet = fleet
+        self._members = Members(fleet, reserve=2 * config.num_speculative_tokens + 2)
         self._metrics = metrics
         self._keep_block = keep_block
         self._requests: dict[str, RemoteRequest] = {}
         self._epochs = itertools.count(1)
         self._round = 0
-        self._events: list[Open | Outcome | Close] = []
-        self._events_generation = 0  # of the drafter that `_events` are for
-        self.awaiting_push = False
-        """Whether the last poll that waited ended without a push, and none has come since."""
 
     @property
     def connected(self) -> bool:
         """Whether there is a drafter now."""
-        return self._link.connected
-
-    @property
-    def max_length(self) -> int:
-        """Committed tokens that a held request may have."""
-        return self._link.max_model_len - 2 * self._num_speculative_tokens - 2
+        return self._fleet.connected
 
     def holds(self, request: RemoteRequest) -> bool:
-        """Whether the drafter holds the request, as far as the target was told."""
-        return request.generation == self._link.generation
+        """Whether a drafter holds the request, as far as the target was told, and is not abandoned for another."""
+        return self._is_known(request) and not self._members[request.member].abandoned
+
+    def reaches(self, request: RemoteRequest) -> bool:
+        """Whether the drafter that holds the request is there."""
+        return self.holds(request) and self._members[request.member].link.connected
+
+    def may_wait(self, request: RemoteRequest, length: int) -> bool:
+        """Whether its drafter can be asked to hurry with a request of `length` committed tokens; not while it still
+        owes what was waited for."""
+        member = self._members[request.member]
+        return self.reaches(request) and not member.awaiting_push and length <= member.max_length
 
     def begin_round(self) -> None:
         """A round of the target passes; back-off is counted in them."""
         self._round += 1
 
-    # ---- towards the drafter ---------------------------------------------------------------------------
+    # ---- towards the drafters --------------------------------------------------------------------------
 
     def add(self, request_id: str, temperature: float, truncation: Truncation = ALL_TOKENS) -> RemoteRequest:
         """A new request, not held yet; one of the same id is closed."""
@@ -153,32 +147,48 @@ class DrafterClient:
         """
         if request.too_long:
             return False
-        if not self._link.connected or self._round < request.reopen_round:
+        if not self._fleet.connected or self._round < request.reopen_round:
             self._release(request)
             return False
-        if len(token_ids) > self.max_length:
+        if len(token_ids) > self._members.max_length:
             self._retire(request)
             return False
+        held_by = request.member if self.reaches(request) else None
+        member = self._members.choose(token_ids, held_by, reopened=held_by is None and request.epoch > 0)
+        if member is None:
+            self._release(request)
+            return False
+        member.catch_up()
+        if held_by != member.index:
+            self._release(request)
+            member.num_held += 1
         request.epoch = next(self._epochs)
         request.length = len(token_ids)
-        request.generation = self._link.generation
+        request.member, request.generation = member.index, member.link.generation
         request.awaiting_first_block = True
+        member.reading[request.request_id] = len(token_ids)
         tokens = pack_ids(token_ids)
-        self._enqueue(Open(request.request_id, request.epoch, tokens, request.temperature, request.truncation))
+        member.enqueue(Open(request.request_id, request.epoch, tokens, request.temperature, request.truncation))
         if draft_token_ids:
             self.outcome(request, [], list(draft_token_ids))
         return True
 
     def outcome(self, request: RemoteRequest, emitted: list[int], draft_token_ids: list[int], jit: int = 0) -> None:
         """Tell what was emitted since `request.length`, and the drafts now under verification (`protocol.Outcome`)."""
-        if request.generation != self._link.generation:
+        member = self._members[request.member]
+        if not self._is_known(request):
             return
         length = request.length + len(emitted)
-        if length > self.max_length:
-            self._retire(request)
+        if length > member.max_length:
+            (self._retire if length > self._members.max_length else self._release)(request)
             return
         request.length = length
-        self._enqueue(Outcome(request.request_id, request.epoch, length, emitted, draft_token_ids, jit))
+        member.enqueue(Outcome(request.request_id, request.epoch, length, emitted, draft_token_ids, jit))
+
+    def looked_up(self, request: RemoteRequest, *, hit: bool, block: bool) -> None:
+        """The outcome of a held request was found in its block, was not in it, or there was no block yet."""
+        self._metrics.outcome(hit=hit, block=block, index=request.member)
+        self._members[request.member].looked_up(not hit and not block)
 
     def close(self, request_id: str) -> None:
         """Forget a request; unknown ones are ignored."""
@@ -188,11 +198,12 @@ class DrafterClient:
 
     def send(self, num_drafts: int) -> None:
         """Send what was queued, if anything; `num_drafts` are wanted for each coming round."""
-        if not self._events:
-            return
-        events, self._events = self._events, []
-        if self._events_generation == self._link.generation:
-            self._link.send(Step(events, num_drafts))
+        for member in self._members:
+            member.send(num_drafts)
+
+    def _is_known(self, request: RemoteRequest) -> bool:
+        """Whether the drafter process that it was opened on is still the one there, answering or not."""
+        return request.generation == self._members[request.member].link.generation
 
     def _retire(self, request: RemoteRequest) -> None:
         self._release(request)
@@ -200,47 +211,56 @@ class DrafterClient:
         self._metrics.too_long(request.request_id)
 
     def _release(self, request: RemoteRequest) -> None:
-        if self.holds(request):
-            self._enqueue(Close(request.request_id))
+        member = self._members[request.member]
+        if self._is_known(request):
+            member.enqueue(Close(request.request_id))
+            self._left(request, member)
         request.generation = NOT_HELD
 
-    def _enqueue(self, event: Open | Outcome | Close) -> None:
-        if self._events_generation != self._link.generation:
-            self._events, self._events_generation = [], self._link.generation
-        self._events.append(event)
+    def _left(self, request: RemoteRequest, member: Member) -> None:
+        member.catch_up()
+        member.num_held -= 1
+        member.reading.pop(request.request_id, None)
 
-    # ---- from the drafter ------------------------------------------------------------------------------
+    # ---- from the drafters -----------------------------------------------------------------------------
 
-    def poll(self, timeout_s: float = 0.0) -> None:
-        """Take what the drafter has pushed, waiting at most `timeout_s` when there is nothing."""
-        pushes = self._link.poll(timeout_s)
-        self.awaiting_push = not pushes and (self.awaiting_push or timeout_s > 0)
-        for push in pushes:
+    def poll(self, timeout_s: float = 0.0, waiting: Collection[RemoteRequest] = ()) -> None:
+        """Take what the drafters have pushed, waiting at most `timeout_s` when there is nothing.
+
+        waiting: the requests that the wait is for.
+        """
+        pushes = self._fleet.poll(timeout_s)
+        for index in {request.member for request in waiting}:
+            self._members[index].awaiting_push = True
+        for index, push in pushes:
+            member = self._members[index]
+            member.awaiting_push = False
             for block in push.blocks:
-                self._take_block(block)
+                self._take_block(block, index)
             for evicted in push.evicted:
-                self._take_eviction(evicted)
+                self._take_eviction(evicted, index)
             if push.stats is not None:
-                self._metrics.drafter(push.stats, self._link.generation)
+                self._metrics.drafter(push.stats, member.link.generation, index)
+        self._members.look_around()
 
-    def _take_block(self, block: SpeculationBlock) -> None:
+    def _take_block(self, block: SpeculationBlock, index: int) -> None:
         request = self._requests.get(block.request_id)
-        if (
-            request is None
-            or block.epoch != request.epoch
-            or block.length != request.length
-            or not self.holds(request)
-            or not block.fits
-        ):
+        if request is None or request.member != index or block.epoch != request.epoch or not self._is_known(request):
+            self._metrics.stale_block()
+            return
+        if request.awaiting_first_block:
+            self._members[index].reading.pop(block.request_id, None)
+        if block.length != request.length or not block.fits:
             self._metrics.stale_block()
             return
         request.awaiting_first_block = False
         self._keep_block(block)
 
-    def _take_eviction(self, evicted: Evicted) -> None:
+    def _take_eviction(self, evicted: Evicted, index: int) -> None:
         request = self._requests.get(evicted.request_id)
-        if request is None or request.epoch != evicted.epoch or not self.holds(request):
+        if request is None or request.member != index or request.epoch != evicted.epoch or not self._is_known(request):
             return
+        self._left(request, self._members[index])
         request.generation = NOT_HELD
         request.reopen_round = self._round + (REOPEN_ROUNDS << min(request.evictions, 6))
         request.evictions += 1

@@ -1,9 +1,10 @@
-"""Start the drafter of one vLLM worker, on either model runner."""
+"""Start the drafters of one vLLM worker, on either model runner."""
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 from vllm.config import VllmConfig
@@ -12,6 +13,7 @@ from vllm.logger import init_logger
 from vllm_ssd.compat.target import worker
 from vllm_ssd.compat.vocabulary import read_vocabulary
 from vllm_ssd.config import SERVER_PID_ENV, SSDConfig
+from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.link.metrics_socket import METRICS_ENV
 from vllm_ssd.link.placement import place_drafter
 from vllm_ssd.link.process import DrafterProcess
@@ -31,40 +33,60 @@ def user_config(vllm_config: VllmConfig) -> SSDConfig:
     return SSDConfig.from_json(ours["ssd"])
 
 
-def start_drafter(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, DrafterProcess]:
-    """Start a drafter for this worker, which loads beside the target, and the counters about it.
+def start_drafters(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, Fleet]:
+    """Start the drafters of this worker, which load beside the target, and the counters about them.
 
     A drafter on this worker's own GPU is loaded before the target, so that each measures its own memory. The metrics'
-    port is free again when the drafter is closed or the server has ended.
+    port is free again when a drafter is closed or the server has ended.
     """
-    options, environment, beside_target = place_drafter(config, vllm_config, worker.visible_gpus())
+    gpus = worker.visible_gpus()
+    placements = [place_drafter(config, vllm_config, gpus, index) for index in range(config.num_drafters)]
     metrics = Metrics(config.num_speculative_tokens, logger)
     if config.metrics_port is not None:
         metrics.serve(config.metrics_port + vllm_config.parallel_config.data_parallel_index)
     if METRICS_ENV in os.environ:
         metrics.listen(os.environ[METRICS_ENV], vllm_config.parallel_config.data_parallel_index)
-    free_before = torch.accelerator.get_memory_info()[0] if beside_target else 0
     trace = os.environ.get(TRACE_ENV)
+    starts: list[Callable[..., DrafterProcess]] = [DrafterProcess] * config.num_drafters
     if trace:
         from vllm_ssd.target.trace import TracedDrafterProcess
 
-        start = functools.partial(TracedDrafterProcess, timeline=Timeline(trace, "target"))
-    else:
-        start = DrafterProcess
-    drafter = start(
-        options,
-        _hello(config, vllm_config),
-        environment=environment,
-        startup_timeout_s=config.startup_timeout_s,
-        logger=logger,
-        server_pid=int(os.environ.get(SERVER_PID_ENV, "0")),
-        on_stats=metrics.drafter,
-        on_end=metrics.close,
-    )
-    metrics.watch(drafter)
-    taken = load_before_target(drafter, vllm_config, free_before) if beside_target else 0
-    worker.attach(vllm_config, sleep_hooks(drafter, beside_target, taken))
-    return metrics, drafter
+        traced = functools.partial(TracedDrafterProcess, timeline=Timeline(trace, "target"))
+        starts = [functools.partial(traced, index=index) for index in range(config.num_drafters)]
+    hello = _hello(config, vllm_config)
+    drafters, hooks = [], []
+    for index, (start, (options, environment, beside_target)) in enumerate(zip(starts, placements)):
+        free_before = torch.accelerator.get_memory_info()[0] if beside_target else 0
+        drafter = start(
+            options,
+            hello,
+            environment=environment,
+            startup_timeout_s=config.startup_timeout_s,
+            logger=logger,
+            server_pid=int(os.environ.get(SERVER_PID_ENV, "0")),
+            on_stats=functools.partial(metrics.drafter, index=index),
+            on_end=metrics.close,
+        )
+        taken = load_before_target(drafter, vllm_config, free_before) if beside_target else 0
+        drafters.append(drafter)
+        hooks.append(sleep_hooks(drafter, beside_target, taken))
+    metrics.watch(*drafters)
+    worker.attach(vllm_config, _all_of(hooks))
+    return metrics, Fleet(drafters)
+
+
+def _all_of(hooks: Sequence[worker.WorkerHooks]) -> worker.WorkerHooks:
+    """The hooks of several drafters as those of one."""
+
+    def on_sleep() -> None:
+        for hook in hooks:
+            hook.on_sleep()
+
+    def on_wake() -> None:
+        for hook in hooks:
+            hook.on_wake()
+
+    return worker.WorkerHooks(sum(hook.drafter_bytes for hook in hooks), on_sleep, on_wake)
 
 
 def load_before_target(drafter: DrafterProcess, vllm_config: VllmConfig, free_before: int) -> int:

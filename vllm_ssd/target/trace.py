@@ -21,15 +21,17 @@ class TracedDrafterProcess(DrafterProcess):
     """As its base, and on the timeline: verifications, rounds with the fate of their drafts, pushes and waits.
 
     The target verifies from when it has told the drafter of a round until it asks for news again, on V1, and from one
-    round's news to the next on V2, where asynchronous scheduling keeps the device busy.
+    round's news to the next on V2, where asynchronous scheduling keeps the device busy, and wherever the target sleeps
+    on several drafters. Each drafter after the first has a track of its own for what the target does with it.
     """
 
-    def __init__(self, *args, timeline: Timeline, **kwargs) -> None:
+    def __init__(self, *args, timeline: Timeline, index: int = 0, **kwargs) -> None:
         self._timeline = timeline
+        self._target, self._waits = (f"{track} {index}" if index else track for track in ("target", "waits"))
         self._requests: dict[str, _Request] = {}
         self._told_ns = self._known_ns = 0
         self._rows: set[str] = set()  # of the round under verification
-        self._sleeps = False  # the courier of V2 polls whenever it wakes
+        self._sleeps = False  # on the link's descriptor, and polls whenever it wakes
         super().__init__(*args, **kwargs)
 
     def poll(self, timeout_s: float = 0.0) -> list[Push]:
@@ -39,7 +41,7 @@ class TracedDrafterProcess(DrafterProcess):
             self._known_ns = started
         pushes = super().poll(timeout_s)
         if timeout_s > 0:
-            self._timeline.span("waits", "wait", started, time.monotonic_ns(), ms=1e3 * timeout_s)
+            self._timeline.span(self._waits, "wait", started, time.monotonic_ns(), ms=1e3 * timeout_s)
         for push in pushes:
             for block in push.blocks:
                 request = self._requests.get(block.request_id)
@@ -56,10 +58,10 @@ class TracedDrafterProcess(DrafterProcess):
                 )
         return pushes
 
-    def wait(self, wakeup: int, timeout_s: float) -> None:
+    def descriptor(self) -> int | None:
         """As its base."""
         self._sleeps = True
-        super().wait(wakeup, timeout_s)
+        return super().descriptor()
 
     def send(self, step: Step) -> None:
         """As its base; the round that it tells of is on the timeline."""
@@ -67,9 +69,9 @@ class TracedDrafterProcess(DrafterProcess):
         started = time.monotonic_ns()
         if outcomes & self._rows:
             known = started if self._sleeps or not self._known_ns else self._known_ns
-            self._timeline.span("target", "verify", self._told_ns, known, rows=len(self._rows))
+            self._timeline.span(self._target, "verify", self._told_ns, known, rows=len(self._rows))
             if known < started:
-                self._timeline.span("target", "hand over", known, started)
+                self._timeline.span(self._target, "hand over", known, started)
         for event in step.events:
             self._note(event)
         super().send(step)

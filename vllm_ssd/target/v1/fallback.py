@@ -62,18 +62,19 @@ class Fallback:
         started = now = time.perf_counter()
         deadline = started + self._config.wait_ms / 1e3
         first_s, ready = None, 0
-        while client.connected:
+        remotes = [row.request.remote for row in waiting]
+        while any(map(client.reaches, remotes)):
             ready = min(_num_ready(row, client) for row in waiting)
             now = time.perf_counter()
             if first_s is None and ready:
                 first_s = now - started
             if ready >= jit or now >= deadline:
                 break
-            client.poll(deadline - now)
+            client.poll(deadline - now, remotes)
         seconds = now - started
-        held = [row for row in waiting if client.holds(row.request.remote)]
+        held = [row for row in waiting if client.reaches(row.request.remote)]
         reading = any(row.request.remote.awaiting_first_block for row in held)
-        if client.connected and len(held) == len(waiting) and not reading:
+        if len(held) == len(waiting) and not reading:
             self._learn_wait(seconds, first_s, ready, jit)  # of drafting, not of reading a new prompt
         for row in held:
             row.drafts = row.request.lookup(0, JIT_TOKEN).since(0, min(jit, row.max_drafts))
@@ -117,10 +118,10 @@ class Fallback:
         return matches, total
 
     def _may_wait(self, missed: list[Row], client: DrafterClient) -> list[Row]:
-        """Rows whose drafter can be told to hurry; none while it still owes what was waited for."""
-        if self._config.on_miss not in ("wait", "auto") or not client.connected or client.awaiting_push:
+        """Rows whose drafter can be told to hurry."""
+        if self._config.on_miss not in ("wait", "auto"):
             return []
-        return [row for row in missed if row.emitted is not None and row.length <= client.max_length]
+        return [row for row in missed if row.emitted is not None and client.may_wait(row.request.remote, row.length)]
 
     def _num_jit_drafts(self, num_missed: int, wanted: int) -> tuple[int, float]:
         """Just-in-time drafts worth waiting for, and tokens gained: all with "wait", what was measured with "auto"."""
@@ -147,4 +148,4 @@ class Fallback:
 
 def _num_ready(row: Row, client: DrafterClient) -> int:
     """Just-in-time drafts of a row that are there; all where none will come any more."""
-    return len(row.request.lookup(0, JIT_TOKEN).token_ids) if client.holds(row.request.remote) else row.jit
+    return len(row.request.lookup(0, JIT_TOKEN).token_ids) if client.reaches(row.request.remote) else row.jit

@@ -11,7 +11,7 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_ssd.compat.target import runner_v1
 from vllm_ssd.link.protocol import Proposal, Truncation
-from vllm_ssd.target.start import start_drafter, user_config
+from vllm_ssd.target.start import start_drafters, user_config
 from vllm_ssd.target.v1.round import Batch
 from vllm_ssd.target.v1.verifier import Verifier
 
@@ -27,13 +27,13 @@ class SSDProposer:
         if get_tp_group().rank_in_group != 0:
             return
         config = user_config(vllm_config)
-        self._metrics, self._drafter = start_drafter(config, vllm_config)
-        self._verifier = Verifier(config, self._drafter, self._metrics)
+        self._metrics, self._drafters = start_drafters(config, vllm_config)
+        self._verifier = Verifier(config, self._drafters, self._metrics)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Called once the target is loaded: wait for the drafter, which has been loading beside it."""
         if self._verifier is not None:
-            self._drafter.wait_until_ready()
+            self._drafters.wait_until_ready()
 
     def on_schedule(
         self, started: Sequence[tuple[str, Sequence[int] | None, float, int, Truncation]], finished: Sequence[str]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.requests import DrafterClient
 from vllm_ssd.target.v1.request import Request, Speculation
 
@@ -57,7 +56,7 @@ class Round:
         self.waiting: list[Row] = []
         self._batch = batch
 
-    def look_up(self, requests: Mapping[str, Request], client: DrafterClient, metrics: Metrics) -> None:
+    def look_up(self, requests: Mapping[str, Request], client: DrafterClient) -> None:
         """Find what was speculated for the outcome of each row; count hits and misses of held requests."""
         batch = self._batch
         for index, sampled in enumerate(batch.sampled_token_ids):
@@ -69,7 +68,7 @@ class Round:
             if client.holds(request.remote) and length >= told:
                 emitted = batch.token_ids[index, told:length].tolist()
                 drafts = request.follow(emitted)
-                metrics.outcome(hit=bool(drafts.token_ids), block=bool(request.blocks))
+                client.looked_up(request.remote, hit=bool(drafts.token_ids), block=bool(request.blocks))
                 if len(drafts.token_ids) > max_drafts:
                     drafts = drafts.since(0, max_drafts)
             else:

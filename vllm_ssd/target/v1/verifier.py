@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterable, Sequence
 
 from vllm_ssd.config import SSDConfig
+from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.link.protocol import Proposal, SpeculationBlock, Truncation
 from vllm_ssd.policy import Adaptation
 from vllm_ssd.target.metrics import Metrics
-from vllm_ssd.target.requests import DrafterClient, Link
+from vllm_ssd.target.requests import DrafterClient
 from vllm_ssd.target.v1.fallback import Fallback
 from vllm_ssd.target.v1.request import Request
 from vllm_ssd.target.v1.round import Batch, Round
@@ -22,11 +23,11 @@ from vllm_ssd.target.v1.round import Batch, Round
 class Verifier:
     """Turn outcomes into drafts for one vLLM worker."""
 
-    def __init__(self, config: SSDConfig, link: Link, metrics: Metrics) -> None:
+    def __init__(self, config: SSDConfig, fleet: Fleet, metrics: Metrics) -> None:
         self._config = config
         self._metrics = metrics
         self._requests: dict[str, Request] = {}
-        self._client = DrafterClient(config, link, metrics, self._keep_block)
+        self._client = DrafterClient(config, fleet, metrics, self._keep_block)
         self._adaptation = Adaptation(config.num_speculative_tokens)
         self._fallback = Fallback(config, self._adaptation)
         self._last_round: Round | None = None
@@ -56,7 +57,7 @@ class Verifier:
         self._observe(batch, started_s)
         round_ = Round(started_s, batch, self._num_drafts(sum(map(bool, batch.sampled_token_ids))))
         if round_.num_drafts:
-            round_.look_up(self._requests, self._client, self._metrics)
+            round_.look_up(self._requests, self._client)
             self._fallback.decide(round_, len(self._requests), self._client)
         round_.tell(self._client)
         if round_.waiting:

@@ -16,16 +16,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.kernels import OUTCOME_COLUMNS, Found
+from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.link.protocol import ALL_TOKENS, SpeculationBlock, Truncation
 from vllm_ssd.policy import NgramGain
 from vllm_ssd.target.metrics import Metrics
-from vllm_ssd.target.requests import DrafterClient, Link, RemoteRequest
+from vllm_ssd.target.requests import DrafterClient, RemoteRequest
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
 from vllm_ssd.target.v2.verified import VerifiedDrafts
 
@@ -37,15 +37,6 @@ NGRAM_LOSS = 0.1
 
 HEARTBEAT_S = 0.25
 """How often a drafter is looked at that says nothing, so that its death or hang is noticed."""
-
-
-class WaitableLink(Link, Protocol):
-    """A link that a thread can sleep on."""
-
-    def wait(self, wakeup: int, timeout_s: float) -> None:
-        """Return when the drafter has said something, the descriptor `wakeup` is readable, or the time is over."""
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +83,18 @@ class Courier:
     def __init__(
         self,
         config: SSDConfig,
-        link: WaitableLink,
+        fleet: Fleet,
         metrics: Metrics,
         cache: SpeculationCache,
         logger: logging.Logger,
         num_batches: int,
     ) -> None:
         self._config = config
-        self._link = link
+        self._fleet = fleet
         self._metrics = metrics
         self._cache = cache
         self._logger = logger
-        self._client = DrafterClient(config, link, metrics, self._keep_block)
+        self._client = DrafterClient(config, fleet, metrics, self._keep_block)
         self._requests: dict[int, SlotRequest] = {}  # by serial number
         self._verified = VerifiedDrafts(metrics, num_batches)
         self._tasks: deque[Callable[[], None]] = deque()
@@ -219,11 +210,11 @@ class Courier:
     def _carry(self) -> None:
         try:
             while not self._stopped:
-                self._link.wait(self._wakeup, HEARTBEAT_S)
+                self._fleet.wait(self._wakeup, HEARTBEAT_S)
                 self.work()
         finally:
             self._stopped = True
-            self._link.close()
+            self._fleet.close()
             self._tasks.clear()
 
     def work(self) -> None:
@@ -294,7 +285,7 @@ class Courier:
         if len(request.token_ids) + 2 > request.last_length:  # its next round only emits
             self._client.close(remote.request_id)
         elif self._client.holds(remote):
-            self._metrics.outcome(hit=found == Found.HIT, block=found != Found.LATE)
+            self._client.looked_up(remote, hit=found == Found.HIT, block=found != Found.LATE)
             self._client.outcome(remote, request.token_ids[remote.length :], request.verifying)
         else:
             self._client.open(remote, request.token_ids, request.verifying)

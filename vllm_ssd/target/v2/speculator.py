@@ -23,7 +23,7 @@ from vllm_ssd.compat.target.runner_v2 import (
 from vllm_ssd.kernels import DeviceSpeculation, lookup, write_draft_logits
 from vllm_ssd.link.options import max_support
 from vllm_ssd.link.protocol import Truncation
-from vllm_ssd.target.start import logger, start_drafter, user_config
+from vllm_ssd.target.start import logger, start_drafters, user_config
 from vllm_ssd.target.v2.courier import Courier
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
 
@@ -78,9 +78,9 @@ class SSDSpeculator(V2Speculator):
                 num_slots,
             )
             self._cache = SpeculationCache(num_slots, config.max_branches, num_drafts, top_m, device)
-            self._metrics, self._drafter = start_drafter(config, vllm_config)
+            self._metrics, self._drafters = start_drafters(config, vllm_config)
             self._courier = Courier(
-                config, self._drafter, self._metrics, self._cache, logger, vllm_config.max_concurrent_batches
+                config, self._drafters, self._metrics, self._cache, logger, vllm_config.max_concurrent_batches
             )
             self._ngram = ngram_speculator(vllm_config, device, req_states) if self._courier.wants_ngram else None
             weakref.finalize(self, self._courier.stop)
@@ -89,7 +89,7 @@ class SSDSpeculator(V2Speculator):
         """Compile, and wait for the drafter, which has been loading beside the target."""
         self._warm_up()
         if self._courier is not None:
-            self._drafter.wait_until_ready()
+            self._drafters.wait_until_ready()
             self._courier.run()
 
     def add_request(

@@ -1,0 +1,99 @@
+"""The drafters of one target, any of which can draft for any request."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from vllm_ssd.link.protocol import Push, Step
+
+
+class Link(Protocol):
+    """A connection to a drafter that may die and come back; `send` and `poll` never block for it and never raise."""
+
+    generation: int
+    """Grows whenever a new drafter has come up; 0 while there never was one."""
+    connected: bool
+    max_model_len: int
+
+    @property
+    def suspect(self) -> bool:
+        """Whether the drafter owes an answer for so long that its requests had better go to another."""
+        ...
+
+    def send(self, step: Step) -> None: ...
+
+    def poll(self, timeout_s: float = 0.0) -> list[Push]:
+        """What the drafter has pushed since the last call, waiting at most `timeout_s` when there is nothing."""
+        ...
+
+    def descriptor(self) -> int | None:
+        """A file descriptor that is readable when `poll` has news, or None when it has some already; -1 for none."""
+        ...
+
+    def wait_until_ready(self) -> None:
+        """Block until the drafter has shaken hands for the first time; raises when it does not."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Fleet:
+    """Links that are polled, waited for and closed together; they are known by their index."""
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        self.links = list(links)
+
+    def __len__(self) -> int:
+        return len(self.links)
+
+    def __iter__(self) -> Iterator[Link]:
+        return iter(self.links)
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is any drafter now."""
+        return any(link.connected for link in self.links)
+
+    def poll(self, timeout_s: float = 0.0) -> list[tuple[int, Push]]:
+        """What the drafters have pushed since the last call, each with its link's index.
+
+        Waits at most `timeout_s` seconds when no drafter has news.
+        """
+        if len(self.links) == 1:
+            return [(0, push) for push in self.links[0].poll(timeout_s)]
+        deadline = time.monotonic() + timeout_s
+        while True:
+            pushes = [(index, push) for index, link in enumerate(self.links) for push in link.poll()]
+            left = deadline - time.monotonic()
+            if pushes or left <= 0 or not self.connected:
+                return pushes
+            self._wait(None, left)
+
+    def wait(self, wakeup: int, timeout_s: float) -> None:
+        """Return when a drafter has said something, the descriptor `wakeup` is readable, or the time is over."""
+        self._wait(wakeup, timeout_s)
+
+    def wait_until_ready(self) -> None:
+        """Block until each drafter has shaken hands once; raises when one does not."""
+        for link in self.links:
+            link.wait_until_ready()
+
+    def close(self) -> None:
+        """End the links; idempotent."""
+        for link in self.links:
+            link.close()
+
+    def _wait(self, wakeup: int | None, timeout_s: float) -> None:
+        poller = select.poll()
+        if wakeup is not None:
+            poller.register(wakeup, select.POLLIN)
+        for link in self.links:
+            descriptor = link.descriptor()
+            if descriptor is None:
+                return
+            if descriptor >= 0:
+                poller.register(descriptor, select.POLLIN)
+        poller.poll(timeout_s * 1e3)
