@@ -177,6 +177,28 @@ def test_a_drafter_that_is_late_gets_no_new_requests():
     assert client.open(client.add("last", 0.0), [1]), "a late drafter is better than none"
 
 
+def test_a_drafter_that_was_late_is_tried_again():
+    _, client, _ = make(2)
+    for request in open_all(client, [[i] for i in range(16)]):
+        for _ in range(LATE_ROUNDS):
+            client.looked_up(request, hit=False, block=request.member == 1)
+    more = [client.add(f"new {i}", 0.0) for i in range(40)]
+    assert all(client.open(request, [7]) for request in more)
+    assert any(request.member == 0 for request in more)
+
+
+def test_a_drafter_that_was_silent_is_used_when_it_speaks_again():
+    links, client, _ = make(2)
+    for request in open_all(client, [[i] for i in range(16)]):
+        for _ in range(LATE_ROUNDS):
+            client.looked_up(request, hit=False, block=request.member == 1)
+    for links[0].suspect in (True, False):
+        client.poll()
+    more = [client.add(f"new {i}", 0.0) for i in range(8)]
+    assert all(client.open(request, [7]) for request in more)
+    assert any(request.member == 0 for request in more)
+
+
 def test_a_wait_ends_with_the_first_push_of_any_drafter():
     links, client, kept = make(3)
     requests = open_all(client, [[i] for i in range(9)])

@@ -17,7 +17,9 @@ MAX_REOPENED_TOKENS = 8192
 LATE_ROUNDS = 128
 """Over about so many outcomes the share that found no block of its drafter is averaged."""
 MAX_LATE_SHARE = 0.5
-"""A drafter of a fleet that is later gets no new requests."""
+"""A drafter of a fleet that is later gets no new requests, but for one to try now and then."""
+FORGIVEN = 1 / 16
+"""Of its late share, for each request that it would else have had a chance to get."""
 PREFIX_TOKENS = 64
 """Requests that share so many first tokens go to one drafter, which may have their pages."""
 MAX_PREFIXES = 4096
@@ -92,6 +94,8 @@ class Members:
         if len(self._members) > 1:
             sound = [member.link.connected and not member.link.suspect for member in self._members]
             for member, is_sound in zip(self._members, sound):
+                if member.abandoned and is_sound:
+                    member.late_share = 0.0  # that was its silence
                 member.abandoned = not is_sound and any(sound)
 
     def choose(self, token_ids: Sequence[int] | np.ndarray, held_by: int | None, reopened: bool) -> Member | None:
@@ -109,7 +113,11 @@ class Members:
             return members[held_by]
         for member in there:
             member.catch_up()
-        there = [member for member in there if member.late_share <= MAX_LATE_SHARE] or there
+        in_time = [member for member in there if member.late_share <= MAX_LATE_SHARE]
+        for member in there:
+            if member not in in_time:
+                member.late_share -= FORGIVEN * member.late_share  # what it was late for may be over
+        there = in_time or there
         if reopened:
             there = [m for m in there if not m.reading or sum(m.reading.values()) + size <= MAX_REOPENED_TOKENS]
         if not there:
