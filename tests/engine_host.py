@@ -20,7 +20,9 @@ from typing import Any
 import fork_server
 import numpy as np
 
+from vllm_ssd.monitor.scrape import scrape, url_of
 from vllm_ssd.planning.engine_host import serve
+from vllm_ssd.target.metrics import COUNTERS
 
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 if V2:  # also in the worker processes, which import this module anew
@@ -32,7 +34,7 @@ class EngineHost:
     """The engine, and what tests may do to it."""
 
     def __init__(self) -> None:
-        self._llm = self._engine = self._proposer = None
+        self._llm = self._engine = self._proposer = self._metrics_port = None
         self._seen = {"known_q": 0, "cut_q": 0, "ngram_drafts": 0}
         self._launched_at_start: list[str] = []
         self._adapters: dict[str, int] = {}  # number of each folder: vLLM tells adapters apart by it
@@ -40,7 +42,7 @@ class EngineHost:
     def start(self, *, patches: dict[str, Any] | None = None, **engine_args: Any) -> None:
         """Start the engine with module attributes such as "vllm_ssd.link.process.HANG_S" replaced by `patches`.
 
-        With several workers the proposer is in another process, and only vLLM's own counters are seen.
+        With several workers the proposer is in another process, and only what its metrics page says is seen.
         """
         from vllm import LLM
 
@@ -53,6 +55,7 @@ class EngineHost:
 
         if "speculative_config" in engine_args:
             self._proposer = measure.proposer(self._engine)
+            self._metrics_port = engine_args["speculative_config"].get("metrics_port")
         if self._proposer is not None:
             if V2:
                 self._see_lookups()
@@ -123,7 +126,7 @@ class EngineHost:
             seconds.append(time.perf_counter() - began)
             time.sleep(max(0.0, min_seconds - seconds[-1]))
             step += 1
-        if V2 and self._proposer is not None:
+        if V2 and (self._proposer is not None or self._metrics_port is not None):
             self._settle()
         counts = {name: value - before.get(name, 0) for name, value in self.counts().items()}
         total_s = time.perf_counter() - started
@@ -153,6 +156,9 @@ class EngineHost:
         }
         if self._proposer is not None:
             counts |= self._proposer._metrics.counts | self._seen
+        elif self._metrics_port is not None:
+            (engine,) = scrape(url_of(str(self._metrics_port))).engines.values()
+            counts |= {name: int(engine.values[f"{name}_total"]) for name in COUNTERS}
         return counts
 
     def set_drafts(self, counts: list[int]) -> None:
@@ -290,6 +296,11 @@ class EngineHost:
 
         while measure.scheduler(self._engine).has_requests():
             self._engine.step()
+        if self._proposer is None:  # in another process
+            deadline, before = time.monotonic() + 5, {}
+            while before != (before := self.counts()) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            return
         counted = threading.Event()
         self._proposer._courier._enqueue(counted.set)
         counted.wait(5)  # unless its thread has ended

@@ -200,7 +200,7 @@ def test_two_workers(
         engine.close()
     assert texts(run)[:3] == texts(target_alone.generate(greedy))
     assert len(texts(run)[3][0]) == 24
-    assert run.counts["vllm:spec_decode_num_accepted_tokens"] >= 20, f"inconclusive: {run.counts}"
+    assert_conclusive(run, accepted=20)
     assert {0, 5} <= learned.keys(), f"inconclusive: {learned}"
 
 
