@@ -54,6 +54,8 @@ BACK_S = 180.0
 SETTLE_S = 0.5
 """What still counts as under a fault after it."""
 WARM_S = 5.0
+CALM = 0.3
+"""The rest after a fault, as a part of what it took: stalls under faults are compared with those of calm times."""
 MOST = 3.0
 """A run goes on until enough kinds of fault have hit, for so many times the minutes asked for."""
 POOL = 70
@@ -219,7 +221,8 @@ async def _run(options: argparse.Namespace, found: Found, load: Load, watch: Wat
     begun = time.monotonic()
     watch.gaps.clear()
     for fault in schedule(options.seed, options.faults, options.longest_hang):
-        await asyncio.sleep(fault.pause_s)
+        last = found.windows[-1][1] - found.windows[-1][0] if found.windows else 0.0
+        await asyncio.sleep(max(fault.pause_s, CALM * last))
         over = (time.monotonic() - begun) / max(60 * options.minutes, 1e-9)
         if over > 1 and (kinds_hit(options, found) >= options.kinds or over > MOST) or looking.done():
             break

@@ -15,7 +15,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import psutil
@@ -38,7 +38,10 @@ Limits = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is done. seconds: it lasts, if it lasts; share: of a boot, after which it comes; pause_s: rest before it."""
+    """What is done.
+
+    seconds: it lasts, if it lasts; share: of a boot, after which it comes; pause_s: shortest rest before it
+    """
 
     kind: str
     seconds: float
@@ -113,7 +116,9 @@ class Injector:
         return await gone(drafter)
 
     async def _hang(self, drafter: psutil.Process, fault: Fault) -> bool:
-        return await self._stop(drafter, fault.seconds)
+        async with stopped(drafter):
+            await asyncio.sleep(fault.seconds)
+        return True
 
     async def _start(self, drafter: psutil.Process, fault: Fault) -> bool:
         drafter.kill()
@@ -135,18 +140,23 @@ class Injector:
 
     async def _socket(self, drafter: psutil.Process, fault: Fault) -> bool:
         """The kernel doubles what is asked for, and grants some kilobytes at least."""
+        full = False
         with contextlib.ExitStack() as stack:
             for process in (drafter, self._engine):
                 stack.enter_context(small_buffers(process))
-            await self._stop(drafter, fault.seconds / 2)
-            full = any(waiting > 0 for waiting in waiting_bytes(self._engine))
+            async with stopped(drafter):
+                deadline = time.monotonic() + fault.seconds / 2
+                while time.monotonic() < deadline:
+                    await asyncio.sleep(0.1)
+                    full = full or any(waiting >= least() / 2 for waiting in waiting_bytes(self._engine))
             await asyncio.sleep(fault.seconds / 2)
         return full
 
     async def _slow(self, drafter: psutil.Process, fault: Fault) -> bool:
         deadline = time.monotonic() + fault.seconds
         while time.monotonic() < deadline:
-            await self._stop(drafter, (1 - AWAKE) * SLICE_S)
+            async with stopped(drafter):
+                await asyncio.sleep((1 - AWAKE) * SLICE_S)
             await asyncio.sleep(AWAKE * SLICE_S)
         return True
 
@@ -163,14 +173,16 @@ class Injector:
                 successor.rlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         return True
 
-    async def _stop(self, drafter: psutil.Process, seconds: float) -> bool:
-        drafter.send_signal(signal.SIGSTOP)
-        try:
-            await asyncio.sleep(seconds)
-        finally:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                drafter.send_signal(signal.SIGCONT)
-        return True
+
+@contextlib.asynccontextmanager
+async def stopped(process: psutil.Process) -> AsyncIterator[None]:
+    """Keep a process from running for as long as the context lasts."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGCONT)
 
 
 async def gone(process: psutil.Process, timeout_s: float = 5.0) -> bool:
