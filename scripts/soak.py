@@ -67,7 +67,9 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_NO_USAGE_STATS": "1",
     "SOAK_BACKOFF_S": "0.2,0.5",
+    "TORCHDYNAMO_DISABLE": "1",
 }
+"""vLLM has torch compile parts of its sampler for each new number of rows, which stops all streams for a second."""
 V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 SPECULATION = {
     "method": "ssd",
