@@ -17,8 +17,10 @@ import numpy as np
 STALL_S = 0.25
 MB_PER_1000 = 1.0
 """Growth of the server's resident memory per 1,000 requests, after warm-up."""
+WARM_REQUESTS = 500
+"""Memory is looked at after these: until then kernels are made for sizes of batches that had not come before."""
 MIN_REQUESTS = 1000
-"""Fewer requests than these tell no leak from an allocator that is still warming up."""
+"""Fewer requests than these, after warm-up, tell no leak from steps of an allocator."""
 ORPHAN_S = 5.0
 SPARE_STALLS = 3
 """Collections of garbage and kernels compiled on first use stop a server, too, and a short run has little calm time."""
@@ -129,7 +131,8 @@ def slope_per_1000(samples: Sequence[tuple[int, int]]) -> float:
 
 
 def memory_verdict(name: str, samples: Sequence[tuple[int, int]]) -> Verdict:
-    """Whether a process grows with the requests it answers."""
+    """Whether a process grows with the requests it answers, once it is warm."""
+    samples = [sample for sample in samples if sample[0] >= samples[0][0] + WARM_REQUESTS]
     covered = samples[-1][0] - samples[0][0] if samples else 0
     slope = slope_per_1000(samples) if covered else 0.0
     holds = slope < MB_PER_1000 if covered >= MIN_REQUESTS else None

@@ -48,8 +48,17 @@ def test_peaks_and_noise_are_no_leak(slope):
     assert memory_verdict("worker", memory(slope)).holds is True
 
 
+def test_memory_is_judged_once_the_server_is_warm():
+    warming = [(done, 700_000_000 + 400_000 * done) for done in range(0, 490, 10)]
+    flat = [(done + 500, resident) for done, resident in memory(0.0)]
+    assert memory_verdict("worker", warming + flat).holds is True
+    assert (
+        memory_verdict("worker", warming + [(done, 1_000_000 * done) for done in range(500, 3000, 10)]).holds is False
+    )
+
+
 def test_a_short_run_does_not_judge_memory():
-    assert memory_verdict("worker", memory(50.0, requests=900)).holds is None
+    assert memory_verdict("worker", memory(50.0, requests=1400)).holds is None
     assert memory_verdict("worker", []).holds is None
     assert memory_verdict("worker", [(5, 1), (5, 2)]).holds is None
 
