@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 
@@ -19,6 +18,9 @@ class DeviceBlocks:
     outcomes [S, 2, N, 2] int32: accept length and bonus token of each branch; depths [S, 2, N] int32: how many drafts
     it has so far, 0 for none. draft_token_ids [S, 2, N, K] int32; q_token_ids [S, 2, N, K, M] int32 and
     q_probs [S, 2, N, K, M] float32: the proposal of each draft, unused (M may be 0) where decoding is greedy.
+
+    Outcomes, depths and drafts lie in one piece of memory, as rows of N numbers, and the proposals in another, so that
+    either is written by one store.
     """
 
     headers: torch.Tensor
@@ -28,6 +30,9 @@ class DeviceBlocks:
     q_token_ids: torch.Tensor
     q_probs: torch.Tensor
     _versions: np.ndarray = field(repr=False)  # [S] int64, of the newest block of each request
+    _branches: torch.Tensor = field(repr=False)  # [2S * (3 + K) + 1, N]: outcomes, depths, drafts, one row for nothing
+    _branch_rows: np.ndarray = field(repr=False)  # [2S, R] int64: which of them are whose, in the order of `write`
+    _proposals: torch.Tensor = field(repr=False)  # [2, 2S, N * K * M]: token ids, and probabilities as int32
 
     @classmethod
     def empty(
@@ -39,28 +44,40 @@ class DeviceBlocks:
         device: torch.device | str,
     ) -> DeviceBlocks:
         """Blocks that match no outcome."""
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(num_requests, 2, *shape, dtype=dtype, device=device)
-
-        n, k = max_branches, num_speculative_tokens
+        s, n, k = num_requests, max_branches, num_speculative_tokens
+        headers = torch.zeros(s, 2, 3, dtype=torch.int64, device=device) - torch.tensor([0, 1, 1], device=device)
+        branches = torch.zeros(2 * s * (3 + k) + 1, n, dtype=torch.int32, device=device)
+        outcomes, depths, draft_token_ids, _ = branches.split([4 * s, 2 * s, 2 * s * k, 1])
+        outcomes -= 1
+        halves = np.arange(2 * s)[:, None]
+        rows = [2 * halves + np.arange(2), 4 * s + halves, 6 * s + k * halves + np.arange(k)]
+        unused = np.full((2 * s, num_rows(k) - 3 - k), len(branches) - 1)
+        proposals = torch.zeros(2, 2 * s, n * k * top_m, dtype=torch.int32, device=device)
+        q_token_ids, q_probs = proposals.view(2, s, 2, n, k, top_m)
         return cls(
-            zeros(3, dtype=torch.int64) - torch.tensor([0, 1, 1], device=device),
-            zeros(n, 2) - 1,
-            zeros(n),
-            zeros(n, k),
-            zeros(n, k, top_m),
-            zeros(n, k, top_m, dtype=torch.float32),
-            np.zeros(num_requests, np.int64),
+            headers,
+            outcomes.view(s, 2, n, 2),
+            depths.view(s, 2, n),
+            draft_token_ids.view(s, 2, n, k),
+            q_token_ids,
+            q_probs.view(torch.float32),
+            np.zeros(s, np.int64),
+            branches,
+            np.concatenate([*rows, unused], 1),
+            proposals,
         )
+
+    def host_branches(self) -> np.ndarray:
+        """Branches of every request as `write` takes them, [S, R, N] int32, which match no outcome."""
+        branches = np.zeros((len(self._versions), self._branch_rows.shape[1], self.outcomes.shape[2]), np.int32)
+        branches[:, :2] = -1
+        return branches
 
     def write(
         self,
         slots: np.ndarray,
         rounds: np.ndarray,
-        outcomes: np.ndarray,
-        depths: np.ndarray,
-        draft_token_ids: np.ndarray,
+        branches: np.ndarray,
         keeps_q: np.ndarray,
         entries: np.ndarray,
         q_token_ids: Sequence[np.ndarray],
@@ -68,83 +85,76 @@ class DeviceBlocks:
     ) -> None:
         """Replace the older of the two blocks of each of `slots`; readers see a block whole or not at all.
 
-        slots [n] int64, distinct; rounds [n, 2] int64, epoch and length; outcomes [n, N, 2], depths [n, N] and
-        draft_token_ids [n, N, K] int32; keeps_q [n] bool: the proposals of the newer block stand, new ones come to
-        them. Only the new ones are given, E drafts of the n requests together, in pieces: entries [E] int64,
-        (i * N + branch) * K + draft of slots[i]; q_token_ids [E, M] int32, q_probs [E, M] float32. Arrays of the host.
+        slots [n] int64, distinct; rounds [n, 2] int64, epoch and length; branches [n, R, N] int32, R rows of N numbers:
+        two for outcomes [N, 2], one for depths [N], K for drafts [N, K], and one unused where R would be odd; keeps_q
+        [n] bool: the proposals of the newer block stand, new ones come to them. Only the new ones are given, E drafts
+        of all requests together, in pieces: entries [E] int64, (slot * N + branch) * K + draft; q_token_ids [E, M]
+        int32, q_probs [E, M] float32. Arrays of the host.
         One copy to the device and the stores run in order on the current stream, which may be another than the
         readers'; there is one writer.
         """
-        num_branches, num_drafts = draft_token_ids.shape[1:]
+        num_halves, (num_branches, num_drafts, top_m) = 2 * len(self._versions), self.q_probs.shape[2:]
         version = self._versions[slots]
-        halves = 2 * slots + (version // 2 + 1) % 2
+        odd = (version >> 1 & 1) ^ 1  # half of each block
         self._versions[slots] = version + 2
-        header = np.column_stack([version + 1, rounds])
-        request, place = np.divmod(entries, num_branches * num_drafts)
-        kept = np.flatnonzero(keeps_q)
-        shape = len(entries), self.q_probs.shape[-1]
-        to_device = ToDevice(self.headers.device)
-        to_device.add(header, header + (1, 0, 0), halves, halves[kept], halves[kept] ^ 1)
-        to_device.add(halves[request] * (num_branches * num_drafts) + place)
-        to_device.add(outcomes, depths, draft_token_ids)
-        to_device.add_pieces(q_token_ids, np.int32, shape)
-        to_device.add_pieces(q_probs, np.float32, shape)
-        odd, even, rows, kept_rows, kept_from, q_rows, *values = to_device.tensors()
-        _store(self.headers, rows, odd)
-        for blocks, new in zip((self.outcomes, self.depths, self.draft_token_ids), values):
-            _store(blocks, rows, new)
-        for blocks, new in zip((self.q_token_ids, self.q_probs), values[3:]):
-            if len(kept):
-                _copy(blocks, kept_rows, kept_from)
-            if len(entries):
-                _store(blocks, q_rows, new)
-        _store(self.headers, rows, even)
+        halves = 2 * slots + odd
+        header = np.empty((2, len(slots), 3), np.int64)
+        header[:, :, 1:] = rounds
+        header[0, :, 0], header[1, :, 0] = version + 1, version + 2
+        kept = halves[keeps_q]
+        kept = np.concatenate((kept, kept + num_halves))
+        shift = np.zeros(len(self._versions), np.int64)
+        shift[slots] = (slots + odd) * (num_branches * num_drafts)
+        q_rows = entries + shift[entries // (num_branches * num_drafts)]
+        longs = [header, halves, self._branch_rows[halves], kept, kept ^ 1]
+        longs += [q_rows, q_rows + num_halves * num_branches * num_drafts]
+        numbers, words = to_device(self.headers.device, longs, [branches, *q_token_ids, *q_probs])
+        sizes = [3 * len(slots), 3 * len(slots), *map(np.size, longs[1:5]), 2 * len(entries)]
+        begin, end, rows, branch_rows, kept_rows, kept_from, entry_rows = numbers.split(sizes)
+        headers = self.headers.view(-1, 3)
+        _store(headers, rows, begin.view(-1, 3))
+        _store(self._branches, branch_rows, words[: branches.size].view(-1, num_branches))
+        if top_m and len(kept):
+            _copy(self._proposals.view(2 * num_halves, -1), kept_rows, kept_from)
+        if top_m and len(entries):
+            _store(self._proposals.view(-1, top_m), entry_rows, words[branches.size :].view(-1, top_m))
+        _store(headers, rows, end.view(-1, 3))
 
 
-class ToDevice:
-    """Arrays of the host on their way to a device in one copy, from pinned memory where that is a GPU's."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._parts: list[tuple[Sequence[np.ndarray], np.dtype, tuple[int, ...]]] = []
-
-    def add(self, *arrays: np.ndarray) -> None:
-        """Take arrays of 4 or 8 bytes an item, those of 8 first."""
-        for array in arrays:
-            self.add_pieces([array], array.dtype, array.shape)
-
-    def add_pieces(self, pieces: Sequence[np.ndarray], dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
-        """Take an array that comes in pieces, one after the other."""
-        self._parts.append((pieces, np.dtype(dtype), shape))
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All of them, once the current stream has come to the copy."""
-        sizes = [int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for _, dtype, shape in self._parts]
-        staging = self._staging(sum(sizes))
-        memory, start = staging.numpy(), 0
-        spans = []
-        for (pieces, dtype, _), size in zip(self._parts, sizes):
-            if size:
-                out = memory[start : start + size].view(dtype)
-                np.concatenate([piece.reshape(-1) for piece in pieces], out=out)
-            spans.append(slice(start, start + size))
-            start += size
-        on_device = staging if self._device.type == "cpu" else staging.to(self._device, non_blocking=True)
-        return [on_device[span].view(_DTYPES[dtype]).view(shape) for (_, dtype, shape), span in zip(self._parts, spans)]
-
-    def _staging(self, num_bytes: int) -> torch.Tensor:
-        """Memory [num_bytes] uint8 that nothing else uses until the copy is through."""
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+def num_rows(num_drafts: int) -> int:
+    """R, rows of N numbers for a request's branches: even, so that they begin at a multiple of 8 bytes."""
+    return (4 + num_drafts) // 2 * 2
 
 
-_DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32}
+def to_device(
+    device: torch.device, longs: Sequence[np.ndarray], words: Sequence[np.ndarray]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arrays of int64 and arrays of 4 bytes an item, each kind one after the other: [n] int64 and [m] int32.
+
+    They are there once the current stream has come to the one copy, from pinned memory where the device is a GPU.
+    """
+    num_long_bytes = 8 * sum([array.size for array in longs])
+    staging = _staging(num_long_bytes + 4 * sum([array.size for array in words]), device)
+    memory = staging.numpy()
+    np.concatenate([array.reshape(-1) for array in longs], out=memory[:num_long_bytes].view(np.int64))
+    start = num_long_bytes
+    for array in words:
+        memory[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+        start += array.nbytes
+    on_device = staging if device.type == "cpu" else staging.to(device, non_blocking=True)
+    return on_device[:num_long_bytes].view(torch.int64), on_device[num_long_bytes:].view(torch.int32)
 
 
-def _store(blocks: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-    """Overwrite rows of `blocks`, counted over all its dimensions that `values` [n, ...] lacks."""
-    blocks.flatten(0, blocks.dim() - values.dim()).index_copy_(0, rows, values)
+def _staging(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Memory [num_bytes] uint8 that nothing else uses until a copy to the device is through."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
-def _copy(blocks: torch.Tensor, rows: torch.Tensor, source: torch.Tensor) -> None:
-    """Overwrite rows 2 * slot + half of `blocks` [S, 2, ...] with those of `source`."""
-    _store(blocks, rows, blocks.flatten(0, 1).index_select(0, source))
+def _store(table: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Overwrite rows of a table [n, width]."""
+    table.index_copy_(0, rows, values)
+
+
+def _copy(table: torch.Tensor, rows: torch.Tensor, source: torch.Tensor) -> None:
+    """Overwrite rows of a table [n, width] with those of `source`."""
+    _store(table, rows, table.index_select(0, source))

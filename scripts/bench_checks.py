@@ -19,17 +19,19 @@ BATCH_SIZES = (1, 4, 16)
 CALLS, RUNS = 20, 600
 
 
-def speculation_block(rng: np.random.Generator, request_id: str, *, sampled: bool) -> SpeculationBlock:
-    """A sound block of all outcomes' branches."""
+def sound_push(rng: np.random.Generator, num_blocks: int, *, sampled: bool) -> Push:
+    """Blocks of all outcomes' branches, one a request."""
     accept_lengths = np.repeat(np.arange(NUM_DRAFTS + 1), CANDIDATES)
-    outcomes = np.stack([accept_lengths, rng.integers(0, VOCAB_SIZE, len(accept_lengths))], axis=1)
-    num_drafts = len(outcomes) * NUM_DRAFTS
+    num_drafts = num_blocks * len(accept_lengths) * NUM_DRAFTS
     token_ids = np.stack([rng.choice(VOCAB_SIZE, SUPPORT, replace=False) for _ in range(num_drafts)])
     probs = rng.random((num_drafts, SUPPORT), np.float32)
     probs /= probs.sum(axis=1, keepdims=True)
     drafts = token_ids[:, 0]
-    proposals = (pack_ids(token_ids), probs.tobytes()) if sampled else ()
-    return SpeculationBlock(request_id, 0, 10, 0, pack_ids(outcomes), pack_ids(drafts), *proposals)
+    blocks = []
+    for i, of_block in enumerate(drafts.reshape(num_blocks, -1)):
+        outcomes = np.stack([accept_lengths, rng.integers(0, VOCAB_SIZE, len(accept_lengths))], axis=1)
+        blocks.append(SpeculationBlock(str(i), 0, 10, 0, pack_ids(outcomes), pack_ids(of_block), sampled))
+    return Push(blocks, [], None, SUPPORT, pack_ids(token_ids), probs.tobytes()) if sampled else Push(blocks, [], None)
 
 
 def main() -> None:
@@ -43,8 +45,7 @@ def main() -> None:
     )
     for sampled in (False, True):
         for batch_size in BATCH_SIZES:
-            blocks = [speculation_block(rng, str(i), sampled=sampled) for i in range(batch_size)]
-            push = Push(blocks, [], None)
+            push = sound_push(rng, batch_size, sampled=sampled)
             assert checker.reason(push) is None
             seconds = min(timeit.repeat(lambda: checker.reason(push), number=CALLS, repeat=RUNS)) / CALLS  # noqa: B023
             kind = f"sampled, {SUPPORT} ids a proposal" if sampled else "greedy"

@@ -129,11 +129,18 @@ def pushes(trees: list[dict[str, np.ndarray]], length: int, greedy: bool, args: 
             depth,
             pack_ids(found["outcomes"]),
             pack_ids(found["drafts"][span]),
-            b"" if greedy else pack_ids(found["q_token_ids"][span]),
-            b"" if greedy else found["q_probs"][span].astype("<f4").tobytes(),
+            not greedy,
         )
 
-    return [Push([block(i, depth) for i in range(len(trees))], [], None) for depth in range(args.drafts)]
+    def push(depth: int) -> Push:
+        blocks = [block(i, depth) for i in range(len(trees))]
+        if greedy:
+            return Push(blocks, [], None)
+        ids = pack_ids(np.stack([found["q_token_ids"][:, depth] for found in trees]))
+        probs = np.stack([found["q_probs"][:, depth] for found in trees]).astype("<f4").tobytes()
+        return Push(blocks, [], None, args.top_m, ids, probs)
+
+    return [push(depth) for depth in range(args.drafts)]
 
 
 def measure(num_rows: int, greedy: bool, args: argparse.Namespace) -> dict:
@@ -159,7 +166,7 @@ def measure(num_rows: int, greedy: bool, args: argparse.Namespace) -> dict:
     courier._take_outcomes = clock.timed("outcomes", courier._take_outcomes)
     launches = [0]
     staging = torch.empty(64 << 20, dtype=torch.uint8)
-    blocks.ToDevice._staging = lambda self, num_bytes: staging[:num_bytes]
+    blocks._staging = lambda num_bytes, device: staging[:num_bytes]
     blocks._store = counted(launches, 1)
     blocks._copy = counted(launches, 2)
     rng = np.random.default_rng(0)

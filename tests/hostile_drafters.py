@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from hostile_drafter import UNSOUND, act, block, framed, push, sampled, send_all
+from hostile_drafter import UNSOUND, Sampled, act, block, framed, push, sampled, send_all
 
 from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import JIT_TOKEN, PROTOCOL_VERSION, Hello, Open, Outcome, SpeculationBlock, Step, Welcome
@@ -36,16 +36,16 @@ waits: a target that did not look would use them at once."""
 
 
 def with_q(num_drafts: int, probs: list[float], ids: list[int]) -> dict:
-    fields = sampled(probs, ids, draft_token_ids=[[5] * num_drafts], outcomes=[[0, 0]])
-    return {name: getattr(fields, name) for name in ("draft_token_ids", "q_token_ids", "q_probs")}
+    return {"draft_token_ids": [[5] * num_drafts], "probs": probs, "ids": ids}
 
 
-def aimed(event: Open | Outcome, content: dict, max_branches: int) -> list[SpeculationBlock]:
+def aimed(event: Open | Outcome, content: dict, max_branches: int) -> list[SpeculationBlock | Sampled]:
     """Blocks of one branch each: the just-in-time one, and the smallest bonus tokens after no draft."""
     length = event.length if isinstance(event, Outcome) else len(event.token_ids) // 4
     where = {"request_id": event.request_id, "epoch": event.epoch, "length": length}
     tokens = [JIT_TOKEN, *range(max_branches - 1)]
-    return [block(**where, outcomes=[[0, token]], **content) for token in tokens]
+    make = sampled if "probs" in content else block
+    return [make(**where, outcomes=[[0, token]], **content) for token in tokens]
 
 
 def main(fd: int, options: DrafterOptions) -> None:

@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 from v2_target import Target
 
 from vllm_ssd.compat.target import runner_v1
-from vllm_ssd.link.protocol import SpeculationBlock, pack_ids
+from vllm_ssd.link.protocol import Push, SpeculationBlock, pack_ids
 from vllm_ssd.target.v2 import speculator as speculator_module
 from vllm_ssd.target.v2.courier import NUM_BUFFERS
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
@@ -112,7 +112,7 @@ def test_a_block_is_not_cleared_after_it_was_written(
         monkeypatch.setattr(Stream, "wait_stream", lambda stream, other: None)
     cache = SpeculationCache(2, 4, 3, 2, "cuda:0")
     block = SpeculationBlock("0", 1, 10, 0, pack_ids([0, 5]), pack_ids([7, 8, 9]))
-    cache.put(1, 0, block)
+    cache.put(1, 0, block, Push([block], [], None))
     cache.flush()
     for stream in reversed(cuda.streams):
         stream.synchronize()

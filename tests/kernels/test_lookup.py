@@ -16,9 +16,9 @@ from vllm_ssd.kernels import blocks as kernel_blocks
 
 S, N, K = 5, 6, 3
 FILLER = 7
-BLOCK_FIELDS = [f.name for f in dataclasses.fields(DeviceBlocks) if f.name != "_versions"]
-NUM_STORES = 7
-"""Of a sampled request: the header around outcomes, depths, drafts, q's token ids and probabilities."""
+BLOCK_FIELDS = [f.name for f in dataclasses.fields(DeviceBlocks) if not f.name.startswith("_")]
+NUM_STORES = 4
+"""Of a sampled request: the header around the branches and their proposals."""
 
 
 def block(rng: random.Random, n: int, top_m: int, depth: int = K) -> tuple[torch.Tensor, ...]:
@@ -60,24 +60,27 @@ def write(
     q_probs: torch.Tensor | None = None,
 ) -> None:
     """What `DeviceBlocks.write` makes of [n, d] drafts of one request, n <= N and d <= K."""
-
-    def padded(values: torch.Tensor, like: torch.Tensor) -> np.ndarray:
-        full = torch.zeros_like(like[:1, 0])
-        full[(0, *map(slice, values.shape))] = values
-        return full.numpy()
-
     n, depth = draft_token_ids.shape if q_probs is not None else (0, 0)
     blocks.write(
         np.array([slot]),
         np.array([[epoch, length]]),
-        padded(outcomes, blocks.outcomes),
-        padded(depths, blocks.depths),
-        padded(draft_token_ids, blocks.draft_token_ids),
+        on_host(blocks, [(outcomes, depths, draft_token_ids)]),
         np.zeros(1, bool),
-        (blocks.draft_token_ids.shape[3] * np.arange(n)[:, None] + np.arange(depth)).flatten(),
+        (K * (slot * N + np.arange(n)[:, None]) + np.arange(depth)).flatten(),
         [q_token_ids.numpy()] if n else [],
         [q_probs.numpy()] if n else [],
     )
+
+
+def on_host(blocks: DeviceBlocks, contents: list[tuple[torch.Tensor, ...]]) -> np.ndarray:
+    """Outcomes, depths and drafts of some requests as `DeviceBlocks.write` takes them."""
+    branches = blocks.host_branches()[: len(contents)]
+    for rows, (outcomes, depths, draft_token_ids) in zip(branches, contents):
+        n, depth = draft_token_ids.shape
+        rows[:2].reshape(N, 2)[:n] = outcomes
+        rows[2, :n] = depths
+        rows[3 : 3 + K].reshape(N, K)[:n, :depth] = draft_token_ids
+    return branches
 
 
 def look_up(
@@ -99,8 +102,7 @@ def look_up(
     place = torch.tensor(order[:n], dtype=torch.int64)
     source = torch.zeros(n + 1, dtype=torch.int64)
     source[place] = ints([query[0] for query in queries], torch.int64)
-    fields = [getattr(blocks, name) for name in BLOCK_FIELDS]
-    blocks = DeviceBlocks(*(field[source] for field in fields), np.zeros(0, np.int64))
+    blocks = dataclasses.replace(blocks, **{name: getattr(blocks, name)[source] for name in BLOCK_FIELDS})
     epochs, lengths, accept_lengths, last = ints([query[1:] for query in queries], torch.int64).reshape(n, 4).unbind(1)
     num_sampled = (accept_lengths + 1).int()
 
@@ -269,9 +271,9 @@ def test_a_reader_between_any_two_stores_sees_whole_blocks(monkeypatch):
         blocks.write(
             np.array(slots),
             np.array([w[:2] for w in writing.values()]),
-            *(torch.stack(values).numpy() for values in contents[:3]),
+            on_host(blocks, list(zip(*contents[:3]))),
             np.zeros(len(slots), bool),
-            np.arange(len(slots) * N * K),
+            (N * K * np.array(slots)[:, None] + np.arange(N * K)).flatten(),
             *([value.numpy() for value in values] for values in contents[3:]),
         )
         for slot, written in writing.items():
@@ -289,7 +291,8 @@ def test_the_stores_of_a_write_are_as_many_as_are_stopped_at(monkeypatch):
     monkeypatch.setattr(kernel_blocks, "_store", lambda *arguments: stores.append(arguments[0]))
     blocks = DeviceBlocks.empty(1, N, K, 2, "cpu")
     write(blocks, 0, 0, 8, *block(random.Random(0), N, 2))
-    assert len(stores) == NUM_STORES and stores[0] is stores[-1] is blocks.headers
+    assert len(stores) == NUM_STORES
+    assert stores[0].data_ptr() == stores[-1].data_ptr() == blocks.headers.data_ptr()
 
 
 @pytest.mark.parametrize("temperature", (0.0, 1.0))

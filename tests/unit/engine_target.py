@@ -11,7 +11,7 @@ import torch
 from vllm_ssd.compat.drafter.paged import PagedModel
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.server import build_engine
-from vllm_ssd.link.protocol import ALL_TOKENS, JIT_TOKEN, Push, SpeculationBlock, Truncation
+from vllm_ssd.link.protocol import ALL_TOKENS, JIT_TOKEN, Push, PushedBlock, Truncation
 from vllm_ssd.policy import FanOut
 
 K = 3
@@ -125,7 +125,8 @@ class Target:
         self.absorb(push)
 
     def absorb(self, push: Push | None) -> None:
-        for block in push.blocks if push else []:
+        for pushed in push.each() if push else []:
+            block = pushed.block
             tokens = self.tokens[block.request_id]
             assert (block.epoch, block.length) == (self.epoch[block.request_id], len(tokens))
             for i, (accept_length, bonus) in enumerate(np.frombuffer(block.outcomes, "<i4").reshape(-1, 2).tolist()):
@@ -139,7 +140,7 @@ class Target:
                     prefix += drafts[:accept_length] + [bonus]
                 if self.temperature[block.request_id]:
                     sampling = self.temperature[block.request_id], self.truncation[block.request_id]
-                    check_proposals(self.model, block, i, prefix + known[: block.offset], *sampling)
+                    check_proposals(self.model, pushed, i, prefix + known[: block.offset], *sampling)
                 else:
                     assert known == reference_drafts(self.model, prefix, len(known)), "a draft read the wrong prefix"
         for evicted in push.evicted if push else []:
@@ -162,7 +163,7 @@ class Target:
 
 def check_proposals(
     model: CheckedModel,
-    block: SpeculationBlock,
+    pushed: PushedBlock,
     i: int,
     prefix: list[int],
     temperature: float,
@@ -172,7 +173,7 @@ def check_proposals(
 
     The draft has changed places with the likeliest token, the others are in order.
     """
-    for token, (ids, probs) in zip(block.drafts(i), block.proposals(i), strict=True):
+    for token, (ids, probs) in zip(pushed.block.drafts(i), pushed.proposals(i), strict=True):
         logits = model.reference_logits(prefix).numpy() / temperature
         order = np.argsort(-logits)[: len(ids)]
         weights = truncated(np.exp(logits[order] - logits[order].max()), truncation)

@@ -9,7 +9,9 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -44,16 +46,40 @@ def block(**changes) -> SpeculationBlock:
     return SpeculationBlock(**{"request_id": "a", "epoch": 1, "length": 9, "offset": 0} | packed)
 
 
-def sampled(probs: list[float] = (0.4, 0.3, 0.2, 0.1), ids: list[int] | None = None, **changes) -> SpeculationBlock:
-    """A sound block whose drafts carry a q of `probs` over themselves and three others, or over `ids`, draft first."""
+class Sampled(NamedTuple):
+    """A block and the proposals of its drafts."""
+
+    block: SpeculationBlock
+    q_token_ids: bytes
+    q_probs: bytes
+    support: int
+
+
+def sampled(
+    probs: Sequence[float] = (0.4, 0.3, 0.2, 0.1),
+    ids: list[int] | None = None,
+    q_token_ids: list[list[int]] | None = None,
+    **changes,
+) -> Sampled:
+    """A sound block whose drafts carry a q of `probs`: over themselves and three others, over `ids`, draft first, or
+    over `q_token_ids`, of all drafts."""
     drafts = np.ravel(changes.get("draft_token_ids", DRAFTS))
-    support = [sorted(ids, key=lambda token: token != draft) if ids else [draft, 90, 91, 92] for draft in drafts]
+    if q_token_ids is None:
+        q_token_ids = [sorted(ids or [draft, 90, 91, 92], key=lambda token: token != draft) for draft in drafts]
     q_probs = np.tile(np.asarray(probs, "<f4"), (len(drafts), 1)).tobytes()
-    return block(**{"q_token_ids": support, "q_probs": q_probs} | changes)
+    return Sampled(block(sampled=True, **changes), pack_ids(q_token_ids), q_probs, len(probs))
 
 
-def push(*blocks: SpeculationBlock, stats: DrafterStats | None = None) -> bytes:
-    return encode(Push(list(blocks), [], stats))
+def push(*blocks: SpeculationBlock | Sampled, stats: DrafterStats | None = None, **changes) -> bytes:
+    """The blocks with their proposals, whose fields are replaced by `changes`."""
+    with_q = [each for each in blocks if isinstance(each, Sampled)]
+    proposals = {
+        "support": with_q[0].support if with_q else 0,
+        "q_token_ids": b"".join(each.q_token_ids for each in with_q),
+        "q_probs": b"".join(each.q_probs for each in with_q),
+    }
+    plain = [each.block if isinstance(each, Sampled) else each for each in blocks]
+    return encode(Push(plain, [], stats, **proposals | changes))
 
 
 SOUND = {
@@ -62,7 +88,7 @@ SOUND = {
     "a q with zeros": push(sampled([0.5, 0.5, 0.0, 0.0])),
     "just in time": push(block(outcomes=[[0, JIT_TOKEN]], draft_token_ids=[[1, 2, 3]])),
     "a deeper part": push(block(offset=2, draft_token_ids=[[3], [6]])),
-    "two widths of q": push(sampled(), sampled([0.6, 0.4], [3, 4], draft_token_ids=[[3], [4]]), block()),
+    "sampled and greedy blocks": push(sampled(), block(), sampled(draft_token_ids=[[3], [4]]), block()),
     "other requests, lengths, epochs": push(block(request_id="nobody"), block(length=10**9), block(epoch=99)),
     "evictions": encode(Push([], [Evicted("nobody", 3)] * 500, None)),
 }
@@ -84,7 +110,14 @@ UNSOUND = {
     "no branches": push(block(outcomes=b"")),
     "half an outcome": push(block(outcomes=b"\0" * 12)),
     "arrays of different lengths": push(block(draft_token_ids=[3, 4, 5, 6, 7])),
-    "q without probabilities": push(sampled(q_probs=b"")),
+    "q without probabilities": push(sampled(), q_probs=b""),
+    "probabilities without ids": push(sampled(), q_token_ids=b""),
+    "drafts without their q": push(sampled(), support=0, q_token_ids=b"", q_probs=b""),
+    "more q than drafts": push(sampled(), q_token_ids=b"\0" * 112, q_probs=b"\0" * 112),
+    "a q for nobody": push(block(), support=1, q_token_ids=b"\0" * 4, q_probs=b"\0\0\x80\x3f"),
+    "half a probability": push(sampled(), q_token_ids=b"\0" * 94, q_probs=b"\0" * 94),
+    "two widths of q": push(sampled(), sampled([0.6, 0.4], [3, 4], draft_token_ids=[[3], [4]])),
+    "a width of 2**52": push(sampled(), support=2**52),
     "a q that is too wide": push(sampled([0.1] * 10, list(range(10)))),
     "q over ids beyond the vocabulary": push(sampled(ids=[3, 4, 5, VOCAB_SIZE], draft_token_ids=[[3], [3]])),
     "q over negative ids": push(sampled(ids=[3, 4, 5, -7], draft_token_ids=[[3], [3]])),

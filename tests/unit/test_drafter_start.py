@@ -209,10 +209,11 @@ def test_a_target_with_other_tokens_is_served_if_that_was_asked_for(start):
     start.target.send(Step([Open("a", 1, pack_ids([20, 1, 29]), 0.7)], 3))
     outcomes, drafts = set(), set()
     while not drafts:
-        for block in (block for push in start.target.poll(20.0) for block in push.blocks):
-            outcomes |= set(unpack_ids(block.outcomes)[1::2].tolist())
-            drafts |= set(unpack_ids(block.draft_token_ids).tolist())
-            assert set(unpack_ids(block.q_token_ids).tolist()) == {20}
+        for push in start.target.poll(20.0):
+            for block in push.blocks:
+                outcomes |= set(unpack_ids(block.outcomes)[1::2].tolist())
+                drafts |= set(unpack_ids(block.draft_token_ids).tolist())
+            assert set(unpack_ids(push.q_token_ids).tolist()) <= {20} and bool(push.blocks) == bool(push.q_token_ids)
     assert outcomes == drafts == {20}
 
 

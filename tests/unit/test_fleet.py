@@ -61,7 +61,9 @@ def room_for_long_prompts(monkeypatch):
 def make(num_drafters: int) -> tuple[list[FleetLink], DrafterClient, list[SpeculationBlock]]:
     links, kept = [FleetLink() for _ in range(num_drafters)], []
     config = SSDConfig.from_user({"model": "x", "num_speculative_tokens": K})
-    client = DrafterClient(config, Fleet(links), Metrics(K, logging.getLogger("test")), kept.append)
+    client = DrafterClient(
+        config, Fleet(links), Metrics(K, logging.getLogger("test")), lambda block, push, first: kept.append(block)
+    )
     client._members._random.seed(0)
     return links, client, kept
 

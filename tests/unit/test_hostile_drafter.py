@@ -12,7 +12,6 @@ from pathlib import Path
 
 import hostile_drafter as hostile
 import msgspec
-import numpy as np
 import pytest
 from hostile_drafter import ACTED, SOUND, UNSOUND
 
@@ -134,9 +133,12 @@ def test_checking_a_sampled_block_takes_microseconds():
     """8 µs for 24 branches of 5 drafts with 64 ids each where this was written."""
     options = msgspec.structs.replace(OPTIONS, num_speculative_tokens=5, max_branches=24, top_m=64)
     outcomes, drafts = [[i % 6, i] for i in range(24)], [[i, 1, 2, 3, 4] for i in range(24)]
-    support = [[draft, *range(10, 73)] for row in drafts for draft in row]
-    probs = np.full((120, 64), 1 / 64, "<f4").tobytes()
-    block = hostile.block(outcomes=outcomes, draft_token_ids=drafts, q_token_ids=support, q_probs=probs)
+    block = hostile.sampled(
+        [1 / 64] * 64,
+        outcomes=outcomes,
+        draft_token_ids=drafts,
+        q_token_ids=[[draft, *range(10, 73)] for row in drafts for draft in row],
+    )
     checker = PushChecker.of(options, hostile.VOCAB_SIZE)
     push = decode_to_target(hostile.push(block))
     assert checker.reason(push) is None

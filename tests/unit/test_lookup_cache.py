@@ -9,27 +9,36 @@ import pytest
 import torch
 
 from vllm_ssd.kernels import OUTCOME_COLUMNS, DeviceSpeculation, Found, lookup
-from vllm_ssd.link.protocol import SpeculationBlock, pack_ids
+from vllm_ssd.link.protocol import Push, SpeculationBlock, pack_ids
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
 
-SLOTS, N, K, M = 3, 6, 4, 5
+SLOTS, N, K, M = 5, 6, 4, 5
+PROBS = np.array([0.5, 0.2, 0.1, 0.1, 0.1], np.float32)
 
 
 def make_cache() -> SpeculationCache:
     return SpeculationCache(SLOTS, N, K, M, "cpu")
 
 
-def make_block(
-    length: int, offset: int, branches: dict[tuple[int, int], list[int]], sampled: bool = False
-) -> SpeculationBlock:
-    """Branches {outcome: tokens from `offset` on}; the proposal of token t is t, t+1, …"""
+def put(
+    cache: SpeculationCache,
+    slot: int,
+    serial: int,
+    length: int,
+    offset: int,
+    branches: dict[tuple[int, int], list[int]],
+    sampled: bool = False,
+    support: int = M,
+) -> None:
+    """Put branches {outcome: tokens from `offset` on}; the proposal of token t is t, t+1, …, as far as `PROBS` go."""
     drafts = np.array(list(branches.values()), np.int32)
-    q_token_ids = drafts[:, :, None] + np.arange(M, dtype=np.int32) if sampled else ()
-    q_probs = np.broadcast_to(np.float32([0.5, 0.2, 0.1, 0.1, 0.1]), (*drafts.shape, M)) if sampled else ()
-    probs = np.asarray(q_probs, "<f4").tobytes()
-    return SpeculationBlock(
-        "r", 0, length, offset, pack_ids(list(branches)), pack_ids(drafts), pack_ids(q_token_ids), probs
-    )
+    block = SpeculationBlock("r", 0, length, offset, pack_ids(list(branches)), pack_ids(drafts), sampled)
+    push = Push([block], [], None)
+    if sampled:
+        q_token_ids = drafts[:, :, None] + np.arange(support, dtype=np.int32)
+        q_probs = np.broadcast_to(PROBS[:support], q_token_ids.shape).astype("<f4")
+        push = Push([block], [], None, support, pack_ids(q_token_ids), q_probs.tobytes())
+    cache.put(slot, serial, block, push, 0)
 
 
 def look_up(
@@ -83,7 +92,7 @@ def test_random_rounds_against_a_dictionary() -> None:
         size = rng.randint(1, K - depth) if depth < K else 0
         if grown and size:
             more = {outcome: [rng.randrange(50) for _ in range(size)] for outcome in grown}
-            cache.put(slot, serials[slot], make_block(lengths[slot], depth, more))
+            put(cache, slot, serials[slot], lengths[slot], depth, more)
             branches |= {outcome: grown[outcome] + more[outcome] for outcome in more}
             cache.flush()
         outcome = rng.randrange(K), rng.randrange(5)
@@ -98,8 +107,8 @@ def test_random_rounds_against_a_dictionary() -> None:
 
 def test_branches_beyond_the_table_and_out_of_order_are_left_out() -> None:
     cache = make_cache()
-    cache.put(0, 1, make_block(10, 0, {(0, token): [token] for token in range(N + 2)}))
-    cache.put(0, 1, make_block(10, 2, {(0, 0): [7]}))  # nothing was pushed at depth 1
+    put(cache, 0, 1, 10, 0, {(0, token): [token] for token in range(N + 2)})
+    put(cache, 0, 1, 10, 2, {(0, 0): [7]})  # nothing was pushed at depth 1
     cache.flush()
     assert look_up(cache, 0, 1, 10, 0, N - 1)[1] == [N - 1]
     assert look_up(cache, 0, 1, 10, 0, N)[1] == []
@@ -108,8 +117,8 @@ def test_branches_beyond_the_table_and_out_of_order_are_left_out() -> None:
 
 def test_a_proposal_travels_with_its_draft() -> None:
     cache = make_cache()
-    cache.put(2, 1, make_block(10, 0, {(0, 3): [11, 12], (1, 4): [21, 22]}, sampled=True))
-    cache.put(2, 1, make_block(10, 2, {(1, 4): [23]}, sampled=True))
+    put(cache, 2, 1, 10, 0, {(0, 3): [11, 12], (1, 4): [21, 22]}, sampled=True)
+    put(cache, 2, 1, 10, 2, {(1, 4): [23]}, sampled=True)
     cache.flush()
     found = DeviceSpeculation.empty(SLOTS, K, M, "cpu")
     _, drafts = look_up(cache, 2, 1, 10, 1, 4, found, temperature=0.7)
@@ -120,15 +129,12 @@ def test_a_proposal_travels_with_its_draft() -> None:
 
 def test_a_narrow_proposal_leaves_nothing_of_a_wider_one() -> None:
     cache = make_cache()
-    cache.put(0, 1, make_block(10, 0, {(0, 3): [11]}, sampled=True))
-    narrow = SpeculationBlock(
-        "r", 0, 12, 0, pack_ids([0, 3]), pack_ids([[21]]), pack_ids([21]), np.ones(1, "<f4").tobytes()
-    )
-    cache.put(0, 1, narrow)
+    put(cache, 0, 1, 10, 0, {(0, 3): [11]}, sampled=True)
+    put(cache, 0, 1, 12, 0, {(0, 3): [21]}, sampled=True, support=1)
     cache.flush()
     found = DeviceSpeculation.empty(SLOTS, K, M, "cpu")
     assert look_up(cache, 0, 1, 12, 0, 3, found, temperature=0.7)[1] == [21]
-    assert found.q_probs[0, 0].tolist() == [1.0, *[0.0] * (M - 1)]
+    assert found.q_probs[0, 0].tolist() == [0.5, *[0.0] * (M - 1)]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +150,7 @@ def test_a_narrow_proposal_leaves_nothing_of_a_wider_one() -> None:
 )
 def test_the_rest_of_the_old_drafts(k: int, bonus: int, expected: list[int]) -> None:
     cache = make_cache()
-    cache.put(0, 1, make_block(10, 0, {(1, 5): [55], (3, 0): [56]}, sampled=True))
+    put(cache, 0, 1, 10, 0, {(1, 5): [55], (3, 0): [56]}, sampled=True)
     cache.flush()
     verifying = DeviceSpeculation.empty(SLOTS, K, M, "cpu")
     verifying.draft_token_ids[0, :3] = torch.tensor([30, 31, 32])
@@ -159,7 +165,58 @@ def test_the_rest_of_the_old_drafts(k: int, bonus: int, expected: list[int]) -> 
 
 def test_a_block_that_is_being_written_is_not_read() -> None:
     cache = make_cache()
-    cache.put(0, 1, make_block(10, 0, {(0, 5): [50]}))
+    put(cache, 0, 1, 10, 0, {(0, 5): [50]})
     cache.flush()
     cache.blocks.headers[0, :, 0] += 1  # as a writer does first
     assert look_up(cache, 0, 1, 10, 0, 5)[1] == []
+
+
+def test_random_pushes_of_several_requests_against_a_dictionary() -> None:
+    """Greedy and sampled ones, several pushes at once, branches in any order, blocks that are stale by now."""
+    rng, cache = random.Random(1), make_cache()
+    lengths, is_sampled = [10] * SLOTS, [True, False, True, True, True]
+    pushed: list[dict[tuple[int, int], list[int]]] = [{} for _ in range(SLOTS)]
+    hits = skipped = 0
+    for _ in range(600):
+        for _ in range(rng.randint(1, 2)):  # as from two drafters
+            blocks, drafts_of, kept = [], [], []
+            for slot in rng.sample(range(SLOTS), rng.randint(1, SLOTS)):
+                if rng.random() < 0.4:
+                    lengths[slot], pushed[slot] = lengths[slot] + 1, {}
+                known = pushed[slot]
+                depth = rng.choice([0, *map(len, known.values())])
+                grown = [outcome for outcome, drafts in known.items() if depth and len(drafts) == depth]
+                rng.shuffle(grown)
+                if not depth:
+                    outcomes = [(k, token) for k in range(K) for token in range(3) if (k, token) not in known]
+                    grown = rng.sample(outcomes, rng.randint(0, min(3, N - len(known))))
+                grown = grown[: rng.randint(1, N)]
+                if not grown or depth == K:
+                    continue
+                size = rng.randint(1, K - depth)
+                more = np.array([[rng.randrange(50) for _ in range(size)] for _ in grown], np.int32)
+                packed = pack_ids(grown), pack_ids(more)
+                blocks.append(SpeculationBlock("r", 0, lengths[slot], depth, *packed, is_sampled[slot]))
+                drafts_of.append(more.flatten() if is_sampled[slot] else more[:0].flatten())
+                kept.append(slot if rng.random() < 0.8 else None)
+                for outcome, drafts in zip(grown, more.tolist()) if kept[-1] is not None else ():
+                    known[outcome] = known.get(outcome, []) + drafts
+            drafts = np.concatenate([*drafts_of, np.zeros(0, np.int32)])
+            q_probs = np.broadcast_to(PROBS, (len(drafts), M)).astype("<f4")
+            push = Push(blocks, [], None, M, pack_ids(drafts[:, None] + np.arange(M)), q_probs.tobytes())
+            for slot, pushed_block in zip(kept, push.each()):
+                skipped += slot is None
+                if slot is not None:
+                    cache.put(slot, slot, *pushed_block)
+        cache.flush()
+        for slot, known in enumerate(pushed):
+            for outcome, drafts in known.items():
+                found = DeviceSpeculation.empty(SLOTS, K, M, "cpu")
+                temperature = 0.7 * is_sampled[slot]
+                assert look_up(cache, slot, slot, lengths[slot], *outcome, found, temperature) == (True, drafts)
+                if temperature:
+                    expected = [list(range(draft, draft + M)) for draft in drafts]
+                    assert found.q_token_ids[slot, : len(drafts)].tolist() == expected
+                    assert (found.q_probs[slot, : len(drafts)] == torch.from_numpy(PROBS)).all()
+                hits += 1
+    assert hits > 1000 and skipped > 100

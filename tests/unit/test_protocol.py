@@ -40,14 +40,20 @@ EVENT = (
     | st.builds(Outcome, TEXT, COUNT, COUNT, TOKEN_IDS, TOKEN_IDS, COUNT)
     | st.builds(Close, TEXT)
 )
-BLOCK = st.builds(SpeculationBlock, TEXT, COUNT, COUNT, COUNT, DATA, DATA, DATA, DATA)
+BLOCK = st.builds(SpeculationBlock, TEXT, COUNT, COUNT, COUNT, DATA, DATA, st.booleans())
 STATS = st.builds(DrafterStats, COUNT, COUNT, FLOAT, COUNT, COUNT)
 TO_DRAFTER = st.builds(Hello, COUNT, COUNT, COUNT, TEXT) | st.builds(Step, st.lists(EVENT, max_size=5), COUNT)
 TO_TARGET = (
     st.builds(Welcome, COUNT, COUNT, TEXT, COUNT, COUNT, COUNT)
     | st.builds(Refused, TEXT)
     | st.builds(
-        Push, st.lists(BLOCK, max_size=3), st.lists(st.builds(Evicted, TEXT, COUNT), max_size=3), st.none() | STATS
+        Push,
+        st.lists(BLOCK, max_size=3),
+        st.lists(st.builds(Evicted, TEXT, COUNT), max_size=3),
+        st.none() | STATS,
+        COUNT,
+        DATA,
+        DATA,
     )
 )
 BOTH_WAYS = [pytest.param(decode_to_drafter, id="to drafter"), pytest.param(decode_to_target, id="to target")]
@@ -76,7 +82,7 @@ def test_types_survive_and_optional_fields_default():
     assert step.events[1].jit == 0
     (block,) = decode_to_target(encode(PUSH)).blocks
     assert (block.num_branches, block.find(2, 77), block.drafts(0)) == (1, 0, [1, 2])
-    assert block.q_token_ids == block.q_probs == b"" and block.proposals(0) is None
+    assert not block.sampled and PUSH.support == 0 and PUSH.q_token_ids == PUSH.q_probs == b""
 
 
 @pytest.mark.parametrize("decode", BOTH_WAYS)
@@ -178,17 +184,24 @@ def test_a_block_finds_the_branch_of_an_outcome(outcomes, depth):
             branch = block.find(accept_length, bonus)
             if (accept_length, bonus) in outcomes:
                 assert branch == outcomes.index((accept_length, bonus))
-                assert block.drafts(branch) == drafts[branch].tolist() and block.proposals(branch) is None
+                assert block.drafts(branch) == drafts[branch].tolist()
             else:
                 assert branch == -1
 
 
-def test_a_block_carries_the_proposal_of_every_draft():
-    ids = np.arange(2 * 3 * 4, dtype="<i4").reshape(2, 3, 4)
+def test_a_push_carries_the_proposal_of_every_sampled_draft():
+    outcomes = pack_ids([[0, 5], [1, 6]])
+    deep, shallow = pack_ids([[1, 2, 3], [4, 5, 6]]), pack_ids([[1], [4]])
+    greedy = SpeculationBlock("g", 0, 1, 0, outcomes, deep)
+    sampled = [
+        SpeculationBlock(name, 0, 1, 0, outcomes, drafts, True) for name, drafts in (("a", deep), ("b", shallow))
+    ]
+    ids = np.arange(8 * 4, dtype="<i4").reshape(8, 4)
     probs = ids.astype("<f4") / 10
-    block = SpeculationBlock(
-        "a", 0, 1, 0, pack_ids([[0, 5], [1, 6]]), pack_ids([[1, 2, 3], [4, 5, 6]]), pack_ids(ids), probs.tobytes()
-    )
-    for branch in range(2):
-        for i, (q_ids, q_probs) in enumerate(block.proposals(branch)):
-            assert np.array_equal(q_ids, ids[branch, i]) and np.array_equal(q_probs, probs[branch, i])
+    push = Push([greedy, sampled[0], greedy, sampled[1]], [], None, 4, pack_ids(ids), probs.tobytes())
+    proposals = [[pushed.proposals(branch) for branch in range(2)] for pushed in push.each()]
+    assert proposals[0] == proposals[2] == [[None] * 3] * 2
+    found = [proposal for of_block in proposals[1::2] for of_branch in of_block for proposal in of_branch]
+    assert len(found) == 8
+    for (q_ids, q_probs), expected_ids, expected_probs in zip(found, ids, probs):
+        assert np.array_equal(q_ids, expected_ids) and np.array_equal(q_probs, expected_probs)

@@ -111,7 +111,8 @@ def block(request_id: str, epoch: int, length: int, drafts: bytes = pack_ids([2]
 def make() -> tuple[ModelLink, DrafterClient, Metrics, list[SpeculationBlock]]:
     link, metrics, kept = ModelLink(), Metrics(K, logging.getLogger("test")), []
     config = SSDConfig.from_user({"model": "x", "num_speculative_tokens": K})
-    return link, DrafterClient(config, Fleet([link]), metrics, kept.append), metrics, kept
+    client = DrafterClient(config, Fleet([link]), metrics, lambda block, push, first: kept.append(block))
+    return link, client, metrics, kept
 
 
 class Conversation(RuleBasedStateMachine):

@@ -40,7 +40,7 @@ import numpy as np
 
 from vllm_ssd.drafter.branches import JIT_ACCEPT_LENGTH, Branches
 from vllm_ssd.drafter.pages.protocol import Pages
-from vllm_ssd.drafter.pushes import due_rows, take_blocks
+from vllm_ssd.drafter.pushes import due_rows, take_push
 from vllm_ssd.drafter.sampler import Draw
 from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
 from vllm_ssd.drafter.step_tokens import StepTokens
@@ -415,9 +415,9 @@ class DraftEngine:
         if self._growing_since and not (self._unfinished or branches.growing.any()):
             self.build_s = time.perf_counter() - self._growing_since
             self._growing_since = 0.0
-        blocks = take_blocks(branches, self._by_slot, due_rows(branches, self._by_slot, self._budget))
+        rows = due_rows(branches, self._by_slot, self._budget)
         evicted, self._evicted = self._evicted, []
-        return Push(blocks, evicted, None) if blocks or evicted else None
+        return take_push(branches, self._by_slot, rows, evicted) if len(rows) or evicted else None
 
     @property
     def num_steps(self) -> int:

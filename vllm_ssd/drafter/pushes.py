@@ -1,4 +1,4 @@
-"""Which new drafts the target should have now, and the blocks that carry them."""
+"""Which new drafts the target should have now, and the push that carries them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from vllm_ssd.drafter.branches import JIT_ACCEPT_LENGTH, Branches
 from vllm_ssd.drafter.sequence import Sequence
-from vllm_ssd.link.protocol import JIT_TOKEN, SpeculationBlock, pack_ids
+from vllm_ssd.link.protocol import JIT_TOKEN, Evicted, Push, SpeculationBlock, pack_ids
 from vllm_ssd.policy import BranchBudget
 
 
@@ -35,7 +35,9 @@ def due_rows(branches: Branches, by_slot: SequenceOf[Sequence | None], budget: B
     return rows[due]
 
 
-def take_blocks(branches: Branches, by_slot: SequenceOf[Sequence | None], rows: np.ndarray) -> list[SpeculationBlock]:
+def take_push(
+    branches: Branches, by_slot: SequenceOf[Sequence | None], rows: np.ndarray, evicted: list[Evicted]
+) -> Push:
     """What `rows` have grown since they were last pushed, which now they are; one block for rows that grew alike."""
     depths = np.minimum(branches.computed[rows], branches.num_drafts[rows])
     groups: dict[tuple[int, int, int], list[int]] = {}
@@ -43,27 +45,30 @@ def take_blocks(branches: Branches, by_slot: SequenceOf[Sequence | None], rows: 
         groups.setdefault((int(slot), int(offset), int(depth)), []).append(int(row))
     branches.sent[rows] = depths
     sequences = cast("SequenceOf[Sequence]", by_slot)  # a branch never outlives its sequence
-    return [_block(branches, sequences[slot], alike, *span) for (slot, *span), alike in groups.items()]
+    blocks = [_block(branches, sequences[slot], alike, *span) for (slot, *span), alike in groups.items()]
+    q_token_ids: list[bytes] = []
+    q_probs: list[bytes] = []
+    for (slot, offset, depth), alike in groups.items():
+        if sequences[slot].temperature > 0:
+            token_ids, probs = branches.q_token_ids[alike, offset:depth], branches.q_probs[alike, offset:depth]
+            _put_drafts_first(branches.tokens[alike, offset + 1 : depth + 1], token_ids, probs)
+            q_token_ids.append(pack_ids(token_ids))
+            q_probs.append(probs.astype("<f4", copy=False).tobytes())
+    support = branches.q_probs.shape[-1] if q_probs else 0
+    return Push(blocks, evicted, None, support, b"".join(q_token_ids), b"".join(q_probs))
 
 
 def _block(branches: Branches, sequence: Sequence, rows: list[int], offset: int, depth: int) -> SpeculationBlock:
     outcomes = np.stack([branches.accept_length[rows], branches.tokens[rows, 0]], axis=1)
     outcomes[outcomes[:, 0] == JIT_ACCEPT_LENGTH] = (0, JIT_TOKEN)
-    drafts = branches.tokens[rows, offset + 1 : depth + 1]
-    q_token_ids = q_probs = b""
-    if sequence.temperature > 0:
-        token_ids, probs = branches.q_token_ids[rows, offset:depth], branches.q_probs[rows, offset:depth]
-        _put_drafts_first(drafts, token_ids, probs)
-        q_token_ids, q_probs = pack_ids(token_ids), probs.astype("<f4").tobytes()
     return SpeculationBlock(
         sequence.request_id,
         sequence.epoch,
         sequence.length,
         offset,
         pack_ids(outcomes),
-        pack_ids(drafts),
-        q_token_ids,
-        q_probs,
+        pack_ids(branches.tokens[rows, offset + 1 : depth + 1]),
+        sequence.temperature > 0,
     )
 
 

@@ -123,14 +123,14 @@ def _grow(engine: DraftEngine, *requests: _Request) -> list[dict[tuple[int, int]
     by_name = {request.name: request for request in requests}
     while engine.has_work:
         push = engine.speculate()
-        for block in push.blocks if push else []:
+        for pushed in push.each() if push else []:
+            block = pushed.block
             request, branches = by_name[block.request_id], trees[block.request_id]
             for i, (k, bonus) in enumerate(unpack_ids(block.outcomes).reshape(-1, 2).tolist()):
                 branch = branches.setdefault((k, bonus), _Branch([*request.tokens, *request.drafts[:k], bonus]))
                 branch.drafts += block.drafts(i)
-                proposals = block.proposals(i)
-                assert proposals is not None  # at temperature 1
-                branch.proposals += proposals
+                assert block.sampled  # at temperature 1
+                branch.proposals += [proposal for proposal in pushed.proposals(i) if proposal is not None]
     return list(trees.values())
 
 

@@ -6,12 +6,10 @@ drawn from it, only the drafter can know.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from vllm_ssd.link.options import DrafterOptions
-from vllm_ssd.link.protocol import JIT_TOKEN, Push, SpeculationBlock
+from vllm_ssd.link.protocol import JIT_TOKEN, Push
 
 Q_EPSILON = 1e-3
 """How far over 1 rounding may bring the sum of a proposal's probabilities."""
@@ -20,8 +18,9 @@ BYTES_A_ROW = 256
 BYTES_A_REQUEST = 64 << 10
 """Of a push, for evictions, and of a step, for a long request id and the tokens of its rounds."""
 
-GROUP_BYTES = 64 << 10
-"""Of the token ids of proposals that are checked at once."""
+GROUP_BYTES = 256 << 10
+"""Of the token ids of proposals that are checked at once: calls cost more than bytes for few of them, and what does not
+fit into a core's cache costs more than calls."""
 
 _UINT32, _FLOAT32 = np.dtype("<u4"), np.dtype("<f4")
 _largest = np.maximum.reduce
@@ -65,15 +64,13 @@ class PushChecker:
         stats = push.stats
         if stats is not None and (stats.pages_free > stats.pages_total or not stats.build_ms < float("inf")):
             return "impossible statistics"
-        blocks = push.blocks
-        if not blocks:
-            return None
-        if len(blocks) > self._max_blocks:
-            return f"{len(blocks)} blocks at once"
-        return self._wrong_sizes(blocks) or self._wrong_values(blocks)
+        if len(push.blocks) > self._max_blocks:
+            return f"{len(push.blocks)} blocks at once"
+        return self._wrong_sizes(push) or (self._wrong_values(push) if push.blocks else None)
 
-    def _wrong_sizes(self, blocks: list[SpeculationBlock]) -> str | None:
-        for block in blocks:
+    def _wrong_sizes(self, push: Push) -> str | None:
+        alike = {(len(block.outcomes), len(block.draft_token_ids), block.offset): block for block in push.blocks}
+        for block in alike.values():
             if not block.fits:
                 return "a block whose arrays have different lengths"
             num_branches, num_bytes = block.num_branches, len(block.draft_token_ids)
@@ -81,11 +78,15 @@ class PushChecker:
                 return f"a block of {num_branches} branches"
             if block.offset + num_bytes // (4 * num_branches) > self._num_drafts:
                 return f"drafts beyond num_speculative_tokens = {self._num_drafts}"
-            if len(block.q_token_ids) > num_bytes * self._max_support:
-                return f"a proposal of over {self._max_support} tokens"
+        if push.support > self._max_support:
+            return f"a proposal of over {self._max_support} tokens"
+        num_bytes = sum([len(block.draft_token_ids) for block in push.blocks if block.sampled])
+        if num_bytes and not push.support or {len(push.q_token_ids), len(push.q_probs)} != {num_bytes * push.support}:
+            return "proposals that are more or fewer than the drafts"
         return None
 
-    def _wrong_values(self, blocks: list[SpeculationBlock]) -> str | None:
+    def _wrong_values(self, push: Push) -> str | None:
+        blocks = push.blocks
         outcomes = _unsigned([block.outcomes for block in blocks])
         if _largest(outcomes[0::2]) > self._num_drafts:
             return "an accept length out of range"
@@ -94,23 +95,28 @@ class PushChecker:
             wrong = bonus_token_ids >= self._vocab_size
             if (bonus_token_ids[wrong] != _JIT).any() or outcomes[0::2][wrong].any():
                 return "a bonus token that is not in the target's vocabulary"
-        greedy = [block.draft_token_ids for block in blocks if not block.q_token_ids]
+        greedy = [block.draft_token_ids for block in blocks if not block.sampled]
         if greedy and _largest(_unsigned(greedy)) >= self._vocab_size:
             return "a draft that is not in the target's vocabulary"
-        for support, sampled in _groups(blocks) if len(greedy) < len(blocks) else ():
-            reason = self._wrong_proposals(sampled, support)
+        return self._wrong_proposals(push) if push.q_probs else None
+
+    def _wrong_proposals(self, push: Push) -> str | None:
+        """As `reason`, for the proposals of a push that has some."""
+        token_ids, bits, support = _unsigned([push.q_token_ids]), _unsigned([push.q_probs]), push.support
+        drafts = _joined([block.draft_token_ids for block in push.blocks if block.sampled])
+        if token_ids[::support].tobytes() != drafts:
+            return "a draft that is not the first of its proposal"
+        size = max(GROUP_BYTES // (4 * support), 1) * support
+        for start in range(0, len(bits), size):
+            reason = self._wrong_distributions(token_ids[start : start + size], bits[start : start + size], support)
             if reason is not None:
                 return reason
         return None
 
-    def _wrong_proposals(self, blocks: list[SpeculationBlock], support: int) -> str | None:
-        """As `reason`, for drafts whose proposals have `support` ids each."""
-        token_ids = _unsigned([block.q_token_ids for block in blocks])
-        if token_ids[::support].tobytes() != _joined([block.draft_token_ids for block in blocks]):
-            return "a draft that is not the first of its proposal"
+    def _wrong_distributions(self, token_ids: np.ndarray, bits: np.ndarray, support: int) -> str | None:
+        """As `reason`, for proposals of `support` ids each, their draft first; the probabilities' bits."""
         if _largest(token_ids) >= self._vocab_size:
             return "a proposal over tokens that are not in the target's vocabulary"
-        bits = _unsigned([block.q_probs for block in blocks])
         probs = bits.view(_FLOAT32)
         # In bits NaN and whatever is negative are over 1, too.
         if _largest(bits) > _ONE and not ((probs >= 0) & (probs <= 1 + Q_EPSILON)).all():
@@ -140,24 +146,3 @@ def _unsigned(arrays: list[bytes]) -> np.ndarray:
 
 def _joined(arrays: list[bytes]) -> bytes:
     return arrays[0] if len(arrays) == 1 else b"".join(arrays)
-
-
-def _groups(blocks: list[SpeculationBlock]) -> Iterator[tuple[int, list[SpeculationBlock]]]:
-    """The blocks with proposals, in groups that are checked at once, with the ids of each proposal in them.
-
-    Calls cost more than bytes for small blocks; what does not fit into a core's cache costs more than calls.
-    """
-    group: list[SpeculationBlock] = []
-    group_support = group_bytes = 0
-    for block in blocks:
-        num_bytes = len(block.q_token_ids)
-        if not num_bytes:
-            continue
-        support = num_bytes // len(block.draft_token_ids)
-        if group and (support != group_support or group_bytes + num_bytes > GROUP_BYTES):
-            yield group_support, group
-            group, group_bytes = [], 0
-        group.append(block)
-        group_support, group_bytes = support, group_bytes + num_bytes
-    if group:
-        yield group_support, group

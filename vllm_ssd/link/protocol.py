@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
-from typing import Annotated, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -156,9 +156,7 @@ class SpeculationBlock(_Message, frozen=True):
     outcomes: [n, 2] int32 little-endian, accept length and bonus token of each branch; accept length 0 with
         `JIT_TOKEN` continues the committed tokens themselves
     draft_token_ids: [n, d] int32 little-endian, the tokens after each outcome
-    q_token_ids: [n, d, M] int32 little-endian, the support of each token's proposal, the token itself first; empty
-        when greedy
-    q_probs: [n, d, M] float32 little-endian, its probabilities; empty when greedy
+    sampled: whether each token has a proposal, n * d of those of the push; a greedy request's has none
     """
 
     request_id: str
@@ -167,8 +165,7 @@ class SpeculationBlock(_Message, frozen=True):
     offset: Count
     outcomes: bytes
     draft_token_ids: bytes
-    q_token_ids: bytes = b""
-    q_probs: bytes = b""
+    sampled: bool = False
 
     @property
     def num_branches(self) -> int:
@@ -176,16 +173,15 @@ class SpeculationBlock(_Message, frozen=True):
         return len(self.outcomes) // 8
 
     @property
+    def num_proposals(self) -> int:
+        """n * d where the request is sampled."""
+        return len(self.draft_token_ids) // 4 if self.sampled else 0
+
+    @property
     def fits(self) -> bool:
-        """Whether the arrays have the sizes that n, d and M ask for; of a sound drafter they always do."""
-        n, tokens, support = self.num_branches, len(self.draft_token_ids), len(self.q_token_ids)
-        return (
-            0 < 8 * n == len(self.outcomes)
-            and 0 < tokens
-            and not tokens % (4 * n)
-            and not support % tokens
-            and support == len(self.q_probs)
-        )
+        """Whether the arrays have the sizes that n and d ask for; of a sound drafter they always do."""
+        size, tokens = len(self.outcomes), len(self.draft_token_ids)
+        return size > 0 and not size % 8 and tokens > 0 and not 2 * tokens % size
 
     def find(self, accept_length: int, bonus_token_id: int) -> int:
         """The branch that predicts this outcome, or -1."""
@@ -201,16 +197,6 @@ class SpeculationBlock(_Message, frozen=True):
         """The d tokens of one branch."""
         size = len(self.draft_token_ids) // self.num_branches
         return np.frombuffer(self.draft_token_ids, "<i4", size // 4, branch * size).tolist()
-
-    def proposals(self, branch: int) -> list[Proposal] | None:
-        """Per token of one branch its proposal, ids [M] int32 and probabilities [M] float32; None when greedy."""
-        if not self.q_token_ids:
-            return None
-        num_tokens = len(self.draft_token_ids) // 4
-        depth = num_tokens // self.num_branches
-        ids = np.frombuffer(self.q_token_ids, "<i4").reshape(num_tokens, -1)[branch * depth : (branch + 1) * depth]
-        probs = np.frombuffer(self.q_probs, "<f4").reshape(num_tokens, -1)[branch * depth : (branch + 1) * depth]
-        return list(zip(ids, probs))
 
 
 class Evicted(_Message, frozen=True):
@@ -236,11 +222,46 @@ class DrafterStats(_Message, frozen=True):
 
 
 class Push(_Message, frozen=True, tag=2):
-    """Drafter → target, after each drafter step that has news."""
+    """Drafter → target, after each drafter step that has news.
+
+    The proposals of all blocks lie together, so that the target can check them and copy them as one array:
+
+    support: M, ids in each proposal
+    q_token_ids: [E, M] int32 little-endian, the support of the E drafts of sampled blocks, in the blocks' order, each
+        draft first
+    q_probs: [E, M] float32 little-endian, their probabilities
+    """
 
     blocks: Annotated[list[SpeculationBlock], msgspec.Meta(max_length=MAX_BLOCKS)]
     evicted: Annotated[list[Evicted], msgspec.Meta(max_length=MAX_EVICTED)]
     stats: DrafterStats | None
+    support: Count = 0
+    q_token_ids: bytes = b""
+    q_probs: bytes = b""
+
+    def each(self) -> Iterator[PushedBlock]:
+        """Its blocks, each with its place in the proposals."""
+        first = 0
+        for block in self.blocks:
+            yield PushedBlock(block, self, first)
+            first += block.num_proposals
+
+
+class PushedBlock(NamedTuple):
+    """A block and the push that it came in, of whose E drafts with a proposal `first` is the block's first."""
+
+    block: SpeculationBlock
+    push: Push
+    first: int
+
+    def proposals(self, branch: int) -> list[Proposal | None]:
+        """Of each token of one branch, ids [M] int32 and probabilities [M] float32, or None where there is none."""
+        depth, support = len(self.block.draft_token_ids) // (4 * self.block.num_branches), self.push.support
+        if not self.block.sampled:
+            return [None] * depth
+        start, shape = 4 * (self.first + branch * depth) * support, (depth, support)
+        ids = np.frombuffer(self.push.q_token_ids, "<i4", depth * support, start).reshape(shape)
+        return list(zip(ids, np.frombuffer(self.push.q_probs, "<f4", depth * support, start).reshape(shape)))
 
 
 ToDrafter = Hello | Step

@@ -25,7 +25,9 @@ MIN_POLL_BYTES = 2 << 20
 PREFIX_BYTES = 4
 SOCKET_BUFFER_BYTES = 8 << 20
 INBOX_BYTES = 1 << 20
-"""Initial size of the receive buffer, which grows as the bytes of a larger message arrive and shrinks after it."""
+"""Initial size of the receive buffer, which grows as the bytes of a larger message arrive."""
+SMALL_MESSAGES = 64
+"""The buffer shrinks again after so many messages in a row that would not have needed it: pushes are of one size."""
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 """A host that resets SIGPIPE to its default must not be killed by a dead drafter."""
 
@@ -198,6 +200,7 @@ class Inbox:
         self._buffer = memoryview(bytearray(INBOX_BYTES))
         self._start = self._end = 0
         self._undecoded = False  # complete messages may be left in the buffer
+        self._num_small = 0  # messages in a row that had room in the initial buffer
         self.limit(max_message_bytes)
 
     def limit(self, max_message_bytes: int) -> None:
@@ -259,6 +262,7 @@ class Inbox:
             except ProtocolError as error:
                 self.broken = str(error)
                 return
+            self._num_small = self._num_small + 1 if needed <= INBOX_BYTES else 0
             start += needed
             needed = PREFIX_BYTES
         self._start, self._end = start, end
@@ -271,7 +275,7 @@ class Inbox:
         capacity = len(buffer)
         if size == capacity:
             capacity = min(needed, 2 * size)
-        elif needed <= INBOX_BYTES:
+        elif needed <= INBOX_BYTES and self._num_small >= SMALL_MESSAGES:
             capacity = INBOX_BYTES
         if capacity != len(buffer):
             self._buffer = memoryview(bytearray(capacity))

@@ -58,6 +58,7 @@ from vllm_ssd.link.protocol import (
     Evicted,
     Open,
     Outcome,
+    Push,
     SpeculationBlock,
     Truncation,
     pack_ids,
@@ -92,11 +93,16 @@ class RemoteRequest:
 class DrafterClient:
     """Open, outcome, close and poll: the target's side of the conversation with its drafters.
 
-    `keep_block` gets each accepted block, from `poll`; others are counted as stale.
+    `keep_block` gets each accepted block, from `poll`, with its push and its first proposal there; others are counted
+    as stale.
     """
 
     def __init__(
-        self, config: SSDConfig, fleet: Fleet, metrics: Metrics, keep_block: Callable[[SpeculationBlock], None]
+        self,
+        config: SSDConfig,
+        fleet: Fleet,
+        metrics: Metrics,
+        keep_block: Callable[[SpeculationBlock, Push, int], None],
     ) -> None:
         self._fleet = fleet
         self._members = Members(fleet, reserve=2 * config.num_speculative_tokens + 2)
@@ -235,15 +241,18 @@ class DrafterClient:
         for index, push in pushes:
             member = self._members[index]
             member.awaiting_push = False
+            first = 0
             for block in push.blocks:
-                self._take_block(block, index)
+                self._take_block(block, index, push, first)
+                if block.sampled:
+                    first += len(block.draft_token_ids) // 4
             for evicted in push.evicted:
                 self._take_eviction(evicted, index)
             if push.stats is not None:
                 self._metrics.drafter(push.stats, member.link.generation, index)
         self._members.look_around()
 
-    def _take_block(self, block: SpeculationBlock, index: int) -> None:
+    def _take_block(self, block: SpeculationBlock, index: int, push: Push, first: int) -> None:
         request = self._requests.get(block.request_id)
         if request is None or request.member != index or block.epoch != request.epoch or not self._is_known(request):
             self._metrics.stale_block()
@@ -254,7 +263,7 @@ class DrafterClient:
             self._metrics.stale_block()
             return
         request.awaiting_first_block = False
-        self._keep_block(block)
+        self._keep_block(block, push, first)
 
     def _take_eviction(self, evicted: Evicted, index: int) -> None:
         request = self._requests.get(evicted.request_id)

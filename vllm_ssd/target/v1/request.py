@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vllm_ssd.link.protocol import Proposal, SpeculationBlock, common_prefix
+from vllm_ssd.link.protocol import Proposal, PushedBlock, common_prefix
 from vllm_ssd.target.requests import RemoteRequest
 
 
@@ -29,19 +29,16 @@ class Request:
     drafts: Speculation = field(default_factory=Speculation)  # handed over last
     drafts_length: int = 0  # committed tokens that `drafts` follow
     by_ngram: bool = False  # `drafts` are what followed an earlier n-gram
-    blocks: list[SpeculationBlock] = field(
-        default_factory=list
-    )  # accepted for the outcome at `remote.length`, in order
+    blocks: list[PushedBlock] = field(default_factory=list)  # accepted for the outcome at `remote.length`, in order
 
     def lookup(self, accept_length: int, bonus_token_id: int) -> Speculation:
         """What was pushed for one outcome so far; empty when it was not predicted."""
         found = Speculation()
-        for block in self.blocks:
-            branch = block.find(accept_length, bonus_token_id)
-            if branch >= 0 and block.offset == len(found.token_ids):
-                drafts = block.drafts(branch)
-                found.token_ids += drafts
-                found.proposals += block.proposals(branch) or [None] * len(drafts)
+        for pushed in self.blocks:
+            branch = pushed.block.find(accept_length, bonus_token_id)
+            if branch >= 0 and pushed.block.offset == len(found.token_ids):
+                found.token_ids += pushed.block.drafts(branch)
+                found.proposals += pushed.proposals(branch)
         return found
 
     def follow(self, emitted: list[int]) -> Speculation:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.link.fleet import Fleet
-from vllm_ssd.link.protocol import Proposal, SpeculationBlock, Truncation
+from vllm_ssd.link.protocol import Proposal, Push, PushedBlock, SpeculationBlock, Truncation
 from vllm_ssd.policy import Adaptation
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.requests import DrafterClient
@@ -86,8 +86,8 @@ class Verifier:
     def _num_drafts(self, batch_size: int) -> int:
         return self._adaptation.choose(batch_size) if self._config.adaptive else self._config.num_speculative_tokens
 
-    def _keep_block(self, block: SpeculationBlock) -> None:
-        self._requests[block.request_id].blocks.append(block)
+    def _keep_block(self, block: SpeculationBlock, push: Push, first: int) -> None:
+        self._requests[block.request_id].blocks.append(PushedBlock(block, push, first))
 
     def _observe(self, batch: Batch, now_s: float) -> None:
         """Count what was accepted, and learn from rounds of pure decoding that followed directly on another."""

@@ -22,7 +22,7 @@ import torch
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.kernels import OUTCOME_COLUMNS, Found
 from vllm_ssd.link.fleet import Fleet
-from vllm_ssd.link.protocol import ALL_TOKENS, SpeculationBlock, Truncation
+from vllm_ssd.link.protocol import ALL_TOKENS, Push, SpeculationBlock, Truncation
 from vllm_ssd.policy import NgramGain
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.requests import DrafterClient, RemoteRequest
@@ -228,9 +228,9 @@ class Courier:
         self._client.send(self._num_drafts)
         self._metrics.log()
 
-    def _keep_block(self, block: SpeculationBlock) -> None:
+    def _keep_block(self, block: SpeculationBlock, push: Push, first: int) -> None:
         serial = int(block.request_id)
-        self._cache.put(self._requests[serial].slot, serial, block)
+        self._cache.put(self._requests[serial].slot, serial, block, push, first)
 
     def _start(self, serial: int, slot: int, token_ids: list[int], temperature: float, truncation: Truncation) -> None:
         remote = self._client.add(str(serial), temperature, truncation)
