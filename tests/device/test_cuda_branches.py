@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -193,3 +194,33 @@ def test_v1_copies_no_dense_proposals(cuda: FakeCuda) -> None:
         for token_id, prob in zip(ids, probs):
             expected[i, token_id] += float(prob)
     assert torch.equal(q.cpu(), expected)
+
+
+def test_v1_knows_its_drafts_without_asking_the_device(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading them there would wait for the forward of the target."""
+    drafts = [[3, 4], [], [5]]
+    proposals = [[(np.int32([draft, 9]), np.float32([0.75, 0.25])) for draft in row] for row in drafts]
+    verified: list[Any] = []
+
+    def known(request_ids: list[str], num_tokens: list[int], draft_token_ids: list[list[int]]) -> Any:
+        verified.append((request_ids, num_tokens, draft_token_ids))
+        return proposals
+
+    batch = SimpleNamespace(
+        sampling_metadata=SimpleNamespace(all_greedy=False),
+        spec_token_ids=[*drafts, [7]],  # and one that is not in the round
+        req_ids=["a", "b", "c"],
+        num_tokens_no_spec=np.array([8, 9, 10, 0]),
+        vocab_size=12,
+    )
+    metadata = SimpleNamespace(
+        draft_token_ids=torch.tensor([3, 4, 5], dtype=torch.int32, device="cuda:0"), num_draft_tokens=[2, 0, 1]
+    )
+    cuda.pageable_copies.clear()
+    monkeypatch.setattr(runner_v1, "get_tp_group", lambda: SimpleNamespace(rank_in_group=0, world_size=1))
+    q = runner_v1._get_spec_decode_draft_probs(
+        None, SimpleNamespace(input_batch=batch), SimpleNamespace(proposals=known), metadata
+    )
+    assert not cuda.host_reads and not cuda.pageable_copies
+    assert verified == [(["a", "b", "c"], [8, 9, 10], drafts)]
+    assert q.cpu().nonzero().tolist() == [[0, 3], [0, 9], [1, 4], [1, 9], [2, 5], [2, 9]]

@@ -88,7 +88,7 @@ USED = {
     "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "bonus_logits_indices draft_token_ids num_draft_tokens",
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": "num_prompt_tokens output_token_ids sampling_params",
     "vllm.v1.worker.gpu_input_batch:InputBatch": (
-        "num_prompt_tokens num_tokens_no_spec req_ids sampling_metadata thinking_budget_state_holder "
+        "num_prompt_tokens num_tokens_no_spec req_ids sampling_metadata spec_token_ids thinking_budget_state_holder "
         "update_async_output_token_ids vocab_size"
     ),
     "vllm.v1.worker.gpu_model_runner": "GPUModelRunner",

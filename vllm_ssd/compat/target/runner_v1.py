@@ -171,11 +171,8 @@ def _get_spec_decode_draft_probs(original, runner, proposer: V1Proposer, spec_de
     batch = runner.input_batch
     if batch.sampling_metadata.all_greedy:
         return None
-    token_ids = spec_decode_metadata.draft_token_ids
-    flat, drafts = token_ids.tolist(), []
-    for n in spec_decode_metadata.num_draft_tokens:
-        drafts.append(flat[:n])
-        del flat[:n]
+    # The host's lists, of which the device's copy was made: reading that one would wait for the forward.
+    drafts = [list(row) for row in batch.spec_token_ids[: len(spec_decode_metadata.num_draft_tokens)]]
     group = get_tp_group()
     rows = None
     if group.rank_in_group == 0:
@@ -185,7 +182,10 @@ def _get_spec_decode_draft_probs(original, runner, proposer: V1Proposer, spec_de
     if rows is None:
         return None
     return dense_proposals(
-        [draft for row in drafts for draft in row], [p for row in rows for p in row], batch.vocab_size, token_ids.device
+        [draft for row in drafts for draft in row],
+        [p for row in rows for p in row],
+        batch.vocab_size,
+        spec_decode_metadata.draft_token_ids.device,
     )
 
 
