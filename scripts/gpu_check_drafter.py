@@ -100,7 +100,7 @@ def own_model(shape: str, dry_run: bool) -> Llama:
 
 
 def make_engine(model: Any, requests: int, branches: int) -> DraftEngine:
-    """As the drafter's server makes it, its graphs captured where it captures any at start."""
+    """As the drafter's server makes it, warm."""
     engine = build_engine(
         model,
         FanOut(DRAFTS, None, branches),
@@ -111,9 +111,7 @@ def make_engine(model: Any, requests: int, branches: int) -> DraftEngine:
         top_m=64,
         seed=0,
     )
-    warm_up = getattr(engine, "warm_up", None)
-    if warm_up is not None:
-        warm_up()
+    engine.warm_up()
     return engine
 
 

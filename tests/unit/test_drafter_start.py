@@ -9,10 +9,14 @@ import types
 
 import msgspec
 import pytest
+import torch
 from fake_model import FakePagedModel
 
+from vllm_ssd.compat.drafter.graphs import CalledSteps
+from vllm_ssd.compat.drafter.memory import max_rows
 from vllm_ssd.compat.drafter.paged import UnsupportedDraftModel
-from vllm_ssd.drafter import server
+from vllm_ssd.drafter import device_steps, server
+from vllm_ssd.drafter.buckets import Buckets
 from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import (
     PROTOCOL_VERSION,
@@ -255,3 +259,29 @@ def test_tokens_for_loading_are_gone_when_it_serves(start, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     server._start_over(0, OPTIONS, dict(os.environ), ValueError("x"))
     assert environments[0]["HF_TOKEN"] == "hf_x"
+
+
+@pytest.mark.parametrize("saguaro_c", [1.0, 0.5])
+def test_steps_are_captured_once(start, monkeypatch, saguaro_c):
+    """What the drafter checks before the handshake is what it serves with: a capture takes a GPU some 20 ms."""
+    captured: list[int] = []
+
+    class Counting(CalledSteps):
+        def __init__(self) -> None:
+            captured.append(0)
+
+        def capture(self, step):
+            captured[-1] += 1
+            return step
+
+    monkeypatch.setattr(device_steps, "graphs_on", lambda device: Counting())
+    start(FakeDraftModel, msgspec.structs.replace(OPTIONS, saguaro_c=saguaro_c))
+    start.target.send(Hello(PROTOCOL_VERSION, FakePagedModel.vocab_size, 3, fingerprint(["a"])))
+    assert isinstance(start.target.poll(20.0)[0], Welcome)
+    start.target.send(Step([Open("a", 1, pack_ids([1, 2, 3]), 0.7)], 3))
+    while not (push := start.target.poll(20.0)[0]).blocks:
+        pass
+    assert push.support == OPTIONS.top_m
+    *checked, served = captured
+    assert served == len(Buckets(2, 8 + 1 + 3 + 1, max_rows(FakePagedModel.vocab_size, torch.float32)).all) > 3
+    assert len(checked) == (saguaro_c != 1.0) and sum(checked) < served, "the check alone captures what it runs"

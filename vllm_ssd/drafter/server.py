@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import msgspec
 import torch
@@ -23,9 +23,10 @@ from vllm_ssd.drafter.engine import PREFILL_TOKENS_PER_STEP, DraftEngine
 from vllm_ssd.drafter.heartbeat import Heartbeat
 from vllm_ssd.drafter.pages.device import DevicePages
 from vllm_ssd.drafter.pages.host import HostPages
+from vllm_ssd.drafter.pages.protocol import Pages
 from vllm_ssd.drafter.sampler import Sampler
 from vllm_ssd.drafter.self_check import TIME_LIMIT_S, check_trees, time_limit
-from vllm_ssd.drafter.stepper import EagerRunner, Stepper
+from vllm_ssd.drafter.stepper import EagerRunner, Runner, Stepper
 from vllm_ssd.drafter.trace import TracedEngine, TracedFanOut, TracedTransport
 from vllm_ssd.drafter.vocabulary import UnlikeVocabularies, Vocabulary, VocabularyMap, match, translated
 from vllm_ssd.link.checks import max_step_bytes
@@ -116,7 +117,7 @@ def run(fd: int, options: DrafterOptions) -> int:
         raise
     try:
         with time_limit(TIME_LIMIT_S, functools.partial(_start_over, fd, options, environment)):
-            _check(model, options)
+            captured = _check(model, options)
     except Exception as error:
         if options.tree_attention or options.graphs:
             _start_over(fd, options, environment, error)
@@ -140,8 +141,10 @@ def run(fd: int, options: DrafterOptions) -> int:
         if vocabulary is None:
             return 1
         learner = functools.partial(TracedFanOut, trace) if trace else FanOut
-        engine = _engine_of(translated(model, vocabulary), options, learner, vocabulary.num_shared)
-        num_captured = engine.warm_up() if options.graphs else 0
+        served = translated(model, vocabulary)
+        steps = captured if served is model else _steps_of(served, options, vocabulary.num_shared)
+        engine = _engine_of(served, options, learner, steps)
+        num_captured = engine.warm_up() if options.graphs else 0  # once: what is captured already stays
         logger.info("SSD: the drafter captured its steps for %d sizes of batches", num_captured)
         transport.limit_messages(max_step_bytes(model.max_model_len, options.max_num_seqs))
         transport.send(msgspec.structs.replace(welcome, notice=vocabulary.notice))
@@ -163,16 +166,21 @@ def run(fd: int, options: DrafterOptions) -> int:
     return 0
 
 
-def _check(model: PagedModel, options: DrafterOptions) -> None:
+def _check(model: PagedModel, options: DrafterOptions) -> Steps:
     """Raise unless an engine as the one that will serve says what the model says, and its steps can be captured.
 
-    Before the handshake, from which on nothing can start over: the target introduces itself once.
+    Before the handshake, from which on nothing can start over: the target introduces itself once. -> the captured
+    steps, for the engine that will serve if the vocabularies are alike.
     """
-    engine = _engine_of(model, msgspec.structs.replace(options, saguaro_c=1.0), FanOut)
+    plain = msgspec.structs.replace(options, saguaro_c=1.0)
+    steps = _steps_of(model, plain)
     if model.tree_attention:
-        check_trees(engine, model, options.num_speculative_tokens)
+        check_trees(_engine_of(model, plain, FanOut, steps), model, options.num_speculative_tokens)
+    if options.saguaro_c != plain.saguaro_c:
+        steps = _steps_of(model, options)
     if options.graphs:
-        engine.warm_up()
+        _engine_of(model, options, FanOut, steps).warm_up()
+    return steps
 
 
 def _refuse(transport: Transport, error: Exception) -> None:
@@ -197,9 +205,42 @@ def _start_over(fd: int, options: DrafterOptions, environment: dict[str, str], e
     os.execve(sys.executable, [sys.executable, *arguments], environment)
 
 
-def build_engine(
+class Steps(NamedTuple):
+    """What an engine grows trees with, and may hand on to another once it is idle: no request leaves a trace here."""
+
+    branches: Branches
+    pages: Pages
+    eager: EagerRunner
+    runner: Runner
+    saguaro_c: float
+    most_branches: int  # in all, of the budget
+    most_rows: int  # in one step
+
+
+def build_engine(model: PagedModel, fan_out: FanOut, **options: Any) -> DraftEngine:
+    """An engine over `model`, with steps of its own: `options` of `build_steps`."""
+    return engine_over(model, fan_out, build_steps(model, **options))
+
+
+def engine_over(model: PagedModel, fan_out: FanOut, steps: Steps) -> DraftEngine:
+    """An engine that has served nobody, over steps that no other engine is using."""
+    budget = BranchBudget(steps.most_branches)
+    branches, pages = steps.branches, steps.pages
+    stepper = Stepper(branches, steps.eager, steps.runner, budget, steps.saguaro_c, steps.most_rows)
+    return DraftEngine(
+        fan_out,
+        budget,
+        branches,
+        pages,
+        stepper,
+        vocab_size=model.vocab_size,
+        max_model_len=model.max_model_len,
+        prefill_tokens=PREFILL_TOKENS_PER_STEP["cuda" if _is_on_gpu(model) else "cpu"],
+    )
+
+
+def build_steps(
     model: PagedModel,
-    fan_out: FanOut,
     *,
     num_speculative_tokens: int,
     max_num_seqs: int,
@@ -209,8 +250,8 @@ def build_engine(
     seed: int,
     saguaro_c: float = 1.0,
     num_draftable: int | None = None,
-) -> DraftEngine:
-    """An engine over `model`, whose attention decides whether pages are kept on the host or on the device.
+) -> Steps:
+    """Steps of `model`, whose attention decides whether pages are kept on the host or on the device.
 
     max_branches: of a request; max_fan_out: of a fork point; top_m: tokens that a proposal keeps; seed: of the draws;
     num_draftable: tokens whose logits are finite, all of them by default.
@@ -231,28 +272,23 @@ def build_engine(
     else:
         pages = HostPages(model, branches)
         runner = eager = EagerRunner(model, pages, branches, sampler)
-    on_gpu = torch.device(model.device).type == "cuda"
-    most_branches = min(MAX_BRANCHES, 3 * most_rows // 4) if on_gpu else most_rows  # beside them ride spine tokens
-    budget = BranchBudget(max(min(max_num_seqs * max_branches, most_branches), 1))
-    stepper = Stepper(branches, eager, runner, budget, saguaro_c, most_rows)
-    return DraftEngine(
-        fan_out,
-        budget,
-        branches,
-        pages,
-        stepper,
-        vocab_size=model.vocab_size,
-        max_model_len=model.max_model_len,
-        prefill_tokens=PREFILL_TOKENS_PER_STEP["cuda" if on_gpu else "cpu"],
-    )
+    # Beside the branches ride spine tokens.
+    most_branches = min(MAX_BRANCHES, 3 * most_rows // 4) if _is_on_gpu(model) else most_rows
+    most_branches = max(min(max_num_seqs * max_branches, most_branches), 1)
+    return Steps(branches, pages, eager, runner, saguaro_c, most_branches, most_rows)
 
 
-def _engine_of(
-    model: PagedModel, options: DrafterOptions, learner: Callable[..., FanOut], num_draftable: int | None = None
-) -> DraftEngine:
-    return build_engine(
+def _is_on_gpu(model: PagedModel) -> bool:
+    return torch.device(model.device).type == "cuda"
+
+
+def _engine_of(model: PagedModel, options: DrafterOptions, learner: Callable[..., FanOut], steps: Steps) -> DraftEngine:
+    return engine_over(model, learner(options.num_speculative_tokens, options.fan_out, options.branch_budget), steps)
+
+
+def _steps_of(model: PagedModel, options: DrafterOptions, num_draftable: int | None = None) -> Steps:
+    return build_steps(
         model,
-        learner(options.num_speculative_tokens, options.fan_out, options.branch_budget),
         num_speculative_tokens=options.num_speculative_tokens,
         max_num_seqs=options.max_num_seqs,
         max_branches=options.max_branches,
