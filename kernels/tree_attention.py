@@ -67,13 +67,13 @@ def tree_attention(
         return out
     group = num_heads // num_kv_heads
     # The rows of a request and the query heads of one KV head form the M dimension of a tensor-core dot.
-    # Float32 has no tensor cores of its precision: small tiles keep its multiplications in registers.
+    # Float32 has no tensor cores of its precision: small tiles and blocks keep its multiplications in registers.
     is_half = query.dtype.itemsize == 2
     block_d = power_of_2(head_size)
     block_m = min(max(power_of_2(max_rows * group), 16), min(MAX_TILE, 16384 // block_d) if is_half else 16)
     block_m = max(block_m, power_of_2(group))
     rows_per_tile = block_m // group
-    block_t = 64 if is_half and block_d <= 128 else 32
+    block_t = (64 if block_d <= 128 else 32) if is_half else 16
     num_tiles = num_rows // rows_per_tile + num_requests  # at least one more than whole tiles in every request
     if num_splits is None:
         num_live = live_tiles(num_rows, num_requests, rows_per_tile) * num_kv_heads
@@ -129,7 +129,7 @@ def tree_attention(
         num_splits,
         MAX_SPLITS=MAX_SPLITS,
         BLOCK_M=max(16, power_of_2(group)),
-        BLOCK_T=32,
+        BLOCK_T=32 if is_half else 16,
         **common,
     )
     return out

@@ -6,7 +6,10 @@ A driver that only names its target stands in for CUDA's; Triton then compiles t
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 
 import torch
 import triton
@@ -55,15 +58,18 @@ class NoLaunch:
 
 
 def compile_all(capability: int) -> None:
-    """Call every op on CPU tensors as if they were on a GPU of this compute capability."""
+    """Call every op on CPU tensors as if they were on a GPU of this compute capability; a line a compiled variant."""
     triton.runtime.driver.set_active(NoLaunch(capability))
     run, hashes = triton.JITFunction.run, set()
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        size, shared = len(kernel.asm["cubin"]), kernel.metadata.shared
-        print(json.dumps({"kernel": self.__name__, "cubin": size, "shared": shared}))
-        hashes.add(kernel.hash)
+        if kernel.hash not in hashes:
+            hashes.add(kernel.hash)
+            size, shared = len(kernel.asm["cubin"]), kernel.metadata.shared
+            constants = {name: kwargs[name] for name in ("HEAD", "BLOCK_M", "BLOCK_T", "M") if name in kwargs}
+            usage = {"cubin": size, "shared": shared, "stack": stack_bytes(kernel.asm["cubin"])}
+            print(json.dumps({"kernel": self.__name__, **usage, "constants": constants}))
         return kernel
 
     triton.JITFunction.run = compile_only
@@ -115,6 +121,16 @@ def compile_all(capability: int) -> None:
             soft_cap=soft_cap,
             num_splits=8,
         )
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Local memory of a thread, where registers go that there are too few of, by Triton's own cuobjdump."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
 
 
 def step_of_the_target(top_m: int, batch: int = 1, start: int = 0, wanted: int = 5, *, has_ngram: bool = False) -> None:

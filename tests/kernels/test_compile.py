@@ -15,6 +15,8 @@ import vllm_ssd.kernels
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Shared memory that one program can have (CUDA C programming guide, compute capabilities)."""
+STACK_BYTES = {80: 96, 90: 16}
+"""Local memory of a thread at most: a few of the trunk's 255 registers spill where its tile is largest."""
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
@@ -32,3 +34,4 @@ def test_every_kernel_compiles(capability, tmp_path):
     assert {kernel["kernel"] for kernel in compiled} == set(re.findall(r"def (_\w+_kernel)\(", sources))
     for kernel in compiled:
         assert kernel["cubin"] > 1000 and kernel["shared"] <= SHARED_BYTES[capability], kernel
+        assert kernel["stack"] <= STACK_BYTES[capability], kernel
