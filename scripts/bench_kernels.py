@@ -45,6 +45,8 @@ HEADS = {"Llama-3.2-1B": (32, 8, 64), "Qwen3-0.6B": (16, 8, 128)}
 """Query heads, KV heads, head size."""
 PAGE_SIZE = 16
 NUM_DRAFTS = 5
+VOCAB_SIZE, LAYERS = 128_256, 16
+"""Of Llama-3.2-1B."""
 CYCLED_BYTES = 512 << 20
 """KV that replays cycle through: several times the L2 cache of today's GPUs."""
 TOLERANCE = 2e-2
@@ -234,7 +236,7 @@ def attention_of_each_row(
 
 
 def bench_pages(num_requests: int) -> dict[str, object]:
-    """expand, copy_pages over 16 layers, and commit of a miss, which undoes it; 24 branches a request."""
+    """expand, copy_pages over all layers, and commit of a miss, which undoes it; 24 branches a request."""
     branches = 4 * (NUM_DRAFTS + 1)
     pool = DevicePool.full(num_requests * 1024, "cuda")
     trees = Trees.empty(num_requests, branches, NUM_DRAFTS, PAGE_SIZE, 600, "cuda")
@@ -252,7 +254,7 @@ def bench_pages(num_requests: int) -> dict[str, object]:
         ints([[0, NUM_DRAFTS + 1]] * num_requests),
     )
     layers = [
-        torch.zeros(len(pool.holders), PAGE_SIZE, 8, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2 * 16)
+        torch.zeros(len(pool.holders), PAGE_SIZE, 8, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2 * LAYERS)
     ]
     misses = ints([MISS] * num_requests)
 
@@ -299,7 +301,7 @@ def bench_lookup(num_requests: int) -> dict[str, object]:
     torch.cuda.synchronize()
     if outcomes[:, 3].tolist() != [17] * num_requests:
         raise SystemExit("bench_kernels: lookup missed; nothing is timed")
-    logits = torch.full((num_requests, NUM_DRAFTS, 128256), -torch.inf, device="cuda")
+    logits = torch.full((num_requests, NUM_DRAFTS, VOCAB_SIZE), -torch.inf, device="cuda")
     columns = torch.zeros(num_requests, NUM_DRAFTS, top_m, dtype=torch.int32, device="cuda")
     of_logits = (logits, columns, verifying, slots, ones.float())
     write_draft_logits(*of_logits)
@@ -315,7 +317,7 @@ def bench_lookup(num_requests: int) -> dict[str, object]:
 
 def bench_sample(rows: int) -> dict[str, object]:
     """Llama-3's vocabulary, M = 64; torch.topk alone for comparison."""
-    logits = torch.randn(rows, 128256, dtype=torch.bfloat16, device="cuda")
+    logits = torch.randn(rows, VOCAB_SIZE, dtype=torch.bfloat16, device="cuda")
     positions = torch.arange(rows, device="cuda")
     arguments = (logits, torch.ones(rows, device="cuda"), positions, positions, torch.zeros_like(positions).int())
     drawn = sample(*arguments, top_m=64)

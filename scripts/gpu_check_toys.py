@@ -37,7 +37,7 @@ def once_us(step: Callable[[], object]) -> float:
 def benchmarks_on_cpu() -> Iterator[None]:
     """Let the functions of bench_kernels.py run here, over kernels that Triton's interpreter runs."""
     with (
-        patch.multiple(bench_kernels, median_us=once_us, CYCLED_BYTES=0),
+        patch.multiple(bench_kernels, median_us=once_us, CYCLED_BYTES=0, VOCAB_SIZE=2048, LAYERS=1),
         patch.object(torch.cuda, "synchronize", lambda: None),
         OnCpu(),
     ):
