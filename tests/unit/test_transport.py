@@ -18,6 +18,7 @@ from vllm_ssd.link.transport import (
     MAX_MESSAGE_BYTES,
     MAX_POLL_MESSAGES,
     MIN_POLL_BYTES,
+    SMALL_MESSAGES,
     TransportClosed,
     socket_pair,
 )
@@ -146,6 +147,24 @@ def test_waiting_also_flushes(ends):
     thread.start()
     assert target.poll(20.0) == [Refused("all read")]
     thread.join()
+
+
+def test_the_receive_buffer_keeps_its_size_between_large_messages(ends):
+    """Memory that is made anew costs more than the bytes that come into it; small messages give it back."""
+    target, drafter = ends
+    buffers = []
+    for _ in range(3):
+        target.send(opening(3 * INBOX_BYTES))
+        while not drafter.poll():
+            target.poll()
+        target.send(hello(0))  # as what a drafter says beside its pushes
+        receive(drafter, 1)
+        buffers.append(drafter._inbox._buffer)
+    assert buffers[0] is buffers[1] is buffers[2] and len(buffers[0]) > 3 * INBOX_BYTES
+    for _ in range(SMALL_MESSAGES):
+        target.send(hello(0))
+        receive(drafter, 1)
+    assert len(drafter._inbox._buffer) == INBOX_BYTES
 
 
 def test_a_reader_that_never_reads_closes_the_transport_at_the_bound():
