@@ -52,6 +52,18 @@ def parse_size(text: str) -> int:
     return round(float(match[1]) * SIZE_UNITS[match[2]])
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of "HOST:PORT" or "[IPv6]:PORT"; raises ValueError for anything else."""
+    host, colon, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    if not colon or not host or (":" in host and not bracketed) or not port.isascii() or not port.isdigit():
+        raise ValueError(f"{text!r} is no HOST:PORT")
+    if not 0 < int(port) < 1 << 16:
+        raise ValueError(f"{text!r} has no port from 1 to 65535")
+    return host, int(port)
+
+
 def _field(what: str, allows: Callable[[Any], bool], default: Any = MISSING) -> Any:
     """A field whose values are `what`, as `allows` decides; None is a value where it is the default."""
     accepts = (lambda value: value is None or allows(value)) if default is None else allows

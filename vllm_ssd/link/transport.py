@@ -1,7 +1,8 @@
 """How messages travel between a target and its drafter: send, poll, close, and nothing that blocks the target.
 
-Here over a Unix stream socket, between processes of one machine. A frame is the length of its message (4 bytes,
-little-endian) and the message. In the common case a message costs one system call to send and one to receive.
+A transport runs over a Unix stream socket between processes of one machine, or over TLS (`vllm_ssd.link.tcp`). A frame
+is the length of its message (4 bytes, little-endian) and the message. In the common case a message costs one system
+call to send and one to receive.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from vllm_ssd.link.protocol import ProtocolError, decode_to_drafter, decode_to_target, encode
 
@@ -76,12 +77,30 @@ class Transport(ABC):
         """Bytes accepted by `send` that wait in this end's buffer."""
 
 
+class Stream(Protocol):
+    """What a transport needs of a connected socket; without bytes or room, calls raise BlockingIOError."""
+
+    def setblocking(self, blocking: bool, /) -> None: ...
+
+    def set_inheritable(self, inheritable: bool, /) -> None: ...
+
+    def setsockopt(self, level: int, name: int, value: int, /) -> None: ...
+
+    def fileno(self) -> int: ...
+
+    def send(self, data: bytes | bytearray, flags: int, /) -> int: ...
+
+    def recv_into(self, buffer: memoryview, /) -> int: ...
+
+    def close(self) -> None: ...
+
+
 class ProcessTransport(Transport):
-    """One end of a socket pair; `side` is who uses this end, `max_message_bytes` bounds what it receives."""
+    """One end of a connected stream; `side` is who uses this end, `max_message_bytes` bounds what it receives."""
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: Stream,
         side: Literal["target", "drafter"],
         max_pending_bytes: int = DEFAULT_MAX_PENDING_BYTES,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
@@ -95,7 +114,7 @@ class ProcessTransport(Transport):
         self._max_pending_bytes = max_pending_bytes
         self._unsendable: str | None = None
         self._poller = select.poll()
-        self._poller.register(sock, select.POLLIN)
+        self._poller.register(sock.fileno(), select.POLLIN)
 
     @classmethod
     def from_fd(cls, fd: int, side: Literal["target", "drafter"]) -> ProcessTransport:
@@ -168,7 +187,7 @@ class ProcessTransport(Transport):
         if sent == len(frame):
             return
         self._outbox += memoryview(frame)[sent:]
-        self._poller.modify(self._socket, select.POLLIN | select.POLLOUT)
+        self._poller.modify(self._socket.fileno(), select.POLLIN | select.POLLOUT)
         if len(self._outbox) > self._max_pending_bytes:
             self.close(f"the other end does not read: {len(self._outbox)} bytes wait to be sent")
 
@@ -176,7 +195,7 @@ class ProcessTransport(Transport):
         sent = self._write(self._outbox)
         del self._outbox[:sent]
         if not self._outbox:
-            self._poller.modify(self._socket, select.POLLIN)
+            self._poller.modify(self._socket.fileno(), select.POLLIN)
 
     def _write(self, data: bytes | bytearray) -> int:
         """The number of bytes that left: those the kernel took, or all once nobody will read them."""
@@ -213,7 +232,7 @@ class Inbox:
         """Whether part of a message has arrived and the rest has not."""
         return self._end > self._start and not self._undecoded
 
-    def receive(self, sock: socket.socket) -> list[Any]:
+    def receive(self, sock: Stream) -> list[Any]:
         """Read what has arrived, without blocking, and return the messages that are complete, within the bounds."""
         messages: list[Any] = []
         left = self._max_poll_bytes

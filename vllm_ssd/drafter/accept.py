@@ -1,0 +1,133 @@
+"""Take connections of targets on other hosts: a thread shakes hands with them, so that nobody who is silent delays."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import selectors
+import socket
+import ssl
+import threading
+import time
+from dataclasses import dataclass, field
+
+from vllm_ssd.link.tcp import CONNECT_TIMEOUT_S, TlsStream, tuned
+
+MAX_HANDSHAKES = 128
+"""Connections that shake hands at a time; one more pushes the oldest out."""
+TICK_S = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class Handshake:
+    """A connection that has not proven who it is."""
+
+    sock: ssl.SSLSocket
+    peer: str
+    deadline: float = field(default_factory=lambda: time.monotonic() + CONNECT_TIMEOUT_S)
+
+
+class Acceptor:
+    """Listens on one address; `take` returns the connections that have shaken hands since.
+
+    Raises OSError where the address cannot be listened on.
+    """
+
+    def __init__(self, address: tuple[str, int], context: ssl.SSLContext, logger: logging.Logger) -> None:
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._listener = socket.create_server(address, family=family, backlog=MAX_HANDSHAKES)
+        self._listener.setblocking(False)
+        self._context = context
+        self._logger = logger
+        self._accepted: queue.SimpleQueue[tuple[TlsStream, str]] = queue.SimpleQueue()
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._handshakes: dict[int, Handshake] = {}  # by descriptor, oldest first
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="ssd-accept", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens; with port 0 the system has chosen one."""
+        return self._listener.getsockname()[:2]
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when `take` has something."""
+        return self._wakeup
+
+    def take(self) -> list[tuple[TlsStream, str]]:
+        """Connections whose other end has proven that it holds the credential, each with its address."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wakeup)
+        taken = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                taken.append(self._accepted.get_nowait())
+        return taken
+
+    def close(self) -> None:
+        """Listen no longer, and drop what has not been taken."""
+        self._closed = True
+        self._thread.join()
+        for stream, _ in self.take():
+            stream.close()
+        os.close(self._wakeup)
+
+    def _run(self) -> None:
+        while not self._closed:
+            for key, _ in self._selector.select(TICK_S):
+                if key.fileobj is self._listener:
+                    self._accept()
+                else:
+                    self._advance(key.data)
+            now = time.monotonic()
+            for handshake in [h for h in self._handshakes.values() if h.deadline < now]:
+                self._refuse(handshake, f"no handshake within {CONNECT_TIMEOUT_S:g} s")
+        for handshake in list(self._handshakes.values()):
+            self._forget(handshake).close()
+        self._selector.close()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        try:
+            sock, address = self._listener.accept()
+        except OSError:  # it is gone again, or there is no descriptor left: those that are being used go on
+            return
+        try:
+            sock.setblocking(False)
+            tls = self._context.wrap_socket(tuned(sock), server_side=True, do_handshake_on_connect=False)
+        except OSError:
+            sock.close()
+            return
+        handshake = Handshake(tls, f"{address[0]}:{address[1]}")
+        if len(self._handshakes) >= MAX_HANDSHAKES:
+            self._refuse(next(iter(self._handshakes.values())), "too many connections at once")
+        self._handshakes[tls.fileno()] = handshake
+        self._selector.register(tls, selectors.EVENT_READ, handshake)
+
+    def _advance(self, handshake: Handshake) -> None:
+        if self._handshakes.get(handshake.sock.fileno()) is not handshake:  # it was pushed out just now
+            return
+        try:
+            handshake.sock.do_handshake()
+        except ssl.SSLWantReadError:
+            self._selector.modify(handshake.sock, selectors.EVENT_READ, handshake)
+        except ssl.SSLWantWriteError:
+            self._selector.modify(handshake.sock, selectors.EVENT_WRITE, handshake)
+        except OSError as error:  # of TLS too
+            self._refuse(handshake, getattr(error, "reason", None) or str(error))
+        else:
+            self._accepted.put((TlsStream(self._forget(handshake)), handshake.peer))
+            os.eventfd_write(self._wakeup, 1)
+
+    def _refuse(self, handshake: Handshake, reason: str) -> None:
+        self._logger.info("SSD: refused a connection from %s: %s", handshake.peer, reason)
+        self._forget(handshake).close()
+
+    def _forget(self, handshake: Handshake) -> ssl.SSLSocket:
+        self._selector.unregister(handshake.sock)
+        return self._handshakes.pop(handshake.sock.fileno()).sock

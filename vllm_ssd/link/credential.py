@@ -1,0 +1,75 @@
+"""The credential that targets and drafters of one pool share: who has the file is in, all others are out."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import ssl
+import stat
+from pathlib import Path
+
+NAME = "vllm-ssd"
+VALID_FOR = datetime.timedelta(days=3650)
+
+
+class BadCredential(ValueError):
+    """A file that cannot serve as a credential; the message is the one sentence the user needs."""
+
+
+def make_credential(path: Path) -> None:
+    """Write a new key (ECDSA on P-256) and its self-signed certificate to `path`, which nobody else can read.
+
+    Raises FileExistsError rather than replace a file: whoever has the old one would be locked out.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, NAME)])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))  # clocks of several hosts differ
+        .not_valid_after(now + VALID_FOR)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ) + certificate.public_bytes(serialization.Encoding.PEM)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(pem)
+
+
+def tls_context(path: Path, *, is_server: bool) -> ssl.SSLContext:
+    """Mutual TLS 1.3 with the credential in `path`, and with nobody who has another one.
+
+    Raises BadCredential where the file is missing, can be read by others, or holds no credential.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise BadCredential(f"ssd: drafter_key {path}: {error.strerror}; `vllm-ssd key FILE` makes one") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise BadCredential(f"ssd: drafter_key {path} can be read by others than its owner; run `chmod 600 {path}`")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False  # the key says who is in, not the address
+    context.verify_mode = ssl.CERT_REQUIRED
+    if is_server:
+        context.num_tickets = 0  # each connection shakes hands anew
+    try:
+        context.load_cert_chain(path)
+        context.load_verify_locations(path)
+    except (ssl.SSLError, OSError) as error:
+        raise BadCredential(
+            f"ssd: drafter_key {path} holds no key and certificate of `vllm-ssd key` ({error})"
+        ) from None
+    return context
