@@ -89,6 +89,7 @@ class Link:
         self._transport.send(step)
 
     suspect = False
+    settled = True
 
     def descriptor(self) -> int:
         """Nobody sleeps: the work is called by hand."""

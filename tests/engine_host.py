@@ -185,10 +185,11 @@ class EngineHost:
         return bool(self._engine.vllm_config.scheduler_config.async_scheduling)
 
     def drafter(self, index: int = 0) -> SimpleNamespace:
-        """Of one drafter: process id, number of starts, whether it is connected, KV pages in use by its last report."""
+        """Of one drafter: process id (0: others started it), number of starts, whether it is connected, KV pages in
+        use by its last report."""
         link, stats = self._proposer._drafters.links[index], self._proposer._metrics.drafter_stats(index)
         return SimpleNamespace(
-            pid=link._process.pid,
+            pid=link._process.pid if link._process else 0,
             generation=link.generation,
             connected=link.connected,
             pages_in_use=stats.pages_total - stats.pages_free if stats else 0,

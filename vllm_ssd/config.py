@@ -113,6 +113,15 @@ def _is_device(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"cpu|cuda(:\d{1,3}(,\d{1,3})*)?", value, re.ASCII) is not None
 
 
+def _is_drafters(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == "local"
+    try:
+        return isinstance(value, tuple) and len({parse_address(item) for item in value}) == len(value) > 0
+    except (TypeError, ValueError):
+        return False
+
+
 def _is_cpu_list(value: Any) -> bool:
     try:
         return isinstance(value, str) and parse_cpus(value) != ()
@@ -138,6 +147,8 @@ class SSDConfig:
     adaptive: let the drafts a round carries follow the load, down to none where speculation does not pay
     drafter_device: None leaves the choice to the platform; of several numbers, each drafter gets one
     num_drafters: drafters of each data-parallel replica, which share its requests
+    drafters: "local" for those that the server starts, or the addresses of `vllm-ssd drafter`
+    drafter_key: the credential that targets and those drafters share
     tokenizer: of the draft model, where its own folder has none
     hf_overrides: settings of the draft model's configuration to replace
     drafter_args: vLLM's other engine arguments for the draft model, by their names in `EngineArgs`
@@ -162,6 +173,10 @@ class SSDConfig:
     adaptive: bool = _flag(True)
     drafter_device: str | None = _field("cpu, cuda, cuda:N or cuda:N,M,...", _is_device, None)
     num_drafters: int = _integer(1, 64, 1)
+    drafters: str | tuple[str, ...] = _field(
+        'a list of addresses such as ["10.0.0.7:7011"], or "local"', _is_drafters, "local"
+    )
+    drafter_key: str | None = _name("the path of a file that `vllm-ssd key` made")
     drafter_cpus: str | None = _field("a list of CPU numbers and ranges such as 2-5,7", _is_cpu_list, None)
     dtype: str = _choice(("auto", "half", "float16", "bfloat16", "float", "float32"), "auto")
     quantization: str | None = _name("the name of a quantization method")
@@ -210,6 +225,13 @@ class SSDConfig:
                 f"ssd: max_model_len must be at least 2 * num_speculative_tokens + 3 = {shortest}, or no request has "
                 f"room for drafts, got {self.max_model_len}"
             )
+        if not isinstance(self.drafters, str):
+            if self.drafter_key is None:
+                raise ValueError("ssd: drafters at addresses need drafter_key, the file that `vllm-ssd key` made")
+            if self.num_drafters != 1:
+                raise ValueError("ssd: give num_drafters or the addresses in drafters, not both")
+        elif self.drafter_key is not None:
+            raise ValueError("ssd: drafter_key is for drafters at addresses; those that the server starts need none")
         if self.fan_out is not None and self.branch_budget is not None:
             raise ValueError("ssd: give fan_out or branch_budget, not both: the budget is what fan_out divides")
         if self.ngram_min > self.ngram_max:
@@ -288,6 +310,8 @@ class SSDConfig:
         given: dict[str, Any] = {"model": None, **values}
         if isinstance(given.get("fan_out"), list):
             given["fan_out"] = tuple(given["fan_out"])
+        if isinstance(given.get("drafters"), list):
+            given["drafters"] = tuple(given["drafters"])
         if isinstance(given.get("drafter_args"), dict):
             given["drafter_args"] = {str(key).replace("-", "_"): value for key, value in given["drafter_args"].items()}
         if isinstance(given.get("kv_cache_memory"), str):

@@ -178,3 +178,20 @@ def test_profile_reports_an_engine_that_failed(fake, monkeypatch, tmp_path):
 def test_profile_rejects_invalid_options_with_a_message(fake, arguments, tmp_path):
     done = run("profile", "TARGET", "DRAFTER", "--out", tmp_path / "p.json", *arguments)
     assert done.exit_code == 2 and "Traceback" not in done.output and not fake.subjects
+
+
+def test_a_credential_is_made_once_and_a_drafter_wants_one(tmp_path):
+    key = tmp_path / "ssd.pem"
+    drafter = ("drafter", "--model", "m", "--key", key)
+    assert "vllm-ssd key FILE" in run(*drafter, "--listen", "127.0.0.1:1").output
+    assert run("key", key).exit_code == 0 and key.stat().st_mode & 0o077 == 0
+    again = run("key", key)
+    assert again.exit_code == 1 and "File exists" in again.output
+    for arguments, reason in (
+        (("--listen", "127.0.0.1"), "no HOST:PORT"),
+        (("--listen", "127.0.0.1:1", "--config", "[]"), "must be a JSON object"),
+        (("--listen", "127.0.0.1:1", "--config", '{"fanout": 3}'), "did you mean 'fan_out'?"),
+        (("--listen", "127.0.0.1:1", "--config", '{"drafter_device": "cpu"}'), "drafter_device is for drafters that a"),
+    ):
+        done = run(*drafter, *arguments)
+        assert done.exit_code == 1 and reason in done.output, done.output

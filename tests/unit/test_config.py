@@ -58,7 +58,10 @@ def user_dicts(draw):
         | st.builds(lambda value: {"fan_out": value}, fan_out)
         | st.builds(lambda value: {"branch_budget": value}, st.integers(1, 1024))
     )
-    return values | sizes | {"num_speculative_tokens": num_drafts}
+    remote = st.just({})
+    if values.get("num_drafters", 1) == 1:
+        remote |= st.fixed_dictionaries({"drafters": st.just(["a:1", "[::1]:2"]), "drafter_key": NAME})
+    return values | sizes | draw(remote) | {"num_speculative_tokens": num_drafts}
 
 
 @given(user_dicts())
@@ -82,7 +85,7 @@ def test_dashes_are_underscores(values):
 
 def test_every_field_is_covered_by_the_round_trip():
     assert {item.name for item in fields(SSDConfig)} == {
-        *COMMON, "num_speculative_tokens", "fan_out", "branch_budget",
+        *COMMON, "num_speculative_tokens", "fan_out", "branch_budget", "drafters", "drafter_key",
     }  # fmt: skip
 
 
@@ -97,10 +100,14 @@ LEAVES_THE_TARGET_ALONE = {
     "load_format": "safetensors", "download_dir": "d", "tokenizer": "t", "hf_overrides": {"a": 1},
     "drafter_args": {"kv_cache_dtype": "fp8"},
 }  # fmt: skip
+REMOTE = {"drafters": ["10.0.0.7:7011"], "drafter_key": "ssd.pem"}
+"""Keys that need each other, and leave the target alone as well."""
 
 
 def test_only_keys_of_the_target_enter_its_compile_cache_key():
-    assert CHANGES_THE_TARGET.keys() | LEAVES_THE_TARGET_ALONE.keys() == {item.name for item in fields(SSDConfig)}
+    assert CHANGES_THE_TARGET.keys() | LEAVES_THE_TARGET_ALONE.keys() | REMOTE.keys() == {
+        item.name for item in fields(SSDConfig)
+    }
     assert set(TARGET_FIELDS) == CHANGES_THE_TARGET.keys()
 
     def key(**user) -> str:
@@ -108,6 +115,7 @@ def test_only_keys_of_the_target_enter_its_compile_cache_key():
         return VllmConfig(additional_config={"ssd": ours}).compute_hash()
 
     assert {name for name, value in LEAVES_THE_TARGET_ALONE.items() if key(**{name: value}) != key()} == set()
+    assert key(**REMOTE) == key()
     assert {name for name, value in CHANGES_THE_TARGET.items() if key(**{name: value}) == key()} == set()
 
 
@@ -247,3 +255,20 @@ def test_sizes(text, size):
     assert parse_size(text) == size
     if size >= 2**20:
         assert SSDConfig.from_user({"model": "m", "kv_cache_memory": text}).kv_cache_memory == size
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"drafters": ["10.0.0.7:7011"]}, "need drafter_key, the file that `vllm-ssd key` made"),
+        ({"drafter_key": "ssd.pem"}, "drafter_key is for drafters at addresses"),
+        ({**REMOTE, "num_drafters": 2}, "num_drafters or the addresses in drafters, not both"),
+        ({**REMOTE, "drafters": ["10.0.0.7"]}, r"a list of addresses such as .*, got \['10.0.0.7'\]"),
+        ({**REMOTE, "drafters": ["a:1", "a:1"]}, "a list of addresses"),
+        ({**REMOTE, "drafters": []}, "a list of addresses"),
+        ({**REMOTE, "drafters": "ray"}, 'or "local"'),
+    ],
+)
+def test_drafters_at_addresses_come_with_a_key(keys, message):
+    with pytest.raises(ValueError, match=message):
+        SSDConfig.from_user({"model": "m", **keys})

@@ -59,7 +59,7 @@ ALLOWED = {
     },
     "plugin": {"compat", "compat.target", "config", "link", "target.v1", "target.v2"},
     "monitor": {"link"},
-    "cli": {"compat", "compat.target", "config", "doctor", "monitor", "planning"},
+    "cli": {"compat", "compat.target", "config", "doctor", "link", "monitor", "planning"},
 }
 """The rooms that each room refers to; a room is a folder, or a file that stands alone."""
 

@@ -158,6 +158,15 @@ FEATURES = (
             "V2": ("integration/test_fleet.py[v2]", "unit/test_fleet.py"),
         },
     ),
+    Feature(
+        "drafters on other hosts: `drafters`",
+        "yes",
+        "yes",
+        {
+            "V1": ("integration/test_standalone.py", "unit/test_tenants.py"),
+            "V2": ("integration/test_standalone.py::test_two_targets_share_it_until_one_is_killed",),
+        },
+    ),
     Feature("LoRA on the target", "yes", "untested", {"V1": ("integration/test_lora.py",)}),
     Feature(
         "tree attention in the drafter",

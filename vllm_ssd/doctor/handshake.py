@@ -6,9 +6,8 @@ from vllm.config import VllmConfig
 
 from vllm_ssd.compat.vocabulary import read_vocabulary
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.drafter.server import _shake_hands
+from vllm_ssd.drafter.server import greet
 from vllm_ssd.link.protocol import PROTOCOL_VERSION, Refused, Welcome, fingerprint
-from vllm_ssd.link.transport import ProcessTransport, socket_pair
 from vllm_ssd.target.start import _hello
 
 
@@ -17,15 +16,5 @@ def shake_hands(config: SSDConfig, target: VllmConfig, drafter: VllmConfig) -> t
     model = drafter.model_config
     tokens, stand_in = read_vocabulary(model)
     welcome = Welcome(PROTOCOL_VERSION, model.get_vocab_size(), fingerprint(tokens), model.max_model_len, 0, 0)
-    target_end, socket = socket_pair()
-    drafter_end = ProcessTransport.from_fd(socket.detach(), "drafter")
-    try:
-        target_end.send(_hello(config, target))
-        vocabulary = _shake_hands(drafter_end, welcome, tokens, stand_in)
-        if vocabulary is not None:
-            return True, vocabulary.notice
-        (answer,) = target_end.poll(1.0)
-    finally:
-        target_end.close()
-        drafter_end.close()
-    return False, answer.reason if isinstance(answer, Refused) else "the handshake was not answered"
+    answer = greet(_hello(config, target), welcome, tokens, stand_in)
+    return (False, answer.reason) if isinstance(answer, Refused) else (True, answer.notice)

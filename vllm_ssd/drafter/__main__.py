@@ -1,4 +1,4 @@
-"""`python -m vllm_ssd.drafter FD OPTIONS_JSON`: started by `vllm_ssd.link.process`, not by hand."""
+"""`python -m vllm_ssd.drafter FD|HOST:PORT OPTIONS_JSON`: started by `link.process` or `vllm-ssd drafter`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from vllm_ssd.drafter.lifetime import die_with
 from vllm_ssd.link.options import DrafterOptions
 
 
-def main(fd: int, options: DrafterOptions) -> int:
-    """Tie this process to its parent, then boot and serve."""
+def main(place: int | str, options: DrafterOptions) -> int:
+    """Boot and serve: the parent alone, to which this process is tied, or all who connect."""
+    if isinstance(place, str):
+        from vllm_ssd.drafter.standalone import listen
+
+        host, _, port = place.rpartition(":")
+        return listen((host.strip("[]"), int(port)), options)
     die_with(options.parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the target closes us
     from vllm_ssd.drafter.server import run
 
-    return run(fd, options)
+    return run(place, options)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=DrafterOptions)))
+    place = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
+    sys.exit(main(place, msgspec.json.decode(sys.argv[2], type=DrafterOptions)))

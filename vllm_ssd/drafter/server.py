@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, cast
 
 import msgspec
@@ -99,11 +100,48 @@ def apply(engine: DraftEngine, event: Open | Outcome | Close, num_drafts: int) -
             engine.close(event.request_id)
 
 
-def run(fd: int, options: DrafterOptions) -> int:
-    """Boot and serve on the connected socket `fd`; returns the process's exit status."""
-    from vllm_ssd.link.transport import ProcessTransport
+@dataclass(frozen=True, slots=True)
+class Booted:
+    """A draft model that is loaded and checked, with the strings of its tokens.
 
-    transport = ProcessTransport.from_fd(fd, "drafter")
+    welcome: what it says of itself in every handshake
+    stand_in: the token id that stands for those it does not share with a target
+    """
+
+    model: PagedModel
+    options: DrafterOptions
+    tokens: list[str]
+    stand_in: int
+    captured: Steps
+    welcome: Welcome
+
+    def greet(self, hello: object) -> VocabularyMap | Refused:
+        """What the ids of a target that introduces itself are to the draft model, or why it cannot be served."""
+        return greet(hello, self.welcome, self.tokens, self.stand_in)
+
+    def engine(self, vocabulary: VocabularyMap, learner: Callable[..., FanOut] = FanOut) -> DraftEngine:
+        """The engine that drafts in these ids, with all that it repeats captured."""
+        served = translated(self.model, vocabulary)
+        steps = self.captured
+        if served is not self.model:
+            steps = _steps_of(served, self.options, vocabulary.num_shared)
+        engine = _engine_of(served, self.options, learner, steps)
+        num_captured = engine.warm_up() if self.options.graphs else 0  # once: what is captured already stays
+        logger.info("SSD: the drafter captured its steps for %d sizes of batches", num_captured)
+        return engine
+
+    @property
+    def max_step_bytes(self) -> int:
+        """The bytes that a target's largest step stays below."""
+        return max_step_bytes(self.welcome.max_model_len, self.options.max_num_seqs)
+
+
+def boot(place: int | str, options: DrafterOptions, refuse: Callable[[Exception], None]) -> Booted:
+    """Load the draft model and check it, starting over without what fails.
+
+    place: the socket's descriptor or the address that the process is told on its command line
+    refuse: hears of what is raised here
+    """
     environment = dict(os.environ)  # vLLM's start adds to it
     try:
         from vllm_ssd.compat.drafter.draft_model import DraftModel
@@ -112,19 +150,18 @@ def run(fd: int, options: DrafterOptions) -> int:
         tokens, stand_in = model.vocabulary()
     except Exception as error:  # whatever vLLM's start-up raises is the reason the target reports
         if options.tree_attention and not isinstance(error, UnsupportedDraftModel):
-            _start_over(fd, options, environment, error)
-        _refuse(transport, error)
+            _start_over(place, options, environment, error)
+        refuse(error)
         raise
     try:
-        with time_limit(TIME_LIMIT_S, functools.partial(_start_over, fd, options, environment)):
+        with time_limit(TIME_LIMIT_S, functools.partial(_start_over, place, options, environment)):
             captured = _check(model, options)
     except Exception as error:
         if options.tree_attention or options.graphs:
-            _start_over(fd, options, environment, error)
-        _refuse(transport, error)
+            _start_over(place, options, environment, error)
+        refuse(error)
         raise
     forget_loading(os.environ)
-    trace = os.environ.get(TRACE_ENV)
     welcome = Welcome(
         PROTOCOL_VERSION,
         model.vocab_size,
@@ -136,19 +173,26 @@ def run(fd: int, options: DrafterOptions) -> int:
         model.kv_bytes,
         model.logit_bytes,
     )
+    return Booted(model, options, tokens, stand_in, captured, welcome)
+
+
+def run(fd: int, options: DrafterOptions) -> int:
+    """Boot and serve on the connected socket `fd`; returns the process's exit status."""
+    from vllm_ssd.link.transport import ProcessTransport
+
+    transport = ProcessTransport.from_fd(fd, "drafter")
+    booted = boot(fd, options, functools.partial(_refuse, transport))
+    trace = os.environ.get(TRACE_ENV)
     try:
-        vocabulary = _shake_hands(transport, welcome, tokens, stand_in)
-        if vocabulary is None:
+        (hello,) = transport.poll(None)[:1]
+        vocabulary = booted.greet(hello)
+        if isinstance(vocabulary, Refused):
+            transport.send(vocabulary)
             return 1
-        learner = functools.partial(TracedFanOut, trace) if trace else FanOut
-        served = translated(model, vocabulary)
-        steps = captured if served is model else _steps_of(served, options, vocabulary.num_shared)
-        engine = _engine_of(served, options, learner, steps)
-        num_captured = engine.warm_up() if options.graphs else 0  # once: what is captured already stays
-        logger.info("SSD: the drafter captured its steps for %d sizes of batches", num_captured)
-        transport.limit_messages(max_step_bytes(model.max_model_len, options.max_num_seqs))
-        transport.send(msgspec.structs.replace(welcome, notice=vocabulary.notice))
-        del tokens, vocabulary
+        engine = booted.engine(vocabulary, functools.partial(TracedFanOut, trace) if trace else FanOut)
+        transport.limit_messages(booted.max_step_bytes)
+        transport.send(msgspec.structs.replace(booted.welcome, notice=vocabulary.notice))
+        del booted, vocabulary, hello
         gc.collect()
         gc.freeze()
         heartbeat = Heartbeat(transport)
@@ -188,7 +232,7 @@ def _refuse(transport: Transport, error: Exception) -> None:
     transport.poll(0.0)
 
 
-def _start_over(fd: int, options: DrafterOptions, environment: dict[str, str], error: Exception) -> NoReturn:
+def _start_over(place: int | str, options: DrafterOptions, environment: dict[str, str], error: Exception) -> NoReturn:
     """Become a drafter that does without its own attention, or without graphs if it did that already.
 
     What failed may have left the device unusable to this process, or hang for ever.
@@ -200,8 +244,9 @@ def _start_over(fd: int, options: DrafterOptions, environment: dict[str, str], e
     logger.warning("SSD: the drafter does without %s, which failed here (%s)", what, reason)
     logger.debug("SSD: what failed", exc_info=error)
     options = msgspec.structs.replace(options, **changes)
-    os.set_inheritable(fd, True)
-    arguments = ["-m", "vllm_ssd.drafter", str(fd), msgspec.json.encode(options).decode()]
+    if isinstance(place, int):
+        os.set_inheritable(place, True)
+    arguments = ["-m", "vllm_ssd.drafter", str(place), msgspec.json.encode(options).decode()]
     os.execve(sys.executable, [sys.executable, *arguments], environment)
 
 
@@ -300,21 +345,18 @@ def _steps_of(model: PagedModel, options: DrafterOptions, num_draftable: int | N
     )
 
 
-def _shake_hands(transport: Transport, welcome: Welcome, tokens: list[str], stand_in: int) -> VocabularyMap | None:
-    """What the target's ids are to the draft model of `tokens`; None where the target was refused."""
-    (hello,) = transport.poll(None)[:1]
+def greet(hello: object, welcome: Welcome, tokens: list[str], stand_in: int) -> VocabularyMap | Refused:
+    """What the target's ids are to the draft model of `tokens`, or why the target is refused."""
     if not isinstance(hello, Hello) or hello.version != PROTOCOL_VERSION:
         version = getattr(hello, "version", None)
-        transport.send(Refused(f"protocol version {version} of the target, {PROTOCOL_VERSION} of the drafter"))
-        return None
+        return Refused(f"protocol version {version} of the target, {PROTOCOL_VERSION} of the drafter")
     if not hello.tokenizer or not welcome.tokenizer:
         logger.warning(
             "SSD: the tokenizers of target and draft model were not compared, as one of them has none "
             "(skip_tokenizer_init); drafts of a draft model with another tokenizer are never accepted"
         )
     elif not hello.vocabulary and hello.tokenizer != welcome.tokenizer:
-        transport.send(Refused("the draft model's tokenizer differs from the target's, whose tokens are not known"))
-        return None
+        return Refused("the draft model's tokenizer differs from the target's, whose tokens are not known")
     elif not hello.vocabulary:
         hello = msgspec.structs.replace(hello, vocabulary=tokens)
     try:
@@ -325,5 +367,4 @@ def _shake_hands(transport: Transport, welcome: Welcome, tokens: list[str], stan
             hello.heterogeneous_vocab,
         )
     except UnlikeVocabularies as error:
-        transport.send(Refused(str(error)))
-        return None
+        return Refused(str(error))

@@ -9,6 +9,9 @@ from typing import Protocol
 
 from vllm_ssd.link.protocol import Push, Step
 
+READY_S = 0.05
+"""How often drafters are asked at start whether they are ready."""
+
 
 class Link(Protocol):
     """A connection to a drafter that may die and come back; `send` and `poll` never block for it and never raise."""
@@ -33,6 +36,11 @@ class Link(Protocol):
         """A file descriptor that is readable when `poll` has news, or None when it has some already; -1 for none."""
         ...
 
+    @property
+    def settled(self) -> bool:
+        """Whether `wait_until_ready` returns or raises at once."""
+        ...
+
     def wait_until_ready(self) -> None:
         """Block until the drafter has shaken hands for the first time; raises when it does not."""
         ...
@@ -41,10 +49,14 @@ class Link(Protocol):
 
 
 class Fleet:
-    """Links that are polled, waited for and closed together; they are known by their index."""
+    """Links that are polled, waited for and closed together; they are known by their index.
 
-    def __init__(self, links: Sequence[Link]) -> None:
+    min_ready: drafters that a server does not start without; all by default
+    """
+
+    def __init__(self, links: Sequence[Link], min_ready: int | None = None) -> None:
         self.links = list(links)
+        self._min_ready = len(self.links) if min_ready is None else min_ready
 
     def __len__(self) -> int:
         return len(self.links)
@@ -77,9 +89,22 @@ class Fleet:
         self._wait(wakeup, timeout_s)
 
     def wait_until_ready(self) -> None:
-        """Block until each drafter has shaken hands once; raises when one does not."""
-        for link in self.links:
-            link.wait_until_ready()
+        """Block until as many drafters as are needed have shaken hands; raises what one raises when they cannot."""
+        waiting, left = self.links, self._min_ready
+        if left == len(waiting):
+            for link in waiting:
+                link.wait_until_ready()
+            return
+        while left:
+            for link in [link for link in waiting if link.settled]:
+                waiting = [other for other in waiting if other is not link]
+                try:
+                    link.wait_until_ready()
+                    left -= 1
+                except RuntimeError:
+                    if len(waiting) < left:
+                        raise
+            time.sleep(READY_S)
 
     def close(self) -> None:
         """End the links; idempotent."""

@@ -11,7 +11,8 @@ from vllm_ssd.policy import MAX_LEARNED_FAN_OUT
 
 class DrafterOptions(msgspec.Struct, frozen=True):
     """JSON on the drafter's command line. engine_args: of vLLM; cpus: cores to run on, empty for all; tree_attention:
-    keep pages on the device and read each trunk once, which pays on a GPU."""
+    keep pages on the device and read each trunk once, which pays on a GPU; key: path of the credential, of a drafter
+    that listens."""
 
     engine_args: dict
     num_speculative_tokens: int
@@ -25,6 +26,7 @@ class DrafterOptions(msgspec.Struct, frozen=True):
     tree_attention: bool = False
     saguaro_c: float = 1.0
     graphs: bool = True  # capture steps on a GPU
+    key: str = ""
 
     @property
     def max_fan_out(self) -> int:

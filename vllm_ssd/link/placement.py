@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_ssd.config import REPLICAS_ENV, SSDConfig, parse_cpus
 from vllm_ssd.link.drafter_args import engine_arguments
@@ -53,23 +53,13 @@ def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None,
         )
     if config.drafter_device == "cpu" and not is_cpu:
         raise ValueError("ssd: drafter_device 'cpu' needs a CPU build of vLLM; this one is built for a GPU")
-    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+    parallel, max_num_seqs = vllm_config.parallel_config, vllm_config.scheduler_config.max_num_seqs
     target_len = vllm_config.model_config.max_model_len
-    engine_args = {
-        **engine_arguments(config),
+    engine_args = _engine_args(config, max_num_seqs) | {
         "max_model_len": min(config.max_model_len, target_len) if config.max_model_len else None,
         "target_max_model_len": target_len,
-        "max_num_seqs": scheduler.max_num_seqs,
-        "num_branches": scheduler.max_num_seqs * config.max_branches,
-        "seed": 0,
     }
-    environment: dict[str, str | None] = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-    }
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # torch.distributed listens even in a world of one
+    environment = _environment()
     cpus: list[int] = []
     beside_target = False
     if gpus is None:
@@ -81,15 +71,7 @@ def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None,
             num_replicas * config.num_drafters,
         )
         engine_args["kv_cache_memory_bytes"] = config.kv_cache_memory or CPU_KV_CACHE_BYTES
-        places = ",".join(map(str, cpus))
-        environment |= {
-            "OMP_NUM_THREADS": str(len(cpus)),
-            "OMP_PLACES": f"{{{places}}}",
-            "OMP_PROC_BIND": "true",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "TRITON_INTERPRET": None,  # a target on the V2 runner may need it; here it would only be slow
-            "VLLM_CPU_KVCACHE_SPACE": None,  # the target's; it would override kv_cache_memory_bytes
-        }
+        environment |= _on_cores(cpus)
     else:
         replicas = replicas_here(parallel, int(os.environ.get(REPLICAS_ENV, "1")))
         index = drafter_gpu(config.drafter_device, parallel, gpus, replicas, drafter, config.num_drafters)
@@ -100,31 +82,101 @@ def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None,
             "HIP_VISIBLE_DEVICES": None,  # on ROCm the other name of the same variable
             "VLLM_ENABLE_STARTUP_PLAN": None,  # sizes KV pages without what our steps need
         }
-        if config.kv_cache_memory:
-            engine_args["kv_cache_memory_bytes"] = config.kv_cache_memory
-        engine_args["gpu_memory_utilization"] = config.gpu_memory_utilization or (
-            NO_UTILIZATION if config.kv_cache_memory else None
-        )
+        engine_args |= _gpu_memory(config)
         if config.drafter_cpus:
             cpus = share(
                 parse_cpus(config.drafter_cpus),
                 replicas.index * config.num_drafters + drafter,
                 replicas.known * config.num_drafters,
             )
-    options = DrafterOptions(
+    options = _options(config, engine_args, max_num_seqs, cpus, config.tree_attention and not is_cpu)
+    return Placement(options, environment, beside_target)
+
+
+def place_standalone(config: SSDConfig, max_num_seqs: int, on_cpu: bool) -> Placement:
+    """What a drafter that targets connect to is told: it takes the first visible GPU, or `drafter_cpus`.
+
+    Raises ValueError for keys that say where among a target's devices a drafter goes.
+    """
+    if config.drafter_device is not None:
+        raise ValueError("ssd: drafter_device is for drafters that a server starts; set CUDA_VISIBLE_DEVICES here")
+    engine_args, environment = _engine_args(config, max_num_seqs), _environment()
+    engine_args["max_model_len"] = config.max_model_len
+    cpus = list(parse_cpus(config.drafter_cpus)) if config.drafter_cpus else []
+    if on_cpu:
+        engine_args["kv_cache_memory_bytes"] = config.kv_cache_memory or CPU_KV_CACHE_BYTES
+        environment |= _on_cores(cpus) if cpus else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    else:
+        engine_args |= _gpu_memory(config)
+    return Placement(
+        _options(config, engine_args, max_num_seqs, cpus, config.tree_attention and not on_cpu), environment
+    )
+
+
+def target_limits(config: SSDConfig, max_num_seqs: int) -> DrafterOptions:
+    """The sizes of what a target takes from a drafter that it does not start."""
+    return _options(config, {}, max_num_seqs, [], False)
+
+
+def _engine_args(config: SSDConfig, max_num_seqs: int) -> dict[str, Any]:
+    """vLLM's engine arguments for the draft model, but for its length and memory."""
+    return {
+        **engine_arguments(config),
+        "max_num_seqs": max_num_seqs,
+        "num_branches": max_num_seqs * config.max_branches,
+        "seed": 0,
+    }
+
+
+def _options(
+    config: SSDConfig, engine_args: dict[str, Any], max_num_seqs: int, cpus: list[int], tree_attention: bool
+) -> DrafterOptions:
+    return DrafterOptions(
         engine_args={key: value for key, value in engine_args.items() if value is not None},
         num_speculative_tokens=config.num_speculative_tokens,
         fan_out=list(config.fan_out) if isinstance(config.fan_out, tuple) else config.fan_out,
         branch_budget=config.branch_budget,
-        max_num_seqs=scheduler.max_num_seqs,
+        max_num_seqs=max_num_seqs,
         max_branches=config.max_branches,
         top_m=config.top_m,
         saguaro_c=config.saguaro_c,
         cpus=cpus,
         parent_pid=os.getpid(),
-        tree_attention=config.tree_attention and not is_cpu,
+        tree_attention=tree_attention,
     )
-    return Placement(options, environment, beside_target)
+
+
+def _environment() -> dict[str, str | None]:
+    """What changes in any drafter's environment."""
+    environment: dict[str, str | None] = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    }
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # torch.distributed listens even in a world of one
+    return environment
+
+
+def _on_cores(cpus: Sequence[int]) -> dict[str, str | None]:
+    """What changes in the environment of a drafter on these cores."""
+    places = ",".join(map(str, cpus))
+    return {
+        "OMP_NUM_THREADS": str(len(cpus)),
+        "OMP_PLACES": f"{{{places}}}",
+        "OMP_PROC_BIND": "true",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "TRITON_INTERPRET": None,  # a target on the V2 runner may need it; here it would only be slow
+        "VLLM_CPU_KVCACHE_SPACE": None,  # the target's; it would override kv_cache_memory_bytes
+    }
+
+
+def _gpu_memory(config: SSDConfig) -> dict[str, Any]:
+    """vLLM's engine arguments for the memory of a drafter on a GPU; None where vLLM's default stays."""
+    return {
+        "kv_cache_memory_bytes": config.kv_cache_memory,
+        "gpu_memory_utilization": config.gpu_memory_utilization or (NO_UTILIZATION if config.kv_cache_memory else None),
+    }
 
 
 def _check_memory(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus, replicas: Replicas, index: int) -> None:

@@ -29,9 +29,10 @@ import psutil
 
 from vllm_ssd.link.checks import PushChecker, max_push_bytes
 from vllm_ssd.link.environment import drafter_environment
+from vllm_ssd.link.handshake import DrafterFailed, shake_hands
 from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.placement import NO_UTILIZATION, run_on
-from vllm_ssd.link.protocol import DrafterStats, Hello, Push, Refused, Step, Welcome
+from vllm_ssd.link.protocol import DrafterStats, Hello, Push, Step, Welcome
 from vllm_ssd.link.transport import ProcessTransport, TransportClosed, socket_pair
 
 DRAFTER_MODULE = "vllm_ssd.drafter"
@@ -53,10 +54,6 @@ MAX_FULL_POLLS = 16
 GIB = 1 << 30
 MAX_IDLE_BYTES = 16 << 20
 """Bytes that are read in an idle target's place and kept for its next poll; the rest stays in the socket."""
-
-
-class DrafterFailed(RuntimeError):
-    """The drafter never came up; the message is the one sentence the user needs."""
 
 
 @dataclass(slots=True, eq=False)
@@ -129,6 +126,11 @@ class DrafterProcess:
         atexit.register(_close_weakly, weakref.ref(self))
 
     # ---- the target's thread ---------------------------------------------------------------------------
+
+    @property
+    def settled(self) -> bool:
+        """Whether `wait_until_ready` returns or raises at once."""
+        return self._settled.is_set()
 
     def wait_until_ready(self) -> None:
         """Block until the first drafter has shaken hands; raises `DrafterFailed` when it does not."""
@@ -299,6 +301,22 @@ class DrafterProcess:
             self._closed.wait(min(left, WATCH_S))
         return self._closed.is_set()
 
+    def _backoff(self) -> tuple[float, float]:
+        """First and longest pause before another attempt."""
+        return BACKOFF_S
+
+    def _goes_on(self, failure: DrafterFailed | None) -> bool:
+        """What an attempt to get a drafter has come to; returns whether others follow. The first failure is final."""
+        if failure is not None and not self._num_started:
+            self._failure = failure
+        elif failure is not None and not self._resting:
+            self._logger.warning("%s; trying again", failure)
+            self._wanted.set()
+        self._settled.set()
+        if self._failure is not None:
+            self._end()
+        return self._failure is None
+
     def _is_orphan(self) -> bool:
         """Whether the server that this worker belongs to has ended, or its process id is another's by now."""
         try:
@@ -326,8 +344,8 @@ class DrafterProcess:
                 process.kill()
             process.wait()
 
-    def _start(self) -> None:
-        """Start one drafter and shake hands; raises `DrafterFailed`."""
+    def _launch(self) -> tuple[ProcessTransport, Welcome, str]:
+        """Start one drafter and shake hands; raises `DrafterFailed`. The text says who it is."""
         self._kill()
         transport, child_socket = socket_pair(max_push_bytes(self._options))
         if missing := run_on(self._options.cpus):
@@ -346,10 +364,14 @@ class DrafterProcess:
                 stdin=subprocess.DEVNULL,
             )
         try:
-            welcome = self._shake_hands(process, transport)
+            return transport, self._shake_hands(transport), f"pid {process.pid}"
         except BaseException:
             transport.close()
             raise
+
+    def _start(self) -> None:
+        """Get a drafter, and leave it to the target's thread; raises `DrafterFailed`."""
+        transport, welcome, name = self._launch()
         self._num_started += 1
         self._kv_bytes = welcome.kv_bytes
         with self._lock:
@@ -362,10 +384,10 @@ class DrafterProcess:
             if time.monotonic() - self._polled_at > WATCH_S:
                 self._take_up()
         self._logger.info(
-            "SSD drafter %d ready: pid %d, %d KV pages of %d tokens, at most %d tokens a request; "
+            "SSD drafter %d ready: %s, %d KV pages of %d tokens, at most %d tokens a request; "
             "%.2f GiB weights + %.2f GiB KV pages + up to %.2f GiB logits",
             self._num_started,
-            process.pid,
+            name,
             welcome.num_pages,
             welcome.page_size,
             welcome.max_model_len,
@@ -376,33 +398,27 @@ class DrafterProcess:
         if welcome.notice:
             self._logger.info("SSD: %s", welcome.notice)
 
-    def _shake_hands(self, process: subprocess.Popen, transport: ProcessTransport) -> Welcome:
-        deadline, answers = time.monotonic() + self._startup_timeout_s, []
+    def _how_it_ended(self, error: TransportClosed) -> str:
+        """Of a drafter that was not ready yet."""
+        assert self._process is not None
         try:
-            transport.send(self._hello)
-            while not answers and time.monotonic() < deadline and not self._ends() and not self._resting:
-                answers = transport.poll(min(WATCH_S, max(deadline - time.monotonic(), 0.0)))
-        except TransportClosed as error:
-            try:
-                how = f"ended with status {process.wait(EXIT_S)}"
-            except subprocess.TimeoutExpired:
-                how = f"was lost ({error})"
-            raise DrafterFailed(f"the SSD drafter {how} before it was ready; see its output above") from None
-        if not answers:
-            raise DrafterFailed(
-                f"the SSD drafter was not ready within startup_timeout_s={self._startup_timeout_s:g}; "
-                "raise it if the draft model loads slowly"
-            )
-        if isinstance(answers[0], Refused):
-            raise DrafterFailed(f"the SSD drafter cannot serve: {answers[0].reason}")
-        if not isinstance(answers[0], Welcome) or len(answers) > 1:
-            raise DrafterFailed("the SSD drafter answered the handshake with something else")
-        return answers[0]
+            return f"ended with status {self._process.wait(EXIT_S)}"
+        except subprocess.TimeoutExpired:
+            return f"was lost ({error})"
+
+    def _shake_hands(self, transport: ProcessTransport) -> Welcome:
+        return shake_hands(
+            transport,
+            self._hello,
+            self._startup_timeout_s,
+            goes_on=lambda: not self._ends() and not self._resting,
+            how_it_ended=self._how_it_ended,
+        )
 
 
 def _supervise(reference: weakref.ref[DrafterProcess]) -> None:
-    """Start drafters for as long as the link lives; the first failure to start is final."""
-    pause_s, lived_since = BACKOFF_S[0], math.inf
+    """Start drafters for as long as the link lives and its `_goes_on` says so."""
+    pause_s, lived_since, first = 0.0, math.inf, True
     while (link := reference()) is not None:
         wanted, closed = link._wanted, link._closed
         del link
@@ -417,34 +433,28 @@ def _supervise(reference: weakref.ref[DrafterProcess]) -> None:
         if link is None or closed.is_set():
             return
         wanted.clear()
-        first = link._num_started == 0
+        shortest_s, longest_s = link._backoff()
         if not first:
-            lived = time.monotonic() - lived_since > BACKOFF_S[1]
+            lived = time.monotonic() - lived_since > longest_s
             if lived_since < math.inf:
                 link._do_without_trees()
-            pause_s, lived_since = BACKOFF_S[0] if lived else min(2 * pause_s, BACKOFF_S[1]), math.inf
+            pause_s, lived_since = shortest_s if lived else min(2 * (pause_s or shortest_s), longest_s), math.inf
             link._kill()
             if link._pause(pause_s):
                 return
             wanted.clear()  # whoever wanted one meanwhile wants this one
             if link._resting:
                 continue
+        first, failure = False, None
         try:
             link._start()
             lived_since = time.monotonic()
         except Exception as error:  # a thread that dies would leave the target without a drafter, unexplained
             link._kill()
             failure = error if isinstance(error, DrafterFailed) else DrafterFailed(f"the SSD drafter: {error}")
-            if first:
-                link._failure = failure
-            elif not link._resting:
-                link._logger.warning("%s; trying again", failure)
-                wanted.set()
         if closed.is_set():
             link.close()
-        link._settled.set()
-        if link._failure is not None:
-            link._end()
+        if not link._goes_on(failure):
             return
 
 

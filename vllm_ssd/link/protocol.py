@@ -51,6 +51,9 @@ class Hello(_Message, frozen=True, tag=0):
 
     vocabulary: the string of each token id, "" for an id without one; needed where the fingerprints differ
     heterogeneous_vocab: whether tokens may be matched by their strings, with unlike ids
+    max_num_seqs: requests that the target has at most at a time
+    max_branches, max_support: the most branches of a request, and ids in the proposal of a draft, that it takes; 0 of a
+        target that has started the drafter and told it
     """
 
     version: int
@@ -59,6 +62,9 @@ class Hello(_Message, frozen=True, tag=0):
     tokenizer: str
     vocabulary: Annotated[list[str], msgspec.Meta(max_length=MAX_VOCAB_SIZE)] = []
     heterogeneous_vocab: bool = False
+    max_num_seqs: Count = 0
+    max_branches: Count = 0
+    max_support: Count = 0
 
 
 class Welcome(_Message, frozen=True, tag=0):

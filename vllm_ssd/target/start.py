@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import msgspec
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -13,11 +15,13 @@ from vllm.logger import init_logger
 from vllm_ssd.compat.target import worker
 from vllm_ssd.compat.vocabulary import read_vocabulary
 from vllm_ssd.config import SERVER_PID_ENV, SSDConfig
+from vllm_ssd.link.credential import tls_context
 from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.link.metrics_socket import METRICS_ENV
-from vllm_ssd.link.placement import place_drafter
+from vllm_ssd.link.placement import place_drafter, target_limits
 from vllm_ssd.link.process import DrafterProcess
 from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, fingerprint
+from vllm_ssd.link.remote import RemoteDrafter
 from vllm_ssd.link.timeline import TRACE_ENV, Timeline
 from vllm_ssd.target.metrics import Metrics
 
@@ -39,13 +43,11 @@ def start_drafters(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics,
     A drafter on this worker's own GPU is loaded before the target, so that each measures its own memory. The metrics'
     port is free again when a drafter is closed or the server has ended.
     """
+    if not isinstance(config.drafters, str):
+        return _connect_drafters(config, vllm_config)
     gpus = worker.visible_gpus()
     placements = [place_drafter(config, vllm_config, gpus, index) for index in range(config.num_drafters)]
-    metrics = Metrics(config.num_speculative_tokens, logger)
-    if config.metrics_port is not None:
-        metrics.serve(config.metrics_port + vllm_config.parallel_config.data_parallel_index)
-    if METRICS_ENV in os.environ:
-        metrics.listen(os.environ[METRICS_ENV], vllm_config.parallel_config.data_parallel_index)
+    metrics = _metrics(config, vllm_config)
     trace = os.environ.get(TRACE_ENV)
     starts: list[Callable[..., DrafterProcess]] = [DrafterProcess] * config.num_drafters
     if trace:
@@ -73,6 +75,46 @@ def start_drafters(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics,
     metrics.watch(*drafters)
     worker.attach(vllm_config, _all_of(hooks))
     return metrics, Fleet(drafters)
+
+
+def _connect_drafters(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, Fleet]:
+    """Connect to drafters that others have started, of which one must answer before the server starts."""
+    assert config.drafter_key is not None and not isinstance(config.drafters, str)  # `SSDConfig` says so
+    context = tls_context(Path(config.drafter_key), is_server=False)
+    limits = target_limits(config, vllm_config.scheduler_config.max_num_seqs)
+    hello = msgspec.structs.replace(
+        _hello(config, vllm_config),
+        max_num_seqs=limits.max_num_seqs,
+        max_branches=limits.max_branches,
+        max_support=limits.max_support,
+    )
+    metrics = _metrics(config, vllm_config)
+    drafters = [
+        RemoteDrafter(
+            address,
+            context,
+            limits,
+            hello,
+            startup_timeout_s=config.startup_timeout_s,
+            logger=logger,
+            server_pid=int(os.environ.get(SERVER_PID_ENV, "0")),
+            on_stats=functools.partial(metrics.drafter, index=index),
+            on_end=metrics.close,
+        )
+        for index, address in enumerate(config.drafters)
+    ]
+    metrics.watch(*drafters)
+    return metrics, Fleet(drafters, min_ready=1)
+
+
+def _metrics(config: SSDConfig, vllm_config: VllmConfig) -> Metrics:
+    """The counters, where they can be read."""
+    metrics = Metrics(config.num_speculative_tokens, logger)
+    if config.metrics_port is not None:
+        metrics.serve(config.metrics_port + vllm_config.parallel_config.data_parallel_index)
+    if METRICS_ENV in os.environ:
+        metrics.listen(os.environ[METRICS_ENV], vllm_config.parallel_config.data_parallel_index)
+    return metrics
 
 
 def _all_of(hooks: Sequence[worker.WorkerHooks]) -> worker.WorkerHooks:

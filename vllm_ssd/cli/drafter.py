@@ -1,0 +1,69 @@
+"""The commands `vllm-ssd key` and `vllm-ssd drafter`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from vllm_ssd.cli.base import app, console
+from vllm_ssd.config import SSDConfig, parse_address
+from vllm_ssd.link.credential import BadCredential, make_credential, tls_context
+
+
+@app.command("key")
+def key_command(
+    file: Annotated[Path, typer.Argument(help="where to write it; copy it to each host")],
+) -> None:
+    """Make the credential that a drafter and its targets share: whoever has the file may connect."""
+    try:
+        make_credential(file)
+    except OSError as error:
+        console.print(f"{file}: {error.strerror}", markup=False)
+        raise typer.Exit(1) from None
+    console.print(f"{file}: a new key, which only you can read", markup=False)
+
+
+@app.command("drafter")
+def drafter_command(
+    model: Annotated[str, typer.Option(help="the name or path of the draft model")],
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="where targets connect; no default")],
+    key: Annotated[Path, typer.Option(help="the credential, of `vllm-ssd key`")],
+    max_num_seqs: Annotated[int, typer.Option(min=1, max=4096, help="requests of all targets at a time")] = 64,
+    config: Annotated[
+        str, typer.Option(metavar="JSON", help="other keys of speculative_config: sizes as the targets have them")
+    ] = "{}",
+) -> None:
+    """Run a drafter for targets on this or other hosts, until SIGTERM; they name it in `drafters` and `drafter_key`."""
+    try:
+        address = parse_address(listen)
+        keys = json.loads(config)
+        if not isinstance(keys, dict):
+            raise ValueError("ssd: --config must be a JSON object")
+        wanted = SSDConfig.from_user({**keys, "model": model})
+        tls_context(key, is_server=True)
+    except (ValueError, BadCredential) as error:
+        console.print(str(error), markup=False)
+        raise typer.Exit(1) from None
+    from vllm_ssd.compat.target.worker import visible_gpus  # vLLM is imported only now
+    from vllm_ssd.link.environment import drafter_environment
+    from vllm_ssd.link.placement import place_standalone, run_on
+    from vllm_ssd.link.process import DRAFTER_MODULE
+
+    try:
+        options, environment, _ = place_standalone(wanted, max_num_seqs, on_cpu=visible_gpus() is None)
+        if missing := run_on(options.cpus):
+            raise ValueError(f"drafter_cpus: the drafter may not run on CPU {', '.join(map(str, missing))}")
+    except ValueError as error:
+        console.print(str(error), markup=False)
+        raise typer.Exit(1) from None
+    host, port = address
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    options = msgspec.structs.replace(options, key=str(key.absolute()), parent_pid=0)
+    arguments = ["-m", DRAFTER_MODULE, place, msgspec.json.encode(options).decode()]
+    os.execve(sys.executable, [sys.executable, *arguments], drafter_environment(os.environ, environment))

@@ -1,0 +1,275 @@
+"""The targets of a drafter that listens, as one transport: steps come in merged, pushes go out split.
+
+A request is known to the engine as "NUMBER:ID", where the number is its target's. What one target does concerns no
+other: a message that is none ends that target's connection alone, and a target that opens many requests loses its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from vllm_ssd.drafter.accept import Acceptor
+from vllm_ssd.link.options import DrafterOptions
+from vllm_ssd.link.protocol import Close, Evicted, Hello, Open, Outcome, Push, Refused, SpeculationBlock, Step, Welcome
+from vllm_ssd.link.transport import ProcessTransport, Transport, TransportClosed
+
+HELLO_S = 10.0
+"""A target introduces itself within this time."""
+MAX_TENANTS = 64
+MAX_HELLO_BYTES = 64 << 20
+"""The strings of MAX_VOCAB_SIZE tokens take less."""
+MAX_REQUEST_ID = 1024
+"""Characters of a request id: each push repeats it."""
+WITHHELD_BYTES = 4 << 20
+"""A target that has so much left to read gets no blocks until it has read it."""
+
+
+class Stopped(TransportClosed):
+    """The drafter was asked to end."""
+
+
+@dataclass(slots=True, eq=False)
+class Tenant:
+    """One target. It has no Hello until it has introduced itself."""
+
+    number: int
+    peer: str
+    transport: ProcessTransport
+    deadline: float
+    hello: Hello | None = None
+    open: dict[str, int] = field(default_factory=dict)  # epochs by request id, the longest open first
+    lost: str = ""  # why it is gone
+
+
+class Tenants(Transport):
+    """A transport whose other end is all targets.
+
+    options: the drafter's own sizes, which no target may be unable to take
+    greet: answers a Hello with a Welcome or a Refused
+    max_step_bytes: bound of a message after the handshake
+    """
+
+    def __init__(
+        self,
+        acceptor: Acceptor,
+        options: DrafterOptions,
+        greet: Callable[[Hello], Welcome | Refused],
+        max_step_bytes: int,
+        logger: logging.Logger,
+    ) -> None:
+        self._acceptor = acceptor
+        self._options = options
+        self._greet = greet
+        self._max_step_bytes = max_step_bytes
+        self._logger = logger
+        self._tenants: dict[int, Tenant] = {}
+        self._num_tenants = 0
+        self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stopped = False
+
+    def __len__(self) -> int:
+        return sum(tenant.hello is not None for tenant in self._tenants.values())
+
+    def stop(self) -> None:
+        """Let `poll` raise `Stopped` from now on; from any thread or signal handler."""
+        self._stopped = True
+        os.eventfd_write(self._stop, 1)
+
+    # ---- a transport -----------------------------------------------------------------------------------
+
+    def poll(self, timeout_s: float | None = 0.0) -> list[Any]:
+        """Steps of all targets since the last call, with the engine's request ids; one read of each target."""
+        self._wait(timeout_s)
+        if self._stopped:
+            raise Stopped("the drafter was asked to end")
+        for stream, peer in self._acceptor.take():
+            self._admit(ProcessTransport(stream, "drafter", max_message_bytes=MAX_HELLO_BYTES), peer)
+        steps: list[Step] = []
+        for tenant in list(self._tenants.values()):
+            try:
+                self._hear(tenant, steps)
+            except TransportClosed as error:
+                tenant.lost = tenant.lost or str(error)
+            if tenant.lost:
+                self._part(tenant, steps)
+        return steps
+
+    def send(self, message: Push) -> None:
+        """Each target's part of a push; the statistics are for all."""
+        blocks: dict[int, list[SpeculationBlock]] = {}
+        for block in message.blocks:
+            number, request_id = _of_target(block.request_id)
+            blocks.setdefault(number, []).append(msgspec.structs.replace(block, request_id=request_id))
+        evicted: dict[int, list[Evicted]] = {}
+        for lost in message.evicted:
+            number, request_id = _of_target(lost.request_id)
+            evicted.setdefault(number, []).append(Evicted(request_id, lost.epoch))
+        for number, tenant in self._tenants.items():
+            for lost in evicted.get(number, ()):
+                if tenant.open.get(lost.request_id) == lost.epoch:
+                    del tenant.open[lost.request_id]
+            is_full = tenant.transport.pending_bytes > WITHHELD_BYTES
+            push = Push([] if is_full else blocks.get(number, []), evicted.get(number, []), message.stats)
+            if tenant.hello is not None and (push.blocks or push.evicted or push.stats or not message.blocks):
+                self._tell(tenant, push)
+
+    def close(self) -> None:
+        """End all connections, and listen no longer."""
+        self._acceptor.close()
+        for tenant in self._tenants.values():
+            tenant.transport.close()
+        self._tenants.clear()
+
+    def fileno(self) -> int:
+        """None is readable whenever there is something to poll."""
+        return -1
+
+    @property
+    def pending_bytes(self) -> int:
+        return sum(tenant.transport.pending_bytes for tenant in self._tenants.values())
+
+    # ---- targets ---------------------------------------------------------------------------------------
+
+    def _wait(self, timeout_s: float | None) -> None:
+        if timeout_s == 0 or any(tenant.lost or tenant.transport.at_bound for tenant in self._tenants.values()):
+            return  # a transport that was lost in `send` has no descriptor any more
+        poller = select.poll()
+        for descriptor in (self._acceptor.fileno(), self._stop):
+            poller.register(descriptor, select.POLLIN)
+        for tenant in self._tenants.values():
+            unsent = select.POLLOUT if tenant.transport.pending_bytes else 0
+            poller.register(tenant.transport.fileno(), select.POLLIN | unsent)
+            if tenant.hello is None:
+                left_s = max(tenant.deadline - time.monotonic(), 0.0)
+                timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
+        poller.poll(None if timeout_s is None else timeout_s * 1e3)
+
+    def _admit(self, transport: ProcessTransport, peer: str) -> None:
+        self._num_tenants += 1
+        tenant = Tenant(self._num_tenants, peer, transport, time.monotonic() + HELLO_S)
+        self._tenants[tenant.number] = tenant
+        if len(self._tenants) > MAX_TENANTS:
+            self._refuse(tenant, f"the drafter serves {MAX_TENANTS} targets already")
+
+    def _hear(self, tenant: Tenant, steps: list[Step]) -> None:
+        messages = tenant.transport.poll(0.0)
+        if tenant.hello is None and not messages and time.monotonic() > tenant.deadline:
+            tenant.lost = f"no Hello within {HELLO_S:g} s"
+        for message in messages:
+            if tenant.lost:
+                return
+            if tenant.hello is None:
+                self._shake_hands(tenant, message)
+            elif isinstance(message, Step):
+                steps.append(self._translated(tenant, message))
+            else:
+                tenant.lost = "it introduced itself twice"
+
+    def _shake_hands(self, tenant: Tenant, hello: Any) -> None:
+        if not isinstance(hello, Hello):
+            tenant.lost = "it did not introduce itself"
+            return
+        reason = _too_large(self._options, hello)
+        answer = Refused(reason) if reason else self._greet(hello)
+        if isinstance(answer, Refused):
+            self._refuse(tenant, answer.reason)
+            return
+        tenant.hello = hello = msgspec.structs.replace(hello, vocabulary=[])  # no longer needed
+        tenant.transport.limit_messages(self._max_step_bytes)
+        self._tell(tenant, answer)
+        self._logger.info(
+            "SSD: target %d at %s is served, with %d requests at most", tenant.number, tenant.peer, hello.max_num_seqs
+        )
+
+    def _refuse(self, tenant: Tenant, reason: str) -> None:
+        self._tell(tenant, Refused(reason))
+        tenant.lost = f"refused: {reason}"
+
+    def _tell(self, tenant: Tenant, message: Any) -> None:
+        try:
+            tenant.transport.send(message)
+        except TransportClosed as error:
+            tenant.lost = tenant.lost or str(error)
+
+    def _part(self, tenant: Tenant, steps: list[Step]) -> None:
+        """Forget a target that is gone, and have the engine forget its requests."""
+        del self._tenants[tenant.number]
+        tenant.transport.close()
+        if tenant.open:
+            steps.append(Step([Close(_for_engine(tenant, request_id)) for request_id in tenant.open], 0))
+        self._logger.info("SSD: target %d at %s is gone: %s", tenant.number, tenant.peer, tenant.lost)
+
+    # ---- requests --------------------------------------------------------------------------------------
+
+    def _translated(self, tenant: Tenant, step: Step) -> Step:
+        """A target's step in the engine's request ids, without what the target may not ask for."""
+        most = self._options.num_speculative_tokens
+        events: list[Open | Outcome | Close] = []
+        for event in step.events:
+            request_id = event.request_id
+            if len(request_id) > MAX_REQUEST_ID:
+                tenant.lost = f"a request id of {len(request_id)} characters"
+                break
+            if isinstance(event, Open):
+                events += self._make_room(tenant, event)
+                tenant.open.pop(request_id, None)
+                tenant.open[request_id] = event.epoch
+            elif isinstance(event, Close):
+                tenant.open.pop(request_id, None)
+            elif event.jit > most:
+                event = msgspec.structs.replace(event, jit=most)
+            events.append(msgspec.structs.replace(event, request_id=_for_engine(tenant, request_id)))
+        return Step(events, min(step.num_speculative_tokens, most))
+
+    def _make_room(self, tenant: Tenant, event: Open) -> Iterable[Close]:
+        """End the longest open request of whoever has most where `event` would be one too many."""
+        assert tenant.hello is not None
+        if event.request_id in tenant.open:
+            return
+        capacity = self._options.max_num_seqs
+        own = min(tenant.hello.max_num_seqs or capacity, capacity)
+        total = sum(len(other.open) for other in self._tenants.values())
+        if len(tenant.open) >= own:
+            loser = tenant
+        elif total >= capacity:
+            loser = max(self._tenants.values(), key=lambda other: len(other.open))
+            loser = tenant if len(loser.open) <= len(tenant.open) + 1 and tenant.open else loser
+        else:
+            return
+        request_id, epoch = next(iter(loser.open.items()))
+        del loser.open[request_id]
+        self._tell(loser, Push([], [Evicted(request_id, epoch)], None))
+        yield Close(_for_engine(loser, request_id))
+
+
+def _for_engine(tenant: Tenant, request_id: str) -> str:
+    return f"{tenant.number}:{request_id}"
+
+
+def _of_target(name: str) -> tuple[int, str]:
+    number, _, request_id = name.partition(":")
+    return int(number), request_id
+
+
+def _too_large(options: DrafterOptions, hello: Hello) -> str:
+    """What the drafter would send that the target cannot take; "" for nothing."""
+    if options.num_speculative_tokens < hello.num_speculative_tokens:
+        return (
+            f"the drafter was started with num_speculative_tokens {options.num_speculative_tokens}, the target has "
+            f"{hello.num_speculative_tokens}: start it with as many"
+        )
+    for name, own, theirs in (
+        ("branches of a request (branch_budget or fan_out)", options.max_branches, hello.max_branches),
+        ("token ids in a proposal (top_m)", options.max_support, hello.max_support),
+    ):
+        if own > theirs:
+            return f"the drafter has up to {own} {name}, the target takes {theirs}: give both the same keys"
+    return ""
