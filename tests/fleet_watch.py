@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,8 @@ class FleetWatch:
 
     outcomes: (time, request, index of its drafter, whether it hit), for each outcome of a request that is held
     lost: (time, index, reason) of each drafter that was given up
-    proposed: (time, seconds) of each call of V1's `propose`; none on V2, where nothing waits
+    proposed: (time, seconds) of each call of V1's `propose`, without those it waited for a core; none on V2, where
+        nothing waits
     """
 
     def __init__(self, proposer: Any) -> None:
@@ -46,8 +48,17 @@ class FleetWatch:
         lose(drafter, reason)
 
     def _propose(self, propose: Any, batch: Any) -> list[list[int]]:
-        started = time.perf_counter()
+        started, delayed_s = time.perf_counter(), waited_for_core_s()
         try:
             return propose(batch)
         finally:
-            self._seen.proposed.append((started, time.perf_counter() - started))
+            seconds = time.perf_counter() - started - (waited_for_core_s() - delayed_s)
+            self._seen.proposed.append((started, seconds))
+
+
+def waited_for_core_s() -> float:
+    """Seconds that this thread could have run so far and did not; 0 where the kernel does not count them."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except OSError:
+        return 0.0

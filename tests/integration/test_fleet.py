@@ -70,7 +70,7 @@ def run_with(engine: Engine, runner: str, requests: list[dict[str, Any]], expect
         assert_conclusive(run, hits=30, accepted=30)
         seen = engine.call("fleet_seen")
         slowest = sorted(seconds for _, seconds in seen.proposed)
-        if slowest:  # nineteen of twenty: a busy machine may hold up any single one
+        if slowest:  # nineteen of twenty: a busy machine wakes some of them late
             assert slowest[len(slowest) * 19 // 20] * 1e3 <= WAIT_MS + 5
         return SimpleNamespace(at=run.signals_at, seconds=run.seconds, **vars(seen))
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from vllm_ssd.cli import app
 from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV
 from vllm_ssd.doctor import Findings, Machine
+from vllm_ssd.link.credential import make_credential
 from vllm_ssd.link.metrics_socket import METRICS_ENV
 
 TARGET, DRAFTER = str(PAIR / "target"), str(PAIR / "drafter")
@@ -195,6 +196,17 @@ def test_each_drafter_of_a_fleet_is_placed(ask):
     assert [found[f"device of drafter {i}"]["text"] for i in (0, 1)] == ["GPU 4", "GPU 5"]
     starts, found = ask(5, "-tp", "4", "--speculative-config.num_drafters", "2")
     assert not starts and "one GPU for 2 drafters" in found["device of drafter 1"]["text"]
+
+
+def test_drafters_elsewhere_are_named_and_their_credential_is_looked_at(ask, tmp_path):
+    key = tmp_path / "ssd.pem"
+    given = ("--speculative-config.drafters", '["10.0.0.7:7011"]', "--speculative-config.drafter_key", str(key))
+    starts, found = ask(4, "-tp", "4", *given)
+    assert not starts and "No such file" in found["drafters"]["text"]
+    make_credential(key)
+    starts, found = ask(4, "-tp", "4", *given)
+    assert starts, found
+    assert found["drafters"]["text"] == "not started here: 10.0.0.7:7011"
 
 
 def test_a_shared_gpu_must_hold_both(ask):

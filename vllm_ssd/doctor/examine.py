@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import vllm
@@ -23,6 +24,7 @@ from vllm_ssd.doctor.handshake import shake_hands
 from vllm_ssd.doctor.machine import Machine, gib
 from vllm_ssd.doctor.memory import weight_bytes
 from vllm_ssd.doctor.placed import place, targets
+from vllm_ssd.link.credential import BadCredential, tls_context
 from vllm_ssd.link.placement import Placement
 
 
@@ -110,6 +112,9 @@ def _places(found: Findings, config: SSDConfig, target: VllmConfig, machine: Mac
             found.fails("target's devices", f"{text}; the machine has {machine.num_gpus}", "add GPUs, or use fewer")
         else:
             found.ok("target's devices", text)
+    if not isinstance(config.drafters, str):
+        _elsewhere(found, config)
+        return None
     places: list[Placement] = []
     for replica, drafter in itertools.product(range(max(replicas, 1)), range(config.num_drafters)):
         subject = "drafter's device" if config.num_drafters == 1 else f"device of drafter {drafter}"
@@ -122,6 +127,19 @@ def _places(found: Findings, config: SSDConfig, target: VllmConfig, machine: Mac
         places.append(placed)
         _place(found, subject, placed, config, machine)
     return places[0]
+
+
+def _elsewhere(found: Findings, config: SSDConfig) -> None:
+    """Drafters that the server only connects to; what they need is asked on their own hosts."""
+    assert config.drafter_key is not None  # `SSDConfig` says so
+    try:
+        tls_context(Path(config.drafter_key), is_server=False)
+    except BadCredential as error:
+        found.fails("drafters", *_advised(error))
+    else:
+        found.note(
+            "drafters", f"not started here: {', '.join(config.drafters)}", "see `vllm-ssd drafter` on their hosts"
+        )
 
 
 def _place(found: Findings, subject: str, placed: Placement, config: SSDConfig, machine: Machine) -> None:
