@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from vllm_ssd.link.handshake import DrafterFailed
 from vllm_ssd.link.protocol import Push, Step
 
 READY_S = 0.05
@@ -101,7 +102,7 @@ class Fleet:
                 try:
                     link.wait_until_ready()
                     left -= 1
-                except RuntimeError:
+                except DrafterFailed:
                     if len(waiting) < left:
                         raise
             time.sleep(READY_S)
