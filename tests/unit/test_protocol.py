@@ -139,8 +139,8 @@ def test_malformed_bytes_are_refused(data):
 
 
 def test_a_hello_of_a_later_version_can_be_read():
-    later = msgspec.msgpack.encode([0, PROTOCOL_VERSION + 1, 100, 5, "f", ["a"], True, {"new": "field"}])
-    assert decode_to_drafter(later) == Hello(PROTOCOL_VERSION + 1, 100, 5, "f", ["a"], True)
+    later = msgspec.msgpack.encode([0, PROTOCOL_VERSION + 1, 100, 5, "f", ["a"], True, 8, 24, 64, {"new": "field"}])
+    assert decode_to_drafter(later) == Hello(PROTOCOL_VERSION + 1, 100, 5, "f", ["a"], True, 8, 24, 64)
 
 
 def test_a_decoded_message_does_not_share_the_buffer_it_was_read_from():

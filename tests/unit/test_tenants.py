@@ -26,6 +26,7 @@ from vllm_ssd.drafter.standalone import Host
 from vllm_ssd.drafter.tenants import Stopped, Tenants
 from vllm_ssd.drafter.vocabulary import VocabularyMap
 from vllm_ssd.link import process, remote, tcp
+from vllm_ssd.link.checks import PushChecker
 from vllm_ssd.link.credential import make_credential, tls_context
 from vllm_ssd.link.handshake import DrafterFailed, DrafterRefused
 from vllm_ssd.link.options import DrafterOptions
@@ -151,6 +152,26 @@ def test_targets_with_the_same_request_ids_hear_of_their_own(join: Callable[...,
     one.until(lambda: False, 0.1)
     assert {block.length for block in one.blocks("a")} == {5}
     assert {block.length for block in other.blocks("a")} == {9}
+
+
+def test_sampled_requests_come_with_their_own_proposals(join: Callable[..., Target]) -> None:
+    targets = [join(), join()]
+    prompts = [pack_ids([i % VOCAB_SIZE for i in range(length)]) for length in (5, 9)]
+    for target, prompt in zip(targets, prompts):
+        target.transport.send(
+            Step([Open("a", 1, prompt, 1.0), Open("b", 1, prompt, 0.0), Open("c", 1, prompt, 0.7)], K)
+        )
+    checker = PushChecker.of(OPTIONS, VOCAB_SIZE)
+    for target in targets:
+        assert target.until(lambda: all(target.blocks(name) for name in "abc"))  # noqa: B023
+        assert {checker.reason(push) for push in target.pushes} == {None}
+        drafts = 0
+        for pushed in (pushed for push in target.pushes for pushed in push.each() if pushed.block.sampled):
+            for branch in range(pushed.block.num_branches):
+                for draft, proposal in zip(pushed.block.drafts(branch), pushed.proposals(branch), strict=True):
+                    assert proposal is not None and proposal[0][0] == draft
+                    drafts += 1
+        assert drafts > 0
 
 
 def test_a_target_that_is_gone_leaves_nothing_and_the_others_go_on(

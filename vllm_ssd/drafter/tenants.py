@@ -10,7 +10,7 @@ import logging
 import os
 import select
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,19 @@ import msgspec
 
 from vllm_ssd.drafter.accept import Acceptor
 from vllm_ssd.link.options import DrafterOptions
-from vllm_ssd.link.protocol import Close, Evicted, Hello, Open, Outcome, Push, Refused, SpeculationBlock, Step, Welcome
+from vllm_ssd.link.protocol import (
+    Close,
+    DrafterStats,
+    Evicted,
+    Hello,
+    Open,
+    Outcome,
+    Push,
+    PushedBlock,
+    Refused,
+    Step,
+    Welcome,
+)
 from vllm_ssd.link.transport import ProcessTransport, Transport, TransportClosed
 
 HELLO_S = 10.0
@@ -104,10 +116,11 @@ class Tenants(Transport):
 
     def send(self, message: Push) -> None:
         """Each target's part of a push; the statistics are for all."""
-        blocks: dict[int, list[SpeculationBlock]] = {}
-        for block in message.blocks:
-            number, request_id = _of_target(block.request_id)
-            blocks.setdefault(number, []).append(msgspec.structs.replace(block, request_id=request_id))
+        blocks: dict[int, list[PushedBlock]] = {}
+        for pushed in message.each():
+            number, request_id = _of_target(pushed.block.request_id)
+            block = msgspec.structs.replace(pushed.block, request_id=request_id)
+            blocks.setdefault(number, []).append(pushed._replace(block=block))
         evicted: dict[int, list[Evicted]] = {}
         for lost in message.evicted:
             number, request_id = _of_target(lost.request_id)
@@ -117,7 +130,7 @@ class Tenants(Transport):
                 if tenant.open.get(lost.request_id) == lost.epoch:
                     del tenant.open[lost.request_id]
             is_full = tenant.transport.pending_bytes > WITHHELD_BYTES
-            push = Push([] if is_full else blocks.get(number, []), evicted.get(number, []), message.stats)
+            push = _push([] if is_full else blocks.get(number, []), evicted.get(number, []), message.stats)
             if tenant.hello is not None and (push.blocks or push.evicted or push.stats or not message.blocks):
                 self._tell(tenant, push)
 
@@ -257,6 +270,14 @@ def _for_engine(tenant: Tenant, request_id: str) -> str:
 def _of_target(name: str) -> tuple[int, str]:
     number, _, request_id = name.partition(":")
     return int(number), request_id
+
+
+def _push(pushed: Sequence[PushedBlock], evicted: list[Evicted], stats: DrafterStats | None) -> Push:
+    """The push of some of the blocks of one push, with their proposals."""
+    proposals = [block.proposal_bytes() for block in pushed if block.block.sampled]
+    support = pushed[0].push.support if proposals else 0
+    q_token_ids, q_probs = (b"".join(parts) for parts in zip(*proposals)) if proposals else (b"", b"")
+    return Push([block.block for block in pushed], evicted, stats, support, q_token_ids, q_probs)
 
 
 def _too_large(options: DrafterOptions, hello: Hello) -> str:

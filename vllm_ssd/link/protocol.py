@@ -269,6 +269,12 @@ class PushedBlock(NamedTuple):
         ids = np.frombuffer(self.push.q_token_ids, "<i4", depth * support, start).reshape(shape)
         return list(zip(ids, np.frombuffer(self.push.q_probs, "<f4", depth * support, start).reshape(shape)))
 
+    def proposal_bytes(self) -> tuple[bytes, bytes]:
+        """The block's part of the push's `q_token_ids` and `q_probs`."""
+        size = 4 * self.push.support
+        part = slice(size * self.first, size * (self.first + self.block.num_proposals))
+        return self.push.q_token_ids[part], self.push.q_probs[part]
+
 
 ToDrafter = Hello | Step
 ToTarget = Welcome | Refused | Push
