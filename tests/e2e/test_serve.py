@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import psutil
-from engines import ENVIRONMENT, PAIR, Engine, request
+from engines import ENVIRONMENT, PAIR, Engine, free_port, request
 
 VLLM = Path(sys.executable).with_name("vllm")
 START_S = 240.0
@@ -38,7 +37,7 @@ class Server:
 
     def __init__(self, log: Path, arguments: Sequence[str]) -> None:
         self.log = log
-        self.port, self.metrics_port = free_ports(2)
+        self.port, self.metrics_port = free_port(), free_port()
         command = [str(VLLM), "serve", str(PAIR / "target"), "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--served-model-name", "target", "--dtype", "float32", "--enforce-eager"]
         command += ["--max-model-len", "512", "--max-num-seqs", "4", "--kv-cache-memory-bytes", "64M"]
@@ -115,14 +114,6 @@ def serve(log: Path, *arguments: str) -> Iterator[tuple[Server, list[psutil.Proc
             if process.is_running():
                 process.kill()
         server.process.wait()
-
-
-def free_ports(number: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def drafter_of(processes: list[psutil.Process]) -> psutil.Process:

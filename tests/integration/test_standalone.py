@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import ENVIRONMENT, HAS_V2, ON_V2, PAIR, Engine, EngineFailed, assert_conclusive, own_cores, request, texts
+from engines import (
+    ENVIRONMENT,
+    HAS_V2,
+    ON_V2,
+    PAIR,
+    Engine,
+    EngineFailed,
+    assert_conclusive,
+    free_port,
+    own_cores,
+    request,
+    texts,
+)
 
 pytestmark = pytest.mark.timed
 
@@ -31,8 +42,7 @@ class Drafter:
     def __init__(self, folder: Path) -> None:
         self.key = folder / "ssd.pem"
         subprocess.run([SSD, "key", self.key], check=True, stdout=subprocess.DEVNULL)
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_port()}"
         self.log = folder / "drafter.log"
 
     def start(self) -> None:
@@ -133,8 +143,7 @@ def test_it_ends_and_comes_back(
 
 
 def test_a_start_fails_in_words_without_it(start_engine: Callable[..., Engine], drafter: Drafter) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        nobody = f"127.0.0.1:{probe.getsockname()[1]}"
+    nobody = f"127.0.0.1:{free_port()}"
     speculative = {**SIZES, "drafters": [nobody], "drafter_key": str(drafter.key), "startup_timeout_s": 1}
     engine = start_engine(speculative=speculative)
     with pytest.raises(EngineFailed, match="cannot be reached"):

