@@ -80,7 +80,8 @@ def free_port() -> int:
 class Engine(EngineProcess):
     """A vLLM engine in a process of its own, whose start has begun; see `engine_host.EngineHost` for what it can do.
 
-    Without `speculative` it is the target alone.
+    Without `speculative` it is the target alone. With `forked`, it and its drafters are forked where that makes no
+    difference but in time, and in whose child a drafter is.
     """
 
     def __init__(
@@ -89,10 +90,12 @@ class Engine(EngineProcess):
         *,
         speculative: dict[str, Any] | None = None,
         environment: dict[str, str] | None = None,
+        forked: bool = True,
         **engine_args: Any,
     ) -> None:
         *self._cores, drafter_core = own_cores()
         self._variables = BASE | (environment or {})
+        self._forked = forked and self._variables in FORKED
         super().__init__(
             [str(HOST)],
             log,
@@ -127,7 +130,7 @@ class Engine(EngineProcess):
         self.send("start", **self.arguments)
 
     def _start(self, program: Sequence[str], connection: int, environment: Mapping[str, str], output: int) -> Any:
-        if self._variables not in FORKED:
+        if not self._forked:
             return super()._start(program, connection, environment, output)
         forks = server(v2=self._variables != BASE)
         environment = {**environment, fork_server.ADDRESS: server().address}

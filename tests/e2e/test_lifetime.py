@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from engines import PAIR, Engine, EngineFailed, request
+from engines import PAIR, Engine, EngineFailed, free_port, request
 from tiny_models import random_llama, save
 
 GONE_S = 5.0
@@ -27,7 +28,13 @@ def engine(start_engine: Callable[..., Engine], tmp_path: Path) -> Iterator[Engi
 
 
 def drafters_of(engine: Engine) -> list[psutil.Process]:
-    return [p for p in psutil.Process(engine.process.pid).children() if "vllm_ssd.drafter" in p.cmdline()]
+    return [p for p in psutil.Process(engine.process.pid).children() if is_drafter(p)]
+
+
+def is_drafter(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):  # it ends meanwhile
+        return "vllm_ssd.drafter" in process.cmdline()
+    return False
 
 
 def wait_for_drafter(engine: Engine) -> list[psutil.Process]:
@@ -70,9 +77,7 @@ def test_drafter_dies_with_a_server_killed_at_start(engine: Engine) -> None:
 
 def test_a_killed_server_frees_its_metrics_port(start_engine: Callable[..., Engine]) -> None:
     """The engine's process, a child of the killed one, may live on; drafter and port go."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     engine = start_engine(speculative={"metrics_port": port}, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     try:
         deadline = time.monotonic() + 120
@@ -81,7 +86,7 @@ def test_a_killed_server_frees_its_metrics_port(start_engine: Callable[..., Engi
             assert time.monotonic() < deadline and engine.process.poll() is None, engine.log.read_text()[-4000:]
             time.sleep(0.1)
             children = psutil.Process(engine.process.pid).children(recursive=True)
-            drafters = [p for p in children if "vllm_ssd.drafter" in p.cmdline()]
+            drafters = [p for p in children if is_drafter(p)]
         engine.process.kill()
         wait_until_gone(drafters)
         deadline = time.monotonic() + GONE_S
@@ -100,7 +105,7 @@ def is_served(port: int) -> bool:
 @pytest.fixture(scope="module")
 def failing(start_engine: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A process in which one start after the other fails; the first, of a drafter without a model, is under way."""
-    engine = start_engine(speculative={"model": str(tmp_path_factory.mktemp("empty"))})
+    engine = start_engine(speculative={"model": str(tmp_path_factory.mktemp("empty"))}, forked=False)
     yield engine
     engine.close()
 
