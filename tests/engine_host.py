@@ -195,6 +195,13 @@ class EngineHost:
             pages_in_use=stats.pages_total - stats.pages_free if stats else 0,
         )
 
+    def wait_for_answer(self, index: int, timeout_s: float) -> bool:
+        """Whether a drafter answers, what it owed included, within the time."""
+        deadline, link = time.monotonic() + timeout_s, self._proposer._drafters.links[index]
+        while (is_silent := link.suspect or not link.connected) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return not is_silent
+
     def wait_for_drafter(self, generation: int, timeout_s: float, index: int = 0) -> bool:
         """Whether a process of the drafter of `generation` or later shook hands within the time."""
         deadline = time.monotonic() + timeout_s

@@ -107,11 +107,12 @@ def test_both_draft(run_with: Run) -> None:
     assert not seen.lost
 
 
-def test_stopped(run_with: Run) -> None:
+def test_stopped(engine: Engine, run_with: Run) -> None:
     """SIGSTOP: its requests move while the link stays, and it is used again when it goes on."""
     seen = run_with({STEP: signal.SIGSTOP})
     assert not seen.lost
     assert_moved(seen, MOVED_S, to_hit=False)
+    assert engine.call("wait_for_answer", index=1, timeout_s=RESTART_S)
     again = run_with({})
     assert not again.lost
     assert hit_rate([outcome for outcome in again.outcomes if outcome[2] == 1]) > 0.2

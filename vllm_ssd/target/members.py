@@ -90,7 +90,7 @@ class Members:
         return max(member.max_length for member in self._members)
 
     def look_around(self) -> None:
-        """After each poll: abandon drafters that are gone or silent while there is another one."""
+        """After each poll, and before a choice: abandon drafters that are gone or silent while there is another one."""
         if len(self._members) > 1:
             sound = [member.link.connected and not member.link.suspect for member in self._members]
             for member, is_sound in zip(self._members, sound):
@@ -107,6 +107,7 @@ class Members:
         members = self._members
         if len(members) == 1:
             return members[0] if members[0].link.connected else None
+        self.look_around()  # a target that was idle has not polled since
         size = len(token_ids)
         there = [m for m in members if m.link.connected and not m.abandoned and size <= m.max_length]
         if held_by is not None and members[held_by] in there:
