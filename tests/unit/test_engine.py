@@ -70,6 +70,19 @@ def test_just_in_time_speculation_becomes_the_spine(make_target):
     assert {k for k, _ in target.blocks["a"]} == set(range(K + 1))
 
 
+def test_just_in_time_drafts_come_after_an_outcome_that_was_foreseen(make_target):
+    """The target waits, as the block was late, and the drafter has computed all that it knows by then."""
+    target = make_target()
+    target.open("a", [1, 2, 3, 4])
+    grow(target)
+    (_, bonus), speculation = next(iter(target.blocks["a"].items()))
+    path = [bonus, *speculation]
+    target.advance("a", path[:2], [], jit=K)
+    grow(target)
+    drafts = target.blocks["a"].pop((0, JIT_TOKEN))
+    assert drafts == reference_drafts(target.model, [1, 2, 3, 4, *path[:2]], K) and not target.blocks["a"]
+
+
 def test_unknown_and_inconsistent_outcomes_are_evictions(make_target):
     target = make_target()
     engine = target.engine

@@ -176,6 +176,8 @@ class DraftEngine:
             if position not in sequence.candidates:
                 sequence.computed = position
                 break
+        if jit:  # the logits of the last token are needed, and only its candidates may be there
+            sequence.computed = min(sequence.computed, length - 1)
         self._publish_pages(sequence)
         self.sequences[request_id] = self.sequences.pop(request_id)
         self._begin_round(sequence, num_drafts)
