@@ -2,10 +2,11 @@
 
     python scripts/bench_courier.py [--out courier.json]
 
-A drafter's pushes are encoded beforehand and come through a socket, as they do while serving: every row's block in as
-many pushes as K is deep. The courier receives, decodes and checks them, notes them, copies their proposals into memory
-that it has (PyTorch keeps pinned memory), launches the stores, takes the round's outcomes and tells the drafter. What
-the device does is left out, and each operation that a GPU would be sent counts as `--launch-us`.
+A drafter's pushes are encoded beforehand and come through a socket, as they do while serving: a tree that is whole in
+time in one push, one that may be late in as many as K is deep; both are measured. The courier receives, decodes and
+checks them, notes them, copies their proposals into memory that it has (PyTorch keeps pinned memory), launches the
+stores, takes the round's outcomes and tells the drafter. What the device does is left out, and each operation that a
+GPU would be sent counts as `--launch-us`.
 """
 
 import argparse
@@ -117,12 +118,15 @@ def tree(rng: np.random.Generator, args: argparse.Namespace) -> dict[str, np.nda
     }
 
 
-def pushes(trees: list[dict[str, np.ndarray]], length: int, greedy: bool, args: argparse.Namespace) -> list[Push]:
-    """The trees of a round, one depth a push."""
+def pushes(
+    trees: list[dict[str, np.ndarray]], length: int, greedy: bool, whole: bool, args: argparse.Namespace
+) -> list[Push]:
+    """The trees of a round, whole or one depth a push."""
+    num_depths = args.drafts if whole else 1
 
     def block(i: int, depth: int) -> SpeculationBlock:
         found = trees[i]
-        span = np.s_[:, depth : depth + 1]
+        span = np.s_[:, depth : depth + num_depths]
         return SpeculationBlock(
             str(i),
             i + 1,
@@ -137,14 +141,15 @@ def pushes(trees: list[dict[str, np.ndarray]], length: int, greedy: bool, args: 
         blocks = [block(i, depth) for i in range(len(trees))]
         if greedy:
             return Push(blocks, [], None)
-        ids = pack_ids(np.stack([found["q_token_ids"][:, depth] for found in trees]))
-        probs = np.stack([found["q_probs"][:, depth] for found in trees]).astype("<f4").tobytes()
+        span = np.s_[:, depth : depth + num_depths]
+        ids = pack_ids(np.stack([found["q_token_ids"][span] for found in trees]))
+        probs = np.stack([found["q_probs"][span] for found in trees]).astype("<f4").tobytes()
         return Push(blocks, [], None, args.top_m, ids, probs)
 
-    return [push(depth) for depth in range(args.drafts)]
+    return [push(depth) for depth in range(0, args.drafts, num_depths)]
 
 
-def measure(num_rows: int, greedy: bool, args: argparse.Namespace) -> dict:
+def measure(num_rows: int, greedy: bool, whole: bool, args: argparse.Namespace) -> dict:
     """Milliseconds a round: the median, the worst, and the mean of each part."""
     logger, clock = logging.getLogger("bench"), Clock()
     config = SSDConfig.from_user({"model": "x", "num_speculative_tokens": args.drafts, "top_m": args.top_m})
@@ -175,13 +180,13 @@ def measure(num_rows: int, greedy: bool, args: argparse.Namespace) -> dict:
     for i in range(num_rows):
         courier.start(i, i, list(range(PROMPT)), 0.0 if greedy else 0.8)
     courier.work()
-    rounds_s, length = [], PROMPT
+    rounds_s, length, num_pushes = [], PROMPT, 1 if whole else args.drafts
     for round_ in range(args.rounds + 1):
         if round_ == 1:
             clock.seconds.clear()
         launches[0] = 0
         seconds = 0.0
-        for push in pushes(trees, length, greedy, args):
+        for push in pushes(trees, length, greedy, whole, args):
             drafter.send(push)
             while True:
                 before = time.thread_time()
@@ -201,14 +206,15 @@ def measure(num_rows: int, greedy: bool, args: argparse.Namespace) -> dict:
         drafter.poll()
         length += 1 + k if round_ else 1
         if round_:
-            rounds_s.append(seconds + 1e-6 * args.launch_us * (launches[0] + args.drafts))  # and a copy each
+            rounds_s.append(seconds + 1e-6 * args.launch_us * (launches[0] + num_pushes))  # and a copy each
     ends[1].close()
     parts = {name: 1e3 * value / args.rounds for name, value in clock.seconds.items()}
-    parts["launches"] = 1e-3 * args.launch_us * (launches[0] + args.drafts)
+    parts["launches"] = 1e-3 * args.launch_us * (launches[0] + num_pushes)
     parts["keep"] = parts.pop("poll") - parts["receive"] - parts["check"]
     return {
         "rows": num_rows,
         "greedy": greedy,
+        "pushes": num_pushes,
         "ms": 1e3 * median(rounds_s),
         "worst_ms": 1e3 * max(rounds_s),
         "goal_ms": GOALS_MS.get(num_rows),
@@ -234,14 +240,16 @@ def show(rows: list[dict]) -> None:
     """One line a measurement."""
     names = ("receive", "check", "keep", "write", "launches", "outcomes", "send")
     table = Table(box=SIMPLE_HEAD)
-    for heading in ("rows", "decoding", "ms a round", "worst", "goal", *names):
+    for heading in ("rows", "decoding", "pushes", "ms a round", "worst", "goal", *names):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         parts = [f"{row['parts_ms'].get(name, 0.0):.2f}" for name in names]
         goal = "" if row["goal_ms"] is None else f"{row['goal_ms']:.0f}"
         decoding = "greedy" if row["greedy"] else "sampled"
-        table.add_row(str(row["rows"]), decoding, f"{row['ms']:.2f}", f"{row['worst_ms']:.2f}", goal, *parts)
-    Console(width=110).print(table)
+        table.add_row(
+            str(row["rows"]), decoding, str(row["pushes"]), f"{row['ms']:.2f}", f"{row['worst_ms']:.2f}", goal, *parts
+        )
+    Console(width=120).print(table)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -258,10 +266,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure every number of rows, sampled and greedy; 1 where a goal is missed."""
+    """Measure every number of rows, sampled and greedy, in one push and in K; 1 where a goal is missed."""
     args = parse_arguments()
     torch.set_num_threads(1)
-    rows = [measure(num_rows, greedy, args) for num_rows in args.rows for greedy in (False, True)]
+    both = False, True
+    rows = [measure(n, greedy, whole, args) for n in args.rows for greedy in both for whole in reversed(both)]
     show(rows)
     if args.out is not None:
         report = {"environment": environment(sys.argv), "settings": vars(args) | {"out": None}, "measured": rows}
