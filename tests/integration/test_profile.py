@@ -52,7 +52,7 @@ def test_a_profile_of_real_engines_is_planned_with(tmp_path):
     assert all(0 <= k <= m <= 3 for m, k, _, _ in rounds) and any(k for _, k, _, _ in rounds)
     greedy, sampled = profile.acceptance
     assert (greedy.temperature, sampled.temperature) == (0.0, 0.8)
-    assert 0.3 < greedy.accept_probs(1, after_hit=True)[1] < 1
+    assert 0.1 < greedy.accept_probs(1, after_hit=True)[1] < 1
     assert f"{recorded} rounds recorded" in printed and not profile.guessed
 
     planned = json.loads(vllm_ssd("plan", "--profile", out, "--batch-size", 2, "--max-drafts", 3, "--json"))
