@@ -22,7 +22,7 @@ WARM_REQUESTS = 500
 MIN_REQUESTS = 1000
 """Fewer requests than these, after warm-up, tell no leak from steps of an allocator."""
 ORPHAN_S = 5.0
-SPARE_STALLS = 3
+SPARE_STALLS = 6
 """Collections of garbage and kernels compiled on first use stop a server, too, and a short run has little calm time."""
 SPARE = 2
 """Descriptors or threads of a process that may come and go between two moments of rest: keep-alive and thread pools."""

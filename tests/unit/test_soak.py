@@ -99,7 +99,7 @@ def test_stalls_in_which_the_server_computed_are_counted_apart():
 
     assert not stalled([computed(15.0)])
     assert stalled([Gap(15.0, 15.5, spent={"worker": (0.2, 0.0)})]), "it computed for a part only"
-    waited, busy = stall_verdicts([computed(11.0 + i) for i in range(6)], WINDOWS, 100.0)
+    waited, busy = stall_verdicts([computed(11.0 + i) for i in range(9)], WINDOWS, 100.0)
     assert waited.holds and not busy.holds
 
 
