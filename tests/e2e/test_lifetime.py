@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import socket
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from drafter_processes import is_drafter
 from engines import PAIR, Engine, EngineFailed, free_port, request
 from tiny_models import random_llama, save
 
@@ -29,12 +29,6 @@ def engine(start_engine: Callable[..., Engine], tmp_path: Path) -> Iterator[Engi
 
 def drafters_of(engine: Engine) -> list[psutil.Process]:
     return [p for p in psutil.Process(engine.process.pid).children() if is_drafter(p)]
-
-
-def is_drafter(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):  # it ends meanwhile
-        return "vllm_ssd.drafter" in process.cmdline()
-    return False
 
 
 def wait_for_drafter(engine: Engine) -> list[psutil.Process]:

@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import psutil
+from drafter_processes import is_drafter
 from engines import ENVIRONMENT, PAIR, Engine, free_port, request
 
 VLLM = Path(sys.executable).with_name("vllm")
@@ -118,12 +119,6 @@ def serve(log: Path, *arguments: str) -> Iterator[tuple[Server, list[psutil.Proc
 
 def drafters_of(server: psutil.Process) -> list[psutil.Process]:
     return [process for process in server.children(recursive=True) if is_drafter(process)]
-
-
-def is_drafter(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):  # it ends meanwhile
-        return "vllm_ssd.drafter" in process.cmdline()
-    return False
 
 
 def drafter_of(processes: list[psutil.Process]) -> psutil.Process:
