@@ -41,7 +41,7 @@ def drafter_command(
 ) -> None:
     """Run a drafter for targets on this or other hosts, until SIGTERM; they name it in `drafters` and `drafter_key`."""
     try:
-        address = parse_address(listen)
+        parse_address(listen)
         keys = json.loads(config)
         if not isinstance(keys, dict):
             raise ValueError("ssd: --config must be a JSON object")
@@ -62,8 +62,6 @@ def drafter_command(
     except ValueError as error:
         console.print(str(error), markup=False)
         raise typer.Exit(1) from None
-    host, port = address
-    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     options = msgspec.structs.replace(options, key=str(key.absolute()), parent_pid=0)
-    arguments = ["-m", DRAFTER_MODULE, place, msgspec.json.encode(options).decode()]
+    arguments = ["-m", DRAFTER_MODULE, listen, msgspec.json.encode(options).decode()]
     os.execve(sys.executable, [sys.executable, *arguments], drafter_environment(os.environ, environment))

@@ -16,8 +16,7 @@ def main(place: int | str, options: DrafterOptions) -> int:
     if isinstance(place, str):
         from vllm_ssd.drafter.standalone import listen
 
-        host, _, port = place.rpartition(":")
-        return listen((host.strip("[]"), int(port)), options)
+        return listen(place, options)
     die_with(options.parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the target closes us
     from vllm_ssd.drafter.server import run

@@ -45,11 +45,12 @@ def take_push(
         groups.setdefault((int(slot), int(offset), int(depth)), []).append(int(row))
     branches.sent[rows] = depths
     sequences = cast("SequenceOf[Sequence]", by_slot)  # a branch never outlives its sequence
-    blocks = [_block(branches, sequences[slot], alike, *span) for (slot, *span), alike in groups.items()]
+    blocks: list[SpeculationBlock] = []
     q_token_ids: list[bytes] = []
     q_probs: list[bytes] = []
     for (slot, offset, depth), alike in groups.items():
-        if sequences[slot].temperature > 0:
+        blocks.append(_block(branches, sequences[slot], alike, offset, depth))
+        if blocks[-1].sampled:
             token_ids, probs = branches.q_token_ids[alike, offset:depth], branches.q_probs[alike, offset:depth]
             _put_drafts_first(branches.tokens[alike, offset + 1 : depth + 1], token_ids, probs)
             q_token_ids.append(pack_ids(token_ids))

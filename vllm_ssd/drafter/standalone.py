@@ -52,18 +52,18 @@ class Host:
         return self._welcome
 
 
-def listen(address: tuple[str, int], options: DrafterOptions) -> int:
-    """Boot and serve on `address` until SIGTERM; returns the process's exit status.
+def listen(place: str, options: DrafterOptions) -> int:
+    """Boot and serve on "HOST:PORT" or "[IPv6]:PORT" until SIGTERM; returns the process's exit status.
 
     Raises `BadCredential` before anything is loaded, and OSError where the address cannot be listened on.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     context = tls_context(Path(options.key), is_server=True)
-    host, port = address
-    booted = boot(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", options, lambda error: None)
+    booted = boot(place, options, lambda error: None)
     drafter, longest = Host(booted), booted.max_step_bytes
     del booted
-    acceptor = Acceptor(address, context, logger)
+    host, _, port = place.rpartition(":")
+    acceptor = Acceptor((host.strip("[]"), int(port)), context, logger)
     tenants = Tenants(acceptor, options, drafter.greet, longest, logger)
     signal.signal(signal.SIGTERM, lambda *_: _end(tenants))
     signal.signal(signal.SIGINT, lambda *_: _end(tenants))

@@ -83,11 +83,20 @@ class Fleet:
             left = deadline - time.monotonic()
             if pushes or left <= 0 or not self.connected:
                 return pushes
-            self._wait(None, left)
+            self.wait(None, left)
 
-    def wait(self, wakeup: int, timeout_s: float) -> None:
-        """Return when a drafter has said something, the descriptor `wakeup` is readable, or the time is over."""
-        self._wait(wakeup, timeout_s)
+    def wait(self, wakeup: int | None, timeout_s: float) -> None:
+        """Return when a drafter has said something, `wakeup`, if any, is readable, or time is over."""
+        poller = select.poll()
+        if wakeup is not None:
+            poller.register(wakeup, select.POLLIN)
+        for link in self.links:
+            descriptor = link.descriptor()
+            if descriptor is None:
+                return
+            if descriptor >= 0:
+                poller.register(descriptor, select.POLLIN)
+        poller.poll(timeout_s * 1e3)
 
     def wait_until_ready(self) -> None:
         """Block until as many drafters as are needed have shaken hands; raises what one raises when they cannot."""
@@ -111,15 +120,3 @@ class Fleet:
         """End the links; idempotent."""
         for link in self.links:
             link.close()
-
-    def _wait(self, wakeup: int | None, timeout_s: float) -> None:
-        poller = select.poll()
-        if wakeup is not None:
-            poller.register(wakeup, select.POLLIN)
-        for link in self.links:
-            descriptor = link.descriptor()
-            if descriptor is None:
-                return
-            if descriptor >= 0:
-                poller.register(descriptor, select.POLLIN)
-        poller.poll(timeout_s * 1e3)

@@ -244,8 +244,7 @@ class DrafterClient:
             first = 0
             for block in push.blocks:
                 self._take_block(block, index, push, first)
-                if block.sampled:
-                    first += len(block.draft_token_ids) // 4
+                first += block.num_proposals
             for evicted in push.evicted:
                 self._take_eviction(evicted, index)
             if push.stats is not None:
