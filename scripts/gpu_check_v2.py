@@ -27,11 +27,12 @@ SYSTEMS = ("plain", "ssd", "stock")
 
 class Generated(NamedTuple):
     """token_ids [request][token]; gaps [request][token]: between the two likeliest log-probabilities; seconds of steps
-    in which all rows decoded; counts: SSD's counters."""
+    in which all rows decoded, and of all; counts: SSD's counters."""
 
     token_ids: list[list[int]]
     gaps: list[list[float]]
     steps_s: list[float]
+    total_s: float
     counts: dict[str, int]
 
 
@@ -67,15 +68,19 @@ class Host:
             self._engine.add_request(name, {"prompt_token_ids": prompt}, params)
         latest: dict[str, Any] = {}
         steps_s, began = [], time.perf_counter()
+        started = began
         while self._engine.has_unfinished_requests():
             outputs: list[Any] = self._engine.step()
             now = time.perf_counter()
             steps_s += [now - began] if len(outputs) == len(prompts) else []
             began = now
             latest |= {output.request_id: output.outputs[0] for output in outputs}
+        total_s = time.perf_counter() - started
         counts = {name: n - before.get(name, 0) for name, n in self._ssd._metrics.counts.items()} if self._ssd else {}
         rows = [latest[name] for name in names]
-        return Generated([list(row.token_ids) for row in rows], [top_two(row) for row in rows], steps_s[2:], counts)
+        return Generated(
+            [list(row.token_ids) for row in rows], [top_two(row) for row in rows], steps_s[2:], total_s, counts
+        )
 
     def profile(self, prompts: list[list[int]], max_tokens: int, name: str) -> None:
         """Leave a trace of some steps in the engine's `torch_profiler_dir`."""
@@ -198,6 +203,8 @@ def decoded(
         part.report(
             "step", f"step of {len(prompts)} rows, {system}, one GPU", 1e3 * median(found.steps_s), "ms", system=system
         )
+    speed = sum(map(len, found.token_ids)) / found.total_s
+    part.report("speed", f"tokens per second of {len(prompts)} requests, {system}, one GPU", speed, system=system)
     for name in ("hits", "misses", "late"):
         if name in found.counts:
             part.report(name, f"{name}, {system}", found.counts[name], system=system)

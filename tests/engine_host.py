@@ -26,8 +26,9 @@ from vllm_ssd.target.metrics import COUNTERS
 
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 if V2:  # also in the worker processes, which import this module anew
-    import interpreted_v2  # noqa: F401
-    from launches import Launches, interpreted_kernels
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreted_v2  # noqa: F401
+    from launches import Launches, watched_kernels
 
 
 class EngineHost:
@@ -48,7 +49,7 @@ class EngineHost:
 
         fork_server.fork_drafters()
         self.patch(**(patches or {}))
-        with interpreted_kernels(self._launched_at_start) if V2 else contextlib.nullcontext():
+        with watched_kernels(self._launched_at_start) if V2 else contextlib.nullcontext():
             llm = LLM(**engine_args)
         self._llm, self._engine = llm, llm.llm_engine
         from vllm_ssd.compat.target import measure  # once the engine has set vLLM up
@@ -274,9 +275,9 @@ class EngineHost:
             drafts = watched(runner.propose, input_batch, *args, **kwargs)
             self._seen["proposals"] += 1
             self._seen["sampled_proposals"] += bool(sampled.any())
-            num_drafts = speculator.num_drafts[slots].numpy()[sampled]
+            num_drafts = speculator.num_drafts[slots].cpu().numpy()[sampled]
             self._seen["known_q"] += int(num_drafts.sum())
-            has_zero = (speculator._verifying.q_probs[slots].numpy()[sampled] == 0).any(-1)
+            has_zero = (speculator._verifying.q_probs[slots].cpu().numpy()[sampled] == 0).any(-1)
             self._seen["cut_q"] += int((has_zero & (np.arange(has_zero.shape[1]) < num_drafts[:, None])).sum())
             return drafts
 

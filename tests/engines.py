@@ -39,7 +39,9 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
-ON_V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
+ON_GPU = os.environ.get("VLLM_SSD_TESTS_ON_GPU") == "1"
+"""Whether engines run on GPU 0, their drafters beside them, instead of on the CPU."""
+ON_V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TORCHDYNAMO_DISABLE": "1", **({} if ON_GPU else {"TRITON_INTERPRET": "1"})}
 """Environment of an engine on vLLM's V2 model runner; of what inductor compiles, the interpreter knows nothing."""
 FORKED_WORKERS = {"vllm.v1.executor.multiproc_executor.get_mp_context": partial(multiprocessing.get_context, "fork")}
 """Patches of an engine whose workers are forked from it; on a CPU vLLM spawns them, on a GPU it prefers to fork."""
@@ -49,8 +51,8 @@ XDIST_WORKER = "PYTEST_XDIST_WORKER"
 """Environment variable with the name of a test process of `pytest -n`: gw0, gw1 and so on."""
 ANSWER_S = 240
 """No start and no run takes so long: an engine that has not answered by then hangs."""
-BASE = ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-FORKED = (BASE, BASE | ON_V2)
+BASE = ENVIRONMENT | ({"VLLM_USE_V2_MODEL_RUNNER": "0"} if ON_GPU else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+FORKED = () if ON_GPU else (BASE, BASE | ON_V2)
 """Environments whose engines are forked; what else they may ask for could matter to vLLM's import."""
 _servers: dict[bool, fork_server.ForkServer] = {}
 
@@ -113,6 +115,8 @@ class Engine(EngineProcess):
             disable_log_stats=False,
             seed=0,
         )
+        if ON_GPU:
+            defaults["attention_backend"] = "TRITON_ATTN"
         if speculative is not None:
             defaults["speculative_config"] = {
                 "method": "ssd",
@@ -122,6 +126,7 @@ class Engine(EngineProcess):
                 "kv_cache_memory": "64MiB",
                 "adaptive": False,
                 **({"drafter_cpus": str(drafter_core)} if os.environ.get(XDIST_WORKER) else {}),
+                **({"drafter_device": "cuda:0"} if ON_GPU else {}),
                 **speculative,
             }
             if {"tensor_parallel_size", "pipeline_parallel_size"} & engine_args.keys():

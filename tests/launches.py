@@ -8,29 +8,35 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
+from triton.runtime.jit import JITFunction
 
 
 @contextmanager
-def interpreted_kernels(names: list[str]) -> Iterator[None]:
-    """Append the name of every Triton kernel that its interpreter runs to `names`."""
-    call = GridExecutor.__call__
+def watched_kernels(names: list[str]) -> Iterator[None]:
+    """Append the name of every Triton kernel that runs to `names`, natively or by its interpreter."""
+    call, run = GridExecutor.__call__, JITFunction.run
 
-    def launch(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
+    def interpret(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
         names.append(executor.fn.__name__)
         with _disable_current_modes():  # what the interpreter does stands for the device
             call(executor, *args, **kwargs)
 
-    GridExecutor.__call__ = launch
+    def launch(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        names.append(function.fn.__name__)
+        with _disable_current_modes():
+            return run(function, *args, **kwargs)
+
+    GridExecutor.__call__, JITFunction.run = interpret, launch
     try:
         yield
     finally:
-        GridExecutor.__call__ = call
+        GridExecutor.__call__, JITFunction.run = call, run
 
 
 class Launches(TorchDispatchMode):
     """Names, in `names`, every Triton kernel and every ATen op but views that the calling thread ran.
 
-    Allocations count as well: they take the host's time. Triton's kernels are those of its interpreter.
+    Allocations count as well: they take the host's time.
     """
 
     def __init__(self) -> None:
@@ -38,7 +44,7 @@ class Launches(TorchDispatchMode):
         self.names: list[str] = []
 
     def __enter__(self) -> Launches:
-        self._kernels = interpreted_kernels(self.names)
+        self._kernels = watched_kernels(self.names)
         self._kernels.__enter__()
         return super().__enter__()
 
