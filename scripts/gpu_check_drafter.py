@@ -126,7 +126,7 @@ def step_times(shape: str, dry_run: bool, requests: int, branches: int, num_draf
 
 def run(part: Part, trace: Path) -> None:
     """Report steps and graphs for requests and contexts of growing size."""
-    from gpu_check_parts import has_vllm
+    from gpu_check_parts import UTILIZATION, has_vllm
 
     rounds = [json.loads(line) for line in trace.read_text().splitlines()]
     part.report("trace", "recorded outcomes that are replayed", len(rounds), trace=rounds)
@@ -143,6 +143,7 @@ def run(part: Part, trace: Path) -> None:
                 max_model_len=MAX_MODEL_LEN,
                 max_num_seqs=8,
                 kv_cache_memory_bytes=64 << 20 if part.dry_run else KV_BYTES,
+                **({} if part.dry_run else {"gpu_memory_utilization": UTILIZATION}),
             )
         else:
             part.leave_out("the drafter under vLLM", "vLLM is not installed: its model is made of torch operations")

@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 TRACE = Path(__file__).with_name("gpu_check_trace.jsonl")
 """Outcomes of the bundled pair, recorded at K = 5: drafts, accept length, rank of t* or null, after a hit."""
 KERNEL_TESTS = ("draft_logits", "sample", "tree_attention", "pages", "lookup", "engine_on_device")
+UTILIZATION = 0.05
+"""The share of the GPU that has to be free for vLLM to start: what it takes for its KV pages is said in bytes."""
 TARGET_TOKENS = 24
 """Tokens that are decoded for each time of a verification."""
 
@@ -145,6 +147,7 @@ def costs(part: Part) -> None:
             kv_cache_memory_bytes=64 << 20 if part.dry_run else 2 << 30,
             enforce_eager=True,
             tree_attention=True,
+            **({} if part.dry_run else {"gpu_memory_utilization": UTILIZATION}),
         )
         draft_steps(part, model, lambda steps, drafter=drafter: drafter.call("run", request=Steps(*steps)))
         drafter.close()
@@ -156,6 +159,7 @@ def device_args(part: Part, memory: int) -> dict[str, Any]:
         return {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
     return {
         "kv_cache_memory_bytes": memory,
+        "gpu_memory_utilization": UTILIZATION,
         "attention_backend": "TRITON_ATTN",
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
     }

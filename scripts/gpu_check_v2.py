@@ -124,7 +124,7 @@ def run(part: Part) -> None:
 
     target, drafter = write_target(part.folder, part.dry_run), str(PAIR / "drafter")
     drafting = {"model": drafter, "num_speculative_tokens": DRAFTS}
-    on_gpu = {"drafter_device": "cuda:0", "gpu_memory_utilization": 0.05}
+    on_gpu = {"drafter_device": "cuda:0"}
     ssd = {"method": "ssd", "dtype": "float32", "adaptive": False, "on_miss": "skip", "kv_cache_memory": "256MiB"}
     configs = {
         "plain": None,
@@ -182,16 +182,16 @@ def decoded(
     max_tokens: int,
 ) -> Generated:
     """What one system decodes; reports its steps, counters and host gaps."""
+    from gpu_check_parts import device_args
+
     engine_args: dict[str, Any] = {"model": target, "dtype": "float32", "max_num_seqs": len(prompts), "seed": 0}
     engine_args |= {"max_model_len": 512, "enable_prefix_caching": False, "async_scheduling": True}
     if part.dry_run:
-        engine_args |= {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
+        engine_args |= device_args(part, memory=64 << 20)
     else:
         profiler = {"profiler": "torch", "torch_profiler_dir": str(part.folder / system)}
         engine_args |= {
-            "kv_cache_memory_bytes": 2 << 30,
-            "attention_backend": "TRITON_ATTN",
-            "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+            **device_args(part, memory=2 << 30),
             "profiler_config": profiler | {"torch_profiler_with_stack": False, "torch_profiler_activities": ["CUDA"]},
         }
     if not process.call("start", speculative_config=speculative_config, **engine_args):

@@ -116,7 +116,7 @@ class Engine(EngineProcess):
             seed=0,
         )
         if ON_GPU:
-            defaults["attention_backend"] = "TRITON_ATTN"
+            defaults |= {"attention_backend": "TRITON_ATTN", "gpu_memory_utilization": 0.02}
         if speculative is not None:
             defaults["speculative_config"] = {
                 "method": "ssd",
