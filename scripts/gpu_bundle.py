@@ -2,17 +2,20 @@
 
     python scripts/gpu_bundle.py symbols vllm-0.33.0-….whl vllm-0.26.0-….whl
     python scripts/gpu_bundle.py calls vllm-0.33.0-….whl vllm-0.26.0-….whl
+    python scripts/gpu_bundle.py prune _C_stable_libtorch.abi3.so pruned.so 90
 
 For a GPU machine whose torch is older than a release asks for. `symbols` lists the functions of torch that libraries of
 the first wheel need and no library of the second does, which was built for the torch at hand: where there are none, the
 first wheel's own libraries load there. `calls` compares how the Python of the first wheel calls compiled operations
-with the schemas in the libraries of the second. Both read files alone; `symbols` needs `nm` of binutils.
+with the schemas in the libraries of the second. Both read files alone; `symbols` needs `nm` of binutils. `prune` writes
+a library in which the code for GPUs of other compute capabilities is zeroed: it stays as long, and compresses well.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -24,6 +27,10 @@ from zipfile import ZipFile
 CORE = "vllm/_C_stable_libtorch.abi3.so"
 FLASH = "vllm/vllm_flash_attn/"
 NAMESPACES = {"_C", "_C_cache_ops", "_C_cuda_utils", "_C_custom_ar", "_vllm_fa2_C", "_vllm_fa3_C"}
+FATBIN = b"\x50\xed\x55\xba"
+"""CUDA's mark of code for several GPUs: then version, size of this header, size of the entries, which follow."""
+CUBIN = 2
+"""The kind of an entry that holds machine code; others hold PTX."""
 SCHEMA = re.compile(rb"(?<![\w.])([A-Za-z_]\w*)\(([^()\x00]*(?:\([^()\x00]*\)[^()\x00]*)*)\)\s*->")
 TORCH = re.compile(r"^(torch_|aoti_torch_|_ZN?K?(2at|3c10|5torch))")
 
@@ -101,6 +108,41 @@ def torch_symbols(library: Path) -> set[str]:
     return {name for name in names if TORCH.match(name)}
 
 
+class Entry(NamedTuple):
+    """Code for one GPU in a library: where it begins, its bytes, its kind, the compute capability."""
+
+    offset: int
+    size: int
+    kind: int
+    capability: int
+
+
+def entries(library: bytes) -> Iterator[Entry]:
+    """All code for GPUs in a library."""
+    start = library.find(FATBIN)
+    while 0 <= start <= len(library) - 16:
+        version, header, size = struct.unpack_from("<HHQ", library, start + 4)
+        if (version, header) != (1, 16):  # not CUDA's mark but four bytes like it
+            start = library.find(FATBIN, start + 4)
+            continue
+        entry, end = start + header, start + header + size
+        while entry < end:
+            kind, _, header, size = struct.unpack_from("<HHIQ", library, entry)
+            (capability,) = struct.unpack_from("<I", library, entry + 28)
+            yield Entry(entry + header, size, kind, capability)
+            entry += header + size
+        start = library.find(FATBIN, end)
+
+
+def pruned(library: bytes, capability: int) -> bytes:
+    """The library with the code for other GPUs, and PTX, zeroed."""
+    kept = bytearray(library)
+    for entry in entries(library):
+        if (entry.kind, entry.capability) != (CUBIN, capability):
+            kept[entry.offset : entry.offset + entry.size] = bytes(entry.size)
+    return bytes(kept)
+
+
 def libraries(archive: ZipFile) -> list[str]:
     """The core and FlashAttention, as far as a wheel has them."""
     names = archive.namelist()
@@ -108,7 +150,11 @@ def libraries(archive: ZipFile) -> list[str]:
 
 
 def main() -> int:
-    """Compare two wheels; 1 where something does not fit."""
+    """Compare two wheels; 1 where something does not fit. Or prune a library; 1 where nothing of it is left."""
+    if sys.argv[1:2] == ["prune"] and len(sys.argv) == 5:
+        library, capability = Path(sys.argv[2]).read_bytes(), int(sys.argv[4])
+        Path(sys.argv[3]).write_bytes(pruned(library, capability))
+        return not any((entry.kind, entry.capability) == (CUBIN, capability) for entry in entries(library))
     command, newer, older = sys.argv[1:] if len(sys.argv) == 4 else ("", "", "")
     if command not in ("symbols", "calls"):
         print(__doc__, file=sys.stderr)

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,10 +34,12 @@ class Part:
 
     folder: Path
     dry_run: bool
+    began: float = field(default_factory=time.monotonic)
 
     def report(self, kind: str, what: str, value: float | int | str, unit: str = "", **sizes: Any) -> None:
         """Report a number; see `gpu_check_goals.Row`."""
-        row = {"kind": kind, "what": what, "value": value, "unit": unit, **sizes}
+        at_s = round(time.monotonic() - self.began, 1)
+        row = {"kind": kind, "what": what, "value": value, "unit": unit, "at_s": at_s, **sizes}
         with (self.folder / "rows.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -99,6 +101,7 @@ def kernels(part: Part) -> None:
 
 def costs(part: Part) -> None:
     """T_v of a target of 8B parameters and t_d of drafters of 0.6B and 1B, each alone on the device."""
+    from gpu_check_goals import DRAFTS
     from gpu_check_models import write_shape
 
     drafters = ("0.6B", "1B")
@@ -110,19 +113,32 @@ def costs(part: Part) -> None:
     from vllm_ssd.planning.engine_host import EngineProcess
     from vllm_ssd.planning.worker import Decode, Steps, Task
 
-    def engine(method: str, **engine_args: Any) -> EngineProcess:
+    def engine(method: str, model: str, **engine_args: Any) -> EngineProcess:
         environment = {"VLLM_PLUGINS": "", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-        args = {"load_format": "dummy", "max_model_len": 512, **engine_args}
-        process = EngineProcess(["-m", "vllm_ssd.planning"], part.folder / f"{method}.log", environment=environment)
-        process.call("start", task=Task(method, args))
+        folder = write_shape(model, part.folder, part.dry_run)
+        args = {"model": folder, "load_format": "dummy", "max_model_len": 512, **engine_args}
+        process = EngineProcess(["-m", "vllm_ssd.planning"], part.folder / f"{model}.log", environment=environment)
+        process.send("start", task=Task(method, args))
         return process
 
-    from gpu_check_goals import DRAFTS
-
-    batches = (1, 2) if part.dry_run else (1, 8, 32)
+    batches, numbers = ((1, 2), (DRAFTS,)) if part.dry_run else ((1, 8, 32), (0, 2, DRAFTS))
+    engines = {
+        model: engine(
+            "steps",
+            model,
+            max_num_seqs=8,
+            kv_cache_memory_bytes=64 << 20 if part.dry_run else 2 << 30,
+            enforce_eager=True,
+            tree_attention=True,
+            **({} if part.dry_run else {"gpu_memory_utilization": UTILIZATION}),
+        )
+        for model in drafters
+    }
+    graphs = {} if part.dry_run else {"cudagraph_mode": "FULL"}  # of any number of tokens a row
+    sizes = sorted({batch * (1 + drafts) for batch in batches for drafts in numbers})
     target = engine(
         "verify",
-        model=write_shape("8B", part.folder, part.dry_run),
+        "8B",
         max_num_seqs=max(batches),
         speculative_config={
             "method": "custom_class",
@@ -130,38 +146,34 @@ def costs(part: Part) -> None:
             "num_speculative_tokens": DRAFTS,
         },
         enable_prefix_caching=False,
-        **device_args(part, memory=4 << 30),
+        **device_args(part, memory=3 << 30, **graphs, cudagraph_capture_sizes=sizes),
     )
-    for batch in batches:
-        for drafts in (DRAFTS,) if part.dry_run else (0, 2, DRAFTS):
+    for model, drafter in engines.items():
+        drafter.receive()
+        draft_steps(part, model, lambda steps, drafter=drafter: drafter.call("run", request=Steps(*steps)))
+        drafter.close()
+    target.receive()
+    for drafts in numbers:
+        for batch in batches:
             prompt = [drafts, *range(2, 34)]  # the first token says how many drafts to hand over
             steps_s = target.call("run", request=Decode([prompt] * batch, 8 if part.dry_run else TARGET_TOKENS))
             what = f"verification, 8B target, batch {batch}, {1 + drafts} tokens a row"
             part.report("verify", what, 1e3 * median(steps_s), "ms", batch=batch, tokens=1 + drafts)
     target.close()
-    for model in drafters:
-        drafter = engine(
-            "steps",
-            model=write_shape(model, part.folder, part.dry_run),
-            max_num_seqs=8,
-            kv_cache_memory_bytes=64 << 20 if part.dry_run else 2 << 30,
-            enforce_eager=True,
-            tree_attention=True,
-            **({} if part.dry_run else {"gpu_memory_utilization": UTILIZATION}),
-        )
-        draft_steps(part, model, lambda steps, drafter=drafter: drafter.call("run", request=Steps(*steps)))
-        drafter.close()
 
 
-def device_args(part: Part, memory: int) -> dict[str, Any]:
-    """vLLM's arguments for the device: on a GPU CUDA graphs of whole decode steps, without the compiler's minutes."""
+def device_args(part: Part, memory: int, attention_backend: str | None = None, **graphs: Any) -> dict[str, Any]:
+    """vLLM's arguments for the device: on a GPU CUDA graphs of whole steps, without the compiler's minutes.
+
+    graphs: settings of vLLM's `CompilationConfig`; by default steps that only decode are captured.
+    """
     if part.dry_run:
         return {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
     return {
         "kv_cache_memory_bytes": memory,
         "gpu_memory_utilization": UTILIZATION,
-        "attention_backend": "TRITON_ATTN",
-        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        "attention_backend": attention_backend,
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", **graphs},
     }
 
 
@@ -255,6 +267,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+    if importlib.util.find_spec("flashinfer") is None:
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # vLLM takes for granted that it is installed
     if args.dry_run:
         os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_memory_bytes

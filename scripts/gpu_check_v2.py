@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TIE = 0.05
 """Log-probabilities of two tokens that rounding may swap: Triton's float32 products have 10 bits of mantissa."""
 PROMPT_TOKENS = 64
-WARM_UP_STEPS, PROFILED_STEPS = 10, 30
+WARM_UP_STEPS, PROFILED_STEPS = 10, 20
 SYSTEMS = ("plain", "ssd", "stock")
 
 
@@ -118,83 +118,89 @@ def prompts_of(number: int) -> list[list[int]]:
 
 
 def run(part: Part) -> None:
-    """Report all systems, one engine after the other."""
-    from gpu_check_goals import DRAFTS
-    from gpu_check_models import PAIR, write_target
+    """Report all systems, whose engines start at once: first the texts of each, then the host gaps of each."""
+    from gpu_check_models import write_target
 
-    target, drafter = write_target(part.folder, part.dry_run), str(PAIR / "drafter")
-    drafting = {"model": drafter, "num_speculative_tokens": DRAFTS}
-    on_gpu = {"drafter_device": "cuda:0"}
+    target = write_target(part.folder, part.dry_run)
+    prompts, max_tokens = prompts_of(2 if part.dry_run else 8), 12 if part.dry_run else 96
+    engines = {system: start(part, system, target, len(prompts)) for system in SYSTEMS}
+    if part.dry_run:
+        part.leave_out("stock speculation on V2", "its kernels are not interpreted")
+    reference: Generated | None = None
+    running = {}
+    try:
+        for system, process in engines.items():
+            if process is None:
+                continue
+            try:
+                found = decoded(part, process, system, prompts, max_tokens)
+            except EngineFailed as error:
+                if system != "stock":  # an engine of vLLM's own, here for comparison
+                    raise
+                part.leave_out("stock speculation on V2", str(error).splitlines()[-1])
+                continue
+            running[system] = process
+            if system == "ssd" and reference is not None:
+                compare(part, found, reference)
+            reference = reference or found
+        for batch in () if part.dry_run else (1, len(prompts)):
+            for system, process in running.items():
+                host_gap(part, process, system, prompts[:batch])
+    finally:
+        for process in engines.values():
+            if process is not None:
+                process.close()
+
+
+def start(part: Part, system: str, target: str, num_prompts: int) -> EngineProcess | None:
+    """The engine of one system, which answers when it is up; None for stock speculation in a dry run."""
+    from gpu_check_goals import DRAFTS
+    from gpu_check_models import PAIR
+    from gpu_check_parts import device_args
+
+    if part.dry_run and system == "stock":
+        return None
+    drafting = {"model": str(PAIR / "drafter"), "num_speculative_tokens": DRAFTS}
     ssd = {"method": "ssd", "dtype": "float32", "adaptive": False, "on_miss": "skip", "kv_cache_memory": "256MiB"}
     configs = {
         "plain": None,
-        "ssd": drafting | ssd | ({} if part.dry_run else on_gpu),
+        "ssd": drafting | ssd | ({} if part.dry_run else {"drafter_device": "cuda:0"}),
         "stock": drafting | {"method": "draft_model"},
     }
-    prompts, max_tokens = prompts_of(2 if part.dry_run else 8), 12 if part.dry_run else 96
-    reference: Generated | None = None
-    for system in SYSTEMS:
-        if part.dry_run and system == "stock":
-            part.leave_out("stock speculation on V2", "its kernels are not interpreted")
-            continue
-        traced = part.folder / f"{system}.outcomes"
-        process = EngineProcess(
-            [__file__],
-            part.folder / f"{system}.log",
-            environment={
-                "VLLM_PLUGINS": "ssd" if system == "ssd" else "",
-                "VLLM_USE_V2_MODEL_RUNNER": "1",
-                "TRITON_INTERPRET": "1" if part.dry_run else None,
-                "VLLM_LOGGING_LEVEL": "WARNING",
-                TRACE_ENV: str(traced) if system == "ssd" else None,
-            },
-            name=f"the engine of {system}",
-        )
-        try:
-            found = decoded(part, process, system, configs[system], target, prompts, max_tokens)
-        except EngineFailed as error:
-            if system != "stock":  # an engine of vLLM's own, here for comparison
-                raise
-            part.leave_out("stock speculation on V2", str(error).splitlines()[-1])
-            continue
-        finally:
-            process.close()
-        if reference is None:
-            reference = found
-            continue
-        same = [agree(*texts) for texts in zip(found.token_ids, reference.token_ids, reference.gaps)]
-        exact = sum(a == b for a, b in zip(found.token_ids, reference.token_ids))
-        if system == "ssd":
-            part.report("exact", f"texts equal to plain decoding's, of {len(prompts)}, {system}", exact, system=system)
-            part.report("identity", f"texts equal up to ties, {system}", sum(same) / len(same), system=system)
-            outcomes = [json.loads(line) for line in traced.read_text().splitlines()] if traced.exists() else []
-            if any(m and m == k for m, k, _, _ in outcomes):
-                part.report("trace", "outcomes recorded", len(outcomes), trace=outcomes[:500])
-
-
-def decoded(
-    part: Part,
-    process: EngineProcess,
-    system: str,
-    speculative_config: dict[str, Any] | None,
-    target: str,
-    prompts: list[list[int]],
-    max_tokens: int,
-) -> Generated:
-    """What one system decodes; reports its steps, counters and host gaps."""
-    from gpu_check_parts import device_args
-
-    engine_args: dict[str, Any] = {"model": target, "dtype": "float32", "max_num_seqs": len(prompts), "seed": 0}
+    process = EngineProcess(
+        [__file__],
+        part.folder / f"{system}.log",
+        environment={
+            "VLLM_PLUGINS": "ssd" if system == "ssd" else "",
+            "VLLM_USE_V2_MODEL_RUNNER": "1",
+            "TRITON_INTERPRET": "1" if part.dry_run else None,
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            TRACE_ENV: str(traced(part)) if system == "ssd" else None,
+        },
+        name=f"the engine of {system}",
+    )
+    engine_args: dict[str, Any] = {"model": target, "dtype": "float32", "max_num_seqs": num_prompts, "seed": 0}
     engine_args |= {"max_model_len": 512, "enable_prefix_caching": False, "async_scheduling": True}
     if part.dry_run:
         engine_args |= device_args(part, memory=64 << 20)
     else:
         profiler = {"profiler": "torch", "torch_profiler_dir": str(part.folder / system)}
         engine_args |= {
-            **device_args(part, memory=2 << 30),
+            **device_args(part, memory=2 << 30, attention_backend="TRITON_ATTN"),  # of those that vLLM has: float32
             "profiler_config": profiler | {"torch_profiler_with_stack": False, "torch_profiler_activities": ["CUDA"]},
         }
-    if not process.call("start", speculative_config=speculative_config, **engine_args):
+    process.send("start", speculative_config=configs[system], **engine_args)
+    return process
+
+
+def traced(part: Part) -> Path:
+    """Where SSD's outcomes are recorded."""
+    return part.folder / "ssd.outcomes"
+
+
+def decoded(part: Part, process: EngineProcess, system: str, prompts: list[list[int]], max_tokens: int) -> Generated:
+    """What one system decodes once it is up; reports its steps and counters."""
+    if not process.receive():
         part.leave_out(f"{system} under asynchronous scheduling", "this vLLM switched it off")
     if not part.dry_run:
         process.call("generate", prompts=prompts, max_tokens=16)
@@ -210,18 +216,30 @@ def decoded(
             part.report(name, f"{name}, {system}", found.counts[name], system=system)
     if "accepted_tokens" in found.counts:
         part.report("accepted", f"drafts accepted, {system}", found.counts["accepted_tokens"], system=system)
-    if not part.dry_run:
-        for batch in (1, len(prompts)):
-            host_gap(part, process, system, prompts[:batch])
     return found
+
+
+def compare(part: Part, found: Generated, reference: Generated) -> None:
+    """Report how SSD's texts differ from plain decoding's, and its outcomes."""
+    same = [agree(*texts) for texts in zip(found.token_ids, reference.token_ids, reference.gaps)]
+    exact = sum(a == b for a, b in zip(found.token_ids, reference.token_ids))
+    part.report("exact", f"texts equal to plain decoding's, of {len(same)}, ssd", exact, system="ssd")
+    part.report("identity", "texts equal up to ties, ssd", sum(same) / len(same), system="ssd")
+    path = traced(part)
+    outcomes = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if any(m and m == k for m, k, _, _ in outcomes):
+        part.report("trace", "outcomes recorded", len(outcomes), trace=outcomes[:500])
 
 
 def host_gap(part: Part, process: EngineProcess, system: str, prompts: list[list[int]]) -> None:
     """Report the device's time between two forwards of the target, and the part of it in which nothing ran."""
+    from gpu_check_goals import DRAFTS
     from profile_step import gaps, read_trace
 
     batch = len(prompts)
-    process.call("profile", prompts=prompts, max_tokens=6 * (WARM_UP_STEPS + PROFILED_STEPS), name=str(batch))
+    tokens_a_step = 1 if system == "plain" else 1 + DRAFTS
+    max_tokens = tokens_a_step * (WARM_UP_STEPS + PROFILED_STEPS)
+    process.call("profile", prompts=prompts, max_tokens=max_tokens, name=str(batch))
     try:
         found = gaps(read_trace(next((part.folder / system).glob(f"{batch}_*.trace.json*"))))
     except (StopIteration, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from pathlib import Path
 from zipfile import ZipFile
@@ -56,3 +57,24 @@ def test_two_wheels_are_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_bundle.py", "calls", str(tmp_path / "new.whl"), str(tmp_path / "old.whl")])
     assert gpu_bundle.main() == 1
     assert "vllm/ops.py:13  gone  not defined" in capsys.readouterr().out
+
+
+def fatbin(*entries: tuple[int, int, bytes]) -> bytes:
+    """Code for GPUs as CUDA stores it: (kind, compute capability, code) of each."""
+    body = b"".join(
+        struct.pack("<HHIQ4I32x", kind, 0x101, 64, len(code), 0, 0, 0, capability) + code
+        for kind, capability, code in entries
+    )
+    return gpu_bundle.FATBIN + struct.pack("<HHQ", 1, 16, len(body)) + body
+
+
+def test_code_for_other_gpus_is_zeroed(tmp_path, monkeypatch):
+    host, other, own, ptx = b"host" + gpu_bundle.FATBIN + b"code", b"80" * 20, b"90" * 30, b"ptx" * 8
+    library = host + fatbin((2, 80, other), (2, 90, own)) + host + fatbin((1, 90, ptx)) + host
+    pruned = gpu_bundle.pruned(library, 90)
+    assert pruned == library.replace(other, bytes(40)).replace(ptx, bytes(24))
+    files = [tmp_path / "library.so", tmp_path / "pruned.so"]
+    files[0].write_bytes(library)
+    for capability, status in (("90", 0), ("100", 1)):
+        monkeypatch.setattr(sys, "argv", ["gpu_bundle.py", "prune", *map(str, files), capability])
+        assert gpu_bundle.main() == status
