@@ -90,7 +90,7 @@ class Inconclusive(RuntimeError):
 class Server:
     """One `vllm serve` of the bundled target, in a session of its own, with a log."""
 
-    def __init__(self, folder: Path, name: str, runner: str, clients: int, speculates: bool) -> None:
+    def __init__(self, folder: Path, name: str, options: argparse.Namespace, speculates: bool) -> None:
         self.log = folder / f"{name}.log"
         template = folder / "template.jinja"
         template.write_text(TEMPLATE)
@@ -99,13 +99,14 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, str(SERVER), "serve", str(PAIR / "target"), "--host", "127.0.0.1"]
         command += ["--port", str(port), "--served-model-name", "target", "--dtype", "float32", "--enforce-eager"]
-        command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(2 * clients)]
+        command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(2 * options.clients)]
         command += ["--kv-cache-memory-bytes", "64M", "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
         command += ["--chat-template", str(template)]
         command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--disable-uvicorn-access-log"]
         if speculates:
             command += ["--speculative-config", json.dumps(SPECULATION)]
-        environment = os.environ | ENVIRONMENT | (V2 if runner == "v2" else {})
+        environment = os.environ | ENVIRONMENT | (V2 if options.runner == "v2" else {})
+        environment |= {"SOAK_FORKED": "1"} if options.forked and speculates else {}
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
                 command,
@@ -167,8 +168,8 @@ async def soak(options: argparse.Namespace, folder: Path) -> tuple[Found, Load, 
     if (task := asyncio.current_task()) is not None:
         _end_early(options, task)
     requests = Requests(options.seed, options.pool)
-    plain = Server(folder, "target", options.runner, options.clients, speculates=False)
-    server = Server(folder, "ssd", options.runner, options.clients, speculates=True)
+    plain = Server(folder, "target", options, speculates=False)
+    server = Server(folder, "ssd", options, speculates=True)
     processes: list[psutil.Process] = []
     try:
         await plain.wait_until_ready()
@@ -224,7 +225,7 @@ async def _run(options: argparse.Namespace, found: Found, load: Load, watch: Wat
     watch.gaps.clear()
     for fault in schedule(options.seed, options.faults, options.longest_hang):
         last = found.windows[-1][1] - found.windows[-1][0] if found.windows else 0.0
-        await asyncio.sleep(max(fault.pause_s, CALM * last))
+        await asyncio.sleep(min(max(fault.pause_s, CALM * last), options.longest_pause))
         over = (time.monotonic() - begun) / max(60 * options.minutes, 1e-9)
         if over > 1 and (kinds_hit(options, found) >= options.kinds or over > MOST) or looking.done():
             break
@@ -359,8 +360,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--faults", default=",".join(KINDS), help="kinds of faults, separated by commas")
     parser.add_argument("--kinds", type=int, default=5, help="fail unless so many kinds have hit, or all there are")
     parser.add_argument("--longest-hang", type=float, default=30.0, help="longest SIGSTOP in seconds")
+    parser.add_argument("--longest-pause", type=float, default=30.0, help="longest rest before a fault in seconds")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner; v2 is interpreted")
+    parser.add_argument(
+        "--forked",
+        action="store_true",
+        help="drafters start in a second, forked from a process with vLLM; not with disk",
+    )
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--pool", type=int, default=POOL, help="different greedy requests")
     parser.add_argument("--json", type=Path, help="write everything that was found to this file")
@@ -370,6 +377,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.faults = tuple(options.faults.split(","))
     if unknown := set(options.faults) - set(KINDS):
         parser.error(f"no kind of fault: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
+    if options.forked and "disk" in options.faults:
+        parser.error("--forked: a drafter that is forked does not inherit the server's limits; leave out disk")
     options.kinds = min(options.kinds, len(options.faults))
     return options
 

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -70,13 +71,18 @@ def schedule(seed: int, kinds: tuple[str, ...], longest_hang_s: float = 30.0) ->
             yield Fault(kind, seconds, rng.random(), rng.uniform(0.5, 3.0))
 
 
+def worker_of(process: psutil.Process) -> int | None:
+    """The process id of the worker that a drafter was started by; None of a process that is no drafter."""
+    match = re.search(r'vllm_ssd\.drafter .*"parent_pid":(\d+),', " ".join(process.cmdline()))
+    return int(match[1]) if match else None
+
+
 def drafters_of(engine: psutil.Process) -> list[psutil.Process]:
     """The drafter processes that were started by the worker `engine`, oldest first; also those that outlived it."""
     found, parents = [], {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            line = process.cmdline()
-            if "vllm_ssd.drafter" in line and f'"parent_pid":{engine.pid},' in line[-1]:
+            if worker_of(process) == engine.pid:
                 parents[process.pid] = process.ppid()
                 found.append(process)
     # A fork of a drafter has its command line until it executes something else.

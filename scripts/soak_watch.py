@@ -12,7 +12,7 @@ from urllib.request import urlopen
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
-from soak_faults import drafters_of, is_alive
+from soak_faults import drafters_of, is_alive, worker_of
 from soak_verdicts import ORPHAN_S, STALL_S, Gap, fallen
 
 TICK_S = 0.02
@@ -185,10 +185,9 @@ class Watch:
 
 
 def server_processes(api: psutil.Process) -> dict[str, psutil.Process]:
-    """The processes of a server that has a drafter, from the one that was started down to the drafter's parent."""
-    (drafter,) = [p for p in api.children(recursive=True) if "vllm_ssd.drafter" in p.cmdline()]
-    between: list[psutil.Process] = []
-    process = drafter.parent()
+    """The processes of a server that has a drafter, from the one that was started down to the drafter's worker."""
+    (worker,) = filter(None, map(worker_of, api.children(recursive=True)))
+    process, between = psutil.Process(worker), list[psutil.Process]()
     while process is not None and process != api:
         between.insert(0, process)
         process = process.parent()

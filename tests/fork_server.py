@@ -24,6 +24,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import setproctitle
+
 ADDRESS = "TESTS_FORK_SERVER"
 """Environment variable of an engine whose drafters are forked, too: the address of their server, in hexadecimal."""
 V2 = "VLLM_USE_V2_MODEL_RUNNER"
@@ -46,6 +48,7 @@ def preload() -> None:
         importlib.import_module("interpreted_v2")
     for module in MODULES:
         importlib.import_module(module)
+    setproctitle.getproctitle()  # it finds the title's place by the environment, which forks replace
 
 
 class ForkedProcess:
@@ -215,6 +218,7 @@ def run_drafter(arguments: list[str], fd: int) -> int:
     from vllm_ssd.drafter.__main__ import main
     from vllm_ssd.link.options import DrafterOptions
 
+    setproctitle.setproctitle(f"python -m vllm_ssd.drafter {fd} {arguments[0]}")
     options = msgspec.json.decode(arguments[0], type=DrafterOptions)
     return main(fd, msgspec.structs.replace(options, parent_pid=os.getppid()))
 
