@@ -68,6 +68,7 @@ class Llama:
     """
 
     tree_attention = True
+    mask_token_id = None
     page_size = 32
 
     def __init__(

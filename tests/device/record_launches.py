@@ -43,6 +43,7 @@ class StandIn:
     """A model of one layer, on the CPU, that says the same after all tokens."""
 
     tree_attention = True
+    mask_token_id = None
     vocab_size = 128
     page_size = 32
     num_pages = 1 << 16

@@ -25,7 +25,7 @@ class Counting:
     vocab_size, page_size, max_model_len = 13, 16, PROMPT + 1000
     num_pages = max_model_len // page_size + 8
     weight_bytes = kv_bytes = logit_bytes = 0
-    dtype, tree_attention = torch.float32, False
+    dtype, tree_attention, mask_token_id = torch.float32, False, None
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)

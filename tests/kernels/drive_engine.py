@@ -33,6 +33,7 @@ class HashModel:
     """Logits are a hash of the prefix that is read back through the page tables, by ops that a graph can hold."""
 
     tree_attention = True
+    mask_token_id: int | None = None
     vocab_size = 13
     page_size = 4
     dtype = torch.float32

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 
 from vllm_ssd.compat.drafter.paged import PagedModel
 from vllm_ssd.drafter.engine import DraftEngine
@@ -27,17 +28,27 @@ class CheckedModel(PagedModel, Protocol):
         ...
 
 
-def engine_of(model: PagedModel, fan_out: int | list[int] = 2, **options) -> DraftEngine:
-    defaults = dict(max_num_seqs=4, max_branches=2 * (K + 1), max_fan_out=2, top_m=5, seed=1)
-    return build_engine(model, FanOut(K, fan_out), num_speculative_tokens=K, **(defaults | options))
+def engine_of(
+    model: PagedModel, fan_out: int | list[int] = 2, num_speculative_tokens: int = K, **options
+) -> DraftEngine:
+    k = num_speculative_tokens
+    defaults = dict(max_num_seqs=4, max_branches=2 * (k + 1), max_fan_out=2, top_m=5, seed=1)
+    return build_engine(model, FanOut(k, fan_out), num_speculative_tokens=k, **(defaults | options))
 
 
 def reference_drafts(model: CheckedModel, prefix: list[int], num_drafts: int) -> list[int]:
-    """The greedy continuation of `prefix`."""
+    """The greedy continuation of `prefix`; with a mask token, what is likeliest in each place whatever precedes it."""
     drafts: list[int] = []
-    for _ in range(num_drafts):
-        drafts.append(int(model.reference_logits(prefix + drafts).argmax()))
+    for i in range(num_drafts):
+        before = drafts if model.mask_token_id is None else [model.mask_token_id] * i
+        drafts.append(int(model.reference_logits(prefix + before).argmax()))
     return drafts
+
+
+def reference_jit_drafts(model: CheckedModel, tokens: list[int], num_drafts: int) -> list[int]:
+    """As `reference_drafts` of just-in-time drafts: the first one is known when the others are drawn."""
+    first = reference_drafts(model, tokens, min(num_drafts, 1))
+    return first + reference_drafts(model, tokens + first, num_drafts - 1)
 
 
 def check_conservation(engine: DraftEngine) -> None:
@@ -99,9 +110,9 @@ def check_device_pages(engine: DraftEngine) -> None:
 class Target:
     """The target's view in plain dicts: what was pushed for each request's current round."""
 
-    def __init__(self, model: CheckedModel, **options) -> None:
-        self.model = model
-        self.engine = engine_of(model, **options)
+    def __init__(self, model: CheckedModel, num_speculative_tokens: int = K, **options) -> None:
+        self.model, self.num_drafts = model, num_speculative_tokens
+        self.engine = engine_of(model, num_speculative_tokens=num_speculative_tokens, **options)
         self.tokens: dict[str, list[int]] = {}
         self.drafts: dict[str, list[int]] = {}
         self.blocks: dict[str, dict[tuple[int, int], list[int]]] = {}
@@ -116,7 +127,8 @@ class Target:
         self.epoch[request_id] = self.epoch.get(request_id, 0) + 1
         self.temperature[request_id], self.truncation[request_id] = temperature, truncation
         self.tokens[request_id], self.drafts[request_id], self.blocks[request_id] = list(tokens), [], {}
-        self.engine.open(request_id, self.epoch[request_id], np.array(tokens, np.int32), temperature, K, truncation)
+        prompt = np.array(tokens, np.int32)
+        self.engine.open(request_id, self.epoch[request_id], prompt, temperature, self.num_drafts, truncation)
         check_conservation(self.engine)
 
     def step(self) -> None:
@@ -140,9 +152,12 @@ class Target:
                     prefix += drafts[:accept_length] + [bonus]
                 if self.temperature[block.request_id]:
                     sampling = self.temperature[block.request_id], self.truncation[block.request_id]
-                    check_proposals(self.model, pushed, i, prefix + known[: block.offset], *sampling)
+                    check_proposals(self.model, pushed, i, prefix, known, bonus == JIT_TOKEN, *sampling)
                 else:
-                    assert known == reference_drafts(self.model, prefix, len(known)), "a draft read the wrong prefix"
+                    expected = (reference_jit_drafts if bonus == JIT_TOKEN else reference_drafts)(
+                        self.model, prefix, len(known)
+                    )
+                    assert known == expected, "a draft read the wrong prefix"
         for evicted in push.evicted if push else []:
             self.evicted += 1
             if self.epoch.get(evicted.request_id) == evicted.epoch:
@@ -152,7 +167,9 @@ class Target:
         self.tokens[request_id] += emitted
         self.drafts[request_id], self.blocks[request_id] = drafts, {}
         tokens = self.tokens[request_id]
-        self.engine.advance(request_id, self.epoch[request_id], len(tokens), emitted, drafts, num_drafts=K, jit=jit)
+        self.engine.advance(
+            request_id, self.epoch[request_id], len(tokens), emitted, drafts, num_drafts=self.num_drafts, jit=jit
+        )
         check_conservation(self.engine)
 
     def close(self, request_id: str) -> None:
@@ -166,23 +183,30 @@ def check_proposals(
     pushed: PushedBlock,
     i: int,
     prefix: list[int],
+    known: list[int],
+    is_jit: bool,
     temperature: float,
     truncation: Truncation = ALL_TOKENS,
 ) -> None:
-    """The drafts of a branch after `prefix` were drawn from what they carry: the likeliest tokens' softmax, cut.
+    """The drafts pushed of a branch, the last of `known`, were drawn from what they carry.
 
-    The draft has changed places with the likeliest token, the others are in order.
+    That is the softmax of the likeliest tokens after `prefix` and the drafts or masks before them, cut. The draft
+    has changed places with the likeliest token, the others are in order.
     """
-    for token, (ids, probs) in zip(pushed.block.drafts(i), pushed.proposals(i), strict=True):
-        logits = model.reference_logits(prefix).numpy() / temperature
+    masks = [] if model.mask_token_id is None else [model.mask_token_id]
+    for place, (token, (ids, probs)) in enumerate(
+        zip(pushed.block.drafts(i), pushed.proposals(i), strict=True), start=pushed.block.offset
+    ):
+        drawn = place if not masks else min(place, int(is_jit))
+        before = known[:drawn] + masks * (place - drawn)
+        logits = model.reference_logits(prefix + before).numpy() / temperature
         order = np.argsort(-logits)[: len(ids)]
         weights = truncated(np.exp(logits[order] - logits[order].max()), truncation)
-        place = int((order == token).argmax())
+        drawn_from = int((order == token).argmax())
         for array in (order, weights):
-            array[[0, place]] = array[[place, 0]]
+            array[[0, drawn_from]] = array[[drawn_from, 0]]
         assert ids.tolist() == order.tolist() and ids[0] == token and weights[0] > 0
         assert np.allclose(probs, weights / weights.sum(), atol=1e-5)
-        prefix = prefix + [token]
 
 
 def truncated(weights: np.ndarray, truncation: Truncation) -> np.ndarray:
@@ -221,3 +245,51 @@ def drive(target: Target, rng: Random, num_rounds: int) -> None:
             target.advance(request_id, [*drafts[:accept_length], bonus], block[accept_length, bonus])
         else:
             target.advance(request_id, [*drafts[: rng.randint(0, len(drafts))], rng.randrange(13)], [])
+
+
+def operate(target: Target, data: st.DataObject) -> None:
+    """Joins, leaves, hits, misses, trims, skipped rounds, foreign drafts and late outcomes, until all have left."""
+    token = st.integers(0, target.model.vocab_size - 1)
+    for _ in range(data.draw(st.integers(5, 40))):
+        live = sorted(target.tokens)
+        action = data.draw(st.sampled_from(["open", "close", "step", "step", "hit", "miss", "trim", "odd", "jit"]))
+        if action == "open" and len(live) < 3:
+            shared = target.tokens[live[0]] if live and data.draw(st.booleans()) else []
+            target.open(
+                data.draw(st.sampled_from("abc")),
+                shared[:30] + data.draw(st.lists(token, min_size=1, max_size=9)),
+                data.draw(st.sampled_from([0.0, 0.8])),
+            )
+            continue
+        if action == "step":
+            target.step()
+            continue
+        if not live:
+            continue
+        request_id = data.draw(st.sampled_from(live))
+        drafts, block = target.drafts[request_id], target.blocks[request_id]
+        if action == "close":
+            target.close(request_id)
+        elif action == "hit" and any(key[1] != JIT_TOKEN for key in block):
+            key = data.draw(st.sampled_from(sorted(k for k in block if k[1] != JIT_TOKEN)))
+            depth = data.draw(st.integers(0, len(block[key])))
+            target.advance(request_id, drafts[: key[0]] + [key[1]], block[key][:depth])
+        elif action == "trim" and drafts:
+            n = data.draw(st.integers(1, len(drafts)))
+            target.advance(request_id, drafts[:n], drafts[n:])
+        elif action == "jit":
+            if (0, JIT_TOKEN) in block:
+                taken = block[(0, JIT_TOKEN)]
+                target.advance(request_id, [], taken[: data.draw(st.integers(0, len(taken)))])
+            else:
+                target.advance(request_id, [data.draw(token)], [], jit=data.draw(st.integers(1, target.num_drafts)))
+        elif action == "odd":
+            emitted = data.draw(st.lists(token, min_size=1, max_size=6))
+            target.advance(request_id, emitted, data.draw(st.lists(token, max_size=target.num_drafts)))
+        else:
+            k = data.draw(st.integers(0, len(drafts)))
+            target.advance(request_id, drafts[:k] + [data.draw(token)], [])
+    for request_id in list(target.tokens):
+        target.close(request_id)
+    for request_id in list(target.engine.sequences):
+        target.engine.close(request_id)

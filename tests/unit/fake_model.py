@@ -25,8 +25,15 @@ class FakePagedModel:
     dtype = torch.float32
     device = torch.device("cpu")
 
-    def __init__(self, num_pages: int, max_model_len: int = 200, tree_attention: bool = False) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        max_model_len: int = 200,
+        tree_attention: bool = False,
+        mask_token_id: int | None = None,
+    ) -> None:
         self.tree_attention = tree_attention
+        self.mask_token_id = mask_token_id
         self.num_pages = num_pages
         self.max_model_len = max_model_len
         self.kv = np.full((num_pages, self.page_size), POISON, np.int64)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_ssd.compat.drafter.draft_model import refuse_state
+from vllm_ssd.compat.drafter.draft_model import mask_token_id, refuse_state
 from vllm_ssd.compat.drafter.paged import UnsupportedDraftModel
 from vllm_ssd.compat.drafter.tree_backend import TreeAttentionMetadataBuilder, check_builders
 
@@ -31,6 +31,32 @@ def test_the_refusal_says_what_can_draft(differences: dict[str, object], reason:
     with pytest.raises(UnsupportedDraftModel, match=expected):
         refuse_state(model(**differences))
     refuse_state(model())
+
+
+def configured(**keys: object) -> SimpleNamespace:
+    return SimpleNamespace(model="org/draft", hf_config=SimpleNamespace(**keys), get_vocab_size=lambda: 100)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, None),
+        ({"pard_token": 99, "spd_type": "pard"}, 99),
+        ({"ptd_token_id": 0}, 0),
+        ({"pard_token": 7, "ptd_token_id": 8}, 7),
+        ({"pard_token": None}, None),
+        ({"mask_token_id": 5}, None),
+    ],
+)
+def test_a_mask_token_makes_a_draft_model_parallel(keys: dict[str, object], expected: int | None) -> None:
+    """Models of other kinds have a mask_token_id, too: it says nothing of parallel drafts."""
+    assert mask_token_id(configured(**keys)) == expected
+
+
+@pytest.mark.parametrize("token", [100, -1, 128256, "<mask>", 1.0, True])
+def test_a_mask_token_that_the_model_lacks_is_refused(token: object) -> None:
+    with pytest.raises(UnsupportedDraftModel, match=r"org/draft .*pard_token = .* none of its 100 token ids$"):
+        mask_token_id(configured(pard_token=token))
 
 
 def test_a_backend_between_a_layer_and_tree_attention_is_noticed() -> None:

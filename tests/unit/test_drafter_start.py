@@ -48,7 +48,7 @@ OPTIONS = DrafterOptions(
 class FakeDraftModel(FakePagedModel):
     """As `DraftModel`, which boots vLLM."""
 
-    def __init__(self, *, tree_attention: bool, model: str) -> None:
+    def __init__(self, *, tree_attention: bool, model: str, num_drafts: int = 1) -> None:
         super().__init__(num_pages=60, tree_attention=tree_attention)
 
     def vocabulary(self) -> tuple[list[str], int]:
@@ -65,7 +65,7 @@ class Broken(FakeDraftModel):
 class Unsupported(FakeDraftModel):
     """As vLLM when it refuses a backend."""
 
-    def __init__(self, *, tree_attention: bool, model: str) -> None:
+    def __init__(self, *, tree_attention: bool, model: str, num_drafts: int = 1) -> None:
         if tree_attention:
             raise NotImplementedError("no sinks\nsecond line")
         raise ValueError("no such model")

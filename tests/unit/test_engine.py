@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine_target import K, grow, reference_drafts
+from engine_target import K, grow, operate, reference_drafts
 from fake_model import FakePagedModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -142,48 +142,5 @@ def test_random_operations_conserve_pages_and_read_the_right_prefix(make_target,
     """Joins, leaves, hits, misses, trims, skipped rounds, foreign drafts, late outcomes, a small pool."""
     num_pages = data.draw(st.sampled_from([24, 60, 300]))
     target = make_target(num_pages=num_pages, max_num_seqs=3, fan_out=data.draw(st.sampled_from([1, 2])))
-    token = st.integers(0, FakePagedModel.vocab_size - 1)
-    for _ in range(data.draw(st.integers(5, 40))):
-        live = sorted(target.tokens)
-        action = data.draw(st.sampled_from(["open", "close", "step", "step", "hit", "miss", "trim", "odd", "jit"]))
-        if action == "open" and len(live) < 3:
-            shared = target.tokens[live[0]] if live and data.draw(st.booleans()) else []
-            target.open(
-                data.draw(st.sampled_from("abc")),
-                shared[:30] + data.draw(st.lists(token, min_size=1, max_size=9)),
-                data.draw(st.sampled_from([0.0, 0.8])),
-            )
-            continue
-        if action == "step":
-            target.step()
-            continue
-        if not live:
-            continue
-        request_id = data.draw(st.sampled_from(live))
-        drafts, block = target.drafts[request_id], target.blocks[request_id]
-        if action == "close":
-            target.close(request_id)
-        elif action == "hit" and any(key[1] != JIT_TOKEN for key in block):
-            key = data.draw(st.sampled_from(sorted(k for k in block if k[1] != JIT_TOKEN)))
-            depth = data.draw(st.integers(0, len(block[key])))
-            target.advance(request_id, drafts[: key[0]] + [key[1]], block[key][:depth])
-        elif action == "trim" and drafts:
-            n = data.draw(st.integers(1, len(drafts)))
-            target.advance(request_id, drafts[:n], drafts[n:])
-        elif action == "jit":
-            if (0, JIT_TOKEN) in block:
-                taken = block[(0, JIT_TOKEN)]
-                target.advance(request_id, [], taken[: data.draw(st.integers(0, len(taken)))])
-            else:
-                target.advance(request_id, [data.draw(token)], [], jit=data.draw(st.integers(1, K)))
-        elif action == "odd":
-            emitted = data.draw(st.lists(token, min_size=1, max_size=6))
-            target.advance(request_id, emitted, data.draw(st.lists(token, max_size=K)))
-        else:
-            k = data.draw(st.integers(0, len(drafts)))
-            target.advance(request_id, drafts[:k] + [data.draw(token)], [])
-    for request_id in list(target.tokens):
-        target.close(request_id)
-    for request_id in list(target.engine.sequences):
-        target.engine.close(request_id)
+    operate(target, data)
     assert target.engine.pages.num_free == num_pages

@@ -18,26 +18,38 @@ class Branches:
     A branch starts at KV position `base` with its first token, a predicted bonus token, and holds up to `num_drafts`
     draft tokens after it. Where its KV lies is told by `Pages`.
 
-    tokens [capacity, K + 1] int32: first token, then drafts; the first `computed` have KV, and one more is
+    tokens [capacity, K + 1] int32: first token, then drafts; the first `computed` were forwarded, and one more is
     drawn while `computed <= num_drafts`; the first `sent` drafts were pushed. candidates [capacity, K + 1, C]
     int32: likeliest tokens after each computed one. q_token_ids, q_probs [capacity, K, M]: the proposal each
     draft was drawn from. temperature [capacity] float32: 0 for greedy branches. truncation [capacity, 3] float32:
     see `truncate`.
+
+    With a mask_token_id the draft model drafts in parallel: one step forwards the next token of a branch and a mask for
+    each further draft, and draws all drafts that are missing. KV of a mask is not that of the draft in its place: only
+    the first `num_kept` tokens have KV of their own.
     """
 
     def __init__(
-        self, max_num_seqs: int, per_request: int, num_speculative_tokens: int, num_candidates: int, top_m: int
+        self,
+        max_num_seqs: int,
+        per_request: int,
+        num_speculative_tokens: int,
+        num_candidates: int,
+        top_m: int,
+        mask_token_id: int | None = None,
     ) -> None:
         k = num_speculative_tokens
         self.max_num_seqs = max_num_seqs
         self.per_request = per_request
         self.num_speculative_tokens = k
         self.num_candidates = num_candidates
+        self.mask_token_id = mask_token_id
         capacity = max_num_seqs * per_request
         self.owner = np.zeros(capacity, np.int64)  # slot of the request
         self.accept_length = np.zeros(capacity, np.int64)
         self.base = np.zeros(capacity, np.int64)
         self.computed = np.zeros(capacity, np.int64)
+        self.num_kept = np.zeros(capacity, np.int64)
         self.num_drafts = np.zeros(capacity, np.int64)
         self.sent = np.zeros(capacity, np.int64)
         self.alive = np.zeros(capacity, bool)
@@ -55,19 +67,46 @@ class Branches:
         return len(self._free)
 
     @property
+    def is_parallel(self) -> bool:
+        """Whether one step draws all drafts of a branch."""
+        return self.mask_token_id is not None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The most tokens of one branch in a step."""
+        return self.num_speculative_tokens if self.is_parallel else 1
+
+    @property
     def growing(self) -> np.ndarray:
         """Which branches want another draft, [capacity] bool."""
         return self.alive & (self.computed < self.num_drafts)
 
     @property
     def finished(self) -> np.ndarray:
-        """Which branches have all their drafts, but not what may follow the last one, [capacity] bool."""
-        return self.alive & (self.computed == self.num_drafts)
+        """Which branches have all their drafts, but not what may follow the last one, [capacity] bool.
+
+        None that drafts in parallel: what follows its last draft is known when the spine is forwarded.
+        """
+        return self.alive & (self.computed == self.num_drafts) & (not self.is_parallel)
 
     @property
     def want_steps(self) -> bool:
         """Whether a branch is growing or finished."""
-        return bool((self.alive & (self.computed <= self.num_drafts)).any())
+        return bool((self.growing | self.finished).any())
+
+    def steps_left(self, rows: np.ndarray) -> int:
+        """Steps until all of `rows` [n] have their drafts."""
+        missing = max(int((self.num_drafts[rows] - self.computed[rows]).max()), 0)
+        return min(missing, 1) if self.is_parallel else missing
+
+    def due(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each token in the next step of `rows` [n], branch by branch: the row, and its place in it, [m] int64."""
+        first = self.computed[rows]
+        if not self.is_parallel:
+            return rows, first
+        counts = self.num_drafts[rows] - first
+        begins = np.cumsum(counts) - counts
+        return np.repeat(rows, counts), np.arange(counts.sum()) + np.repeat(first - begins, counts)
 
     def add(
         self,
@@ -85,25 +124,39 @@ class Branches:
         self.accept_length[rows] = accept_length
         self.base[rows] = base
         self.computed[rows] = 0
+        self.num_kept[rows] = 0
         self.sent[rows] = 0
         self.num_drafts[rows] = num_drafts
         self.alive[rows] = True
         self.temperature[rows] = temperature
         self.truncation[rows] = truncation
         self.tokens[rows, 0] = first_tokens
+        if self.mask_token_id is not None:
+            self.tokens[rows, 1:] = self.mask_token_id
         return rows
 
     def extend(self, rows: np.ndarray, draw: Draw, first: int = 0) -> None:
-        """Store what was drawn after `rows` [n], whose logits rows start at `first`: all growing, or all finished."""
-        step, drawn = self.computed[rows], slice(first, first + len(rows))
-        self.candidates[rows, step] = draw.candidates[drawn]
-        self.computed[rows] = step + 1
-        if not len(rows) or step[0] == self.num_drafts[rows[0]]:
+        """Store what a step drew after `rows` [n], whose logits rows start at `first`: all growing, or all finished."""
+        token_rows, places = self.due(rows)
+        self.num_kept[rows] = self.computed[rows] + 1
+        self.computed[rows] = self.num_drafts[rows] if self.is_parallel else self.num_kept[rows]
+        self._store(token_rows, places, draw, first)
+
+    def begin(self, rows: np.ndarray, draw: Draw, first: int) -> None:
+        """Store what was drawn after the first token of new branches in `rows` [n], whose KV is there already."""
+        self.num_kept[rows] = self.computed[rows] = 1
+        self._store(rows, np.zeros(len(rows), np.int64), draw, first)
+
+    def _store(self, rows: np.ndarray, places: np.ndarray, draw: Draw, first: int) -> None:
+        """Store what was drawn after the tokens at `places` [m] of `rows` [m]."""
+        drawn = slice(first, first + len(rows))
+        self.candidates[rows, places] = draw.candidates[drawn]
+        if not len(rows) or places[0] == self.num_drafts[rows[0]]:
             return
-        self.tokens[rows, step + 1] = draw.drawn[drawn]
+        self.tokens[rows, places + 1] = draw.drawn[drawn]
         if draw.q_token_ids is not None and draw.q_probs is not None:
-            self.q_token_ids[rows, step] = draw.q_token_ids[drawn]
-            self.q_probs[rows, step] = draw.q_probs[drawn]
+            self.q_token_ids[rows, places] = draw.q_token_ids[drawn]
+            self.q_probs[rows, places] = draw.q_probs[drawn]
 
     def find(self, rows: np.ndarray, accept_length: int, first_token: int) -> int:
         """The row among `rows` that predicts this outcome, or -1."""

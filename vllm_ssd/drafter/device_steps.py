@@ -30,9 +30,10 @@ class DeviceSteps:
 
     The host copies what a step drew while the next one runs, so that nothing of its own lies between two steps.
 
-    Batches are padded to buckets of rows and requests (`Buckets`). A row is a branch or, in the first step of a run, a
-    token of a spine. All buckets share buffers that never move, so that on a GPU one step of each bucket is captured
-    when the drafter starts, and replayed as often as steps are wanted. Elsewhere the same step is called.
+    Batches are padded to buckets of rows and requests (`Buckets`). A row is a token of a branch, one in a step or, with
+    drafts in parallel, several; or, in the first step of a run, a token of a spine. All buckets share buffers that
+    never move, so that on a GPU one step of each bucket is captured when the drafter starts, and replayed as often as
+    steps are wanted. Elsewhere the same step is called.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class DeviceSteps:
         self._pages = pages
         self._branches = branches
         self._random = np.random.default_rng(seed)
-        rows_per_request = branches.per_request + branches.num_speculative_tokens + 1
+        rows_per_request = branches.per_request * branches.tokens_per_step + branches.num_speculative_tokens + 1
         self.sizes = Buckets(branches.max_num_seqs, rows_per_request, most_rows)
         self._buffers = _Buffers(model, pages, self.sizes.largest, {"top_m": top_m, "factor": saguaro_c})
         self._graphs = graphs or graphs_on(torch.device(model.device))
@@ -68,10 +69,10 @@ class DeviceSteps:
             self._replay_of(size)
         return self.num_captured
 
-    def carries(self, num_rows: int, num_requests: int, spine_tokens: int = 0) -> bool:
-        """Whether a bucket holds so many rows of so many requests, of none a prompt."""
+    def carries(self, num_tokens: int, num_requests: int, spine_tokens: int = 0) -> bool:
+        """Whether a bucket holds so many tokens of so many requests, of none a prompt."""
         most = self._branches.num_speculative_tokens + 1
-        return spine_tokens <= most and self.sizes.find(num_rows, num_requests) is not None
+        return spine_tokens <= most and self.sizes.find(num_tokens, num_requests) is not None
 
     def start(self, rows: np.ndarray, num_steps: int, fan_out: np.ndarray | None) -> DeviceRun:
         """As `Runner.start`: until the run is done no other may start, and nothing may be asked of the pages.
@@ -98,7 +99,7 @@ class DeviceSteps:
     def _start(self, tokens: StepTokens, num_steps: int, fan_out: np.ndarray | None) -> DeviceRun:
         """`num_steps` steps of the rows of `tokens`: its spines' tokens, then its branches; of one step with spines."""
         began = time.perf_counter()
-        pages, branches, rows, spines = self._pages, self._branches, tokens.rows, tokens.spines
+        pages, branches, rows, spines = self._pages, self._branches, tokens.token_rows, tokens.spines
         pages.carry_out()
         n, m = len(tokens.positions), len(rows)
         num_of_spine = np.array([num_tokens for _, num_tokens in spines], np.int64)
@@ -142,7 +143,15 @@ class DeviceSteps:
         )
         sampled, num_candidates = bool(temperatures.any()), branches.num_candidates
         return DeviceRun(
-            self._buffers, replay, size, rows, place, num_steps, num_candidates, sampled, None if is_cold else began
+            self._buffers,
+            replay,
+            size,
+            tokens.rows,
+            place,
+            num_steps,
+            num_candidates,
+            sampled,
+            None if is_cold else began,
         )
 
     def _replay_of(self, size: BucketSize) -> Replay:
@@ -177,7 +186,7 @@ class DeviceRun:
         self.step_s: float | None = None
         self._began = began
         self._buffers, self._replay, self._size = buffers, replay, size
-        self._place = place  # of each row in the bucket
+        self._place = place  # of each token in the bucket
         self._num_steps, self._num_launched, self._num_taken = num_steps, 0, 0
         self._num_candidates = num_candidates
         self._sampled = sampled

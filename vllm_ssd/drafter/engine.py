@@ -24,6 +24,9 @@ far as the tokens match, then into the branch that starts at this fork point wit
 - Late, trimmed and skipped rounds, drafts by n-gram: the same walk, which matches less.
 - Just in time: the target waits for drafts after a miss. One branch, from the last committed token, repeats the trunk's
   end; the report that names its drafts emits nothing, and its path is followed from there.
+- Drafts in parallel: a draft model with a mask token draws all drafts of a branch from one forward, each from what its
+  own place may hold, whatever the drafts before it are. Of a hit only the KV of the bonus token is kept: the drafts
+  overwrite that of the masks when the spine is forwarded, which reveals the candidates of their fork points.
 
 All other branches return their pages. What the walk left uncomputed of the spine is forwarded, and every fork point
 whose candidates are known starts its branches; which forward comes next is the business of `Stepper`.
@@ -227,9 +230,9 @@ class DraftEngine:
         sequence.computed = min(sequence.computed, length + k)
         sequence.after_hit = row >= 0 or (bool(path) and k == len(path))
         if row >= 0:
-            base, computed = int(branches.base[row]), int(branches.computed[row])
-            known = branches.tokens[row, skipped : min(computed, branches.num_drafts[row]) + 1]
-            matched = min(skipped + common_prefix(path[k:], known.tolist()), computed)
+            base, num_kept = int(branches.base[row]), int(branches.num_kept[row])
+            known = branches.tokens[row, skipped : min(branches.computed[row], branches.num_drafts[row]) + 1]
+            matched = min(skipped + common_prefix(path[k:], known.tolist()), num_kept)
             sequence.computed = base + matched
             for i in range(skipped, matched):
                 sequence.candidates[base + i] = branches.candidates[row, i].copy()
@@ -407,7 +410,7 @@ class DraftEngine:
         last_token = np.array(sequence.tokens[sequence.length - 1 : sequence.length])
         rows = self._add_branches(sequence, JIT_ACCEPT_LENGTH, num_drafts, last_token)
         if len(rows):
-            self.branches.extend(rows, draw, i)
+            self.branches.begin(rows, draw, i)
 
     # ---- news ------------------------------------------------------------------------------------------
 

@@ -28,8 +28,7 @@ def due_rows(branches: Branches, by_slot: SequenceOf[Sequence | None], budget: B
     now, due = time.perf_counter(), np.zeros(len(rows), bool)
     for slot in set(owners.tolist()):
         sequence = by_slot[slot]
-        waiting = branches.num_drafts[sequence.rows] - branches.computed[sequence.rows]
-        steps = max(int(waiting.max()), 0) + (not sequence.is_computed)
+        steps = branches.steps_left(sequence.rows) + (not sequence.is_computed)
         if not steps or sequence.awaited or not budget.in_time(now - sequence.decided_at, steps):
             due |= owners == slot
     return rows[due]

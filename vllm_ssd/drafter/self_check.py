@@ -150,7 +150,8 @@ def _error(model: PagedModel, branches: list[_Branch]) -> float:
         _reference_logits(model, first[: min(start + REFERENCE_TOKENS, num_shared)], start, num_logits=1)
     errors = []
     for branch in branches:
-        tokens = branch.prefix + branch.drafts[:-1]
+        before = branch.drafts[:-1] if model.mask_token_id is None else [model.mask_token_id] * (len(branch.drafts) - 1)
+        tokens = branch.prefix + before
         logits = _reference_logits(model, tokens, num_shared, num_logits=len(branch.drafts))
         for row, token, (ids, probs) in zip(logits, branch.drafts, branch.proposals, strict=True):
             if token not in ids:

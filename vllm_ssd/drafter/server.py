@@ -146,7 +146,8 @@ def boot(place: int | str, options: DrafterOptions, refuse: Callable[[Exception]
     try:
         from vllm_ssd.compat.drafter.draft_model import DraftModel
 
-        model = DraftModel(tree_attention=options.tree_attention, **options.engine_args)
+        num_drafts = options.num_speculative_tokens
+        model = DraftModel(tree_attention=options.tree_attention, num_drafts=num_drafts, **options.engine_args)
         tokens, stand_in = model.vocabulary()
     except Exception as error:  # whatever vLLM's start-up raises is the reason the target reports
         if options.tree_attention and not isinstance(error, UnsupportedDraftModel):
@@ -269,8 +270,8 @@ def build_engine(model: PagedModel, fan_out: FanOut, **options: Any) -> DraftEng
 
 def engine_over(model: PagedModel, fan_out: FanOut, steps: Steps) -> DraftEngine:
     """An engine that has served nobody, over steps that no other engine is using."""
-    budget = BranchBudget(steps.most_branches)
     branches, pages = steps.branches, steps.pages
+    budget = BranchBudget(steps.most_branches, branches.is_parallel)
     stepper = Stepper(branches, steps.eager, steps.runner, budget, steps.saguaro_c, steps.most_rows)
     return DraftEngine(
         fan_out,
@@ -306,7 +307,9 @@ def build_steps(
     top_m = min(top_m, num_draftable)
     if model.tree_attention:
         top_m = max(top_m, num_candidates)  # the kernel draws both from one list
-    branches = Branches(max_num_seqs, max_branches + 1, num_speculative_tokens, num_candidates, top_m)
+    branches = Branches(
+        max_num_seqs, max_branches + 1, num_speculative_tokens, num_candidates, top_m, model.mask_token_id
+    )
     sampler = Sampler(num_candidates, top_m, seed, saguaro_c)
     most_rows = max_rows(model.vocab_size, model.dtype)
     if model.tree_attention:
@@ -319,7 +322,7 @@ def build_steps(
         runner = eager = EagerRunner(model, pages, branches, sampler)
     # Beside the branches ride spine tokens.
     most_branches = min(MAX_BRANCHES, 3 * most_rows // 4) if _is_on_gpu(model) else most_rows
-    most_branches = max(min(max_num_seqs * max_branches, most_branches), 1)
+    most_branches = max(min(max_num_seqs * max_branches, most_branches // branches.tokens_per_step), 1)
     return Steps(branches, pages, eager, runner, saguaro_c, most_branches, most_rows)
 
 

@@ -13,15 +13,18 @@ from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
 
 @dataclass(slots=True)
 class StepTokens:
-    """The next tokens of some spines, then the next one of each branch in `rows`.
+    """The next tokens of some spines, then those of each branch in `rows`: one, or all that a parallel step takes.
 
-    spines: sequences, and how many tokens of each; rows [m] int64. token_ids [T] int32, positions [T] int64;
+    spines: sequences, and how many tokens of each; rows [r] int64; token_rows, places [m] int64: the branch of each
+    branch token, and its place there (`Branches.due`). token_ids [T] int32, positions [T] int64;
     logit_indices [n] int64 into them: spine tokens from the last committed one on, then all branch tokens.
     spine_logits: (sequence, token index) of each spine logit.
     """
 
     spines: SequenceOf[tuple[Sequence, int]]
     rows: np.ndarray
+    token_rows: np.ndarray
+    places: np.ndarray
     token_ids: np.ndarray
     positions: np.ndarray
     logit_indices: np.ndarray
@@ -29,7 +32,7 @@ class StepTokens:
 
     @classmethod
     def gather(cls, branches: Branches, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray) -> StepTokens:
-        """The next `n` tokens of each (sequence, n) of `spines`, and the next token of each branch in `rows`."""
+        """The next `n` tokens of each (sequence, n) of `spines`, and those of each branch in `rows`."""
         token_ids: list[int] = []
         positions: list[np.ndarray] = [NO_ROWS]
         logit_indices: list[int] = []
@@ -41,13 +44,15 @@ class StepTokens:
                 spine_logits.append((sequence, position))
             token_ids.extend(sequence.tokens[start : start + n])
             positions.append(np.arange(start, start + n))
-        step = branches.computed[rows]
-        row_indices = len(token_ids) + np.arange(len(rows), dtype=np.int64)
+        token_rows, places = branches.due(rows)
+        row_indices = len(token_ids) + np.arange(len(token_rows), dtype=np.int64)
         return cls(
             spines,
             rows,
-            np.concatenate([np.array(token_ids, np.int32), branches.tokens[rows, step]]),
-            np.concatenate([*positions, branches.base[rows] + step]),
+            token_rows,
+            places,
+            np.concatenate([np.array(token_ids, np.int32), branches.tokens[token_rows, places]]),
+            np.concatenate([*positions, branches.base[token_rows] + places]),
             np.concatenate([np.array(logit_indices, np.int64), row_indices]),
             spine_logits,
         )

@@ -4,6 +4,9 @@ Spines that are not wholly computed ride with one step of every growing branch. 
 in *runs*: as many steps of the same branches as none of them is done before. Only when no branch is growing are the
 finished ones run once more, over their last draft: then all fork points of the next round are known before its outcome
 is. A run may be launched ahead of what is taken of it (`DeviceSteps`); whoever changes the branches settles it first.
+
+A draft model that drafts in parallel grows a branch in a single step, over masks in the places of drafts, and has no
+finished branches: a round is one step with the spines, and one of the branches that fork from them.
 """
 
 from __future__ import annotations
@@ -61,8 +64,8 @@ class Runner(Protocol):
         """Do all at once that later steps would wait for; how many sizes of batches were captured."""
         ...
 
-    def carries(self, num_rows: int, num_requests: int, spine_tokens: int = 0) -> bool:
-        """Whether it takes steps of so many branches and spine tokens, of so many requests.
+    def carries(self, num_tokens: int, num_requests: int, spine_tokens: int = 0) -> bool:
+        """Whether it takes steps of so many tokens, of so many requests.
 
         spine_tokens: most of one request.
         """
@@ -71,16 +74,17 @@ class Runner(Protocol):
     def forward(
         self, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray, fan_out: np.ndarray | None
     ) -> tuple[StepTokens, Draw]:
-        """Forward the next n tokens of each (sequence, n) of `spines` and one of each branch in `rows`, and draw.
+        """Forward the next n tokens of each (sequence, n) of `spines` and those of each branch in `rows`, and draw.
 
-        The first draws belong to the spine logits. fan_out [m] int64, of `rows`.
+        The first draws belong to the spine logits. fan_out [m] int64, of the branch tokens.
         """
         ...
 
     def start(self, rows: np.ndarray, num_steps: int, fan_out: np.ndarray | None) -> Run:
         """Begin `num_steps` of the branches in `rows` [n]; until the run is done, nothing may be asked of the pages.
 
-        fan_out [num_steps, n] int64: how many of the likeliest tokens of each step are down-weighted; None for none.
+        fan_out [num_steps, m] int64: how many of the likeliest tokens after each branch token of each step are
+        down-weighted; None for none.
         """
         ...
 
@@ -101,10 +105,11 @@ class EagerRunner:
     def warm_up(self) -> int:
         """As `Runner.warm_up`: what the model captures."""
         branches = self._branches
-        most = branches.max_num_seqs * (branches.per_request + branches.num_speculative_tokens + 1)
+        per_request = branches.per_request * branches.tokens_per_step + branches.num_speculative_tokens + 1
+        most = branches.max_num_seqs * per_request
         return self._model.warm_up(row_sizes(min(most, MAX_ROWS)))
 
-    def carries(self, num_rows: int, num_requests: int, spine_tokens: int = 0) -> bool:
+    def carries(self, num_tokens: int, num_requests: int, spine_tokens: int = 0) -> bool:
         """As `Runner.carries`: all of them."""
         return True
 
@@ -113,7 +118,8 @@ class EagerRunner:
     ) -> tuple[StepTokens, Draw]:
         """As `Runner.forward`."""
         tokens = StepTokens.gather(self._branches, spines, rows)
-        temperatures, truncations = self._branches.temperature[rows], self._branches.truncation[rows]
+        token_rows = tokens.token_rows
+        temperatures, truncations = self._branches.temperature[token_rows], self._branches.truncation[token_rows]
         if spines:
             before = tokens.spine_logits
             temperatures = np.array([s.temperature for s, _ in before] + temperatures.tolist(), np.float32)
@@ -159,8 +165,8 @@ class EagerRun:
 class Stepper:
     """Runs one step at a time, and stores what the branches draw.
 
-    runner: for all steps that it carries; eager: for prompts and all others, often the same; max_rows: branches in one
-    step
+    runner: for all steps that it carries; eager: for prompts and all others, often the same; max_rows: tokens of
+    branches in one step
     """
 
     def __init__(
@@ -177,7 +183,7 @@ class Stepper:
         self._runner = runner
         self._budget = budget
         self._down_weights = saguaro_c < 1
-        self._max_rows = max_rows
+        self._max_rows = max(max_rows // branches.tokens_per_step, 1)
         self._run: Run | None = None
         self._is_usual = True  # whether the run is of `runner`, whose steps the budget knows
         self.num_steps = self.num_eager_steps = 0
@@ -239,7 +245,8 @@ class Stepper:
         fan_out = self._predicted(rows, 0, fan_out_after_hit) if self._down_weights else None
         owners = {sequence.slot for sequence, _ in spines}.union(self._branches.owner[rows].tolist())
         num_tokens = [n for _, n in spines]
-        runner = self._choose(sum(num_tokens) + len(rows), len(owners), max(num_tokens))
+        num_row_tokens = len(self._branches.due(rows)[0])
+        runner = self._choose(sum(num_tokens) + num_row_tokens, len(owners), max(num_tokens))
         tokens, draw = runner.forward(spines, rows, fan_out)
         self.num_steps += 1
         self._branches.extend(rows, draw, len(tokens.spine_logits))
@@ -249,30 +256,31 @@ class Stepper:
         """The steps that no branch in `rows` is done before; one more if then all are, and no others wait to finish."""
         branches = self._branches
         missing = branches.num_drafts[rows] - branches.computed[rows]
-        num_steps = max(int(missing.min()), 1)
-        if is_last and (missing == num_steps).all():
+        num_steps = 1 if branches.is_parallel else max(int(missing.min()), 1)
+        if is_last and not branches.is_parallel and (missing == num_steps).all():
             num_steps += 1
         fan_out = None
         if self._down_weights and branches.temperature[rows].any():
             fan_out = np.stack([self._predicted(rows, step, fan_out_after_hit) for step in range(num_steps)])
-        runner = self._choose(len(rows), len(set(branches.owner[rows].tolist())))
+        runner = self._choose(len(branches.due(rows)[0]), len(set(branches.owner[rows].tolist())))
         return runner.start(rows, num_steps, fan_out)
 
-    def _choose(self, num_rows: int, num_requests: int, spine_tokens: int = 0) -> Runner:
+    def _choose(self, num_tokens: int, num_requests: int, spine_tokens: int = 0) -> Runner:
         """Who takes a step, see `Runner.carries`."""
-        self._is_usual = self._runner.carries(num_rows, num_requests, spine_tokens)
+        self._is_usual = self._runner.carries(num_tokens, num_requests, spine_tokens)
         self.num_eager_steps += not self._is_usual
         return self._runner if self._is_usual else self._eager
 
     def _predicted(self, rows: np.ndarray, ahead: int, fan_out_after_hit: FanOutAfterHit) -> np.ndarray:
-        """Bonus tokens that will be predicted where the next token of each branch in `rows` is rejected, [n] int64.
+        """Bonus tokens that will be predicted where a token that a step of `rows` draws is rejected, [m] int64.
 
-        The token is the one drawn now, or so many steps ahead.
+        The token is one drawn now, or so many steps ahead.
         """
         branches = self._branches
-        predicted = np.zeros(len(rows), np.int64)
+        token_rows, places = branches.due(rows)
+        predicted = np.zeros(len(token_rows), np.int64)
         for num_drafts in set(branches.num_drafts[rows].tolist()):
-            alike = branches.num_drafts[rows] == num_drafts
+            alike = branches.num_drafts[token_rows] == num_drafts
             counts = np.array(fan_out_after_hit(num_drafts))
-            predicted[alike] = counts[branches.computed[rows[alike]] + ahead]
+            predicted[alike] = counts[places[alike] + ahead]
         return predicted

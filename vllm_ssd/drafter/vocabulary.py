@@ -166,21 +166,26 @@ def translated(model: PagedModel, vocabulary: VocabularyMap) -> PagedModel:
 class _TranslatedModel:
     """Takes the target's ids, and gives logits over them: -inf where an id is not shared.
 
-    Where no shared id has another one in the draft model, logits are those of the smaller vocabulary, in place.
+    Where no shared id has another one in the draft model, logits are those of the smaller vocabulary, in place. Where
+    ids are translated, the id after the target's last one is the draft model's mask.
     """
 
     def __init__(self, model: PagedModel, vocabulary: VocabularyMap) -> None:
         self._model = model
         self.vocab_size = len(vocabulary.draft_token_ids)
         ids, shared = vocabulary.draft_token_ids, vocabulary.shared
+        self.mask_token_id = model.mask_token_id
         own_ids = np.arange(len(ids))
         self._width = min(len(ids), model.vocab_size)
         self._on_host = ids
         self._table = self._gathered = None
         if not np.array_equal(ids, own_ids):
-            self._table = torch.from_numpy(ids).to(model.device)
+            if model.mask_token_id is not None:
+                self.mask_token_id = len(ids)
+                self._on_host = np.append(ids, np.int32(model.mask_token_id))
+            self._table = torch.from_numpy(self._on_host).to(model.device)
         if not np.array_equal(ids[shared], own_ids[shared]):
-            self._gathered, self._width = self._table, len(ids)
+            self._gathered, self._width = torch.from_numpy(ids).to(model.device), len(ids)
         unshared = np.flatnonzero(~shared[: self._width])
         self._unshared = torch.from_numpy(unshared).to(model.device) if len(unshared) else None
 

@@ -27,6 +27,9 @@ MISS_PRIOR = 8.0
 PUNCTUALITY = 4
 """A depth that takes x times the window is in time with chance x^-4, x over 1: step and window times scatter."""
 
+PARALLEL_STEPS = 2
+"""Steps of a tree whose drafts are drawn in parallel: that of the spines, and that of the branches."""
+
 
 class BranchBudget:
     """Branches for every request, from measured step times t_d(N) = a + b N and the time between outcomes.
@@ -34,10 +37,12 @@ class BranchBudget:
     More branches hit more often but make every step slower, so fewer of the K + 1 steps of a tree are done when the
     outcome arrives. N maximises the expected number of accepted drafts: hit rate p(N) times the survival of the depths
     reached in time, plus 1 - p(N) times the n-gram drafts accepted after a miss (docs/theory.md, Throughput).
+    is_parallel: the drafter draws all drafts of a branch in one step, so a tree takes two, however deep.
     """
 
-    def __init__(self, max_branches: int) -> None:
+    def __init__(self, max_branches: int, is_parallel: bool = False) -> None:
         self._max_branches = max_branches
+        self._is_parallel = is_parallel
         # Decayed sums over steps: 1, N, t, N^2 and N t.
         self._weight = self._n = self._t = self._nn = self._nt = 0.0
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)  # branches and seconds of the last steps
@@ -127,8 +132,13 @@ class BranchBudget:
         return max(range(1, most + 1), key=accepted)
 
     def _timely_drafts(self, step_s: float, survival: Sequence[float]) -> float:
-        """Expected accepted drafts of a hit when a step takes `step_s`; depth j is reached after j + 1 steps."""
+        """Expected accepted drafts of a hit when a step takes `step_s`.
+
+        Depth j is reached after j + 1 steps, or with all others after 2 where they are drawn in parallel.
+        """
         steps = self._window_s / step_s
+        if self._is_parallel:
+            return sum(survival) * min(1.0, (steps / PARALLEL_STEPS) ** PUNCTUALITY)
         return sum(s * min(1.0, (steps / (j + 1)) ** PUNCTUALITY) for j, s in enumerate(survival, start=1))
 
     def _step_cost(self) -> tuple[float, float] | None:

@@ -37,6 +37,9 @@ PAGE_SIZE = 32
 WHO_CAN_DRAFT = (
     "a draft model is a decoder with attention in every layer (full, sliding or chunked; dense or mixture of experts)"
 )
+MASK_KEYS = ("pard_token", "ptd_token_id")
+"""Keys of a draft model's config.json that make it draft in parallel, in vLLM's order. Others that vLLM reads after
+them, such as mask_token_id, are also in models that do not."""
 DEFAULT_BATCH_TOKENS = 2048
 """vLLM's tokens a batch where nobody names a number; it refuses more sequences than that."""
 
@@ -58,6 +61,7 @@ def draft_config(tree_attention: bool, target_max_model_len: int | None, engine_
         args.max_num_batched_tokens = max(args.max_num_batched_tokens or 0, args.max_num_seqs)
     model_config = args.create_model_config()
     refuse_state(model_config)
+    mask_token_id(model_config)
     if model_config.is_multimodal_model:
         args.language_model_only = True  # drafts are text: leave vision and audio out of memory
     if args.max_model_len is None and target_max_model_len is not None:  # no request will be longer
@@ -75,11 +79,16 @@ class DraftModel:
         tree_attention: bool = False,
         target_max_model_len: int | None = None,
         num_branches: int = 0,
+        num_drafts: int = 1,
         **engine_args,
     ) -> None:
         self.vllm_config = draft_config(tree_attention, target_max_model_len, engine_args)
         config = self.vllm_config.model_config
         self.vocab_size, self.dtype = config.get_vocab_size(), config.dtype
+        self.mask_token_id = mask_token_id(config)
+        if self.mask_token_id is not None:
+            num_branches *= num_drafts  # a step has logits for all of them
+            logger.info("SSD: the draft model drafts in parallel, with token %d for masks", self.mask_token_id)
         rows = min(num_branches, max_rows(self.vocab_size, self.dtype))
         self.logit_bytes = rows * bytes_a_row(self.vocab_size, self.dtype)
         if self.vllm_config.device_config.device_type == "cpu":
@@ -244,6 +253,26 @@ def refuse_state(model_config: ModelConfig) -> None:
     if what is not None:
         name = f"{model_config.model} ({model_config.architecture})"
         raise UnsupportedDraftModel(f"the draft model {name} {what}, so it cannot draft; {WHO_CAN_DRAFT}")
+
+
+def mask_token_id(model_config: ModelConfig) -> int | None:
+    """The token that a model which drafts in parallel (PARD) was trained to draft in place of; None of any other model.
+
+    Raises UnsupportedDraftModel for one that the model has no embedding of.
+    """
+    config = model_config.hf_config
+    for key in MASK_KEYS:
+        token_id = getattr(config, key, None)
+        if token_id is None:
+            continue
+        size = model_config.get_vocab_size()
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < size:
+            raise UnsupportedDraftModel(
+                f"the draft model {model_config.model} cannot draft in parallel: its config.json has {key} = "
+                f"{token_id!r}, which is none of its {size} token ids"
+            )
+        return token_id
+    return None
 
 
 def _runner_of(core: EngineCore) -> Any:

@@ -59,7 +59,8 @@ class PagedModel(Protocol):
     """A causal language model whose KV pages are the caller's to assign.
 
     tree_attention: whether `forward` takes a `TreeBatch`, too, and pages are copied by `copy_slots`, not `copy_pages`.
-    dtype: of activations and KV.
+    dtype: of activations and KV. mask_token_id: stands for a draft that is not known yet, in a model that drafts in
+    parallel; None in any other.
     """
 
     tree_attention: bool
@@ -69,6 +70,7 @@ class PagedModel(Protocol):
     num_pages: int
     dtype: torch.dtype
     device: torch.device
+    mask_token_id: int | None
 
     def warm_up(self, sizes: Sequence[int]) -> int:
         """Capture forwards of a `ForwardBatch` of up to so many tokens; of how many sizes, 0 where none is replayed."""

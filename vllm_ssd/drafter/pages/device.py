@@ -214,7 +214,7 @@ class DevicePages(SpinePages):
     def batch(self, tokens: StepTokens) -> TreeBatch:
         """The forward of `tokens`, before which everything asked for is carried out."""
         self.carry_out()
-        branches, spines, rows = self._branches, tokens.spines, tokens.rows
+        branches, spines, rows = self._branches, tokens.spines, tokens.token_rows
         to_device, size = self._to_device, self.page_size
         num_spine_tokens = len(tokens.positions) - len(rows)
         slots = np.concatenate(

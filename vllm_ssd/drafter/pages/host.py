@@ -73,15 +73,17 @@ class HostPages(SpinePages):
         if self._copies:
             self._model.copy_pages(list(self._copies.values()), list(self._copies))
             self._copies.clear()
-        spines, rows, size = tokens.spines, tokens.rows, self.page_size
-        num_spine_tokens = len(tokens.positions) - len(rows)
+        spines, rows, token_rows, size = tokens.spines, tokens.rows, tokens.token_rows, self.page_size
+        num_spine_tokens = len(tokens.positions) - len(token_rows)
         query_lens = np.array([n for _, n in spines], np.int64)
+        row_lens = np.diff(np.append(np.flatnonzero(np.diff(token_rows, prepend=-1)), len(token_rows)))
         slots = np.array([s.slot for s, _ in spines], np.int64)
         spine_pages = self.tables[np.repeat(slots, query_lens), tokens.positions[:num_spine_tokens] // size]
         row_positions = tokens.positions[num_spine_tokens:]
         first_page = self._branches.base[rows] // size
         own_pages = self.branch_pages[rows]
-        row_pages = own_pages[np.arange(len(rows)), row_positions // size - first_page]
+        row_pages = self.branch_pages[token_rows, row_positions // size - self._branches.base[token_rows] // size]
+        row_ends = row_positions[np.cumsum(row_lens) - 1] + 1
 
         width = int(tokens.positions.max()) // size + own_pages.shape[1]
         page_tables = np.ascontiguousarray(self.tables[np.concatenate([slots, self._branches.owner[rows]]), :width])
@@ -92,10 +94,8 @@ class HostPages(SpinePages):
             token_ids=tokens.token_ids,
             positions=tokens.positions,
             slots=pages * size + tokens.positions % size,
-            query_start_loc=np.concatenate(
-                [[0], np.cumsum(query_lens), num_spine_tokens + 1 + np.arange(len(rows))]
-            ).astype(np.int32),
-            seq_lens=np.array([s.computed + n for s, n in spines] + (row_positions + 1).tolist(), np.int32),
+            query_start_loc=np.cumsum([0, *query_lens, *row_lens]).astype(np.int32),
+            seq_lens=np.array([s.computed + n for s, n in spines] + row_ends.tolist(), np.int32),
             page_tables=page_tables,
             logit_indices=tokens.logit_indices,
         )
