@@ -83,7 +83,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden, keys, bias=False)
         self.o_proj = nn.Linear(queries, shape.hidden, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache=None, start: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache=None, start: int = 0, seen: Tensor | None = None
+    ) -> Tensor:
         batch, length, _ = x.shape
         q, k, v = (
             projection(x).view(batch, length, -1, self.shape.head_dim).transpose(1, 2)
@@ -97,7 +99,7 @@ class Attention(nn.Module):
             k, v = keys[:, :, : start + length], values[:, :, : start + length]
         groups = self.shape.heads // self.shape.kv_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=start == 0 and seen is None)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -124,8 +126,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden)
         self.mlp = MLP(shape)
 
-    def forward(self, x: Tensor, rotation, cache=None, start: int = 0) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, cache, start)
+    def forward(self, x: Tensor, rotation, cache=None, start: int = 0, seen: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, cache, start, seen)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -159,12 +161,22 @@ class Llama(nn.Module):
             elif weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02 if "embed" in name else shape.hidden**-0.5)
 
-    def forward(self, tokens: Tensor, cache=None, start: int = 0) -> Tensor:
-        end = start + tokens.shape[1]
-        rotation = self.cos[start:end], self.sin[start:end]
+    def forward(
+        self,
+        tokens: Tensor,
+        cache=None,
+        start: int = 0,
+        positions: Tensor | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """Logits after `tokens` [B, T]; they follow each other from `start` on unless `positions` [T] are given, with
+        which tokens each may look at in `seen` [T, T] bool."""
+        if positions is None:
+            positions = torch.arange(start, start + tokens.shape[1])
+        rotation = self.cos[positions], self.sin[positions]
         x = self.model.embed_tokens(tokens)
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, rotation, None if cache is None else cache[i], start)
+            x = layer(x, rotation, None if cache is None else cache[i], start, seen)
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
 
     def new_cache(self, batch: int, length: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -198,7 +210,13 @@ def continue_text(model: Llama, prompts: Tensor, length: int, temperature: Tenso
 
 
 def save_pair(out: Path, tokenizer: Tokenizer, target: Llama, drafter: Llama) -> None:
-    """Write both checkpoints with their tokenizer, each weight file replaced in one move."""
+    """Write both checkpoints with their tokenizer."""
+    for name, model in (("target", target), ("drafter", drafter)):
+        save_model(out / name, tokenizer, model)
+
+
+def save_model(folder: Path, tokenizer: Tokenizer, model: Llama, **keys: int | str) -> None:
+    """Write one checkpoint with its tokenizer and further `keys` of its config.json, the weights in one move."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
@@ -206,16 +224,14 @@ def save_pair(out: Path, tokenizer: Tokenizer, target: Llama, drafter: Llama) ->
         "model_max_length": MAX_POSITIONS,
         "clean_up_tokenization_spaces": False,
     }
-    for name, model in (("target", target), ("drafter", drafter)):
-        folder = out / name
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        (folder / "config.json").write_text(json.dumps(model.shape.config(), indent=2) + "\n")
-        weights = {key: value.detach().bfloat16().contiguous() for key, value in model.state_dict().items()}
-        save_file(weights, folder / "model.safetensors.part", {"format": "pt"})
-        (folder / "model.safetensors.part").chmod(0o644)
-        os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(model.shape.config() | keys, indent=2) + "\n")
+    weights = {key: value.detach().bfloat16().contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors.part", {"format": "pt"})
+    (folder / "model.safetensors.part").chmod(0o644)
+    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
 
 
 def load_saved(folder: Path, shape: Shape) -> Llama:

@@ -5,9 +5,13 @@ target's distribution from the same forward pass. A last phase freezes the targe
 drafter further, half on corpus text and half on the target's own continuations.
 
     python scripts/train_pair.py --minutes 30
+
+`--parallel` fine-tunes that drafter into one that drafts in parallel, with masks in the places of drafts (PARD), and
+keeps it beside the pair. Repeated, it goes on with what it has written.
 """
 
 import argparse
+import json
 import random
 import time
 from pathlib import Path
@@ -15,7 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from pair_corpus import Windows, encode, read_sources, train_tokenizer
-from pair_model import DRAFTER, TARGET, Llama, continue_text, load_pair, save_pair
+from pair_model import DRAFTER, TARGET, Llama, continue_text, load_pair, load_saved, save_model, save_pair
+from pair_parallel import MASKS, Layout, accepted_by_drafts, mask_token, parallel_loss
 from pair_report import PROMPT, WINDOW, on_own_continuations, teacher_forced, write_readme
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -27,6 +32,9 @@ DISTILLATION_RATE = 0.35  # share of the peak learning rates at which distillati
 SHORT_WINDOW = 256  # attention over short windows is cheaper: co-training begins on them
 SHORT_WINDOWS_UNTIL = 0.65  # of co-training
 CONTINUATION = SHORT_WINDOW  # tokens of one self-generated row, prompt included
+GROUPS = 20  # of masks in one row
+PARALLEL_RATE = 0.7  # share of the peak learning rates at which fine-tuning with masks starts
+REPORTED_DRAFTS = (2, 4, 5, 8, 10)
 
 
 def co_training_loss(target: Llama, drafter: Llama, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,6 +169,43 @@ def distil(args: argparse.Namespace, target: Llama, drafter: Llama, corpus: Tens
     return clock
 
 
+def fine_tune(args: argparse.Namespace, target: Llama, drafter: Llama, mask: int, corpus: Tensor) -> Clock:
+    """Train the drafter on the frozen target with masks, over corpus text and the target's own continuations."""
+    windows, prompts = Windows(corpus, CONTINUATION, args.seed + 4), Windows(corpus, PROMPT, args.seed + 5)
+    temperature = torch.tensor([0.0, 0.0, 0.8]).repeat(args.rows)[: args.rows]
+    own: list[Tensor] = []
+    made = optimizers(drafter)
+    clock = Clock(args.minutes, args.distillation_steps)
+    while (progress := clock.progress()) < 1:
+        if clock.step % 24 == 0 and (not own or progress < 0.9):
+            own = own[-5 * args.rows :] + list(
+                continue_text(target, prompts.batch(args.rows), CONTINUATION, temperature)
+            )
+        num_windows = args.batch // 4
+        chosen = torch.stack(random.sample(own, args.batch - num_windows))
+        tokens = torch.cat([windows.batch(num_windows), chosen])
+        anchors = torch.randperm(CONTINUATION - MASKS - 1)[:GROUPS]
+        loss = parallel_loss(target, drafter, tokens, Layout(CONTINUATION, anchors, mask))
+        loss.backward()
+        update(made, PARALLEL_RATE * min(1 - progress, clock.step / 20 + 0.05))
+        clock.step += 1
+        if clock.step % 20 == 0:
+            report(clock, f"fine-tuning {loss:.3f}")
+    return clock
+
+
+def make_parallel(args: argparse.Namespace, tokenizer: Tokenizer, corpus: Tensor, held_out: Tensor) -> None:
+    """Fine-tune the drafter in --out, or what an earlier run made of it, and write it to its own folder there."""
+    folder, mask = args.out / "parallel", mask_token(tokenizer)
+    target, sequential = load_pair(args.out)
+    drafter = load_saved(folder if folder.exists() else args.out / "drafter", DRAFTER)
+    clock = fine_tune(args, target, drafter, mask, corpus)
+    save_model(folder, tokenizer, drafter, pard_token=mask, spd_type="pard")
+    drafters = {"sequential": (sequential, None), "parallel": (load_saved(folder, DRAFTER), mask)}
+    accepted = accepted_by_drafts(target, drafters, held_out, REPORTED_DRAFTS)
+    report(clock, f"accepted by drafts per round {json.dumps(accepted)}")
+
+
 def report(clock: Clock, line: str) -> None:
     """Print one line of progress."""
     print(f"[{clock.elapsed():6.0f}s step {clock.step}] {line}", flush=True)
@@ -174,6 +219,7 @@ def main() -> None:
     parser.add_argument("--co-training-steps", type=int, help="follow this step count rather than the clock")
     parser.add_argument("--distillation-steps", type=int, help="follow this step count rather than the clock")
     parser.add_argument("--distil-only", action="store_true", help="keep the target in --out, go on with its drafter")
+    parser.add_argument("--parallel", action="store_true", help="fine-tune the drafter in --out with masks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8, help="windows of 512 tokens per step")
     parser.add_argument("--rows", type=int, default=64, help="continuations generated at a time")
@@ -184,10 +230,16 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     training, held_out_texts = read_sources(args.seed)
-    tokenizer = train_tokenizer(training)
+    if args.parallel:
+        tokenizer = Tokenizer.from_file(str(args.out / "drafter" / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(training)
     corpus, held_out = encode(tokenizer, training), encode(tokenizer, held_out_texts)
     print(f"{len(corpus)} training and {len(held_out)} held-out tokens", flush=True)
 
+    if args.parallel:
+        make_parallel(args, tokenizer, corpus, held_out)
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     history = args.out / "history.txt"
     if args.distil_only:

@@ -33,6 +33,18 @@ def test_more_branches_reach_less_depth():
     assert branches(1e-3, 0.05e-3, window_s=10e-3, num_requests=4) <= 7, "requests share a step"
 
 
+@pytest.mark.parametrize("num_drafts", [3, 16])
+def test_a_parallel_drafter_needs_two_steps_whatever_the_depth(num_drafts):
+    """Of 1 ms and 0.2 ms a branch: 3.6 ms hold one over the spine and one over 24 branches would not, over 7 does."""
+    budget, depths = BranchBudget(24, is_parallel=True), [0.95**j for j in range(1, num_drafts + 1)]
+    for i in range(40):
+        n = 1 + i % 24
+        budget.observe_step(n, 1e-3 + 0.2e-3 * n)
+        budget.observe_window(3.6e-3)
+    numbers = [budget.branches(num_drafts, 1, HIT_CHANCES, depths) for _ in range(4)]
+    assert set(numbers) == {7}
+
+
 @given(st.floats(1e-4, 1e-2), st.floats(1e-6, 1e-3), st.floats(1e-4, 0.1), st.integers(1, 8))
 def test_a_longer_window_never_takes_branches_away(fixed_s, per_branch_s, window_s, num_requests):
     few = branches(fixed_s, per_branch_s, window_s, num_requests)

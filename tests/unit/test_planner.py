@@ -116,6 +116,30 @@ def test_invalid_profiles_are_rejected_with_a_message(change, message):
         Profile.from_json(json.dumps(values))
 
 
+def test_a_drafter_with_a_mask_token_is_planned_as_a_parallel_one():
+    config = {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    }
+    target, plain = Shape.of_size(70e9), Shape.from_config(config)
+    parallel = Shape.from_config(config | {"pard_token": 5})
+    assert parallel == dataclasses.replace(plain, parallel=True)
+    assert not Shape.from_config(config | {"pard_token": None, "mask_token_id": 5}).parallel
+    sequential, at_once = (guess_profile(target, shape, DEVICES["H100"], 4, 0.8) for shape in (plain, parallel))
+    depths = [plan(profile, drafts=range(1, 13)).ssd.num_drafts for profile in (sequential, at_once)]
+    assert depths[0] < depths[1], "two steps hide behind a round, however deep"
+    setting = Setting(1, 12, 52, "skip")
+    late, in_time = (predict_ssd(p, p.acceptance[0], setting) for p in (sequential, at_once))
+    assert in_time.tokens_per_s > 1.1 * late.tokens_per_s
+    stock = [predict_sd(p, p.acceptance[0], 1, 10).round_s for p in (sequential, at_once)]
+    assert stock[0] - stock[1] > 8 * sequential.costs.sync_step_s(1)
+
+
 # ---- predictions -----------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from fake_model import FakePagedModel
 
 from vllm_ssd.compat.target.measure import ConstantDrafts
 from vllm_ssd.drafter.trace import TRACE_ENV, TracedFanOut
-from vllm_ssd.planning import engine_host, measure
+from vllm_ssd.planning import Profile, engine_host, measure
 from vllm_ssd.planning.measure import EngineFailed, Profiler, Subject
 from vllm_ssd.planning.worker import STEP_TREES, Decode, DrafterEngine, Steps, Task
 from vllm_ssd.policy import FanOut
@@ -20,6 +20,7 @@ class FakeEngine:
 
     started: list[Task] = []
     running = 0
+    is_parallel = False
 
     def __init__(self, task: Task, log: Path, idle_stop: bool) -> None:
         self.task, self.placement = task, None
@@ -27,6 +28,8 @@ class FakeEngine:
         FakeEngine.running += 1
         if task.method == "ssd":
             self.placement = {"engine_args": {"model": "drafter"}, "cpus": (1,), "environment": {"OMP": "1"}}
+        if task.method == "steps":
+            self.placement = {"parallel": FakeEngine.is_parallel}
 
     def ask(self, request: Decode | Steps) -> list[float]:
         if isinstance(request, Steps):
@@ -76,6 +79,16 @@ def test_measurements_become_a_profile(fake, tmp_path, together):
     assert profile.acceptance[0].undrafted[0] == 1.0 and profile.acceptance[0].after_hit[0] > 0.9
     profiler.write_trace(tmp_path / "copy.jsonl")
     assert len((tmp_path / "copy.jsonl").read_text().splitlines()) == 160 * SUBJECT.prompts_a_turn
+
+
+def test_a_parallel_drafter_is_profiled_as_one(fake, tmp_path, monkeypatch):
+    """Its steps were measured with four drafts a branch: one of eight takes as long as one over twice the branches."""
+    monkeypatch.setattr(fake, "is_parallel", True)
+    with Profiler(SUBJECT, tmp_path, False) as profiler:
+        profiler.run(2)
+    costs = Profile.from_json(profiler.profile().to_json()).costs
+    assert costs.parallel == 4 and [costs.steps(k) for k in (0, 1, 8)] == [0, 1, 1]
+    assert costs.draft_step_s(24) == costs.draft_step_s(24, 4) == costs.draft_step_s(12, 8) == pytest.approx(0.0032)
 
 
 def test_engines_get_what_they_need(fake, tmp_path):

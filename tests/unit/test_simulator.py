@@ -21,6 +21,7 @@ from vllm_ssd.planning import (
     predict_ssd,
 )
 from vllm_ssd.planning import published as paper
+from vllm_ssd.planning.predict import Fallback
 
 COSTS = Costs(
     verify=((1, 1, 0.0102), (1, 4, 0.0108), (1, 9, 0.0118), (8, 1, 0.012), (8, 4, 0.015), (8, 9, 0.02)),
@@ -57,14 +58,40 @@ def test_runs_with_the_same_seed_are_identical():
 )
 def test_predictions_agree_with_the_simulation(batch_size, num_drafts, num_drafters, on_miss):
     """The planner's fixed point against the simulated protocol with the policies that serve."""
+    check_prediction(COSTS, batch_size, num_drafts, num_drafters, on_miss)
+
+
+@pytest.mark.parametrize("on_miss", ["skip", "auto", "wait"])
+@pytest.mark.parametrize(
+    ("batch_size", "num_drafts", "step_s"), [(1, 5, 1e-3), (1, 12, 3e-3), (1, 8, 4e-3), (8, 5, 2e-3)]
+)
+def test_predictions_of_a_parallel_drafter_agree_with_the_simulation(batch_size, num_drafts, step_s, on_miss):
+    """A round of it takes two steps, however many drafts: those of 4 ms fit, of which 13 in a row would not."""
+    simulated = check_prediction(parallel_costs(step_s), batch_size, num_drafts, 1, on_miss)
+    assert simulated.late < 0.02 * simulated.row_rounds
+
+
+def test_a_parallel_drafter_of_long_steps_is_late():
+    simulated = check_prediction(parallel_costs(9e-3), 1, 8, 1, "skip")
+    assert simulated.late > 0.9 * simulated.row_rounds
+
+
+def parallel_costs(step_s: float) -> Costs:
+    """Costs of a drafter whose steps over one branch of eight drafts take so long."""
+    steps = tuple((n, step_s * factor) for n, factor in ((1.0, 1.0), (48.0, 1.4), (384.0, 4.0)))
+    return dataclasses.replace(COSTS, draft_step=steps, parallel=8)
+
+
+def check_prediction(costs: Costs, batch_size: int, num_drafts: int, num_drafters: int, on_miss: Fallback) -> Report:
     budget = 4 * (num_drafts + 1)
     predicted = predict_ssd(
-        Profile("t", "d", COSTS, (LAW,)), LAW, Setting(batch_size, num_drafts, budget, on_miss, num_drafters)
+        Profile("t", "d", costs, (LAW,)), LAW, Setting(batch_size, num_drafts, budget, on_miss, num_drafters)
     )
     scenario = Scenario(num_drafts=num_drafts, branch_budget=budget, on_miss=on_miss, num_drafters=num_drafters)
-    simulated = simulate(COSTS, LAW, scenario, Workload(batch_size, 6 * batch_size, 400))
+    simulated = simulate(costs, LAW, scenario, Workload(batch_size, 6 * batch_size, 400))
     assert predicted.tokens_per_s == pytest.approx(simulated.tokens_per_s, rel=0.06)
     assert predicted.hit_rate == pytest.approx(simulated.hit_rate, abs=0.05)
+    return simulated
 
 
 # ---- published numbers -----------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ class Profiler:
         self._subject, self._folder, self._together = subject, folder, together
         self._trace = folder / "trace.jsonl"
         self._placement: dict[str, Any] = {}
+        self._is_parallel = False
         self._engines: dict[str, Engine] = {}
         self._stack = ExitStack()
         self._verify: dict[tuple[int, int], list[list[float]]] = {}
@@ -135,6 +136,8 @@ class Profiler:
         try:
             if method == "ssd":
                 self._placement = engine.placement
+            elif method == "steps":
+                self._is_parallel = engine.placement["parallel"]
             self._warm_up(method, engine)
             yield engine
         finally:
@@ -195,7 +198,7 @@ class Profiler:
         elif method == "steps":
             for branches in BRANCHES:
                 rows = -(-branches // MAX_BRANCHES_PER_ROW)
-                request = Steps(rows, branches // rows, max(subject.max_drafts, 4))
+                request = Steps(rows, branches // rows, self._step_drafts)
                 self._steps.setdefault(branches, []).append(fmean(engine.ask(request)))
         elif method == "stock":
             for batch_size in subject.batch_sizes:
@@ -206,6 +209,11 @@ class Profiler:
                 for num_drafts in draft_grid(subject.max_drafts):
                     seconds = engine.ask(Decode([_prompt(num_drafts)] * batch_size, COST_TOKENS))
                     self._verify.setdefault((batch_size, 1 + num_drafts), []).append(seconds)
+
+    @property
+    def _step_drafts(self) -> int:
+        """Drafts of the trees whose steps are measured."""
+        return max(self._subject.max_drafts, 4)
 
     def profile(self) -> Profile:
         """The profile of all measurements so far."""
@@ -238,6 +246,7 @@ class Profiler:
                 slowdown=slowdown,
                 spread=costs.spread,
                 error=costs.error,
+                parallel=self._step_drafts if self._is_parallel else 0,
             ),
             acceptance=tuple(
                 Acceptance.from_rounds(of_temperature, subject.max_drafts, temperature, factor if temperature else 1.0)

@@ -74,9 +74,12 @@ def predict_plain(profile: Profile, batch_size: int) -> Prediction:
 
 
 def predict_sd(profile: Profile, acceptance: Acceptance, batch_size: int, num_drafts: int) -> Prediction:
-    """Stock speculation, drafting on the target's devices: b E(K) / (T_v(b, K + 1) + K t_s(b))."""
+    """Stock speculation, drafting on the target's devices: b E(K) / (T_v(b, K + 1) + K t_s(b)).
+
+    A parallel drafter takes one t_s(b), whatever K is.
+    """
     costs = profile.costs
-    round_s = costs.verify_s(batch_size, 1 + num_drafts) + num_drafts * costs.sync_step_s(batch_size)
+    round_s = costs.verify_s(batch_size, 1 + num_drafts) + costs.steps(num_drafts) * costs.sync_step_s(batch_size)
     probs = acceptance.accept_probs(num_drafts, after_hit=True)
     tokens = 1 + sum(k * prob for k, prob in enumerate(probs))
     error = _error(costs, acceptance, probs, tokens)
@@ -131,16 +134,23 @@ class _Reach:
     def __init__(
         self, costs: Costs, setting: Setting, rows: int, branches: int, round_s: float, hit_rate: float
     ) -> None:
-        self._step_s = costs.draft_step_s(branches)
-        self._alone_s = costs.draft_step_s(1) if rows == 1 else self._step_s
+        self._step_s = costs.draft_step_s(branches, setting.num_drafts)
+        self._alone_s = costs.draft_step_s(1, setting.num_drafts) if rows == 1 else self._step_s
+        self._steps_of = costs.steps
         self._window_s = round_s - costs.handover_s - costs.latency_s
         self._scatter_s = max(costs.spread * round_s, 1e-9)
         self._max_depth = setting.num_drafts
         # Chance that the tree was complete at the outcome, along with one more step, which finds the candidates of the
         # next round's last fork point. A tree that had to wait for its own last fork point needs another step.
-        at_once, later = (self._chance_in_time((setting.num_drafts + n) * self._step_s, busy=0.0) for n in (1, 2))
+        num_steps = costs.steps(setting.num_drafts)
+        at_once, later = (self._chance_in_time((num_steps + n) * self._step_s, busy=0.0) for n in (1, 2))
         self.finished = later / max(1 - hit_rate * (at_once - later), 1e-9)
         self.depths = [self._depths(0.0), self._depths(self._step_s), self._depths(self._alone_s)]
+        self.parallel = bool(costs.parallel)
+        if self.parallel:  # all forks but the first wait for a step of the spines
+            spines_s = costs.draft_step_s(rows, setting.num_drafts)
+            self.finished = self._chance_in_time(spines_s + self._step_s, busy=0.0)
+            self.depths = [self._depths(spines_s - self._step_s), *[self._depths(spines_s)] * 2]
 
     def _chance_in_time(self, needed_s: float, busy: float) -> float:
         """Chance that `needed_s` of steps fit into the window; busy: chance that a step is still running."""
@@ -152,7 +162,10 @@ class _Reach:
         busy = 1 - self.finished
         at_least = [
             1.0,
-            *(self._chance_in_time(delay_s + j * self._step_s, busy) for j in range(1, self._max_depth + 1)),
+            *(
+                self._chance_in_time(delay_s + self._steps_of(j) * self._step_s, busy)
+                for j in range(1, self._max_depth + 1)
+            ),
             0.0,
         ]
         return [more - fewer for more, fewer in pairwise(at_least)]
@@ -203,8 +216,7 @@ class _Chain:
         rate = setting.batch_size * self.tokens / round_s
         self._jit, mean_s = [0], 0.0
         for missed in range(1, setting.batch_size + 1):
-            step_s = costs.draft_step_s(-(-missed // setting.num_drafters))
-            first_s = costs.latency_s + 0.5 * step_s
+            step_s, first_s = jit_costs(costs, -(-missed // setting.num_drafters), setting.num_drafts)
             drafts = 0
             if setting.on_miss == "wait" and not setting.padded:
                 drafts = setting.num_drafts
@@ -232,8 +244,13 @@ class _Chain:
         return found, missed + late, late
 
     def _depths(self, m: int, k: int, reach: _Reach) -> list[float]:
-        """Distribution of the depth of a hit; after full acceptance the last draft may have to be forwarded first."""
+        """Distribution of the depth of a hit; after full acceptance the last draft may have to be forwarded first.
+
+        Drafts that were drawn in parallel have to be forwarded all.
+        """
         at_once, one_step_later, after_a_token = reach.depths
+        if reach.parallel:
+            return one_step_later if k or not m else at_once
         if k < m:
             return at_once
         if not m:
@@ -267,12 +284,19 @@ class _Chain:
         return self._counts[key]
 
 
+def jit_costs(costs: Costs, branches: int, num_drafts: int) -> tuple[float, float]:
+    """Seconds that each just-in-time draft of `branches` takes, and those before the first."""
+    step_s = costs.draft_step_s(branches, num_drafts)
+    first_s = costs.latency_s + 0.5 * step_s
+    return (0.0, first_s + 2 * step_s) if costs.parallel else (step_s, first_s)
+
+
 def _branches(costs: Costs, setting: Setting, rows: int, round_s: float, chain: _Chain) -> int:
     """Branches per request that the drafter's own budget decides on from these step and round times."""
-    budget = BranchBudget(rows * setting.branch_budget)
+    budget = BranchBudget(rows * setting.branch_budget, bool(costs.parallel))
     for i in range(16):
         branches = max(1, rows * setting.branch_budget * (1 + i % 4) // 4)
-        budget.observe_step(branches, costs.draft_step_s(branches))
+        budget.observe_step(branches, costs.draft_step_s(branches, setting.num_drafts))
     budget.observe_window(round_s)
     return budget.branches(setting.num_drafts, rows, chain.hit_chances, chain.survival)
 

@@ -22,6 +22,8 @@ TRAINING_TOKENS = 1.5e13
 """Tokens a model is assumed to be trained on."""
 CONTEXT_TOKENS = 1024
 """Tokens of context whose KV cache each row reads."""
+PARALLEL_DRAFTS = 8
+"""Drafts for which the steps of a drafter that draws them in parallel are guessed."""
 DRAFTER_SIZES = (0.03e9, 0.06e9, 0.125e9, 0.25e9, 0.5e9, 1e9, 2e9, 4e9, 8e9)
 """Parameters of the drafters that `drafter_size_prior` compares."""
 
@@ -50,7 +52,7 @@ class Shape:
     """Size of a decoder.
 
     weights, active: parameters in total and used by one token; kv_per_token: key and value elements per token, in all
-    layers.
+    layers. parallel: it was trained to draw all drafts of a branch in one step, over masks.
     """
 
     weights: float
@@ -58,10 +60,12 @@ class Shape:
     layers: int
     kv_per_token: float = 0.0
     bytes_per_weight: float = 2.0
+    parallel: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Shape:
         """Size of a dense or mixture-of-experts decoder from its config.json; ValueError for other models."""
+        parallel = any(config.get(key) is not None for key in ("pard_token", "ptd_token_id"))
         config = config.get("text_config", config)
         try:
             hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
@@ -80,6 +84,7 @@ class Shape:
             active=layers * (attention + used * mlp) + vocab * hidden,
             layers=layers,
             kv_per_token=2 * layers * kv_heads * head,
+            parallel=parallel,
         )
 
     @classmethod
@@ -104,8 +109,10 @@ def guess_costs(
     """Costs of a target on `target_devices` devices and a drafter on one more."""
     verify = [(b, m, forward_s(target, device, target_devices, b * m, b)) for b in rows for m in (1, 2, 4, 8, 16)]
     # The branches of a request read their trunk's KV once: negligible.
-    step = [(float(n), forward_s(drafter, device, 1, n, 0)) for n in (1, 16, 64, 256, 1024, 4096)]
-    return Costs(tuple(verify), tuple(step), handover_s=2e-4, latency_s=2e-4)
+    drafts = PARALLEL_DRAFTS if drafter.parallel else 1
+    step = [(float(n), forward_s(drafter, device, 1, n * drafts, 0)) for n in (1, 16, 64, 256, 1024, 4096)]
+    parallel = drafts if drafter.parallel else 0
+    return Costs(tuple(verify), tuple(step), handover_s=2e-4, latency_s=2e-4, parallel=parallel)
 
 
 def perplexity(parameters: float, training_tokens: float = TRAINING_TOKENS) -> float:

@@ -28,7 +28,8 @@ class Costs:
     one step on a drafter; sync_step: (rows, seconds) of one draft step on the target's own devices (default:
     draft_step); handover_s: host time that SSD adds to a round; latency_s: from an outcome to the drafter's next step
     plus from a push to the target; slowdown: factor on a target round while a drafter computes; spread: relative
-    standard deviation of a round's duration; error: relative error of the mean durations.
+    standard deviation of a round's duration; error: relative error of the mean durations. parallel: drafts that a step
+    of draft_step drew for each branch, of a drafter that draws all in one step; 0 of one that draws one a step.
     """
 
     verify: tuple[tuple[int, int, float], ...]
@@ -39,6 +40,7 @@ class Costs:
     slowdown: float = 1.0
     spread: float = 0.05
     error: float = 0.02
+    parallel: int = 0
 
     def __post_init__(self) -> None:
         if not self.verify or not self.draft_step:
@@ -59,9 +61,15 @@ class Costs:
             return interpolate(points, rows * tokens_per_row / measured)
         return interpolate([(n, interpolate(points, tokens_per_row)) for n, points in by_rows.items()], rows)
 
-    def draft_step_s(self, branches: float) -> float:
-        """Duration of one drafter step over `branches` branches."""
+    def draft_step_s(self, branches: float, num_drafts: int = 0) -> float:
+        """Duration of one drafter step over `branches` branches; num_drafts: that a parallel step draws for each."""
+        if self.parallel and num_drafts:
+            branches *= num_drafts / self.parallel
         return interpolate(self.draft_step, branches)
+
+    def steps(self, num_drafts: int) -> int:
+        """Steps that draw `num_drafts` drafts of a branch."""
+        return min(num_drafts, 1) if self.parallel else num_drafts
 
     def sync_step_s(self, rows: float) -> float:
         """Duration of one draft step on the target's own devices."""

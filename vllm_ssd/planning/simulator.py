@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vllm_ssd.planning.outcomes import Outcomes
-from vllm_ssd.planning.predict import Fallback
+from vllm_ssd.planning.predict import Fallback, jit_costs
 from vllm_ssd.planning.profile import Costs
 from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, Adaptation, BranchBudget, FanOut, jit_drafts
 
@@ -103,7 +103,10 @@ class _Row:
 
 @dataclass(slots=True)
 class _Tree:
-    """The token tree of one row. grown: depth of each fork point; pending: fork points that start one step later."""
+    """The token tree of one row. grown: depth of each fork point; pending: fork points that start one step later.
+
+    parallel: one step draws all drafts of a branch.
+    """
 
     row: _Row
     clock: int
@@ -111,6 +114,7 @@ class _Tree:
     counts: list[int]
     grown: dict[int, int]
     pending: list[int]
+    parallel: bool
     looked_ahead: bool = False  # the candidates of the next round's last fork points are known
 
     def width(self) -> int:
@@ -119,9 +123,9 @@ class _Tree:
         return growing + bool(self.pending)
 
     def step(self) -> None:
-        """Extend every branch by one token."""
+        """Extend every branch by one token, or by all."""
         for k, depth in self.grown.items():
-            self.grown[k] = min(depth + 1, self.num_drafts)
+            self.grown[k] = self.num_drafts if self.parallel else min(depth + 1, self.num_drafts)
         self.grown |= dict.fromkeys(self.pending, 0)
         self.pending = []
 
@@ -134,7 +138,8 @@ class _Drafter:
         self._simulation = simulation
         self.fan_out = FanOut(scenario.num_drafts, scenario.fan_out, scenario.branch_budget)
         per_row = sum(self.fan_out.counts(scenario.num_drafts, True))
-        self._budget = BranchBudget(simulation.workload.batch_size * per_row)
+        self._parallel = bool(simulation.costs.parallel)
+        self._budget = BranchBudget(simulation.workload.batch_size * per_row, self._parallel)
         self._trees: dict[int, _Tree] = {}
         self._decided_s: dict[int, float] = {}
         self.busy = False
@@ -159,8 +164,10 @@ class _Drafter:
         )
         counts = self.fan_out.counts(m, row.after_hit, branches)
         ready = [k for k in range(m + 1) if tree_known and (k < m or looked_ahead)]
+        if self._parallel:  # what may follow the bonus token is known, what may follow drafts is not
+            ready = [0] if tree_known else []
         pending = [k for k in range(m + 1) if k not in ready]
-        self._trees[key] = _Tree(row, row.clock, num_drafts, counts, dict.fromkeys(ready, 0), pending)
+        self._trees[key] = _Tree(row, row.clock, num_drafts, counts, dict.fromkeys(ready, 0), pending, self._parallel)
         row.counts = counts
         if not self.busy:
             self._step()
@@ -169,12 +176,13 @@ class _Drafter:
         trees = [tree for tree in self._trees.values() if tree.width()]
         look_ahead = not trees
         if look_ahead:
-            trees = [tree for tree in self._trees.values() if not tree.looked_ahead]
+            trees = [tree for tree in self._trees.values() if not tree.looked_ahead and not self._parallel]
         width = sum(sum(tree.counts) if look_ahead else tree.width() for tree in trees)
         self.busy = bool(width)
         if not width:
             return
-        seconds = self._simulation.costs.draft_step_s(width) * self._simulation.jitter()
+        num_drafts = self._simulation.scenario.num_drafts
+        seconds = self._simulation.costs.draft_step_s(width, num_drafts) * self._simulation.jitter()
         self._budget.observe_step(width, seconds)
         self._simulation.after(seconds, lambda: self._stepped(trees, look_ahead))
 
@@ -259,12 +267,13 @@ class Simulation:
         verify_s *= self.jitter()
         draft_s = 0.0
         if scenario.method == "sd":
-            draft_s = scenario.num_drafts * costs.sync_step_s(batch_size)
+            draft_s = costs.steps(scenario.num_drafts) * costs.sync_step_s(batch_size)
         elif scenario.method == "ssd" and scenario.protocol == "ask":
             fan_out = self._drafters[0].fan_out
             branches = sum(sum(fan_out.counts(row.num_drafts, row.after_hit)) for row in self._rows)
             share = branches / scenario.num_drafters
-            self._tree_done_s = self.now + scenario.glue_s + scenario.num_drafts * costs.draft_step_s(share)
+            tree_s = costs.steps(scenario.num_drafts) * costs.draft_step_s(share, scenario.num_drafts)
+            self._tree_done_s = self.now + scenario.glue_s + tree_s
         report.rounds += 1
         report.row_rounds += batch_size
         report.drafts += drafts
@@ -346,8 +355,8 @@ class Simulation:
         jit = self._jit_drafts(missed, tokens / seconds) if missed and self._wanted else 0
         wait_s = 0.0
         if jit:
-            step_s = self.costs.draft_step_s(-(-len(missed) // self.scenario.num_drafters))
-            wait_s = min(self.costs.latency_s + (jit + 0.5) * step_s, self.scenario.wait_s)
+            step_s, first_s = self._jit_costs(missed)
+            wait_s = min(first_s + jit * step_s, self.scenario.wait_s)
             self.report.jit_s += wait_s
         waiting = {id(row) for row in missed}
         for row in self._rows:
@@ -366,9 +375,12 @@ class Simulation:
             return self._wanted
         fan_out = self._drafters[0].fan_out
         survival = fan_out.survival(self._wanted, False)
-        step_s = self.costs.draft_step_s(-(-len(missed) // scenario.num_drafters))
-        first_s = self.costs.latency_s + 0.5 * step_s
+        step_s, first_s = self._jit_costs(missed)
         return jit_drafts(len(missed), self._wanted, survival, rate, first_s, step_s, scenario.wait_s)
+
+    def _jit_costs(self, missed: list[_Row]) -> tuple[float, float]:
+        scenario = self.scenario
+        return jit_costs(self.costs, -(-len(missed) // scenario.num_drafters), scenario.num_drafts)
 
     # ---- the ask protocol --------------------------------------------------------------------------------
 
@@ -378,7 +390,8 @@ class Simulation:
         build_s = max(self._tree_done_s - self.now, 0.0)
         jit_s = 0.0
         if missed and scenario.on_miss != "skip":
-            jit_s = scenario.num_drafts * costs.draft_step_s(len(self._rows) / scenario.num_drafters)
+            step_s = costs.draft_step_s(len(self._rows) / scenario.num_drafters, scenario.num_drafts)
+            jit_s = costs.steps(scenario.num_drafts) * step_s
             for row in missed:
                 row.num_drafts = scenario.num_drafts
         self.report.build_s += build_s

@@ -13,6 +13,8 @@ import numpy as np
 
 DRAFTER_PROMPT_TOKENS = 64
 STEP_TREES = 6
+MAX_DRAFTS = 16
+"""The most drafts of a branch: memory for the logits of so many is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,11 @@ class DrafterEngine:
     def __init__(self, engine_args: dict[str, Any]) -> None:
         from vllm_ssd.compat.drafter.draft_model import DraftModel
 
-        self._model = DraftModel(**engine_args)
+        self._model = DraftModel(num_drafts=MAX_DRAFTS, **engine_args)
+
+    def placement(self) -> dict[str, Any]:
+        """Whether the draft model draws all drafts of a branch in one step."""
+        return {"parallel": self._model.mask_token_id is not None}
 
     def run(self, request: Steps) -> list[float]:
         """Mean seconds of a step over all branches, for each of STEP_TREES - 1 trees."""
@@ -150,11 +156,11 @@ class Worker:
     """The host of an engine that is measured, see `engine_host.serve`."""
 
     def start(self, task: Task) -> dict[str, Any] | None:
-        """Start what `task` describes; returns where an SSD engine placed its drafter, see `TargetEngine.placement`."""
+        """Start what `task` describes; returns where an SSD engine placed its drafter, or what a drafter's model is."""
         self._engine: Any = (DrafterEngine if task.method == "steps" else TargetEngine)(task.engine_args)
         gc.collect()
         gc.freeze()
-        return self._engine.placement() if isinstance(self._engine, TargetEngine) else None
+        return self._engine.placement()
 
     def run(self, request: Decode | Steps) -> list[float]:
         """Seconds of the steps that `request` takes."""

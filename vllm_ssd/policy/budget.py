@@ -27,9 +27,6 @@ MISS_PRIOR = 8.0
 PUNCTUALITY = 4
 """A depth that takes x times the window is in time with chance x^-4, x over 1: step and window times scatter."""
 
-PARALLEL_STEPS = 2
-"""Steps of a tree whose drafts are drawn in parallel: that of the spines, and that of the branches."""
-
 
 class BranchBudget:
     """Branches for every request, from measured step times t_d(N) = a + b N and the time between outcomes.
@@ -37,7 +34,7 @@ class BranchBudget:
     More branches hit more often but make every step slower, so fewer of the K + 1 steps of a tree are done when the
     outcome arrives. N maximises the expected number of accepted drafts: hit rate p(N) times the survival of the depths
     reached in time, plus 1 - p(N) times the n-gram drafts accepted after a miss (docs/theory.md, Throughput).
-    is_parallel: the drafter draws all drafts of a branch in one step, so a tree takes two, however deep.
+    is_parallel: the drafter draws all drafts of a branch in one step, after one of the spines.
     """
 
     def __init__(self, max_branches: int, is_parallel: bool = False) -> None:
@@ -125,20 +122,22 @@ class BranchBudget:
         fixed_s, per_branch_s = cost
         after_miss = self._miss_accepted / (self._misses + MISS_PRIOR)
 
+        spines_s = fixed_s + per_branch_s * num_requests
+
         def accepted(n: int) -> float:
-            timely = self._timely_drafts(fixed_s + per_branch_s * n * num_requests, survival)
+            timely = self._timely_drafts(fixed_s + per_branch_s * n * num_requests, spines_s, survival)
             return hit_chances[n] * timely + (1 - hit_chances[n]) * after_miss
 
         return max(range(1, most + 1), key=accepted)
 
-    def _timely_drafts(self, step_s: float, survival: Sequence[float]) -> float:
-        """Expected accepted drafts of a hit when a step takes `step_s`.
+    def _timely_drafts(self, step_s: float, spines_s: float, survival: Sequence[float]) -> float:
+        """Expected accepted drafts of a hit when a step takes `step_s`, and one of the spines alone `spines_s`.
 
-        Depth j is reached after j + 1 steps, or with all others after 2 where they are drawn in parallel.
+        Depth j is reached after j + 1 steps; where drafts are drawn in parallel, all are after one of each.
         """
-        steps = self._window_s / step_s
         if self._is_parallel:
-            return sum(survival) * min(1.0, (steps / PARALLEL_STEPS) ** PUNCTUALITY)
+            return sum(survival) * min(1.0, (self._window_s / (spines_s + step_s)) ** PUNCTUALITY)
+        steps = self._window_s / step_s
         return sum(s * min(1.0, (steps / (j + 1)) ** PUNCTUALITY) for j, s in enumerate(survival, start=1))
 
     def _step_cost(self) -> tuple[float, float] | None:
