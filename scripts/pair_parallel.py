@@ -68,13 +68,18 @@ def imitation(logits: Tensor, theirs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accepted_by_drafts(
-    target: Llama, drafters: dict[str, tuple[Llama, int | None]], tokens: Tensor, drafts: tuple[int, ...], new: int = 96
+    target: Llama,
+    drafters: dict[str, tuple[Llama, int | None]],
+    tokens: Tensor,
+    drafts: tuple[int, ...],
+    num_prompts: int = 32,
+    new: int = 96,
 ) -> dict[str, dict[int, float]]:
-    """Drafts accepted per round on the target's greedy continuations of 32 prompts, by drafter and drafts per round.
+    """Drafts accepted per round on the target's greedy continuations of prompts, by drafter and drafts per round.
 
     drafters: each with its mask token, None for one that drafts token by token.
     """
-    starts = torch.linspace(0, len(tokens) - PROMPT, 32).long().tolist()
+    starts = torch.linspace(0, len(tokens) - PROMPT, num_prompts).long().tolist()
     rows = continue_text(target, torch.stack([tokens[s : s + PROMPT] for s in starts]), PROMPT + new)
     return {name: _accepted(model, mask, rows, drafts) for name, (model, mask) in drafters.items()}
 

@@ -1,8 +1,8 @@
-"""`python grow_trees.py FOLDER KIND`: what a real drafter speculates through a script of outcomes, as JSON.
+"""`python grow_trees.py FOLDER KIND [MASK]`: what a real drafter speculates through a script of outcomes, as JSON.
 
 KIND: `tree` (our attention), `vllm` (vLLM's), `compiled` (vLLM's, in a model that vLLM compiles) or `captured` (vLLM's,
 in steps as a GPU captures them, called). With `tree`, also what the check at start says of the drafter as it is, and
-once attention misses own pages.
+once attention misses own pages. MASK: the token with which the drafter drafts in parallel.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from vllm_ssd.drafter.server import build_engine
 from vllm_ssd.policy import FanOut
 
 K = 4
-MOST_CAPTURED = 64
-"""Tokens of the largest captured step."""
+MOST_CAPTURED = {False: 64, True: 192}
+"""Tokens of the largest captured step, by whether drafts are drawn in parallel."""
 ROUNDS = 12
 PROMPT_LENGTHS = (1, 31, 32, 90)
 """One token; up to, and on, the boundary of a page; several pages."""
 
 
-def main(folder: str, kind: str) -> None:
+def main(folder: str, kind: str, mask: str = "") -> None:
     model = DraftModel(
         model=folder,
+        hf_overrides={"pard_token": int(mask)} if mask else {},
         tree_attention=kind == "tree",
         dtype="float32",
         enforce_eager=kind != "compiled",
@@ -46,7 +47,7 @@ def main(folder: str, kind: str) -> None:
     graphs = CountedSteps()
     if kind == "captured":  # on a CPU vLLM has no graphs
         type(model._attention_groups[0][1])._cudagraph_support = AttentionCGSupport.ALWAYS
-    captured = model.warm_up(row_sizes(MOST_CAPTURED), graphs) if kind == "captured" else 0
+    captured = model.warm_up(row_sizes(MOST_CAPTURED[bool(mask)]), graphs) if kind == "captured" else 0
     eager_forwards = count_eager_forwards(model)
     engine = build_engine(
         model,

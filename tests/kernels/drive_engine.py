@@ -33,13 +33,13 @@ class HashModel:
     """Logits are a hash of the prefix that is read back through the page tables, by ops that a graph can hold."""
 
     tree_attention = True
-    mask_token_id: int | None = None
     vocab_size = 13
     page_size = 4
     dtype = torch.float32
     device = DEVICE
 
-    def __init__(self, num_pages: int, max_model_len: int = 120) -> None:
+    def __init__(self, num_pages: int, max_model_len: int = 120, mask_token_id: int | None = None) -> None:
+        self.mask_token_id = mask_token_id
         self.num_pages, self.max_model_len, self.num_forwards = num_pages, max_model_len, 0
         self.kv = torch.full((num_pages + 1, self.page_size), MODULUS // 3, device=DEVICE)  # the last page is scrap
         random_numbers = torch.Generator().manual_seed(0)
@@ -98,6 +98,7 @@ def main() -> None:
     test_engine_pages.test_shared_prompts_share_pages(make_target)
     target = make_target(num_pages=90, max_num_seqs=3)
     drive(target, random.Random(0), 40)
+    drive(Target(HashModel(90, mask_token_id=4), max_num_seqs=3), random.Random(1), 15)
     stepper = target.engine._stepper
     captured = stepper._runner.num_captured
     print(json.dumps({"steps": stepper.num_steps, "captured": captured, "eager": stepper.num_eager_steps}))

@@ -14,7 +14,7 @@ from fake_model import FakePagedModel
 
 from vllm_ssd.compat.drafter.graphs import CalledSteps
 from vllm_ssd.compat.drafter.memory import max_rows
-from vllm_ssd.compat.drafter.paged import UnsupportedDraftModel
+from vllm_ssd.compat.drafter.paged import TreeBatch, UnsupportedDraftModel
 from vllm_ssd.drafter import device_steps, server
 from vllm_ssd.drafter.buckets import Buckets
 from vllm_ssd.link.options import DrafterOptions
@@ -62,6 +62,23 @@ class Broken(FakeDraftModel):
         self.kv[:] = 0
 
 
+class Parallel(FakeDraftModel):
+    """A draft model that draws all drafts of a branch in one forward."""
+
+    def __init__(self, **arguments) -> None:
+        super().__init__(**arguments)
+        self.mask_token_id = 4
+
+
+class WrongMask(Parallel):
+    """Another token stands for the drafts of a step."""
+
+    def forward(self, batch):
+        if isinstance(batch, TreeBatch):
+            batch.token_ids = torch.where(batch.token_ids == 4, 5, batch.token_ids)
+        return super().forward(batch)
+
+
 class Unsupported(FakeDraftModel):
     """As vLLM when it refuses a backend."""
 
@@ -99,7 +116,7 @@ def start(monkeypatch):
         start.target, child = socket_pair()
         start.thread = threading.Thread(target=run, args=(child.detach(), options))
         start.thread.start()
-        if options.tree_attention and model is not FakeDraftModel:
+        if options.tree_attention and model not in (FakeDraftModel, Parallel):
             start.thread.join()
         return executed
 
@@ -115,7 +132,12 @@ def start(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "model, reason", [(Broken, "WrongTrees: proposals differ"), (Unsupported, "NotImplementedError: no sinks)")]
+    "model, reason",
+    [
+        (Broken, "WrongTrees: proposals differ"),
+        (WrongMask, "WrongTrees: proposals differ"),
+        (Unsupported, "NotImplementedError: no sinks)"),
+    ],
 )
 def test_a_drafter_whose_attention_fails_starts_over_without_it(start, caplog, model, reason):
     ((_, *arguments),) = start(model, OPTIONS)
@@ -177,8 +199,9 @@ def test_vllms_attention_that_cannot_be_captured_is_launched(start, caplog):
     assert "does without CUDA graphs" in caplog.text
 
 
-def test_a_sound_drafter_keeps_its_attention(start):
-    executed = start(FakeDraftModel, OPTIONS)
+@pytest.mark.parametrize("model", [FakeDraftModel, Parallel])
+def test_a_sound_drafter_keeps_its_attention(start, model):
+    executed = start(model, OPTIONS)
     start.target.send(Hello(PROTOCOL_VERSION, FakePagedModel.vocab_size, 3, fingerprint(["a"])))
     (welcome,) = start.target.poll(20.0)
     assert isinstance(welcome, Welcome) and not executed
