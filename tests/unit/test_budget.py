@@ -35,14 +35,15 @@ def test_more_branches_reach_less_depth():
 
 @pytest.mark.parametrize("num_drafts", [3, 16])
 def test_a_parallel_drafter_needs_two_steps_whatever_the_depth(num_drafts):
-    """Of 1 ms and 0.2 ms a branch: 3.6 ms hold one over the spine and one over 24 branches would not, over 7 does."""
+    """Of 1 ms and 0.2 ms for the drafts of a branch: into 3.6 ms fit one over the spine, and one over 7 branches."""
     budget, depths = BranchBudget(24, is_parallel=True), [0.95**j for j in range(1, num_drafts + 1)]
     for i in range(40):
         n = 1 + i % 24
-        budget.observe_step(n, 1e-3 + 0.2e-3 * n)
+        budget.observe_step(n * num_drafts, 1e-3 + 0.2e-3 * n)
         budget.observe_window(3.6e-3)
     numbers = [budget.branches(num_drafts, 1, HIT_CHANCES, depths) for _ in range(4)]
     assert set(numbers) == {7}
+    assert budget.branches(2 * num_drafts, 1, HIT_CHANCES, 2 * depths) < 7, "twice as many drafts take twice the tokens"
 
 
 @given(st.floats(1e-4, 1e-2), st.floats(1e-6, 1e-3), st.floats(1e-4, 0.1), st.integers(1, 8))

@@ -213,9 +213,10 @@ class Stepper:
         run = self._run
         if not run.is_ready():
             return None
+        num_tokens = len(self._branches.due(run.rows)[0])
         self._take(run)
         if run.step_s is not None and self._is_usual:  # the others are of another cost
-            self._budget.observe_step(len(run.rows), run.step_s)
+            self._budget.observe_step(num_tokens, run.step_s)
         if run.is_done:
             self._run = None
         return None

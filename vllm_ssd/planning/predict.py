@@ -296,7 +296,8 @@ def _branches(costs: Costs, setting: Setting, rows: int, round_s: float, chain: 
     budget = BranchBudget(rows * setting.branch_budget, bool(costs.parallel))
     for i in range(16):
         branches = max(1, rows * setting.branch_budget * (1 + i % 4) // 4)
-        budget.observe_step(branches, costs.draft_step_s(branches, setting.num_drafts))
+        tokens = branches * (setting.num_drafts if costs.parallel else 1)
+        budget.observe_step(tokens, costs.draft_step_s(branches, setting.num_drafts))
     budget.observe_window(round_s)
     return budget.branches(setting.num_drafts, rows, chain.hit_chances, chain.survival)
 

@@ -183,7 +183,7 @@ class _Drafter:
             return
         num_drafts = self._simulation.scenario.num_drafts
         seconds = self._simulation.costs.draft_step_s(width, num_drafts) * self._simulation.jitter()
-        self._budget.observe_step(width, seconds)
+        self._budget.observe_step(width * num_drafts if self._parallel else width, seconds)
         self._simulation.after(seconds, lambda: self._stepped(trees, look_ahead))
 
     def _stepped(self, trees: list[_Tree], look_ahead: bool) -> None:

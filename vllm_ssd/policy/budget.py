@@ -34,7 +34,8 @@ class BranchBudget:
     More branches hit more often but make every step slower, so fewer of the K + 1 steps of a tree are done when the
     outcome arrives. N maximises the expected number of accepted drafts: hit rate p(N) times the survival of the depths
     reached in time, plus 1 - p(N) times the n-gram drafts accepted after a miss (docs/theory.md, Throughput).
-    is_parallel: the drafter draws all drafts of a branch in one step, after one of the spines.
+    is_parallel: the drafter draws all drafts of a branch in one step, after one of the spines; N then counts the tokens
+    of a step, as many a branch as drafts are wanted.
     """
 
     def __init__(self, max_branches: int, is_parallel: bool = False) -> None:
@@ -49,7 +50,10 @@ class BranchBudget:
         self._cache: dict[tuple[int, int], tuple[int, int]] = {}  # (K, requests) -> (branches, calls left)
 
     def observe_step(self, num_branches: int, seconds: float) -> None:
-        """Learn from one forward over `num_branches` branches and nothing else, which compiled and captured nothing."""
+        """Learn from one forward over `num_branches` branches and nothing else, which compiled and captured nothing.
+
+        Of a parallel drafter, over so many tokens.
+        """
         self._recent.append((num_branches, seconds))
         if len(self._recent) < FIRST_STEPS:
             return
@@ -104,7 +108,8 @@ class BranchBudget:
             cost = self._step_cost()
             calls_left = REFRESH_CALLS_UNMEASURED if cost is None else REFRESH_CALLS
             if cost is not None and self._window_s:
-                branches = self._optimise(cost, most, num_requests, hit_chances, survival)
+                tokens = num_drafts if self._is_parallel else 1  # of a branch, and of a spine, in one step
+                branches = self._optimise(cost, most, tokens * num_requests, hit_chances, survival)
         self._cache[num_drafts, num_requests] = branches, calls_left - 1
         if calls_left == 1 and self._window_s:
             branches = branches // 2 or 2
@@ -114,18 +119,21 @@ class BranchBudget:
         self,
         cost: tuple[float, float],
         most: int,
-        num_requests: int,
+        tokens: int,
         hit_chances: Sequence[float],
         survival: Sequence[float],
     ) -> int:
-        """Number of branches, 1 to `most`, with the most expected accepted drafts."""
+        """Number of branches, 1 to `most`, with the most expected accepted drafts.
+
+        tokens: in a step, of one branch of every request
+        """
         fixed_s, per_branch_s = cost
         after_miss = self._miss_accepted / (self._misses + MISS_PRIOR)
 
-        spines_s = fixed_s + per_branch_s * num_requests
+        spines_s = fixed_s + per_branch_s * tokens
 
         def accepted(n: int) -> float:
-            timely = self._timely_drafts(fixed_s + per_branch_s * n * num_requests, spines_s, survival)
+            timely = self._timely_drafts(fixed_s + per_branch_s * n * tokens, spines_s, survival)
             return hit_chances[n] * timely + (1 - hit_chances[n]) * after_miss
 
         return max(range(1, most + 1), key=accepted)
