@@ -212,9 +212,9 @@ def test_pages_are_conserved_over_many_rounds(make_target):
 def test_the_mask_is_the_draft_models_own_token(tree_attention):
     """Whatever the target calls its tokens, and though it has none for the mask."""
     model = FakePagedModel(100, tree_attention=tree_attention, mask_token_id=12)
-    ids = np.arange(11, -1, -1, dtype=np.int32)  # the target's 12 ids, in the reverse order
+    ids = np.arange(10, -1, -1, dtype=np.int32)  # of the target's 11 ids, in the reverse order
     ids[3] = 0
-    shared = np.ones(12, bool)
+    shared = np.ones(11, bool)
     shared[3] = False
     served = translated(model, VocabularyMap(ids, shared))
     engine = build_engine(
@@ -226,9 +226,9 @@ def test_the_mask_is_the_draft_models_own_token(tree_attention):
         max_fan_out=2,
         top_m=5,
         seed=0,
-        num_draftable=11,
+        num_draftable=10,
     )
-    prompt = [1, 2, 3, 11]
+    prompt = [1, 2, 3, 10]
     engine.open("a", 1, np.array(prompt, np.int32), 0.0, K)
     while engine.has_work:
         engine.speculate()
