@@ -12,14 +12,23 @@ from sampling import p_value, sample
 
 MASK = 23
 """A token of the tiny pair, untrained as a mask: first drafts are the drafter's, the others are whatever comes."""
+NO_TEXT = 188
+"""A token of the bundled pair that no text has, untrained as well."""
 SAMPLING = [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 12}]
-RUN = dict(prompts=[[3, 7, 1], [20, 2, 5]], num_samples=900, num_tokens=6, min_seconds=0.012)
+RUN = dict(prompts=[[3, 7, 1], [20, 2, 5]], num_samples=640, num_tokens=6, min_seconds=0.02)
 
 
 @pytest.fixture(scope="module")
 def parallel_engine(shared_engine: Callable[..., Engine]) -> Iterator[Engine]:
-    """The bundled target with the parallel drafter that was fine-tuned for it."""
-    yield shared_engine(speculative={"model": str(PAIR / "parallel"), "num_speculative_tokens": 8, "branch_budget": 24})
+    """The bundled pair, whose drafter is told that it drafts in parallel."""
+    yield shared_engine(
+        speculative={
+            "model": str(PAIR / "drafter"),
+            "hf_overrides": {"pard_token": NO_TEXT},
+            "num_speculative_tokens": 8,
+            "branch_budget": 24,
+        }
+    )
 
 
 @pytest.mark.parametrize("on_miss", ["skip", "wait"])
@@ -34,7 +43,7 @@ def test_greedy_text_is_that_of_the_target_alone(
     parallel_engine.call("set_config", on_miss=on_miss)
     run = parallel_engine.generate(requests, min_seconds=0.03)
     assert texts(run) == texts(target_alone.generate(requests))
-    assert_conclusive(run, hits=40, misses=10, accepted=60)
+    assert_conclusive(run, hits=20, misses=5, accepted=40)
     if on_miss == "wait":
         assert run.counts["waits"] >= 5, f"inconclusive: {run.counts}"
 
@@ -71,6 +80,6 @@ def sampling_engine(
 def test_samples_have_the_distribution_of_the_target(sampling_engine: Engine, tiny_pair: tuple[Path, Path]) -> None:
     run, samples = sample(sampling_engine, tiny_pair[0], SAMPLING, **RUN)
     assert samples.probs.gather(1, samples.tokens[:, None]).min() > 0, "a token that the target never samples"
-    assert_conclusive(run, hits=100, misses=100, accepted=300)
-    assert run.counts["known_q"] >= 600, f"inconclusive: {run.counts}"
+    assert_conclusive(run, hits=50, misses=50, accepted=100)
+    assert run.counts["known_q"] >= 200, f"inconclusive: {run.counts}"
     assert p_value(samples, min_degrees=40) > 1e-5
