@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_ssd.policy import Adaptation
-from vllm_ssd.policy.adaptation import FORGET, Bucket
+from vllm_ssd.policy.adaptation import CHANGE_ROUNDS, FORGET, MAX_BEHIND, Bucket
 
 probabilities = st.floats(0.0, 1.0)
 
@@ -265,11 +265,33 @@ def test_a_changed_load_outweighs_what_was_learned_and_is_probed_at_once(accepte
     bucket = Bucket(1, 1, {1})
     bucket.probes.step = lambda: None
     restarts = []
-    bucket.probes.restart = lambda: restarts.append(bucket.estimator.predict().evidence[1])
+    bucket.probes.restart = lambda slower: restarts.append((bucket.estimator.predict().evidence[1], slower))
     for _ in range(202):
         bucket.observe(1, [1] * 8, [0] * 8, 1.0)
     assert not restarts
     evidence = bucket.estimator.predict().evidence[1]
     for _ in range(64):
         bucket.observe(1, [1] * 8, [accepted] * 8, seconds)
-    assert len(restarts) == 1 and restarts[0] < 2 * evidence / FORGET
+    ((left, slower),) = restarts
+    assert left == pytest.approx(evidence / FORGET + CHANGE_ROUNDS, rel=0.1), "the rounds that showed it are kept"
+    assert slower is (seconds > 1)
+
+
+def test_rounds_in_which_the_drafter_is_behind_teach_nothing():
+    """Neither of plain decoding nor of drafts, nor of the load; only when it seems never to end they count."""
+    bucket = Bucket(2, 2, range(3))
+    for _ in range(200):
+        bucket.observe(2, [2], [1], 1.0)
+    before, settled = bucket.estimator.predict(), bucket.probes.settled
+    choice = bucket.probes.choice
+    for drafts, offered, seconds in ((2, 0, 3.0), (0, 0, 2.0)):
+        for _ in range(MAX_BEHIND // 2):
+            bucket.observe(drafts, [offered], [0], seconds, in_time=False)
+    assert bucket.estimator.predict() == before
+    assert (bucket.probes.choice, bucket.probes.settled) == (choice, settled)
+    bucket.observe(2, [0], [0], 1.0, in_time=False)
+    assert bucket.estimator.predict() != before
+    bucket.observe(2, [2], [1], 1.0)
+    before = bucket.estimator.predict()
+    bucket.observe(2, [0], [0], 3.0, in_time=False)
+    assert bucket.estimator.predict() == before, "one round in time starts the count anew"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from fake_link import InProcessLink, K, PolledFleet
 
+from vllm_ssd.compat.target.runner import DrafterState
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.kernels import DeviceSpeculation, lookup
 from vllm_ssd.link.protocol import Close, Evicted, Open, Push
@@ -331,3 +332,36 @@ def test_the_drafter_is_left_alone_before_the_last_token():
     events = [event for step in link.steps for event in step.events]
     assert sum(isinstance(event, Open) for event in events) == 2
     assert sum(isinstance(event, Close) for event in events) == 1
+
+
+def test_vllm_is_told_while_the_drafter_is_behind_or_away() -> None:
+    link = Link()
+    device = Device(link, on_miss="skip")
+
+    def round_() -> DrafterState:
+        device.round()
+        device.courier.work()
+        return device.courier.drafter_state
+
+    device.start("a", PROMPTS["a"])
+    link.steps_a_poll = 0  # it reads the prompt
+    assert {round_() for _ in range(3)} == {DrafterState.BEHIND}
+    link.steps_a_poll = 50
+    round_()
+    assert round_() == DrafterState.IN_TIME
+    device.want(0)
+    assert {round_() for _ in range(9)} == {DrafterState.IN_TIME}, "rounds of plain decoding count"
+    link.steps_a_poll = 0
+    device.want(K)
+    device.courier.work()
+    assert device.courier.drafter_state == DrafterState.BEHIND, "it has yet to hear of nine rounds"
+    assert {round_() for _ in range(3)} == {DrafterState.BEHIND}
+    link.steps_a_poll = 50
+    round_()
+    assert round_() == DrafterState.IN_TIME
+    link.die()
+    assert {round_() for _ in range(3)} == {DrafterState.AWAY}
+    link.come_back()
+    link.steps_a_poll = 0
+    assert {round_() for _ in range(3)} == {DrafterState.BEHIND}
+    assert_right(device.tokens["a"], PROMPTS["a"])

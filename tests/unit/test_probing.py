@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from vllm_ssd.policy.estimator import Prediction
 from vllm_ssd.policy.probing import (
-    MAX_PROBE_CREDIT,
+    MAX_PLAIN_GAP,
     MAX_PROBE_GAP,
     MAX_PROBE_ROUNDS,
     MIN_PROBE_GAP,
+    PROBE_CREDIT,
     PROBE_LOSS,
     PROBE_ROUNDS,
     ProbeController,
@@ -89,7 +90,7 @@ def test_probes_cost_at_most_the_stated_share(arms, start, rounds):
             probe_lost += seconds[arm] / seconds[settled] - tokens[arm] / tokens[settled]
             if not controller.is_probing or controller.choice != arm:
                 lost, most, probe_lost = lost + max(probe_lost, 0.0), max(most, probe_lost), 0.0
-    assert lost <= MAX_PROBE_CREDIT + PROBE_LOSS * rounds + most + 1e-6
+    assert lost <= PROBE_CREDIT + PROBE_LOSS * rounds + most + 1e-6
 
 
 def test_nothing_is_predicted_before_the_first_probe():
@@ -109,13 +110,29 @@ def test_a_probe_that_wins_is_settled_on():
     assert all(arm == 1 or probing for arm, probing in played[2 * MIN_PROBE_GAP :])
 
 
-def test_a_probe_that_cannot_win_ends_after_two_counted_rounds():
-    load = Load([1.0, 1.9], [1.0, 50.0])
-    controller = load.controller(0)
-    start, arm, length = probes(load.play(controller, 60))[0]
-    assert (start, arm) == (MIN_PROBE_GAP, 1)
-    assert length == 4, "two are skipped, as the drafter has to catch up"
-    assert controller.settled == 0
+@pytest.mark.parametrize(("settled", "rounds"), [(0, 1), (1, 3)])
+def test_a_probe_that_cannot_win_ends_early(settled, rounds):
+    """From plain decoding one round tells, by its duration; else two, after one that is skipped."""
+    load = Load([1.0, 1.0, 1.9], [1.0, 0.9, 50.0], evidence=[9.0, 9.0, 0.0])
+    controller = ProbeController({settled, 2}, settled, load.predict)
+    assert probes(load.play(controller, 30))[0] == (MIN_PROBE_GAP, 2, rounds)
+    assert controller.settled == settled
+
+
+def test_a_probe_waits_for_the_drafter_at_its_own_expense():
+    """Rounds in which the drafter is behind leave a probe where it is, and are paid for like its own."""
+    for waited in (0, 20):
+        load = Load([1.0, 1.0], [1.0, 1.5], evidence=[9.0, 0.0])
+        controller = load.controller(0)
+        load.play(controller, MIN_PROBE_GAP)
+        assert controller.choice == 1
+        for _ in range(waited):
+            controller.wait(1, 1, 1.5)
+        assert controller.choice == 1 and controller.is_probing
+        first, second, *_ = probes(load.play(controller, 1000))
+        assert first == (0, 1, 1)
+        paid_after = (0.5 * waited - PROBE_CREDIT) / PROBE_LOSS
+        assert second[0] == pytest.approx(max(paid_after, 1 + 2 * MIN_PROBE_GAP), rel=0.2)
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(2.5, MAX_PROBE_ROUNDS), (1.5, PROBE_ROUNDS)])
@@ -127,12 +144,13 @@ def test_a_probe_goes_on_while_it_is_ahead(tokens, length):
 
 
 def test_the_gap_between_fruitless_probes_doubles_up_to_its_limit():
-    load = Load([1.0, 1.5], [1.0, 1.6])
-    controller = load.controller(0)
-    found = probes(load.play(controller, 3000))
-    gaps = [b - (a + length) for (a, _, length), (b, _, _) in zip(found, found[1:])]
-    assert gaps[:4] == [2 * MIN_PROBE_GAP, 4 * MIN_PROBE_GAP, 8 * MIN_PROBE_GAP, MAX_PROBE_GAP]
-    assert set(gaps[4:]) == {MAX_PROBE_GAP}
+    for settled, longest in ((0, MAX_PLAIN_GAP), (1, MAX_PROBE_GAP)):
+        load = Load([1.0, 1.5, 1.5], [1.0, 1.45 + 0.15 * (settled == 0), 1.6])
+        controller = ProbeController({settled, 2}, settled, load.predict)
+        found = probes(load.play(controller, 3000))
+        gaps = [b - (a + length) for (a, _, length), (b, _, _) in zip(found, found[1:])]
+        assert gaps[:4] == [min(MIN_PROBE_GAP << i, longest) for i in (1, 2, 3, 4)]
+        assert set(gaps[4:]) == {longest}
 
 
 def test_a_costly_probe_delays_the_next_until_it_is_paid_for():
@@ -140,7 +158,7 @@ def test_a_costly_probe_delays_the_next_until_it_is_paid_for():
     controller = load.controller(0)
     first, second, *_ = probes(load.play(controller, 20_000))
     lost = first[2] * 19
-    assert second[0] - first[0] >= (lost - MAX_PROBE_CREDIT) / PROBE_LOSS
+    assert second[0] >= (lost - PROBE_CREDIT) / PROBE_LOSS
 
 
 def test_a_restart_probes_at_once_and_with_full_credit():
@@ -169,6 +187,38 @@ def test_plain_rounds_are_skipped_for_as_long_as_a_speculative_round_took():
     assert [controller.skips(1.0) for _ in range(5)] == [True, True, True, False, False]
 
 
+def test_plain_rounds_after_a_probe_are_skipped_for_as_long_as_its_rounds_took():
+    load = Load([1.0, 1.0], [1.0, 3.0])
+    controller = load.controller(0)
+    while not controller.choice:
+        load.play(controller, 1)
+    while controller.choice:
+        load.play(controller, 1)
+    assert [controller.skips(1.0) for _ in range(4)] == [True, True, True, False]
+
+
+def test_slower_rounds_are_held_against_plain_decoding_first():
+    for slower, probed in ((True, 0), (False, 2)):
+        load = Load([1.0, 1.0, 1.0], EVEN[:3], evidence=[9.0, 9.0, 0.0])
+        controller = load.controller(1)
+        controller.restart(slower=slower)
+        assert probes(load.play(controller, 2))[0][1] == probed
+
+
+def test_a_probe_tells_once_when_its_rounds_take_another_time_than_before():
+    for seconds, changed in ((1.0, False), (1.4, True), (0.6, True)):
+        load = Load([1.0, 9.0], [1.0, 1.0], evidence=[9.0, 9.0])
+        controller = load.controller(0)
+        while not controller.choice:
+            load.play(controller, 1)
+        told = []
+        for _ in range(8):
+            controller.count(1, 9, seconds)
+            told.append(controller.finds_change())
+            controller.step()
+        assert told == [False] * 3 + [changed] + [False] * 4
+
+
 def test_every_grid_arm_is_probed_and_only_arms_are():
     load = Load([1.0] * 9, [1.0] * 9)
     arms = {0, 1, 3, 8}
@@ -178,10 +228,11 @@ def test_every_grid_arm_is_probed_and_only_arms_are():
     assert set(draft_grid(8)) & arms <= {arm for _, arm, _ in probes(played)}
 
 
-@pytest.mark.parametrize(("evidence", "probed"), [(0.4, 1), (0.6, 2)])
-def test_a_stale_arm_is_probed_though_it_promises_little(evidence, probed):
-    load = Load([1.0, 0.5, 0.99], EVEN[:3], evidence=[9.0, evidence, 9.0])
-    assert probes(load.play(load.controller(0), MIN_PROBE_GAP + 1))[0][1] == probed
+@pytest.mark.parametrize(("settled", "evidence", "probed"), [(2, 0.4, 1), (2, 0.6, 0), (0, 0.4, 2)])
+def test_a_stale_arm_is_probed_though_it_promises_little(settled, evidence, probed):
+    """But not from plain decoding."""
+    load = Load([1.0, 0.5, 1.0], EVEN[:3], evidence=[9.0, evidence, 9.0])
+    assert probes(load.play(load.controller(settled), MIN_PROBE_GAP + 1))[0][1] == probed
 
 
 def test_equal_arms_end_in_plain_decoding():

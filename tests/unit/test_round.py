@@ -14,6 +14,7 @@ from vllm_ssd.config import SSDConfig
 from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.link.protocol import ALL_TOKENS, Evicted, Push, SpeculationBlock, pack_ids
 from vllm_ssd.target.metrics import Metrics
+from vllm_ssd.target.requests import SILENT_ROUNDS
 from vllm_ssd.target.v1.round import Batch
 from vllm_ssd.target.v1.verifier import Verifier
 
@@ -263,3 +264,60 @@ def test_no_round_reaches_over_min_tokens(on_miss):
     target.check({"a": [1, 2, 3]})
     assert metrics.counts["hits"] > 0
     assert not [e for s in link.steps for e in s.events if getattr(e, "jit", 0) and e.length == 20], "waited in vain"
+
+
+def test_rounds_in_which_the_drafter_is_behind_are_told_apart(monkeypatch):
+    """It reads a prompt, has rounds of plain decoding to catch up with, starts again, or says nothing for long."""
+    link = InProcessLink()
+    verifier, metrics = make(link, on_miss="skip", adaptive=True)
+    learned, wanted = [], [K]
+    monkeypatch.setattr(verifier._adaptation, "observe", lambda *round_: learned.append(round_[-1]))
+    monkeypatch.setattr(verifier._adaptation, "choose", lambda batch_size: wanted[0])
+    target = FakeTarget(verifier)
+
+    def rounds(number: int, steps_a_poll: int = 50) -> list[bool]:
+        link.steps_a_poll = steps_a_poll
+        learned.clear()
+        for _ in range(number):
+            target.round()
+        return list(learned)
+
+    target.start("a", PROMPTS["a"])
+    assert rounds(6, steps_a_poll=0) == [False] * 5, "the first says nothing in any case"
+    assert rounds(6) == [False] + [True] * 5, "what a round is worth is decided as it begins"
+    wanted[0] = 0
+    assert rounds(10) == [True] * 10
+    wanted[0] = K
+    assert rounds(4, steps_a_poll=0) == [True] + [False] * 3, "the first was a plain round"
+    assert rounds(3) == [False, True, True]
+    hits = metrics.counts["hits"]
+    silent = rounds(2 * SILENT_ROUNDS, steps_a_poll=0)
+    assert silent == [True] * SILENT_ROUNDS + [False] * SILENT_ROUNDS, "it is late, or compiles"
+    assert rounds(4) == [False] + [True] * 3 and metrics.counts["hits"] > hits
+    target.start("b", PROMPTS["b"])
+    assert rounds(5, steps_a_poll=0) == [False] * 4, "a prompt of one request keeps the drafter from the others"
+    link.die()
+    assert rounds(3) == []
+    link.come_back()
+    assert rounds(4, steps_a_poll=0) == [False] * 4
+    rounds(1)
+    assert rounds(2) == [True, True]
+    target.check({name: PROMPTS[name] for name in "ab"})
+
+
+def test_a_late_block_shows_that_the_prompt_was_read():
+    """Or a drafter that is always late would never be judged."""
+    link = InProcessLink()
+    verifier, metrics = make(link, on_miss="skip", adaptive=True)
+    target = FakeTarget(verifier)
+    target.start("a", PROMPTS["a"])
+    link.steps_a_poll = 0
+    target.round()
+    target.round()
+    request = verifier._requests["a"].remote
+    assert not verifier._client.in_time
+    late = SpeculationBlock("a", request.epoch, len(PROMPTS["a"]), 0, pack_ids([0, 1]), pack_ids([1]))
+    stale = metrics.counts["stale_blocks"]
+    link._drafter.send(Push([late], [], None))
+    verifier._client.poll()
+    assert verifier._client.in_time and metrics.counts["stale_blocks"] == stale + 1

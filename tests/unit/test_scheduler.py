@@ -77,7 +77,13 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(start=start, clock=clock)
 
 
-def outputs(request_ids: list[str], offered: list[int], accepted: list[int], extra: int = 0) -> tuple[Any, Any]:
+def outputs(
+    request_ids: list[str],
+    offered: list[int],
+    accepted: list[int],
+    extra: int = 0,
+    state: runner.DrafterState = runner.DrafterState.IN_TIME,
+) -> tuple[Any, Any]:
     """Scheduler and model runner output of one round; extra: prompt tokens scheduled for each row."""
     scheduled = SimpleNamespace(
         num_scheduled_tokens={request_id: 1 + m + extra for request_id, m in zip(request_ids, offered)},
@@ -89,6 +95,7 @@ def outputs(request_ids: list[str], offered: list[int], accepted: list[int], ext
         sampled_token_ids=[sampled[request_id] for request_id in rows],
         req_id_to_index={request_id: i for i, request_id in enumerate(rows)},
     )
+    setattr(result, runner.DRAFTER_STATE, int(state))
     return scheduled, result
 
 
@@ -122,7 +129,7 @@ def test_only_rounds_of_pure_decoding_are_learned_from(
     update(["a", "b"], [K, K], [1, 2])
     assert not learned, "the duration of the first round is unknown"
     update(["a", "b"], [K, 2], [0, 2])
-    assert learned.pop() == (2, K, [K, 2], [0, 2], 1.0)
+    assert learned.pop() == (2, K, [K, 2], [0, 2], 1.0, True)
     update(["a", "b", "c"], [K, K, 0], [1, 1, 0])
     update(["a", "b", "c"], [0, 0, 0], [0, 0, -1])
     update(["a", "b", "c"], [0, 0, 0], [0, 0, 0], extra=1)
@@ -134,8 +141,30 @@ def test_only_rounds_of_pure_decoding_are_learned_from(
 def test_batches_in_flight_are_timed_separately(engine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = engine.start(stages=2)
     learned = []
-    monkeypatch.setattr(scheduler._adaptation, "observe", lambda *round: learned.append(round[-1]))
+    monkeypatch.setattr(scheduler._adaptation, "observe", lambda *round: learned.append(round[4]))
     for i in range(6):
         engine.clock.now += 1.0
         scheduler.update_from_output(*outputs([["a", "b"], ["c"]][i % 2], [K] * (2 - i % 2), [0] * (2 - i % 2)))
     assert learned == [2.0] * 4
+
+
+def test_a_drafter_that_is_behind_or_away_teaches_nothing(
+    engine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is away rounds carry no drafts; once it is back, as many as before, with nothing to learn again."""
+    scheduler = engine.start()
+    learned = []
+    observe = scheduler._adaptation.observe
+    monkeypatch.setattr(scheduler._adaptation, "observe", lambda *round: (learned.append(round[-1]), observe(*round)))
+
+    def update(state: runner.DrafterState, drafts: int) -> int:
+        engine.clock.now += 1.0
+        scheduler.update_from_output(*outputs(["a", "b"], [drafts] * 2, [0, 0], state=state))
+        return scheduler.dynamic_sd_lookup[2]
+
+    update(runner.DrafterState.IN_TIME, K)
+    assert [update(runner.DrafterState.BEHIND, K) for _ in range(100)] == [K] * 100 and learned == [False] * 100
+    learned.clear()
+    assert [update(runner.DrafterState.AWAY, 0) for _ in range(500)] == [0] * 500 and not learned
+    assert update(runner.DrafterState.BEHIND, 0) == K
+    assert update(runner.DrafterState.IN_TIME, K) == K and learned == [False, True]

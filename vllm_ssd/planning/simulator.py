@@ -7,6 +7,7 @@ requests; messages have latency. Accept lengths and ranks of t* come from a reco
 
 from __future__ import annotations
 
+import functools
 import heapq
 import random
 from collections.abc import Callable
@@ -26,7 +27,8 @@ class Scenario:
     protocol: with "push" the target uses the drafts that have arrived; with "ask", as in the published system, it waits
     for the whole tree and, when any row missed, for K just-in-time drafts of the whole batch. fan_out: branches per
     accept length (default: learned within branch_budget). glue_s: duration of the ask protocol's forward before a
-    tree's first step; wait_s: longest wait for just-in-time drafts.
+    tree's first step; wait_s: longest wait for just-in-time drafts; read_s: how long a drafter reads a prompt before it
+    grows anything, in the push protocol.
     """
 
     method: Literal["plain", "sd", "ssd"] = "ssd"
@@ -39,6 +41,7 @@ class Scenario:
     num_drafters: int = 1
     glue_s: float = 0.0
     wait_s: float = 0.05
+    read_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +98,17 @@ class _Row:
     clock: int = 0  # rounds so far; identifies the round that a tree answers
     counts: list[int] = field(default_factory=list)
     depth: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
+    told: int | None = None  # `clock` of the newest round that its drafter was told of; None: it must be opened
+    behind: int | None = None  # `clock` of a round that its drafter must reach before it is in time
 
     def ready(self, accept_length: int, now: float) -> int:
         """Drafts that have arrived for an accept length by the time `now`."""
         return max((depth for at, depth in self.depth.get(accept_length, ()) if at <= now), default=0)
+
+    def answer(self, clock: int) -> None:
+        """Something was pushed for round `clock`."""
+        if self.behind is not None and clock >= self.behind:
+            self.behind = None
 
 
 @dataclass(slots=True)
@@ -142,7 +152,13 @@ class _Drafter:
         self._budget = BranchBudget(simulation.workload.batch_size * per_row, self._parallel)
         self._trees: dict[int, _Tree] = {}
         self._decided_s: dict[int, float] = {}
+        self._unread: list[_Row] = []
         self.busy = False
+
+    def open(self, row: _Row, num_drafts: int) -> None:
+        """Read the prompt of `row` before any further step, then grow its first tree."""
+        self._unread.append(row)
+        self.receive(row, num_drafts, tree_known=False)
 
     def receive(self, row: _Row, num_drafts: int, tree_known: bool) -> None:
         """Receive an outcome: start the next tree of `row`, whose current round carries `row.num_drafts` drafts."""
@@ -173,6 +189,11 @@ class _Drafter:
             self._step()
 
     def _step(self) -> None:
+        if self._unread:
+            self.busy = True
+            self._unread.pop()
+            self._simulation.after(self._simulation.scenario.read_s, self._step)
+            return
         trees = [tree for tree in self._trees.values() if tree.width()]
         look_ahead = not trees
         if look_ahead:
@@ -193,6 +214,7 @@ class _Drafter:
                 tree.looked_ahead = True
                 continue
             tree.step()
+            self._simulation.after(arrival - self._simulation.now, functools.partial(tree.row.answer, tree.clock))
             if tree.clock != tree.row.clock:
                 continue
             for k, depth in tree.grown.items():
@@ -224,6 +246,7 @@ class Simulation:
         self._num_joined = 0
         self._tree_done_s = 0.0  # ask protocol: when the drafter will have its tree
         self._wanted = scenario.num_drafts
+        self._drafters_in_time = True  # when the round began
         self.report = Report()
 
     def run(self) -> Report:
@@ -280,6 +303,7 @@ class Simulation:
         report.verify_s += verify_s
         report.draft_s += draft_s
         started = self.now
+        self._drafters_in_time = all(row.behind is None for row in self._rows)
         self.after(verify_s + draft_s, lambda: self._finish_round(started))
 
     def _join(self, arrived_s: float) -> None:
@@ -303,7 +327,8 @@ class Simulation:
         accepted = [k for k, _ in drawn]
         if self._adaptation:
             offered = [row.num_drafts for row in self._rows]
-            self._adaptation.observe(len(self._rows), self._wanted, offered, accepted, self.now - started)
+            seconds, in_time = self.now - started, self._drafters_in_time
+            self._adaptation.observe(len(self._rows), self._wanted, offered, accepted, seconds, in_time)
             self._wanted = self._adaptation.choose(len(self._rows))
         missed: list[_Row] = []
         for row, (k, rank) in zip(self._rows, drawn):
@@ -347,8 +372,19 @@ class Simulation:
     # ---- the push protocol -------------------------------------------------------------------------------
 
     def _send_outcome(self, row: _Row, tree_known: bool, delay_s: float = 0.0) -> None:
+        """Tell the drafter of the newest round, or open the row; while nothing is wanted it is told of ends alone."""
         drafter, wanted = self._drafters[row.drafter], self._wanted
-        self.after(delay_s + self.costs.latency_s / 2, lambda: drafter.receive(row, wanted, tree_known))
+        if not wanted and row.tokens_left:
+            return
+        if row.told is None and not row.tokens_left:
+            return
+        act = functools.partial(drafter.receive, row, wanted, tree_known)
+        if row.told is None:
+            act = functools.partial(drafter.open, row, wanted)
+        if row.told is None or row.clock > row.told + 1:
+            row.behind = row.clock
+        row.told = row.clock
+        self.after(delay_s + self.costs.latency_s / 2, act)
 
     def _push_outcomes(self, missed: list[_Row], tokens: int, seconds: float) -> float:
         """Send the outcomes to the drafters and decide on just-in-time drafts -> seconds to wait for them."""

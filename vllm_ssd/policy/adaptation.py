@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 from vllm_ssd.policy.estimator import RoundEstimator, RoundSums
-from vllm_ssd.policy.probing import EVALUATE_ROUNDS, ProbeController
+from vllm_ssd.policy.probing import CHANGE, EVALUATE_ROUNDS, ProbeController, differs
 
 STRAGGLER = 2.0
 """A round this many times slower than expected is dropped, or counts as that slow when the one before was, too."""
 
-CHANGE = 1.3
-"""Ratio of duration or tokens, to what was expected, from which the load counts as changed."""
 CHANGE_ROUNDS, CHANGE_ROWS = 32, 256
-"""Rounds and row-rounds over which that ratio is taken."""
-FORGET = 16.0
+"""Rounds over which that ratio is taken, and the row-rounds that tokens need for it: they scatter more."""
+FORGET = 64.0
 """Factor by which everything learned loses weight when the load changed."""
+MAX_BEHIND = 256
+"""Rounds in a row in which the drafter may be behind; those after them count, for it may never catch up."""
 
 
 class Adaptation:
@@ -23,7 +24,7 @@ class Adaptation:
 
     Batch sizes up to the next power of two share a bucket, which settles on one of the arms `choices` (default: 0 to
     num_speculative_tokens; 0 and num_speculative_tokens must be among them) and now and then probes another: probes
-    lose at most 1 % of all rounds and four in advance.
+    lose at most 1.5 % of all rounds and four in advance.
     """
 
     def __init__(self, num_speculative_tokens: int, choices: Iterable[int] | None = None) -> None:
@@ -32,14 +33,21 @@ class Adaptation:
         self._buckets: dict[int, Bucket] = {}
 
     def observe(
-        self, batch_size: int, num_drafts: int, offered: Sequence[int], accepted: Sequence[int], seconds: float
+        self,
+        batch_size: int,
+        num_drafts: int,
+        offered: Sequence[int],
+        accepted: Sequence[int],
+        seconds: float,
+        in_time: bool = True,
     ) -> None:
         """Learn from one round in which every row decoded.
 
         num_drafts: drafts asked for; offered, accepted [batch_size]: drafts verified and accepted by row; seconds:
-        duration.
+        duration; in_time: whether the drafter had caught up with all requests when the round began. Nothing is learned
+        where it had not, because it read prompts, compiled or started.
         """
-        self._bucket(batch_size).observe(num_drafts, offered, accepted, seconds)
+        self._bucket(batch_size).observe(num_drafts, offered, accepted, seconds, in_time)
 
     def choose(self, batch_size: int) -> int:
         """Number of drafts to ask for in the next round; 0 is plain decoding."""
@@ -65,42 +73,66 @@ class Bucket:
     def __init__(self, max_drafts: int, start: int, choices: Iterable[int]) -> None:
         self.estimator = RoundEstimator(max_drafts)
         self.probes = ProbeController(choices, start, self.estimator.predict)
-        self._num_rounds = 0
+        self._num_rounds = self._num_behind = 0
         self._straggled = False
-        self._window = Window()
+        self._durations, self._gains = Window(), Window()
+        self._recent: deque[tuple[int, Sequence[int], Sequence[int], float]] = deque(maxlen=CHANGE_ROUNDS)
 
-    def observe(self, num_drafts: int, offered: Sequence[int], accepted: Sequence[int], seconds: float) -> None:
+    def observe(
+        self, num_drafts: int, offered: Sequence[int], accepted: Sequence[int], seconds: float, in_time: bool = True
+    ) -> None:
         """Learn from a round and choose the next number of drafts."""
         estimator, probes = self.estimator, self.probes
+        is_chosen = num_drafts == probes.choice
+        if not in_time and self._num_behind < MAX_BEHIND:
+            self._num_behind += 1
+            if is_chosen:
+                probes.wait(len(offered), len(offered) + sum(accepted), seconds)
+            return
+        if in_time:
+            self._num_behind = 0
         self._num_rounds += 1
         expected_s = estimator.round_seconds(len(offered) + sum(offered))
         if expected_s is None:
             expected_s = seconds
         straggled, self._straggled = self._straggled, seconds > STRAGGLER * expected_s
-        is_chosen = num_drafts == probes.choice
         if not (is_chosen and probes.skips(seconds)) and (straggled or not self._straggled):
             seconds = min(seconds, STRAGGLER * expected_s)
             rows, tokens = len(offered), len(offered) + sum(accepted)
-            if is_chosen and not probes.count(rows, tokens, seconds):
-                self._watch(rows, tokens, seconds, expected_s)
+            if is_chosen:
+                if not probes.count(rows, tokens, seconds):
+                    self._watch(offered, accepted, seconds, expected_s)
+                elif probes.finds_change():
+                    estimator.discount(FORGET)
             estimator.observe(num_drafts, offered, accepted, seconds)
         if probes.is_probing or self._num_rounds % EVALUATE_ROUNDS == 0:
             estimator.refit()
         settled = probes.settled
         probes.step()
         if probes.settled != settled:
-            self._window = Window()
+            self._gains = Window()
+            if not probes.settled or not settled:  # the drafter now slows the target, or no longer does
+                self._durations = Window()
+                self._recent.clear()
 
-    def _watch(self, rows: int, tokens: int, seconds: float, expected_s: float) -> None:
-        """Compare the latest rounds of the settled arm with its estimate; forget most where the load has changed."""
-        self._window.add(1.0, rows, tokens, seconds)
-        self._window.expected_s += expected_s
-        if not self._window.is_full:
-            return
-        if self._window.differs(self.estimator.tokens_per_row(self.probes.settled)):
+    def _watch(self, offered: Sequence[int], accepted: Sequence[int], seconds: float, expected_s: float) -> None:
+        """Compare the latest rounds of the settled arm with its estimate; forget most else if the load has changed."""
+        self._recent.append((self.probes.settled, offered, accepted, seconds))
+        for window in (self._durations, self._gains):
+            window.add(1.0, len(offered), len(offered) + sum(accepted), seconds)
+            window.expected_s += expected_s
+        slowdown = gain = 1.0
+        if self._durations.rounds >= CHANGE_ROUNDS:
+            slowdown = self._durations.seconds / self._durations.expected_s
+            self._durations = Window()
+        if self._gains.rounds >= CHANGE_ROUNDS and self._gains.rows >= CHANGE_ROWS:
+            gain = self._gains.tokens / self._gains.rows / (self.estimator.tokens_per_row(self.probes.settled) or 1.0)
+            self._gains = Window()
+        if differs(slowdown) or differs(gain):
             self.estimator.discount(FORGET)
-            self.probes.restart()
-        self._window = Window()
+            for recent in self._recent:
+                self.estimator.observe(*recent)
+            self.probes.restart(slower=slowdown > CHANGE)
 
 
 class Window(RoundSums):
@@ -111,14 +143,3 @@ class Window(RoundSums):
     def __init__(self) -> None:
         super().__init__()
         self.expected_s = 0.0
-
-    @property
-    def is_full(self) -> bool:
-        """Whether there are enough rounds and row-rounds to compare."""
-        return self.rounds >= CHANGE_ROUNDS and self.rows >= CHANGE_ROWS
-
-    def differs(self, tokens_per_row: float | None) -> bool:
-        """Whether its rounds differ from expectation: `tokens_per_row`, None when unknown, or in duration."""
-        slowdown = self.seconds / self.expected_s
-        gain = self.tokens / self.rows / tokens_per_row if tokens_per_row else 1.0
-        return not (1 / CHANGE < slowdown < CHANGE and 1 / CHANGE < gain < CHANGE)

@@ -24,18 +24,22 @@ PROBE_ROUNDS = 4
 MAX_PROBE_ROUNDS = 64
 """Most rounds of a probe, which goes on while it is ahead."""
 SKIPPED_ROUNDS = 1
-"""Rounds at the start of a probe from which nothing is learned."""
-CATCH_UP = 2
-"""Factor on a probe's rounds and skipped rounds that starts from plain decoding: the drafter has to catch up."""
+"""Rounds at the start of a probe from which nothing is learned; none after plain decoding, where the drafter has
+caught up before they count."""
+CHANGE = 1.3
+"""Ratio of duration or tokens, to what was expected, from which the load counts as changed."""
 
 MIN_PROBE_GAP = 16
 """Rounds from a probe that changed something to the next. The gap doubles after each probe that changed nothing."""
 MAX_PROBE_GAP = MEMORY_ROUNDS
 """Longest gap between probes in rounds: an arm is measured again before it is forgotten."""
-PROBE_LOSS = 0.01
+MAX_PLAIN_GAP = 80
+"""The same while decoding is plain, when nothing else shows that speculation would pay again."""
+PROBE_LOSS = 0.015
 """Share of all rounds that probes may lose."""
-MAX_PROBE_CREDIT = float(PROBE_ROUNDS)
-"""Rounds that probes may lose in advance, at the start and after a change: one probe that yields nothing."""
+PROBE_CREDIT, MAX_PROBE_CREDIT = float(PROBE_ROUNDS), 3.0 * PROBE_ROUNDS
+"""Rounds that probes may lose in advance, at the start and after a change: one probe that yields nothing; and the most
+that they may save up."""
 
 
 def draft_grid(most: int) -> list[int]:
@@ -49,8 +53,17 @@ class Probe:
 
     arm: int
     rate_to_beat: float
+    expected_s: float  # of its rounds, as far as they were measured before, else 0
+    needed_s: float  # its rounds must take less to be worth it, if they emit what is predicted
     num_rounds: int = 0
+    lost_s: float = 0.0  # while the drafter caught up
     sums: RoundSums = field(default_factory=RoundSums)
+    is_changed: bool = False  # its rounds do not take what they took before
+
+    @property
+    def mean_s(self) -> float:
+        """Duration of its counted rounds in seconds."""
+        return self.sums.seconds / self.sums.rounds
 
 
 class ProbeController:
@@ -66,11 +79,13 @@ class ProbeController:
         self._grid = draft_grid(max(self._arms))
         self._predict = predict
         self._num_rounds = self._num_probes = 0
-        # Rounds and seconds at the start of an arm that are still to be skipped. At first the drafter starts, too.
-        self._skip_rounds, self._skip_s = CATCH_UP * SKIPPED_ROUNDS, 0.0
+        # Rounds and seconds at the start of an arm that are still to be skipped. At first the drafter starts, too, and
+        # plain rounds are slow while it still grows the trees of the round before.
+        self._skip_rounds, self._skip_s = 2 * SKIPPED_ROUNDS, 0.0
         self._probe: Probe | None = None
         self._gap = self._next_probe = MIN_PROBE_GAP
-        self._credit = MAX_PROBE_CREDIT  # rounds that probes may lose
+        self._credit = PROBE_CREDIT  # rounds that probes may lose
+        self._plain_first = False
 
     @property
     def is_probing(self) -> bool:
@@ -91,10 +106,27 @@ class ProbeController:
         self._probe.sums.add(1.0, rows, tokens, seconds)
         return True
 
-    def restart(self) -> None:
-        """Probe soon, and as much as at the start: the past says little about what is best now."""
+    def finds_change(self) -> bool:
+        """Whether the rounds of this probe take another time than such rounds did before; says so once a probe."""
+        probe = self._probe
+        if probe is None or probe.is_changed or not probe.expected_s or probe.sums.rounds < PROBE_ROUNDS:
+            return False
+        probe.is_changed = differs(probe.mean_s / probe.expected_s)
+        return probe.is_changed
+
+    def wait(self, rows: int, tokens: int, seconds: float) -> None:
+        """A round of `choice` in which the drafter was behind: a probe waits for it, at its own expense."""
+        if self._probe is not None:
+            self._probe.lost_s += seconds - tokens / self._probe.rate_to_beat
+
+    def restart(self, slower: bool = False) -> None:
+        """Probe soon, and as much as at the start: the past says little about what is best now.
+
+        slower: rounds take longer than they did, so that plain decoding is tried first
+        """
         self._next_probe, self._gap = self._num_rounds, MIN_PROBE_GAP
-        self._credit = MAX_PROBE_CREDIT
+        self._plain_first = slower and self.settled > 0 and 0 in self._arms
+        self._credit = max(self._credit, MAX_PROBE_CREDIT if slower else PROBE_CREDIT)
 
     def step(self) -> None:
         """After every round: follow the probe, start the next when it is due, or settle on the best arm."""
@@ -104,7 +136,8 @@ class ProbeController:
             self._follow(self._probe)
         elif self._num_rounds >= self._next_probe and self._credit > 0:
             prediction = self._predict()
-            self._start(self._unsure_arm(prediction), prediction)
+            self._start(0 if self._plain_first else self._unsure_arm(prediction), prediction)
+            self._plain_first = False
         elif self._num_rounds % EVALUATE_ROUNDS == 0 and self._num_probes:
             self._evaluate()
 
@@ -123,24 +156,30 @@ class ProbeController:
         best = max(known, key=rates.__getitem__, default=self.settled)
         if rates[best] > rates[self.settled]:
             self.settled = best
+        if self.choice and not self.settled:
+            self._skip_s = prediction.seconds[self.choice]
         self.choice = self.settled
 
     def _unsure_arm(self, prediction: Prediction) -> int:
-        """Alternately the least known arm of the grid that may be best or is stale, and the one that promises most."""
+        """Alternately the least known arm of the grid that may be best or is stale, and the one that promises most.
+
+        From plain decoding the latter alone: any arm shows whether speculation pays again.
+        """
         rates, evidence = handicapped(prediction), prediction.evidence
         others = self._arms - {self.settled}
         hoped = [rate * (1 + OPTIMISM / (1 + rounds) ** 0.5) for rate, rounds in zip(rates, evidence)]
-        if self._num_probes % 2 == 0:
+        if self.settled and self._num_probes % 2 == 0:
             grid = others.intersection(self._grid)
             if unsure := [k for k in grid if hoped[k] > rates[self.settled] or evidence[k] < STALE_ROUNDS]:
                 return min(unsure, key=evidence.__getitem__)
         return max(others, key=hoped.__getitem__)
 
     def _start(self, arm: int, prediction: Prediction) -> None:
-        self._probe = Probe(arm, handicapped(prediction)[self.settled])
+        rate = handicapped(prediction)[self.settled]
+        expected_s = prediction.measured_s[arm] if prediction.evidence[arm] >= KNOWN_ROUNDS else 0.0
+        self._probe = Probe(arm, rate, expected_s, prediction.tokens[arm] / rate)
         self._num_probes += 1
-        self._skip_rounds = SKIPPED_ROUNDS if self.settled else CATCH_UP * SKIPPED_ROUNDS
-        # Plain rounds are slow while the drafter still grows the trees of the round before.
+        self._skip_rounds = SKIPPED_ROUNDS if self.settled else 0
         self._skip_s = 0.0 if arm else prediction.measured_s[self.settled]
         self.choice = arm
 
@@ -149,17 +188,24 @@ class ProbeController:
         probe.num_rounds += 1
         sums, tokens_to_beat = probe.sums, probe.rate_to_beat * probe.sums.seconds
         is_hopeless = sums.rounds >= KNOWN_ROUNDS and sums.rows * (1 + probe.arm) < tokens_to_beat
+        is_hopeless |= not self.settled and sums.rounds > 0 and probe.mean_s > CHANGE * probe.needed_s
         is_ahead = sums.tokens > tokens_to_beat
-        length = PROBE_ROUNDS if self.settled else CATCH_UP * PROBE_ROUNDS
-        is_over = probe.num_rounds % length == 0 and sums.rounds > 0
+        is_over = probe.num_rounds % PROBE_ROUNDS == 0 and sums.rounds > 0
         if not is_hopeless and probe.num_rounds < MAX_PROBE_ROUNDS and (is_ahead or not is_over):
             return
         before, self._probe = self.settled, None
         prediction = self._predict()
         self._settle(prediction)
-        self._credit -= max(lost_rounds(prediction, probe, self.settled), 0.0)
-        self._gap = min(2 * self._gap, MAX_PROBE_GAP) if self.settled == before else MIN_PROBE_GAP
+        waited = probe.lost_s / prediction.seconds[before]
+        self._credit -= max(lost_rounds(prediction, probe, self.settled) + waited, 0.0)
+        longest = MAX_PROBE_GAP if self.settled else MAX_PLAIN_GAP
+        self._gap = min(2 * self._gap, longest) if self.settled == before else MIN_PROBE_GAP
         self._next_probe = self._num_rounds + self._gap
+
+
+def differs(ratio: float) -> bool:
+    """Whether a ratio of what was measured to what was expected says that the load has changed."""
+    return not 1 / CHANGE < ratio < CHANGE
 
 
 def handicapped(prediction: Prediction) -> list[float]:
@@ -171,4 +217,5 @@ def handicapped(prediction: Prediction) -> list[float]:
 def lost_rounds(prediction: Prediction, probe: Probe, best: int) -> float:
     """Rounds of the arm `best` whose tokens a probe's rounds fell short by; negative when it was ahead."""
     tokens, seconds = prediction.tokens, prediction.seconds
-    return probe.num_rounds * (seconds[probe.arm] / seconds[best] - tokens[probe.arm] / tokens[best])
+    took_s = probe.mean_s if probe.sums.rounds else seconds[probe.arm]
+    return probe.num_rounds * (took_s / seconds[best] - tokens[probe.arm] / tokens[best])

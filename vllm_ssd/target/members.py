@@ -39,6 +39,8 @@ class Member:
     num_held: int = 0
     reading: dict[str, int] = field(default_factory=dict)  # tokens of requests that it has pushed nothing for yet
     awaiting_push: bool = False  # it was waited for in vain, and has pushed nothing since
+    was_told: bool = False  # in this round, and has pushed nothing since
+    silent_rounds: int = 0  # rounds in a row of which that was true
     abandoned: bool = False  # it is gone or owes an answer for long, and there is another that is sound
     late_share: float = 0.0
 
@@ -52,6 +54,7 @@ class Member:
         if self.generation != self.link.generation:
             self.generation, self.events, self.num_held = self.link.generation, [], 0
             self.reading, self.late_share, self.awaiting_push = {}, 0.0, False
+            self.was_told, self.silent_rounds = False, 0
 
     def enqueue(self, event: Open | Outcome | Close) -> None:
         """Queue an event for `send`."""

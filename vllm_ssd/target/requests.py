@@ -69,6 +69,9 @@ from vllm_ssd.target.metrics import Metrics
 REOPEN_ROUNDS = 32
 """Rounds an evicted request waits before it is opened again; doubled with each eviction."""
 
+SILENT_ROUNDS = 8
+"""Rounds in a row that a drafter was told of and pushed nothing for, from which it is taken to compile or the like."""
+
 NOT_HELD = -1
 """Generation of no drafter."""
 
@@ -84,7 +87,7 @@ class RemoteRequest:
     length: int = 0  # committed tokens that the drafter was told of
     member: int = 0  # index of the drafter that holds it, or held it last
     generation: int = NOT_HELD  # of the drafter that holds it
-    awaiting_first_block: bool = False  # none has come in this epoch: the drafter may still read the prompt
+    behind_until: int = 0  # the length whose block shows that the drafter has read what it was told; 0: it has
     too_long: bool = False
     evictions: int = 0
     reopen_round: int = 0  # back-off ends
@@ -109,6 +112,8 @@ class DrafterClient:
         self._metrics = metrics
         self._keep_block = keep_block
         self._requests: dict[str, RemoteRequest] = {}
+        self._behind: dict[str, RemoteRequest] = {}
+        self._most_emitted = config.num_speculative_tokens + 1  # in one round
         self._epochs = itertools.count(1)
         self._round = 0
 
@@ -116,6 +121,16 @@ class DrafterClient:
     def connected(self) -> bool:
         """Whether there is a drafter now."""
         return self._fleet.connected
+
+    @property
+    def in_time(self) -> bool:
+        """Whether there is a drafter and none is still reading what it was told, or busy with something else.
+
+        While one is, rounds say nothing about what its drafts are worth.
+        """
+        if not self._fleet.connected or any(member.silent_rounds >= SILENT_ROUNDS for member in self._members):
+            return False
+        return not any(map(self._is_known, self._behind.values()))
 
     def holds(self, request: RemoteRequest) -> bool:
         """Whether a drafter holds the request, as far as the target was told, and is not abandoned for another."""
@@ -134,6 +149,9 @@ class DrafterClient:
     def begin_round(self) -> None:
         """A round of the target passes; back-off is counted in them."""
         self._round += 1
+        for member in self._members:
+            member.silent_rounds = member.silent_rounds + 1 if member.was_told else 0
+            member.was_told = False
 
     # ---- towards the drafters --------------------------------------------------------------------------
 
@@ -171,7 +189,7 @@ class DrafterClient:
         request.epoch = next(self._epochs)
         request.length = len(token_ids)
         request.member, request.generation = member.index, member.link.generation
-        request.awaiting_first_block = True
+        self._await(request)
         member.reading[request.request_id] = len(token_ids)
         tokens = pack_ids(token_ids)
         member.enqueue(Open(request.request_id, request.epoch, tokens, request.temperature, request.truncation))
@@ -189,6 +207,9 @@ class DrafterClient:
             (self._retire if length > self._members.max_length else self._release)(request)
             return
         request.length = length
+        if len(emitted) > self._most_emitted:  # of several rounds, in which nothing was wanted
+            self._await(request)
+        member.was_told = True
         member.enqueue(Outcome(request.request_id, request.epoch, length, emitted, draft_token_ids, jit))
 
     def looked_up(self, request: RemoteRequest, *, hit: bool, block: bool) -> None:
@@ -201,11 +222,17 @@ class DrafterClient:
         request = self._requests.pop(request_id, None)
         if request is not None:
             self._release(request)
+            self._behind.pop(request_id, None)
 
     def send(self, num_drafts: int) -> None:
         """Send what was queued, if anything; `num_drafts` are wanted for each coming round."""
         for member in self._members:
             member.send(num_drafts)
+
+    def _await(self, request: RemoteRequest) -> None:
+        """Its drafter has more to read than a round's tokens."""
+        request.behind_until = request.length
+        self._behind[request.request_id] = request
 
     def _is_known(self, request: RemoteRequest) -> bool:
         """Whether the drafter process that it was opened on is still the one there, answering or not."""
@@ -226,6 +253,7 @@ class DrafterClient:
     def _left(self, request: RemoteRequest, member: Member) -> None:
         member.catch_up()
         member.num_held -= 1
+        self._behind.pop(request.request_id, None)
         member.reading.pop(request.request_id, None)
 
     # ---- from the drafters -----------------------------------------------------------------------------
@@ -241,6 +269,8 @@ class DrafterClient:
         for index, push in pushes:
             member = self._members[index]
             member.awaiting_push = False
+            if push.blocks or push.evicted or push.stats is not None:  # else it only says that it compiles
+                member.silent_rounds, member.was_told = 0, False
             first = 0
             for block in push.blocks:
                 self._take_block(block, index, push, first)
@@ -256,12 +286,13 @@ class DrafterClient:
         if request is None or request.member != index or block.epoch != request.epoch or not self._is_known(request):
             self._metrics.stale_block()
             return
-        if request.awaiting_first_block:
+        if request.behind_until and block.length >= request.behind_until:
+            request.behind_until = 0
+            self._behind.pop(block.request_id, None)
             self._members[index].reading.pop(block.request_id, None)
         if block.length != request.length or not block.fits:
             self._metrics.stale_block()
             return
-        request.awaiting_first_block = False
         self._keep_block(block, push, first)
 
     def _take_eviction(self, evicted: Evicted, index: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -18,6 +19,18 @@ METHOD_ON_V2 = "ngram_gpu"
 
 SCHEDULER = "vllm_ssd.compat.target.scheduler.scheduler"
 """What vLLM's engine schedules with on the V2 runner where the number of drafts adapts."""
+
+
+class DrafterState(enum.IntEnum):
+    """How the drafter stood when a round of the V2 runner began, which tells what the round is worth as a sample."""
+
+    IN_TIME = 0
+    BEHIND = 1  # it reads prompts, compiles or starts
+    AWAY = 2  # there is none, and nothing else drafts
+
+
+DRAFTER_STATE = "ssd_drafter_state"
+"""Attribute of vLLM's result of a round that carries a `DrafterState` from the worker to the scheduler."""
 
 
 def is_v2() -> bool:

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_ssd.compat import patch
 from vllm_ssd.compat.target.gain import can_gain, last_length
-from vllm_ssd.compat.target.runner import has_ssd
+from vllm_ssd.compat.target.runner import DRAFTER_STATE, DrafterState, has_ssd
 from vllm_ssd.compat.target.truncation import truncation_of
 from vllm_ssd.link.protocol import Truncation
 
@@ -34,12 +34,14 @@ class V2Speculator(BaseSpeculator):
     lowest. While a request that samples is in a higher one, all drafts of the batch are declared one-hot.
     num_drafts [max_num_reqs] int32: how many of a slot's K drafts are any; the others are rejected.
     step: number of the scheduler step that is carried out.
+    drafter_state: how the drafter stood at the last `speculate`.
     """
 
     supports_mm_inputs = False
     draft_logits: torch.Tensor
     num_drafts: torch.Tensor
     step = 0
+    drafter_state = DrafterState.IN_TIME
     _wanted: int | None = None
     _counts_valid = False  # vLLM counts only the drafts of this step's rows that fit their grammars
     _num_valid: Mapping[str, int] = MappingProxyType({})  # drafts that fit, of each row with a grammar
@@ -256,8 +258,14 @@ def _finish_requests(original, runner, scheduler_output):
 
 
 def _sample_tokens(original, runner, grammar_output):
+    """Beside the round's result the scheduler gets what it was worth as a sample; see `scheduler.Adaptive`."""
     runner.speculator.note_grammars(grammar_output)
-    return original(runner, grammar_output)
+    state = runner.speculator.drafter_state  # as its drafts were looked up
+    output = original(runner, grammar_output)
+    result = getattr(output, "model_runner_output", output)
+    if result is not None:
+        setattr(result, DRAFTER_STATE, int(state))
+    return output
 
 
 def _remove_request(original, runner, req_id):

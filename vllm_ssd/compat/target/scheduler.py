@@ -14,17 +14,23 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_ssd.compat.target.runner import DRAFTER_STATE, DrafterState
 from vllm_ssd.policy import Adaptation
 
 
 class Choices:
-    """The table, as an `Adaptation` would have it now."""
+    """The table, as an `Adaptation` would have it now; no drafts while nothing drafts, which teaches it nothing."""
 
     def __init__(self, adaptation: Adaptation) -> None:
         self._adaptation = adaptation
+        self._away = False
 
     def __getitem__(self, batch_size: int) -> int:
-        return self._adaptation.choose(batch_size)
+        return 0 if self._away else self._adaptation.choose(batch_size)
+
+    def note(self, state: DrafterState) -> None:
+        """How the drafter stood in the latest round."""
+        self._away = state == DrafterState.AWAY
 
 
 class Adaptive(Scheduler):
@@ -34,7 +40,8 @@ class Adaptive(Scheduler):
         super().__init__(*args, **kwargs)
         assert self.dynamic_sd_lookup is not None  # `adaptive` gives vLLM a schedule
         self._adaptation = Adaptation(self.num_spec_tokens, self.dynamic_sd_lookup[1:])
-        self.dynamic_sd_lookup = cast(list[int], Choices(self._adaptation))  # vLLM only ever indexes it
+        self._choices = Choices(self._adaptation)
+        self.dynamic_sd_lookup = cast(list[int], self._choices)  # vLLM only ever indexes it
         # When each of the batches that are in flight at once was decided last.
         self._decided: deque[tuple[float, set[str]]] = deque(maxlen=self.parallel_config.pipeline_parallel_size)
 
@@ -47,6 +54,8 @@ class Adaptive(Scheduler):
         """Learn from a round of pure decoding that followed directly on another of the same requests."""
         scheduled, drafts = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_spec_decode_tokens
         request_ids = set(scheduled)
+        state = getattr(model_runner_output, DRAFTER_STATE, DrafterState.IN_TIME)
+        self._choices.note(state)
         decided_at = next((at for at, ids in self._decided if ids == request_ids), None)
         self._decided.append((now, request_ids))
         sampled, row = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
@@ -55,8 +64,9 @@ class Adaptive(Scheduler):
         offered = [len(drafts.get(request_id, ())) for request_id in scheduled]
         accepted = [len(sampled[row[request_id]]) - 1 for request_id in scheduled]
         decoded = all(tokens == 1 + m for tokens, m in zip(scheduled.values(), offered))
-        if decoded and min(accepted) >= 0:
-            self._adaptation.observe(len(scheduled), max(offered), offered, accepted, now - decided_at)
+        if decoded and min(accepted) >= 0 and state != DrafterState.AWAY:
+            in_time, seconds = state == DrafterState.IN_TIME, now - decided_at
+            self._adaptation.observe(len(scheduled), max(offered), offered, accepted, seconds, in_time)
 
 
 class AsyncAdaptive(Adaptive, AsyncScheduler):

@@ -73,7 +73,7 @@ class Fallback:
             client.poll(deadline - now, remotes)
         seconds = now - started
         held = [row for row in waiting if client.reaches(row.request.remote)]
-        reading = any(row.request.remote.awaiting_first_block for row in held)
+        reading = any(row.request.remote.behind_until for row in held)
         if len(held) == len(waiting) and not reading:
             self._learn_wait(seconds, first_s, ready, jit)  # of drafting, not of reading a new prompt
         for row in held:

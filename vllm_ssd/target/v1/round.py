@@ -54,6 +54,7 @@ class Round:
         self.num_drafts = num_drafts
         self.rows: list[Row] = []
         self.waiting: list[Row] = []
+        self.drafter_in_time = False  # as the round begins
         self._batch = batch
 
     def look_up(self, requests: Mapping[str, Request], client: DrafterClient) -> None:

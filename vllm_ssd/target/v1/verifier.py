@@ -63,6 +63,7 @@ class Verifier:
         if round_.waiting:
             self._metrics.waited(self._fallback.wait(round_, self._client))
         proposed = round_.hand_over()
+        round_.drafter_in_time = self._client.in_time
         self._last_round = round_
         if not round_.waiting:
             self._metrics.handed_over(time.perf_counter() - started_s)
@@ -104,5 +105,7 @@ class Verifier:
             and self._client.connected  # rounds without a drafter say nothing about speculation
         ):
             seconds = now_s - last.started_s
-            self._adaptation.observe(len(accepted), last.num_drafts, batch.num_verified, accepted, seconds)
+            self._adaptation.observe(
+                len(accepted), last.num_drafts, batch.num_verified, accepted, seconds, last.drafter_in_time
+            )
         self._fallback.observe(by_ngram, batch.num_verified, accepted, seconds)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_ssd.compat.target.runner import DrafterState
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.kernels import OUTCOME_COLUMNS, Found
 from vllm_ssd.link.fleet import Fleet
@@ -106,6 +107,9 @@ class Courier:
         self._ngram_gain = NgramGain(config.num_speculative_tokens)
         self.wants_ngram = config.on_miss in ("ngram", "auto")
         """Whether rows without drafts should have n-gram drafts instead; vLLM's thread reads it."""
+        self.drafter_state = DrafterState.IN_TIME
+        """What the next round will be worth as a sample; vLLM's thread reads it."""
+        self._untold: set[int] = set()  # serial numbers of requests that are to be told of several rounds at once
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopped = False
 
@@ -226,7 +230,13 @@ class Courier:
         while self._tasks:
             self._tasks.popleft()()
         self._client.send(self._num_drafts)
+        self.drafter_state = self._drafter_state()
         self._metrics.log()
+
+    def _drafter_state(self) -> DrafterState:
+        if not self._client.connected and not self.wants_ngram:
+            return DrafterState.AWAY
+        return DrafterState.BEHIND if self._untold or not self._client.in_time else DrafterState.IN_TIME
 
     def _keep_block(self, block: SpeculationBlock, push: Push, first: int) -> None:
         serial = int(block.request_id)
@@ -248,6 +258,7 @@ class Courier:
         self._close(serial)
 
     def _close(self, serial: int) -> None:
+        self._untold.discard(serial)
         self._requests.pop(serial, None)
         self._client.close(str(serial))
 
@@ -256,6 +267,8 @@ class Courier:
             self._requests[serial].last_length = length
 
     def _want(self, num_drafts: int) -> None:
+        if num_drafts and not self._num_drafts:
+            self._untold = set(self._requests)
         self._num_drafts = num_drafts
 
     def _take_outcomes(self, round_: Verification) -> None:
@@ -282,6 +295,7 @@ class Courier:
 
     def _tell(self, request: SlotRequest, found: int) -> None:
         remote = request.remote
+        self._untold.discard(int(remote.request_id))
         if len(request.token_ids) + 2 > request.last_length:  # its next round only emits
             self._client.close(remote.request_id)
         elif self._client.holds(remote):

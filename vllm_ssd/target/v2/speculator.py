@@ -165,6 +165,7 @@ class SSDSpeculator(V2Speculator):
         if courier is not None:
             serials, num_scheduled = self._serials[slots_on_host].tolist(), self.num_scheduled_drafts(batch)
             courier.await_outcomes(self.step, serials, num_scheduled, outcomes)
+            self.drafter_state = courier.drafter_state
         return self._drafts[: batch.num_reqs, 1:]
 
     def _broadcast(self, slots: torch.Tensor, sampled: bool) -> None:
