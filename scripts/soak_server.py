@@ -20,8 +20,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import fork_server  # noqa: E402
 
-from vllm_ssd.drafter.lifetime import die_with  # noqa: E402
 from vllm_ssd.link import process  # noqa: E402
+from vllm_ssd.link.lifetime import die_with  # noqa: E402
 
 first, longest = map(float, os.environ["SOAK_BACKOFF_S"].split(","))
 process.BACKOFF_S = (first, longest)

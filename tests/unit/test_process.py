@@ -303,15 +303,15 @@ def test_part_of_a_message_is_not_waited_for(link):
 def test_a_process_id_that_is_another_s_by_now_is_no_server(link, monkeypatch):
     monkeypatch.undo()
     child = subprocess.Popen(["sleep", "100"])
-    link._server = psutil.Process(child.pid)
-    assert not link._is_orphan()
+    link._server._process = psutil.Process(child.pid)
+    assert not link._ends()
     with monkeypatch.context() as patch:
         patch.setattr(psutil.Process, "is_running", lambda self: False)  # it compares the times of creation
-        assert link._is_orphan()
+        assert link._server.has_ended()
     child.kill()
-    wait_for(link._is_orphan, 5.0)  # a zombie serves nobody
+    wait_for(link._server.has_ended, 5.0)  # a zombie serves nobody
     child.wait()
-    assert link._is_orphan()
+    assert link._ends()
 
 
 SERVER = """

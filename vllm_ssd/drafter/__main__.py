@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
 import msgspec
 
-from vllm_ssd.drafter.lifetime import die_with
+from vllm_ssd.link.lifetime import die_with
 from vllm_ssd.link.options import DrafterOptions
 
 
 def main(place: int | str, options: DrafterOptions) -> int:
     """Boot and serve: the parent alone, to which this process is tied, or all who connect."""
     if isinstance(place, str):
+        if options.keeper >= 0:
+            detach()
         from vllm_ssd.drafter.standalone import listen
 
         return listen(place, options)
@@ -22,6 +25,13 @@ def main(place: int | str, options: DrafterOptions) -> int:
     from vllm_ssd.drafter.server import run
 
     return run(place, options)
+
+
+def detach() -> None:
+    """Go on as nobody's child: Ray's processes kill their children when they end."""
+    if os.fork():
+        os._exit(0)
+    os.setsid()
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
-import psutil
 
 from vllm_ssd.link.checks import PushChecker, max_push_bytes
 from vllm_ssd.link.environment import drafter_environment
 from vllm_ssd.link.handshake import DrafterFailed, shake_hands
+from vllm_ssd.link.lifetime import Ancestor
 from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.placement import NO_UTILIZATION, run_on
 from vllm_ssd.link.protocol import DrafterStats, Hello, Push, Step, Welcome
@@ -77,6 +77,8 @@ class DrafterProcess:
     on_end: called once, when the link is closed, the server has ended or nobody holds the link any more
     """
 
+    leaving = False
+
     def __init__(
         self,
         options: DrafterOptions,
@@ -100,7 +102,7 @@ class DrafterProcess:
         self._logger = logger
         self._on_stats = on_stats
         # vLLM 0.32 leaves its workers behind when the server is killed; the drafter must not stay with them.
-        self._server = next((p for p in psutil.Process().parents() if p.pid == server_pid), None)
+        self._server = Ancestor(server_pid)
         self._process: subprocess.Popen | None = None  # the supervisor's
         self._num_started = 0  # the supervisor's: drafters that have shaken hands
         self._kv_bytes = 0  # of the drafter started last
@@ -290,7 +292,7 @@ class DrafterProcess:
 
     def _ends(self) -> bool:
         """Whether the link is closed, which it is from now on if the server has ended."""
-        if self._is_orphan():
+        if self._server.has_ended():
             self.close()
         return self._closed.is_set()
 
@@ -316,15 +318,6 @@ class DrafterProcess:
         if self._failure is not None:
             self._end()
         return self._failure is None
-
-    def _is_orphan(self) -> bool:
-        """Whether the server that this worker belongs to has ended, or its process id is another's by now."""
-        try:
-            return self._server is not None and (
-                not self._server.is_running() or self._server.status() == psutil.STATUS_ZOMBIE
-            )
-        except psutil.NoSuchProcess:
-            return True
 
     def _do_without_trees(self) -> None:
         """Start no drafter with its own attention again if the one that was lost crashed, perhaps in it."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from vllm_ssd.drafter.lifetime import die_with
+from vllm_ssd.link.lifetime import die_with
 
 EXIT_TIMEOUT_S = 10.0
 """An engine whose connection has closed has this long to end by itself."""
