@@ -12,6 +12,7 @@ import itertools
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -184,6 +185,11 @@ class EngineHost:
     def is_async(self) -> bool:
         """Whether the scheduler is a step ahead of the results."""
         return bool(self._engine.vllm_config.scheduler_config.async_scheduling)
+
+    def has_joined_ray(self) -> bool:
+        """Whether this process is a driver of Ray, which vLLM imports where it is installed, or has what could be."""
+        ray = sys.modules.get("ray")
+        return (ray is not None and ray.is_initialized()) or any(n.startswith("vllm_ssd.pool") for n in sys.modules)
 
     def drafter(self, index: int = 0) -> SimpleNamespace:
         """Of one drafter: process id (0: others started it), number of starts, whether it is connected, KV pages in

@@ -87,7 +87,7 @@ class ForkedProcess:
 def fork(
     address: str, program: str, arguments: Sequence[str], fd: int, environment: Mapping[str, str], output: int = 1
 ) -> ForkedProcess:
-    """Have the server at `address` fork a process that runs `program`, "engine" or "drafter".
+    """Have the server at `address` fork a process that runs `program`: "engine", "drafter" or "listener".
 
     arguments: of its command line, the last but `fd`, which follows them where `program` wants it; output: the
     descriptor of what it prints.
@@ -189,7 +189,7 @@ class Server:
         random.seed()
         status = 1
         try:
-            status = run_engine(arguments, fd) if program == "engine" else run_drafter(arguments, fd)
+            status = {"engine": run_engine, "drafter": run_drafter, "listener": run_listener}[program](arguments, fd)
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else 1
         except BaseException:
@@ -223,8 +223,19 @@ def run_drafter(arguments: list[str], fd: int) -> int:
     return main(fd, msgspec.structs.replace(options, parent_pid=os.getppid()))
 
 
+def run_listener(arguments: list[str], fd: int) -> int:
+    """Be a drafter that listens, with its keeper at `fd`; returns its exit status."""
+    import msgspec
+
+    from vllm_ssd.drafter.__main__ import main
+    from vllm_ssd.link.options import DrafterOptions
+
+    place, options = arguments
+    return main(place, msgspec.structs.replace(msgspec.json.decode(options, type=DrafterOptions), keeper=fd))
+
+
 if __name__ == "__main__":
-    from vllm_ssd.drafter.lifetime import die_with
+    from vllm_ssd.link.lifetime import die_with
 
     die_with(os.getppid())
     sys.path.insert(0, str(Path(__file__).parent))

@@ -64,6 +64,28 @@ def parse_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+POOL_PREFIX = "ray:"
+
+
+def is_pool_name(text: str) -> bool:
+    """Whether a pool of drafters on Ray may be called so."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", text, re.ASCII) is not None
+
+
+def check_resources(resources: Mapping[str, Any], given: SSDConfig) -> None:
+    """Raise ValueError unless Ray can reserve `resources` for a drafter, which the keys of `given` fit into."""
+    amounts = resources.values()
+    if not resources or not all(isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0 for x in amounts):
+        raise ValueError(
+            f'ssd: drafter_resources must name amounts over 0, as in {{"GPU": 1}}, got {json.dumps(resources)}'
+        )
+    if resources.get("GPU", 1) % 1 and given.kv_cache_memory is None and given.gpu_memory_utilization is None:
+        raise ValueError(
+            f"ssd: a drafter that has {resources['GPU']:g} of a GPU cannot tell how much memory is its own: set "
+            "kv_cache_memory"
+        )
+
+
 def _field(what: str, allows: Callable[[Any], bool], default: Any = MISSING) -> Any:
     """A field whose values are `what`, as `allows` decides; None is a value where it is the default."""
     accepts = (lambda value: value is None or allows(value)) if default is None else allows
@@ -115,7 +137,7 @@ def _is_device(value: Any) -> bool:
 
 def _is_drafters(value: Any) -> bool:
     if isinstance(value, str):
-        return value == "local"
+        return value in ("local", "ray") or value.startswith(POOL_PREFIX) and is_pool_name(value[len(POOL_PREFIX) :])
     try:
         return isinstance(value, tuple) and len({parse_address(item) for item in value}) == len(value) > 0
     except (TypeError, ValueError):
@@ -147,7 +169,11 @@ class SSDConfig:
     adaptive: let the drafts a round carries follow the load, down to none where speculation does not pay
     drafter_device: None leaves the choice to the platform; of several numbers, each drafter gets one
     num_drafters: drafters of each data-parallel replica, which share its requests
-    drafters: "local" for those that the server starts, or the addresses of `vllm-ssd drafter`
+    drafters: "local" for those that the server starts, the addresses of `vllm-ssd drafter`, "ray" for those that Ray
+        places for this server, or "ray:POOL" for those of `vllm-ssd pool up POOL`
+    min_drafters: of drafters that the server does not start itself, how many it waits for as it starts; 1 by default
+    drafter_resources: what Ray reserves for each drafter, by Ray's names of resources
+    ray_unauthenticated: use a Ray cluster in which everybody who reaches its ports may run code
     drafter_key: the credential that targets and those drafters share
     tokenizer: of the draft model, where its own folder has none
     hf_overrides: settings of the draft model's configuration to replace
@@ -174,8 +200,11 @@ class SSDConfig:
     drafter_device: str | None = _field("cpu, cuda, cuda:N or cuda:N,M,...", _is_device, None)
     num_drafters: int = _integer(1, 64, 1)
     drafters: str | tuple[str, ...] = _field(
-        'a list of addresses such as ["10.0.0.7:7011"], or "local"', _is_drafters, "local"
+        'a list of addresses such as ["10.0.0.7:7011"], "local", "ray" or "ray:POOL"', _is_drafters, "local"
     )
+    min_drafters: int | None = _integer(0, 64, None)
+    drafter_resources: dict[str, Any] | None = _object()
+    ray_unauthenticated: bool = _flag(False)
     drafter_key: str | None = _name("the path of a file that `vllm-ssd key` made")
     drafter_cpus: str | None = _field("a list of CPU numbers and ranges such as 2-5,7", _is_cpu_list, None)
     dtype: str = _choice(("auto", "half", "float16", "bfloat16", "float", "float32"), "auto")
@@ -225,17 +254,33 @@ class SSDConfig:
                 f"ssd: max_model_len must be at least 2 * num_speculative_tokens + 3 = {shortest}, or no request has "
                 f"room for drafts, got {self.max_model_len}"
             )
-        if not isinstance(self.drafters, str):
-            if self.drafter_key is None:
-                raise ValueError("ssd: drafters at addresses need drafter_key, the file that `vllm-ssd key` made")
-            if self.num_drafters != 1:
-                raise ValueError("ssd: give num_drafters or the addresses in drafters, not both")
-        elif self.drafter_key is not None:
-            raise ValueError("ssd: drafter_key is for drafters at addresses; those that the server starts need none")
+        self._check_drafters()
         if self.fan_out is not None and self.branch_budget is not None:
             raise ValueError("ssd: give fan_out or branch_budget, not both: the budget is what fan_out divides")
         if self.ngram_min > self.ngram_max:
             raise ValueError(f"ssd: ngram_min must be at most ngram_max = {self.ngram_max}, got {self.ngram_min}")
+
+    def _check_drafters(self) -> None:
+        if not isinstance(self.drafters, str) and self.drafter_key is None:
+            raise ValueError("ssd: drafters at addresses need drafter_key, the file that `vllm-ssd key` made")
+        if isinstance(self.drafters, str) and self.drafter_key is not None:
+            raise ValueError("ssd: drafter_key is for drafters at addresses; all others need none")
+        if self.num_drafters != 1 and self.drafters not in ("local", "ray"):
+            what = "the addresses in drafters" if self.pool is None else "a pool, which has a number of its own"
+            raise ValueError(f"ssd: give num_drafters or {what}, not both")
+        if self.drafters == "local" and self.min_drafters is not None:
+            raise ValueError("ssd: min_drafters is for drafters that others start; a server waits for all of its own")
+        if self.drafters != "ray" and self.drafter_resources is not None:
+            raise ValueError('ssd: drafter_resources is for "drafters": "ray"')
+        if self.pool is None and self.ray_unauthenticated:
+            raise ValueError('ssd: ray_unauthenticated is for "drafters": "ray" or "ray:POOL"')
+        if self.pool is not None and self.drafter_device is not None:
+            raise ValueError("ssd: drafter_device is for drafters that the server starts; Ray chooses by resources")
+        most = len(self.drafters) if isinstance(self.drafters, tuple) else self.num_drafters
+        if not self.pool and self.min_drafters is not None and self.min_drafters > most:
+            raise ValueError(f"ssd: min_drafters must be at most the number of drafters, {most}")
+        if self.drafter_resources is not None:
+            check_resources(self.drafter_resources, self)
 
     @classmethod
     def from_user(cls, speculative_config: Mapping[str, Any]) -> SSDConfig:
@@ -281,6 +326,26 @@ class SSDConfig:
     def runtime_json(self) -> str:
         """All other fields as a JSON text."""
         return json.dumps({name: value for name, value in asdict(self).items() if name not in TARGET_FIELDS})
+
+    def drafter_keys(self) -> dict[str, Any]:
+        """The user's keys that a drafter is started with where somebody else starts it."""
+        own = {"drafters", "num_drafters", "min_drafters", "drafter_resources", "ray_unauthenticated", "metrics_port"}
+        defaults = SSDConfig(self.model)
+        return {k: v for k, v in asdict(self).items() if k not in own and v != getattr(defaults, k)} | {
+            "model": self.model
+        }
+
+    @property
+    def num_awaited(self) -> int:
+        """Drafters that a server waits for as it starts, of those that it does not start itself."""
+        return 1 if self.min_drafters is None else self.min_drafters
+
+    @property
+    def pool(self) -> str | None:
+        """The pool on Ray that drafters belong to: "" for this server's own, None where Ray places none."""
+        if isinstance(self.drafters, str) and self.drafters.partition(":")[0] == "ray":
+            return self.drafters.partition(":")[2]
+        return None
 
     @property
     def max_branches(self) -> int:

@@ -28,6 +28,8 @@ def pair(max_pending_bytes: int = DEFAULT_MAX_PENDING_BYTES) -> tuple[ProcessTra
 class InProcessLink:
     """A link whose drafter runs when it is polled: `steps_a_poll` forwards, none when it is dead."""
 
+    leaving = False
+
     def __init__(self, num_pages: int = 400, steps_a_poll: int = 50, max_model_len: int = 200) -> None:
         self.generation, self.connected, self.max_model_len = 1, True, max_model_len
         self.steps_a_poll = steps_a_poll

@@ -60,7 +60,17 @@ def user_dicts(draw):
     )
     remote = st.just({})
     if values.get("num_drafters", 1) == 1:
-        remote |= st.fixed_dictionaries({"drafters": st.just(["a:1", "[::1]:2"]), "drafter_key": NAME})
+        remote |= st.fixed_dictionaries(
+            {"drafters": st.just(["a:1", "[::1]:2"]), "drafter_key": NAME}, optional={"min_drafters": st.integers(0, 2)}
+        )
+        if "drafter_device" not in values:
+            remote |= st.fixed_dictionaries(
+                {"drafters": st.just("ray:chat")}, optional={"ray_unauthenticated": st.booleans()}
+            )
+    if "drafter_device" not in values:
+        remote |= st.fixed_dictionaries(
+            {"drafters": st.just("ray"), "drafter_resources": st.just({"GPU": 1, "node:10.0.0.7": 0.01})}
+        )
     return values | sizes | draw(remote) | {"num_speculative_tokens": num_drafts}
 
 
@@ -85,7 +95,8 @@ def test_dashes_are_underscores(values):
 
 def test_every_field_is_covered_by_the_round_trip():
     assert {item.name for item in fields(SSDConfig)} == {
-        *COMMON, "num_speculative_tokens", "fan_out", "branch_budget", "drafters", "drafter_key",
+        *COMMON, "num_speculative_tokens", "fan_out", "branch_budget", "drafters", "drafter_key", "min_drafters",
+        "drafter_resources", "ray_unauthenticated",
     }  # fmt: skip
 
 
@@ -101,11 +112,12 @@ LEAVES_THE_TARGET_ALONE = {
     "drafter_args": {"kv_cache_dtype": "fp8"},
 }  # fmt: skip
 REMOTE = {"drafters": ["10.0.0.7:7011"], "drafter_key": "ssd.pem"}
+RAY = {"drafters": "ray", "drafter_resources": {"gold": 1}, "ray_unauthenticated": True, "min_drafters": 0}
 """Keys that need each other, and leave the target alone as well."""
 
 
 def test_only_keys_of_the_target_enter_its_compile_cache_key():
-    assert CHANGES_THE_TARGET.keys() | LEAVES_THE_TARGET_ALONE.keys() | REMOTE.keys() == {
+    assert CHANGES_THE_TARGET.keys() | LEAVES_THE_TARGET_ALONE.keys() | REMOTE.keys() | RAY.keys() == {
         item.name for item in fields(SSDConfig)
     }
     assert set(TARGET_FIELDS) == CHANGES_THE_TARGET.keys()
@@ -115,7 +127,7 @@ def test_only_keys_of_the_target_enter_its_compile_cache_key():
         return VllmConfig(additional_config={"ssd": ours}).compute_hash()
 
     assert {name for name, value in LEAVES_THE_TARGET_ALONE.items() if key(**{name: value}) != key()} == set()
-    assert key(**REMOTE) == key()
+    assert key(**REMOTE) == key(**RAY) == key()
     assert {name for name, value in CHANGES_THE_TARGET.items() if key(**{name: value}) == key()} == set()
 
 
@@ -262,11 +274,24 @@ def test_sizes(text, size):
     [
         ({"drafters": ["10.0.0.7:7011"]}, "need drafter_key, the file that `vllm-ssd key` made"),
         ({"drafter_key": "ssd.pem"}, "drafter_key is for drafters at addresses"),
+        ({"drafters": "ray", "drafter_key": "ssd.pem"}, "drafter_key is for drafters at addresses"),
+        ({"drafters": "ray:"}, "drafters must be a list of addresses"),
+        ({"drafters": "ray:a/b"}, "drafters must be a list of addresses"),
+        ({"drafters": "ray:chat", "num_drafters": 2}, "num_drafters or a pool, which has a number of its own"),
+        ({"drafters": "ray:chat", "drafter_resources": {"GPU": 1}}, 'drafter_resources is for "drafters": "ray"'),
+        ({"drafters": "ray", "drafter_resources": {}}, "must name amounts over 0"),
+        ({"drafters": "ray", "drafter_resources": {"GPU": "1"}}, "must name amounts over 0"),
+        ({"drafters": "ray", "drafter_resources": {"GPU": 0.5}}, "has 0.5 of a GPU .* set kv_cache_memory"),
+        ({"drafters": "ray", "drafter_device": "cuda:1"}, "Ray chooses by resources"),
+        ({"drafters": "ray", "num_drafters": 2, "min_drafters": 3}, "at most the number of drafters, 2"),
+        ({**REMOTE, "min_drafters": 2}, "at most the number of drafters, 1"),
+        ({"min_drafters": 1}, "min_drafters is for drafters that others start"),
+        ({**REMOTE, "ray_unauthenticated": True}, "ray_unauthenticated is for"),
         ({**REMOTE, "num_drafters": 2}, "num_drafters or the addresses in drafters, not both"),
         ({**REMOTE, "drafters": ["10.0.0.7"]}, r"a list of addresses such as .*, got \['10.0.0.7'\]"),
         ({**REMOTE, "drafters": ["a:1", "a:1"]}, "a list of addresses"),
         ({**REMOTE, "drafters": []}, "a list of addresses"),
-        ({**REMOTE, "drafters": "ray"}, 'or "local"'),
+        ({**REMOTE, "drafters": "rays"}, '"local", "ray" or "ray:POOL"'),
     ],
 )
 def test_drafters_at_addresses_come_with_a_key(keys, message):

@@ -198,6 +198,16 @@ def test_each_drafter_of_a_fleet_is_placed(ask):
     assert not starts and "one GPU for 2 drafters" in found["device of drafter 1"]["text"]
 
 
+@pytest.mark.parametrize(
+    ("drafters", "says"), [("ray", "Ray places 1 when the server starts"), ("ray:chat", "the pool chat on Ray")]
+)
+def test_drafters_on_ray_are_left_to_it(ask, drafters, says):
+    starts, found = ask(4, "-tp", "4", "--speculative-config.drafters", drafters)
+    assert starts, found
+    assert found["drafters"]["text"] == says
+    assert "drafter's device" not in found
+
+
 def test_drafters_elsewhere_are_named_and_their_credential_is_looked_at(ask, tmp_path):
     key = tmp_path / "ssd.pem"
     given = ("--speculative-config.drafters", '["10.0.0.7:7011"]', "--speculative-config.drafter_key", str(key))

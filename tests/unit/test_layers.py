@@ -59,7 +59,8 @@ ALLOWED = {
     },
     "plugin": {"compat", "compat.target", "config", "link", "target.v1", "target.v2"},
     "monitor": {"link"},
-    "cli": {"compat", "compat.target", "config", "doctor", "link", "monitor", "planning"},
+    "pool": {"config", "link"},
+    "cli": {"compat", "compat.target", "config", "doctor", "link", "monitor", "planning", "pool"},
 }
 """The rooms that each room refers to; a room is a folder, or a file that stands alone."""
 
@@ -68,15 +69,21 @@ APART = [
     ({"target.v2"}, {"target.v1"}),
     ({"target", "target.v1", "target.v2", "compat.target"}, {"drafter", "drafter.pages", "compat.drafter"}),
     ({"drafter", "drafter.pages", "compat.drafter"}, {"target", "target.v1", "target.v2", "compat.target"}),
+    ({"target", "target.v1", "target.v2", "link", "drafter"}, {"pool"}),
     ({"link"}, {"target", "target.v1", "target.v2", "drafter", "drafter.pages", "compat.target", "compat.drafter"}),
 ]
 """Rooms that reach none of the others, through no third one either."""
 
-BY_NAME = {("vllm_ssd.link.process", "vllm_ssd.drafter"): "starts `python -m vllm_ssd.drafter`"}
+BY_NAME = {
+    ("vllm_ssd.link.process", "vllm_ssd.drafter"): "starts `python -m vllm_ssd.drafter`",
+    ("vllm_ssd.link.placed", "vllm_ssd.pool"): "starts `python -m vllm_ssd.pool`",
+}
 """Modules named by a string that is no import: (module, name) and why."""
 
 WITHOUT_VLLM = {"kernels", "config", "policy", "drafter", "drafter.pages"}
 """Rooms that run, and are tested, without vLLM."""
+
+TALKS_TO_RAY = "vllm_ssd.pool.cluster"
 
 LOGGER = "vllm.vllm_ssd"
 """The name of our logger, below vLLM's."""
@@ -200,6 +207,11 @@ def needs_of_kernels(tree: SourceTree) -> list[str]:
     ]
 
 
+def uses_of_ray(tree: SourceTree) -> list[str]:
+    """Ray elsewhere than in the one module that talks to it: a process that joins Ray ends with it."""
+    return [str(r) for r in tree.all_references() if r.name.split(".")[0] == "ray" and r.module != TALKS_TO_RAY]
+
+
 def circles(tree: SourceTree) -> list[str]:
     """Files that import each other; imports in functions count, those under TYPE_CHECKING, which never run, do not."""
     strict = [f"at import: {sorted(circle)}" for circle in tree.circles("import")]
@@ -215,6 +227,7 @@ CHECKS = [
     unmarked_patches,
     uses_of_vllm,
     needs_of_kernels,
+    uses_of_ray,
     circles,
 ]
 
@@ -275,6 +288,8 @@ PLANTED = [
     (uses_of_vllm, "policy/budget.py", "from vllm.logger import init_logger"),
     (uses_of_vllm, "drafter/engine.py", "def late():\n    import vllm"),
     (needs_of_kernels, "kernels.py", "import scipy"),
+    (uses_of_ray, "target/requests.py", "def late():\n    import ray"),
+    (uses_of_ray, "policy/budget.py", "from ray.util import queue"),
     (circles, "policy/budget.py", "import vllm_ssd.policy.other"),
     (circles, "policy/budget.py", "def late():\n    from vllm_ssd.policy.other import x"),
     (circles, "config.py", "def late():\n    from vllm_ssd.plugin import x"),

@@ -45,6 +45,8 @@ class Held:
 class ModelLink:
     """A drafter that holds token lists, checks every event against them, and pushes what the test tells it to."""
 
+    leaving = False
+
     def __init__(self) -> None:
         self.generation, self.connected, self.max_model_len = 1, True, MAX_MODEL_LEN
         self.held: dict[str, Held] = {}

@@ -1,6 +1,6 @@
-"""The command line: `vllm-ssd doctor`, `drafter`, `key`, `plan`, `profile`, `top` and `trace`."""
+"""The command line: `vllm-ssd doctor`, `drafter`, `key`, `plan`, `pool`, `profile`, `top` and `trace`."""
 
-from vllm_ssd.cli import doctor, drafter, planning, top, trace
+from vllm_ssd.cli import doctor, drafter, planning, pool, top, trace
 from vllm_ssd.cli.base import app
 
-__all__ = ["app", "doctor", "drafter", "planning", "top", "trace"]
+__all__ = ["app", "doctor", "drafter", "planning", "pool", "top", "trace"]

@@ -167,6 +167,12 @@ FEATURES = (
             "V2": ("integration/test_standalone.py::test_two_targets_share_it_until_one_is_killed",),
         },
     ),
+    Feature(
+        "drafters that Ray places: `drafters: ray`",
+        "yes",
+        "untested",
+        {"V1": ("integration/test_pool.py", "integration/test_pool_chaos.py", "unit/test_placed.py")},
+    ),
     Feature("LoRA on the target", "yes", "untested", {"V1": ("integration/test_lora.py",)}),
     Feature(
         "tree attention in the drafter",

@@ -112,7 +112,7 @@ def _places(found: Findings, config: SSDConfig, target: VllmConfig, machine: Mac
             found.fails("target's devices", f"{text}; the machine has {machine.num_gpus}", "add GPUs, or use fewer")
         else:
             found.ok("target's devices", text)
-    if not isinstance(config.drafters, str):
+    if config.drafters != "local":
         _elsewhere(found, config)
         return None
     places: list[Placement] = []
@@ -131,7 +131,13 @@ def _places(found: Findings, config: SSDConfig, target: VllmConfig, machine: Mac
 
 def _elsewhere(found: Findings, config: SSDConfig) -> None:
     """Drafters that the server only connects to; what they need is asked on their own hosts."""
-    assert config.drafter_key is not None  # `SSDConfig` says so
+    if config.pool is not None:
+        if config.pool:
+            found.note("drafters", f"the pool {config.pool} on Ray", f"see `vllm-ssd pool status {config.pool}`")
+        else:
+            found.note("drafters", f"Ray places {config.num_drafters} when the server starts", "see `ray status`")
+        return
+    assert config.drafter_key is not None and not isinstance(config.drafters, str)  # `SSDConfig` says so
     try:
         tls_context(Path(config.drafter_key), is_server=False)
     except BadCredential as error:

@@ -245,8 +245,9 @@ def _start_over(place: int | str, options: DrafterOptions, environment: dict[str
     logger.warning("SSD: the drafter does without %s, which failed here (%s)", what, reason)
     logger.debug("SSD: what failed", exc_info=error)
     options = msgspec.structs.replace(options, **changes)
-    if isinstance(place, int):
-        os.set_inheritable(place, True)
+    for descriptor in (place, options.keeper):
+        if isinstance(descriptor, int) and descriptor >= 0:
+            os.set_inheritable(descriptor, True)
     arguments = ["-m", "vllm_ssd.drafter", str(place), msgspec.json.encode(options).decode()]
     os.execve(sys.executable, [sys.executable, *arguments], environment)
 

@@ -14,6 +14,7 @@ import msgspec
 from vllm_ssd.drafter.accept import Acceptor
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.heartbeat import Heartbeat
+from vllm_ssd.drafter.keeper import Keeper
 from vllm_ssd.drafter.server import Booted, boot, serve
 from vllm_ssd.drafter.tenants import Stopped, Tenants
 from vllm_ssd.link.credential import tls_context
@@ -58,8 +59,9 @@ def listen(place: str, options: DrafterOptions) -> int:
     Raises `BadCredential` before anything is loaded, and OSError where the address cannot be listened on.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    keeper = Keeper(options) if options.keeper >= 0 else None
     context = tls_context(Path(options.key), is_server=True)
-    booted = boot(place, options, lambda error: None)
+    booted = boot(place, options, keeper.fail if keeper else lambda error: None)
     drafter, longest = Host(booted), booted.max_step_bytes
     del booted
     host, _, port = place.rpartition(":")
@@ -68,7 +70,10 @@ def listen(place: str, options: DrafterOptions) -> int:
     signal.signal(signal.SIGTERM, lambda *_: _end(tenants))
     signal.signal(signal.SIGINT, lambda *_: _end(tenants))
     host, port = acceptor.address
-    print(f"vllm-ssd drafter: {options.engine_args['model']} listens on {host}:{port}", flush=True)
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    print(f"vllm-ssd drafter: {options.engine_args['model']} listens on {address}", flush=True)
+    if keeper is not None:
+        keeper.serve(address, tenants, lambda: _end(tenants))
     try:
         while drafter.engine is None:
             tenants.poll(None)

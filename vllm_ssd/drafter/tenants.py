@@ -86,6 +86,8 @@ class Tenants(Transport):
         self._num_tenants = 0
         self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopped = False
+        self.load = 0, 0
+        """Targets that are served and their open requests, as of the last poll; for any thread."""
 
     def __len__(self) -> int:
         return sum(tenant.hello is not None for tenant in self._tenants.values())
@@ -112,6 +114,7 @@ class Tenants(Transport):
                 tenant.lost = tenant.lost or str(error)
             if tenant.lost:
                 self._part(tenant, steps)
+        self.load = len(self), sum(len(tenant.open) for tenant in self._tenants.values())
         return steps
 
     def send(self, message: Push) -> None:

@@ -6,6 +6,7 @@ import datetime
 import os
 import ssl
 import stat
+import tempfile
 from pathlib import Path
 
 NAME = "vllm-ssd"
@@ -16,11 +17,8 @@ class BadCredential(ValueError):
     """A file that cannot serve as a credential; the message is the one sentence the user needs."""
 
 
-def make_credential(path: Path) -> None:
-    """Write a new key (ECDSA on P-256) and its self-signed certificate to `path`, which nobody else can read.
-
-    Raises FileExistsError rather than replace a file: whoever has the old one would be locked out.
-    """
+def new_credential() -> bytes:
+    """A new key (ECDSA on P-256) and its self-signed certificate, as PEM."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -40,12 +38,32 @@ def make_credential(path: Path) -> None:
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
-    pem = key.private_bytes(
+    return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     ) + certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def make_credential(path: Path) -> None:
+    """Write a new credential to `path`, which nobody else can read.
+
+    Raises FileExistsError rather than replace a file: whoever has the old one would be locked out.
+    """
+    write_credential(path, new_credential())
+
+
+def write_credential(path: Path, pem: bytes) -> None:
+    """Write a credential to a new file that nobody else can read; raises FileExistsError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(pem)
+
+
+def tls_context_of(pem: bytes, *, is_server: bool) -> ssl.SSLContext:
+    """As `tls_context`, of what such a file holds."""
+    with tempfile.TemporaryDirectory(prefix="vllm-ssd-") as folder:
+        path = Path(folder) / "ssd.pem"
+        write_credential(path, pem)
+        return tls_context(path, is_server=is_server)
 
 
 def tls_context(path: Path, *, is_server: bool) -> ssl.SSLContext:

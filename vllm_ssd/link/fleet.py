@@ -21,6 +21,8 @@ class Link(Protocol):
     """Grows whenever a new drafter has come up; 0 while there never was one."""
     connected: bool
     max_model_len: int
+    leaving: bool
+    """Whether it will be gone soon, and had better get no new requests."""
 
     @property
     def suspect(self) -> bool:

@@ -12,7 +12,8 @@ from vllm_ssd.policy import MAX_LEARNED_FAN_OUT
 class DrafterOptions(msgspec.Struct, frozen=True):
     """JSON on the drafter's command line. engine_args: of vLLM; cpus: cores to run on, empty for all; tree_attention:
     keep pages on the device and read each trunk once, which pays on a GPU; key: path of the credential, of a drafter
-    that listens."""
+    that listens; keeper, registry: descriptor of a socket to who keeps it running, and the address of what knows
+    whether anybody still does (`vllm_ssd.drafter.keeper`)."""
 
     engine_args: dict
     num_speculative_tokens: int
@@ -27,6 +28,8 @@ class DrafterOptions(msgspec.Struct, frozen=True):
     saguaro_c: float = 1.0
     graphs: bool = True  # capture steps on a GPU
     key: str = ""
+    keeper: int = -1
+    registry: str = ""
 
     @property
     def max_fan_out(self) -> int:

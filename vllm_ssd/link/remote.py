@@ -59,6 +59,10 @@ class RemoteDrafter(DrafterProcess):
             on_end=on_end,
         )
 
+    def trust(self, context: ssl.SSLContext) -> None:
+        """Connect with another context from the next time on."""
+        self._context = context
+
     @property
     def settled(self) -> bool:
         return super().settled or time.monotonic() >= self._settles_at

@@ -74,14 +74,19 @@ class Member:
 
 
 class Members:
-    """The drafters of a fleet; chooses one for each request that is opened."""
+    """The drafters of a fleet, which may grow; chooses one for each request that is opened."""
 
     def __init__(self, fleet: Fleet, reserve: int) -> None:
-        self._members = [Member(index, link, reserve) for index, link in enumerate(fleet)]
+        self._fleet = fleet
+        self._reserve = reserve
+        self._members: list[Member] = []
+        self._welcome()
         self._random = random.Random()
         self._prefixes: OrderedDict[bytes, int] = OrderedDict()  # first tokens: index of the member, last used last
 
     def __getitem__(self, index: int) -> Member:
+        if index >= len(self._members):
+            self._welcome()
         return self._members[index]
 
     def __iter__(self) -> Iterator[Member]:
@@ -90,10 +95,15 @@ class Members:
     @property
     def max_length(self) -> int:
         """Committed tokens that a request may have anywhere; drafters that are gone may come back."""
-        return max(member.max_length for member in self._members)
+        return max((member.max_length for member in self._members), default=0)
+
+    def _welcome(self) -> None:
+        for index in range(len(self._members), len(self._fleet)):
+            self._members.append(Member(index, self._fleet.links[index], self._reserve))
 
     def look_around(self) -> None:
         """After each poll, and before a choice: abandon drafters that are gone or silent while there is another one."""
+        self._welcome()
         if len(self._members) > 1:
             sound = [member.link.connected and not member.link.suspect for member in self._members]
             for member, is_sound in zip(self._members, sound):
@@ -108,13 +118,14 @@ class Members:
         reopened: whether another drafter had read the request before
         """
         members = self._members
-        if len(members) == 1:
+        if len(members) == 1 and not members[0].link.leaving:
             return members[0] if members[0].link.connected else None
         self.look_around()  # a target that was idle has not polled since
         size = len(token_ids)
         there = [m for m in members if m.link.connected and not m.abandoned and size <= m.max_length]
         if held_by is not None and members[held_by] in there:
             return members[held_by]
+        there = [member for member in there if not member.link.leaving]
         for member in there:
             member.catch_up()
         in_time = [member for member in there if member.late_share <= MAX_LATE_SHARE]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -18,16 +20,20 @@ from vllm_ssd.config import SERVER_PID_ENV, SSDConfig
 from vllm_ssd.link.credential import tls_context
 from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.link.metrics_socket import METRICS_ENV
+from vllm_ssd.link.placed import PlacedFleet
 from vllm_ssd.link.placement import place_drafter, target_limits
 from vllm_ssd.link.process import DrafterProcess
 from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, fingerprint
 from vllm_ssd.link.remote import RemoteDrafter
+from vllm_ssd.link.roster import Wanted, default_resources
+from vllm_ssd.link.seat import Seat
 from vllm_ssd.link.timeline import TRACE_ENV, Timeline
 from vllm_ssd.target.metrics import Metrics
 
 logger = init_logger("vllm.vllm_ssd")
 
 GIB = 1 << 30
+Link = TypeVar("Link", bound=RemoteDrafter)
 
 
 def user_config(vllm_config: VllmConfig) -> SSDConfig:
@@ -43,7 +49,7 @@ def start_drafters(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics,
     A drafter on this worker's own GPU is loaded before the target, so that each measures its own memory. The metrics'
     port is free again when a drafter is closed or the server has ended.
     """
-    if not isinstance(config.drafters, str):
+    if config.drafters != "local":
         return _connect_drafters(config, vllm_config)
     gpus = worker.visible_gpus()
     placements = [place_drafter(config, vllm_config, gpus, index) for index in range(config.num_drafters)]
@@ -78,10 +84,9 @@ def start_drafters(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics,
 
 
 def _connect_drafters(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, Fleet]:
-    """Connect to drafters that others have started, of which one must answer before the server starts."""
-    assert config.drafter_key is not None and not isinstance(config.drafters, str)  # `SSDConfig` says so
-    context = tls_context(Path(config.drafter_key), is_server=False)
-    limits = target_limits(config, vllm_config.scheduler_config.max_num_seqs)
+    """Connect to drafters that others start, of which some must answer before the server starts."""
+    max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+    limits = target_limits(config, max_num_seqs)
     hello = msgspec.structs.replace(
         _hello(config, vllm_config),
         max_num_seqs=limits.max_num_seqs,
@@ -89,22 +94,52 @@ def _connect_drafters(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metri
         max_support=limits.max_support,
     )
     metrics = _metrics(config, vllm_config)
-    drafters = [
-        RemoteDrafter(
+    server_pid = int(os.environ.get(SERVER_PID_ENV, "0"))
+    timeout_s = config.startup_timeout_s
+
+    def connect(link: type[Link], index: int, address: str, context: ssl.SSLContext) -> Link:
+        return link(
             address,
             context,
             limits,
             hello,
-            startup_timeout_s=config.startup_timeout_s,
+            startup_timeout_s=timeout_s,
             logger=logger,
-            server_pid=int(os.environ.get(SERVER_PID_ENV, "0")),
+            server_pid=server_pid,
             on_stats=functools.partial(metrics.drafter, index=index),
             on_end=metrics.close,
         )
-        for index, address in enumerate(config.drafters)
-    ]
+
+    if config.pool is not None:
+        wanted = _wanted(config, config.pool, max_num_seqs, server_pid)
+        seat = functools.partial(connect, Seat)
+        fleet = PlacedFleet(
+            wanted,
+            seat,
+            min_ready=config.num_awaited,
+            startup_timeout_s=timeout_s,
+            logger=logger,
+            on_join=metrics.watch,
+        )
+        return metrics, fleet
+    assert config.drafter_key is not None and not isinstance(config.drafters, str)  # `SSDConfig` says so
+    context = tls_context(Path(config.drafter_key), is_server=False)
+    drafters = [connect(RemoteDrafter, index, address, context) for index, address in enumerate(config.drafters)]
     metrics.watch(*drafters)
-    return metrics, Fleet(drafters, min_ready=1)
+    return metrics, Fleet(drafters, min_ready=config.num_awaited)
+
+
+def _wanted(config: SSDConfig, pool: str, max_num_seqs: int, server_pid: int) -> Wanted:
+    return Wanted(
+        pool=pool,
+        num_drafters=config.num_drafters,
+        resources={} if pool else config.drafter_resources or default_resources(worker.visible_gpus() is None),
+        keys=config.drafter_keys(),
+        max_num_seqs=max_num_seqs,
+        unauthenticated=config.ray_unauthenticated,
+        parent_pid=os.getpid(),
+        server_pid=server_pid,
+    )
 
 
 def _metrics(config: SSDConfig, vllm_config: VllmConfig) -> Metrics:

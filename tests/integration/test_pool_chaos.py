@@ -1,0 +1,87 @@
+"""An engine with drafters that Ray places: its text is the target's while parts of Ray die."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import engines
+import pytest
+from engines import Engine, assert_conclusive, request, texts
+from ray_cluster import AGENT, RECONNECT_S, RayCluster, running
+
+pytestmark = pytest.mark.timed
+
+READY_S, ROUND_S = 60.0, 0.05
+ACTOR = "ray::ForkedDrafterActor"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    with running(engines.server().address) as cluster:
+        cluster.add_node(drafter=2)
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def engine(cluster: RayCluster, start_engine: Callable[..., Engine]) -> Iterator[Engine]:
+    engine = start_engine(
+        speculative={
+            "drafters": "ray",
+            "num_drafters": 2,
+            "min_drafters": 2,
+            "drafter_resources": {"drafter": 1},
+            "branch_budget": 12,
+            "on_miss": "skip",
+        },
+        patches={"vllm_ssd.link.placed.AGENT_COMMAND": [*AGENT, "ForkedDrafterActor"]},
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def requests(prompts: Callable[..., list[list[int]]]) -> list[dict[str, Any]]:
+    return [request(prompt, max_tokens=60) for prompt in prompts(6, 10, 60, seed=22)]
+
+
+@pytest.fixture(scope="module")
+def expected(target_alone: Engine, requests: list[dict[str, Any]]) -> list[list[list[int]]]:
+    return texts(target_alone.generate(requests))
+
+
+def test_the_target_outlives_ray(
+    cluster: RayCluster, engine: Engine, requests: list[dict[str, Any]], expected: Any
+) -> None:
+    """An actor, then all raylets, then the GCS: with drafters, without, and with those that outlive it."""
+
+    def run(kill: str = "", **least: int) -> None:
+        engine.send("generate", requests=requests, min_seconds=ROUND_S)
+        if kill:
+            time.sleep(10 * ROUND_S)
+            cluster.kill(kill)
+        done = engine.receive()
+        assert texts(done) == expected
+        if least:
+            assert_conclusive(done, **least)
+
+    def await_drafters() -> None:
+        for index in (0, 1):
+            assert engine.call("wait_for_drafter", generation=1, timeout_s=READY_S, index=index)
+
+    run(hits=30, accepted=30)
+    assert not engine.call("has_joined_ray")
+    run(kill=ACTOR, hits=5, accepted=5)
+    await_drafters()
+    run(kill="raylet")
+    run()
+    assert not any(engine.call("drafter", index=index).connected for index in (0, 1))
+    cluster.add_node(drafter=2)
+    await_drafters()
+    generations = [engine.call("drafter", index=index).generation for index in (0, 1)]
+    cluster.kill("gcs_server")
+    time.sleep(2 * RECONNECT_S)
+    assert not cluster.of("raylet", ACTOR)
+    run(hits=30, accepted=30)
+    assert [engine.call("drafter", index=index).generation for index in (0, 1)] == generations

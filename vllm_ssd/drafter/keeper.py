@@ -1,0 +1,81 @@
+"""A drafter that listens and whoever keeps it running, such as an actor of Ray.
+
+Its keeper reads what it reports. When the keeper ends, the drafter ends too, for its GPU is given to another; unless
+Ray as a whole is gone, which is seen by its registry, the GCS: then nobody places another, and the drafter serves until
+its last target has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from vllm_ssd.drafter.tenants import Tenants
+from vllm_ssd.link.options import DrafterOptions
+from vllm_ssd.link.roster import Report
+
+REPORT_S = 0.5
+CONNECT_TIMEOUT_S = 2.0
+
+
+class Keeper:
+    """The drafter's end of the socket to its keeper, on a thread of its own."""
+
+    def __init__(self, options: DrafterOptions) -> None:
+        self._socket = socket.socket(fileno=options.keeper)
+        self._socket.set_inheritable(False)
+        self._socket.setblocking(False)
+        host, _, port = options.registry.rpartition(":")
+        self._registry = host.strip("[]"), int(port)
+        self._address = ""
+        self._tenants: Tenants | None = None
+        self._end: Callable[[], None] = lambda: os._exit(0)
+        self._report()
+        threading.Thread(target=self._run, name="ssd-keeper", daemon=True).start()
+
+    def fail(self, error: Exception) -> None:
+        """Say why the drafter will not serve."""
+        self._report(f"{type(error).__name__}: {error}")
+
+    def serve(self, address: str, tenants: Tenants, end: Callable[[], None]) -> None:
+        """Say from now on that it listens at `address`, and what for; `end` ends it."""
+        self._end, self._tenants, self._address = end, tenants, address
+        self._report()
+
+    def _report(self, problem: str = "") -> None:
+        targets, requests = self._tenants.load if self._tenants else (0, 0)
+        report = Report(os.getpid(), self._address, targets, requests, problem[:1000])
+        with contextlib.suppress(OSError):  # it is gone, which `_run` sees, or does not read, which is its own affair
+            self._socket.send(msgspec.json.encode(report) + b"\n")
+
+    def _run(self) -> None:
+        while not self._has_left():
+            self._report()
+        while self._has_targets() and not self._registry_answers():
+            threading.Event().wait(REPORT_S)
+        self._end()
+
+    def _has_left(self) -> bool:
+        """Waits for REPORT_S; the keeper says nothing, so that all there is to read is its end."""
+        if not select.select([self._socket], [], [], REPORT_S)[0]:
+            return False
+        try:
+            return not self._socket.recv(1 << 10)
+        except OSError:
+            return True
+
+    def _has_targets(self) -> bool:
+        return self._tenants is not None and self._tenants.load[0] > 0
+
+    def _registry_answers(self) -> bool:
+        try:
+            socket.create_connection(self._registry, CONNECT_TIMEOUT_S).close()
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,69 @@
+"""A link whose drafter is another one from time to time, at another address."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from vllm_ssd.config import parse_address
+from vllm_ssd.link.handshake import DrafterFailed
+from vllm_ssd.link.process import WATCH_S
+from vllm_ssd.link.remote import RemoteDrafter
+
+
+class Seat(RemoteDrafter):
+    """As its base, at an address that changes; without one it is vacant, and rests."""
+
+    def __init__(self, address: str, *args: Any, **options: Any) -> None:
+        self._vacant = False
+        self._moved = threading.Event()
+        super().__init__(address, *args, **options)
+
+    @property
+    def refusal(self) -> DrafterFailed | None:
+        """Why its drafter will not serve this target, if it said so."""
+        return self._failure
+
+    def move(self, address: str | None, leaving: bool = False) -> None:
+        """Its drafter is at `address` from now on, or None; the link to the one before is closed.
+
+        Raises ValueError for what is no address.
+        """
+        self.leaving = leaving
+        before = None if self._vacant else self._name
+        if address == before:
+            return
+        if before is not None:
+            self._logger.info("SSD: the drafter at %s has left", before)
+        if address is not None:
+            self._address, self._name = parse_address(address), address
+        self._vacant = address is None
+        with self._lock:
+            self.connected = False
+            for drafter in (self._drafter, self._newcomer):
+                if drafter is not None:
+                    drafter.lost = True
+                    drafter.transport.close()
+        self._moved.set()
+        self._wanted.set()
+
+    def _launch(self) -> Any:
+        self._moved.clear()
+        if self._vacant:
+            raise DrafterFailed("no drafter")
+        return super()._launch()
+
+    def _pause(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not self._ends() and not self._moved.is_set() and (left := deadline - time.monotonic()) > 0:
+            self._moved.wait(min(left, WATCH_S))
+        return self._closed.is_set()
+
+    def _goes_on(self, failure: DrafterFailed | None) -> bool:
+        if not self._vacant:
+            return super()._goes_on(failure)
+        self._failure = None
+        if failure is None:  # it moved while this thread connected
+            self._wanted.set()
+        return not self._closed.is_set()

@@ -1,0 +1,117 @@
+"""The agent of one target: it asks Ray for drafters, and tells the target where they are.
+
+A process of its own, because a driver of Ray ends when the GCS does; the target starts another, and goes on with the
+drafters that it has.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+import msgspec
+
+from vllm_ssd.link.credential import new_credential
+from vllm_ssd.link.lifetime import Ancestor, die_with
+from vllm_ssd.link.roster import Listed, Roster, Wanted
+
+POLL_S = 1.0
+AGAIN_S = 5.0
+"""An actor that is dead for good is replaced after this time."""
+
+
+def main(fd: int, wanted_json: str, actor: type | None = None) -> int:
+    """Tell the target at the other end of the socket `fd` of drafters, for as long as it is there."""
+    wanted = msgspec.json.decode(wanted_json, type=Wanted)
+    die_with(wanted.parent_pid)
+    target = socket.socket(fileno=fd)
+    threading.Thread(target=_end_with, args=(target,), daemon=True).start()
+    try:
+        from vllm_ssd.pool import cluster
+    except ImportError:
+        _tell(target, Roster(problem="drafters on Ray need it: pip install 'vllm-ssd[ray]'", fatal=True))
+        return 1
+    try:
+        cluster.join(wanted.unauthenticated)
+    except cluster.NoCluster as error:
+        _tell(target, Roster(problem=str(error), fatal=True))
+        return 1
+    server, agent, told = Ancestor(wanted.server_pid), Agent(wanted, actor), None
+    while not server.has_ended():
+        looked_at = time.monotonic()
+        roster = agent.look()
+        if roster != told:
+            _tell(target, roster)
+            told = roster
+        time.sleep(max(looked_at + POLL_S - time.monotonic(), 0.0))
+    return 0
+
+
+def _tell(target: socket.socket, roster: Roster) -> None:
+    target.sendall(msgspec.json.encode(roster) + b"\n")
+
+
+def _end_with(target: socket.socket) -> None:
+    try:
+        target.recv(1)
+    finally:
+        os._exit(0)
+
+
+class Agent:
+    """Looks after the drafters of one target; `wanted` says which.
+
+    actor: the class of those that it places, `DrafterActor` by default
+    """
+
+    def __init__(self, wanted: Wanted, actor: type | None = None) -> None:
+        from vllm_ssd.pool import cluster
+        from vllm_ssd.pool.actor import DrafterActor
+        from vllm_ssd.pool.spec import DrafterSpec
+
+        self._cluster = cluster
+        self._wanted = wanted
+        self._actor = actor or DrafterActor
+        self._watch = cluster.Watch()
+        self._spec = DrafterSpec(wanted.keys, wanted.max_num_seqs, wanted.resources, "")
+        self._own: dict[str, Any] = {}
+        self._num_placed = 0
+        self._place_at = 0.0
+
+    def look(self) -> Roster:
+        """The roster as of now."""
+        return self._look_at_pool() if self._wanted.pool else self._look_at_own()
+
+    def _look_at_own(self) -> Roster:
+        if not self._spec.credential:
+            self._spec = msgspec.structs.replace(self._spec, credential=new_credential().decode())
+        while len(self._own) < self._wanted.num_drafters and time.monotonic() >= self._place_at:
+            name = f"{os.getpid()}-{self._num_placed}"
+            self._own[name] = self._cluster.place(self._actor, name, self._spec)
+            self._num_placed += 1
+        known, dead = self._watch.look(self._own, POLL_S)
+        for name in dead:
+            del self._own[name]
+            self._place_at = time.monotonic() + AGAIN_S
+        problem = self._cluster.shortage(known, self._wanted.num_drafters, len(known), self._spec.resources)
+        return self._roster(known, problem)
+
+    def _look_at_pool(self) -> Roster:
+        pool = self._wanted.pool
+        handles = self._cluster.of_pool(pool)
+        known, _ = self._watch.look(handles, POLL_S)
+        if not handles:
+            return self._roster({}, f"0 drafters: Ray has no pool {pool}; `vllm-ssd pool up {pool}` makes one")
+        if not self._spec.credential and known:
+            spec = self._cluster.spec_of(handles[next(iter(known))], POLL_S)
+            self._spec = spec or self._spec
+        if not self._spec.credential:
+            return Roster(problem=self._cluster.shortage(known, len(handles), len(known), self._spec.resources))
+        return self._roster(known, self._cluster.shortage(known, len(handles), len(known), self._spec.resources))
+
+    def _roster(self, known: dict[str, Any], problem: str) -> Roster:
+        listed = [Listed(name, status.address, status.leaving) for name, status in known.items() if status.address]
+        return Roster(listed, problem, credential=self._spec.credential)
