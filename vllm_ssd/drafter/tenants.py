@@ -7,9 +7,11 @@ other: a message that is none ends that target's connection alone, and a target 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import msgspec
 
 from vllm_ssd.drafter.accept import Acceptor
+from vllm_ssd.drafter.ration import PROMPT_TOKENS, Ration
 from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import (
     Close,
@@ -59,6 +62,8 @@ class Tenant:
     hello: Hello | None = None
     open: dict[str, int] = field(default_factory=dict)  # epochs by request id, the longest open first
     lost: str = ""  # why it is gone
+    unheard: deque[Any] = field(default_factory=deque)  # messages that it has sent beyond its ration
+    ration: Ration = field(default_factory=lambda: Ration(1))
 
 
 class Tenants(Transport):
@@ -114,6 +119,7 @@ class Tenants(Transport):
                 tenant.lost = tenant.lost or str(error)
             if tenant.lost:
                 self._part(tenant, steps)
+        self._open_next(steps)
         self.load = len(self), sum(len(tenant.open) for tenant in self._tenants.values())
         return steps
 
@@ -155,7 +161,8 @@ class Tenants(Transport):
     # ---- targets ---------------------------------------------------------------------------------------
 
     def _wait(self, timeout_s: float | None) -> None:
-        if timeout_s == 0 or any(tenant.lost or tenant.transport.at_bound for tenant in self._tenants.values()):
+        tenants = self._tenants.values()
+        if timeout_s == 0 or any(t.lost or t.unheard or t.transport.at_bound or t.ration.waiting for t in tenants):
             return  # a transport that was lost in `send` has no descriptor any more
         poller = select.poll()
         for descriptor in (self._acceptor.fileno(), self._stop):
@@ -176,15 +183,19 @@ class Tenants(Transport):
             self._refuse(tenant, f"the drafter serves {MAX_TENANTS} targets already")
 
     def _hear(self, tenant: Tenant, steps: list[Step]) -> None:
-        messages = tenant.transport.poll(0.0)
+        if not tenant.unheard:
+            tenant.unheard = deque(tenant.transport.poll(0.0))
+        is_shared = self._is_shared(tenant)
+        tenant.ration.next_poll()
+        messages = tenant.unheard
         if tenant.hello is None and not messages and time.monotonic() > tenant.deadline:
             tenant.lost = f"no Hello within {HELLO_S:g} s"
-        for message in messages:
-            if tenant.lost:
-                return
+        while messages and not tenant.lost and not (is_shared and tenant.ration.is_used_up):
+            message = messages.popleft()
             if tenant.hello is None:
                 self._shake_hands(tenant, message)
             elif isinstance(message, Step):
+                tenant.ration.spoke(1 + len(message.events))
                 steps.append(self._translated(tenant, message))
             else:
                 tenant.lost = "it introduced itself twice"
@@ -200,6 +211,7 @@ class Tenants(Transport):
             return
         tenant.hello = hello = msgspec.structs.replace(hello, vocabulary=[])  # no longer needed
         tenant.transport.limit_messages(self._max_step_bytes)
+        tenant.ration = Ration(min(hello.max_num_seqs or self._options.max_num_seqs, self._options.max_num_seqs) + 1)
         self._tell(tenant, answer)
         self._logger.info(
             "SSD: target %d at %s is served, with %d requests at most", tenant.number, tenant.peer, hello.max_num_seqs
@@ -228,6 +240,8 @@ class Tenants(Transport):
     def _translated(self, tenant: Tenant, step: Step) -> Step:
         """A target's step in the engine's request ids, without what the target may not ask for."""
         most = self._options.num_speculative_tokens
+        num_drafts = min(step.num_speculative_tokens, most)
+        is_shared = self._is_shared(tenant)
         events: list[Open | Outcome | Close] = []
         for event in step.events:
             request_id = event.request_id
@@ -242,8 +256,24 @@ class Tenants(Transport):
                 tenant.open.pop(request_id, None)
             elif event.jit > most:
                 event = msgspec.structs.replace(event, jit=most)
-            events.append(msgspec.structs.replace(event, request_id=_for_engine(tenant, request_id)))
-        return Step(events, min(step.num_speculative_tokens, most))
+            if not tenant.ration.keep(event, num_drafts, is_shared):
+                events.append(msgspec.structs.replace(event, request_id=_for_engine(tenant, request_id)))
+        return Step(events, num_drafts)
+
+    def _is_shared(self, tenant: Tenant) -> bool:
+        """Whether another target has requests, so that this one is to leave it its part."""
+        return any(other.open for other in self._tenants.values() if other is not tenant)
+
+    def _open_next(self, steps: list[Step]) -> None:
+        """Let those prompts in whose turn it is; all, where they are of one target and nobody else has requests."""
+        backlogged = [tenant for tenant in self._tenants.values() if tenant.ration.waiting]
+        for tenant in backlogged:
+            num_tokens = PROMPT_TOKENS / len(backlogged) if self._is_shared(tenant) else math.inf
+            for waiting in tenant.ration.grant(num_tokens):
+                events = [waiting.opened] if waiting.outcome is None else [waiting.opened, waiting.outcome]
+                for_engine = _for_engine(tenant, waiting.opened.request_id)
+                renamed = [msgspec.structs.replace(event, request_id=for_engine) for event in events]
+                steps.append(Step(renamed, waiting.num_drafts))
 
     def _make_room(self, tenant: Tenant, event: Open) -> Iterable[Close]:
         """End the longest open request of whoever has most where `event` would be one too many."""
@@ -262,6 +292,7 @@ class Tenants(Transport):
             return
         request_id, epoch = next(iter(loser.open.items()))
         del loser.open[request_id]
+        loser.ration.waiting.pop(request_id, None)
         self._tell(loser, Push([], [Evicted(request_id, epoch)], None))
         yield Close(_for_engine(loser, request_id))
 

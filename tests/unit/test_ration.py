@@ -1,0 +1,211 @@
+"""What a target that floods a shared drafter leaves to another: the drafter's loop in simulated time."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import fake_model
+import pytest
+from test_tenants import HELLO, LONGEST_STEP, OPTIONS, SLOTS, WELCOME, K
+
+from vllm_ssd.drafter.ration import Ration
+from vllm_ssd.drafter.server import apply, build_engine
+from vllm_ssd.drafter.tenants import Tenant, Tenants
+from vllm_ssd.link.protocol import Close, Open, Outcome, Push, Step, pack_ids
+from vllm_ssd.policy import FanOut
+
+LOGGER = logging.getLogger("test_ration")
+VOCAB_SIZE = fake_model.FakePagedModel.vocab_size
+MESSAGE_S, EVENT_S, STEP_S, TOKEN_S = 5e-6, 40e-6, 400e-6, 4e-6
+"""What the drafter's loop spends on each."""
+ROUND_S, RUN_S = 8e-3, 0.5
+MAX_MESSAGES = 1024
+LONG = 1000
+
+
+class Wire:
+    """The drafter's end of a connection; `say` returns what its target says when it is read."""
+
+    at_bound, pending_bytes = False, 0
+
+    def __init__(self, say: Callable[[], list[Step]]) -> None:
+        self.say = say
+        self.num_messages = 0
+        self.pushes: list[Push] = []
+
+    def poll(self, timeout_s: float) -> list[Step]:
+        steps = self.say()
+        self.num_messages += len(steps)
+        return steps
+
+    def send(self, push: Push) -> None:
+        self.pushes.append(push)
+
+    def close(self) -> None: ...
+
+
+class Nobody:
+    """An acceptor without connections."""
+
+    def take(self) -> list:
+        return []
+
+
+class Honest:
+    """A target of some requests that all decide a round every ROUND_S, with no drafts under verification."""
+
+    def __init__(self, num_requests: int) -> None:
+        self.wire = Wire(self.say)
+        self.texts = {str(i): [i, 1, 2] for i in range(num_requests)}
+        self.hits = self.late = 0
+        self.unsaid: list[Step] = [Step([Open(name, 1, pack_ids(text), 0.0) for name, text in self.texts.items()], K)]
+        self.next_round_s = ROUND_S
+
+    def say(self) -> list[Step]:
+        steps, self.unsaid = self.unsaid, []
+        return steps
+
+    def advance(self, now: float) -> None:
+        while now >= self.next_round_s:
+            self.next_round_s += ROUND_S
+            blocks = {(b.request_id, b.length) for push in self.wire.pushes for b in push.blocks}
+            self.wire.pushes.clear()
+            events = []
+            for name, text in self.texts.items():
+                is_late = (name, len(text)) not in blocks
+                self.late += is_late
+                self.hits += not is_late
+                text.append(int(fake_model.reference_logits(text).argmax()))
+                events.append(Outcome(name, 1, len(text), text[-1:], []))
+            self.unsaid.append(Step(events, K))
+
+
+def prompts(length: int) -> Iterator[Step]:
+    """A new request at once after the other, of a text that nobody has read."""
+    epoch = 0
+    while True:
+        epoch += 1
+        ids = [epoch * 7 % VOCAB_SIZE, *(((i * epoch) >> 3) % VOCAB_SIZE for i in range(1, length))]
+        yield Step([Open(f"{epoch % SLOTS}", epoch, pack_ids(ids), 0.0)], K)
+
+
+def outcomes() -> Iterator[Step]:
+    """Rounds of all its requests without an end."""
+    while True:
+        names = [str(i) for i in range(SLOTS // 2)]
+        yield Step([Open(name, 1, pack_ids([1]), 0.0) for name in names], K)
+        for length in range(2, 150):
+            yield Step([Outcome(name, 1, length, [length % VOCAB_SIZE], []) for name in names], K)
+
+
+def strangers() -> Iterator[Step]:
+    """Outcomes of requests that it never opened."""
+    number = 0
+    while True:
+        number += 1
+        yield Step([Outcome(f"{number}-{i}", 1, 5, [1], []) for i in range(8)], K)
+
+
+def hits(flood: Iterator[Step] | None) -> float:
+    """The share of an honest target's rounds that find a block, with or without another one beside it."""
+    model = fake_model.FakePagedModel(4000, max_model_len=LONG + 100)
+    engine = build_engine(
+        model,
+        FanOut(K, 3),
+        num_speculative_tokens=K,
+        max_num_seqs=SLOTS,
+        max_branches=OPTIONS.max_branches,
+        max_fan_out=3,
+        top_m=5,
+        seed=0,
+    )
+    tenants = Tenants(Nobody(), OPTIONS, lambda hello: WELCOME, LONGEST_STEP, LOGGER)
+    honest = Honest(SLOTS // 2)
+    wires = [honest.wire]
+    if flood is not None:
+        wires.append(Wire(lambda: [next(flood) for _ in range(MAX_MESSAGES)]))
+    for number, wire in enumerate(wires):
+        tenant = Tenant(number, "", wire, 0.0, HELLO)
+        tenant.ration = Ration(SLOTS + 1)
+        tenants._tenants[number] = tenant
+    now = 0.0
+    while now < RUN_S:
+        before = sum(wire.num_messages for wire in wires)
+        steps = tenants.poll(0.0)
+        now += MESSAGE_S * (1 + sum(wire.num_messages for wire in wires) - before)
+        for step in steps:
+            for event in step.events:
+                apply(engine, event, step.num_speculative_tokens)
+                now += EVENT_S
+        tokens = model.num_tokens
+        push = engine.speculate() if engine.has_work else None
+        now += STEP_S + TOKEN_S * (model.num_tokens - tokens)
+        honest.advance(now)
+        if push is not None:
+            tenants.send(push)
+        if len(wires) > 1:
+            wires[1].pushes.clear()
+    os.close(tenants._stop)
+    return honest.hits / (honest.hits + honest.late)
+
+
+@pytest.fixture(scope="module")
+def alone() -> float:
+    share = hits(None)
+    assert share > 0.95, f"inconclusive: {share}"
+    return share
+
+
+FLOODS = [lambda: prompts(8), lambda: prompts(LONG), outcomes, strangers]
+
+
+@pytest.mark.parametrize("flood", FLOODS, ids=["opens", "prompts", "outcomes", "strangers"])
+def test_a_flood_leaves_the_other_its_hits(alone: float, flood: Callable[[], Iterator[Step]]) -> None:
+    assert hits(flood()) >= 0.9 * alone
+
+
+def test_without_rations_it_would_not(alone: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tenants, "_is_shared", lambda self, tenant: False)
+    assert hits(strangers()) < 0.5 * alone
+
+
+def opening(name: str, length: int, epoch: int = 1) -> Open:
+    return Open(name, epoch, pack_ids([1] * length), 0.0)
+
+
+def test_what_follows_an_open_waits_with_it_in_one_outcome() -> None:
+    ration = Ration(1)
+    assert ration.keep(opening("a", 10), K, is_shared=True)
+    assert ration.keep(Outcome("a", 1, 12, [5, 6], [7], 2), K, is_shared=False)
+    assert ration.keep(Outcome("a", 1, 13, [8], [9, 9]), 2, is_shared=True)
+    assert not ration.keep(Outcome("b", 1, 13, [8], []), K, is_shared=True), "another request is not held up"
+    assert not ration.keep(Outcome("a", 0, 13, [8], []), K, is_shared=True), "it is about an earlier opening"
+    (first,) = ration.grant(10)
+    assert first.opened == opening("a", 10) and first.num_drafts == 2
+    assert first.outcome == Outcome("a", 1, 13, [5, 6, 8], [9, 9])
+    assert not ration.keep(Outcome("a", 1, 14, [1], []), K, is_shared=True)
+
+
+def test_prompts_have_their_turn_and_those_that_have_ended_have_none() -> None:
+    ration = Ration(1)
+    for name, length in (("a", 10), ("b", 30), ("c", 10)):
+        ration.keep(opening(name, length), K, is_shared=True)
+    assert not ration.keep(Close("c"), K, is_shared=True)
+    assert [one.opened.request_id for one in ration.grant(25)] == ["a"]
+    assert [one.opened.request_id for one in ration.grant(10)] == []
+    ration.keep(opening("b", 20, epoch=2), K, is_shared=True)
+    assert [one.opened.epoch for one in ration.grant(0)] == [2]
+    ration.keep(opening("d", 10), K, is_shared=True)
+    assert not list(ration.grant(9)), "what was saved is gone when nothing waits"
+
+
+def test_one_target_alone_is_not_rationed() -> None:
+    tenants = Tenants(Nobody(), OPTIONS, lambda hello: WELCOME, LONGEST_STEP, LOGGER)
+    names = [str(i) for i in range(SLOTS)]
+    said = [Step([opening(name, LONG) for name in names], K)]
+    said += [Step([Outcome(name, 1, LONG + i, [1], []) for name in names], K) for i in range(1, 100)]
+    tenants._tenants[0] = Tenant(0, "", Wire(lambda: said), 0.0, HELLO, ration=Ration(1))
+    assert sum(len(step.events) for step in tenants.poll(0.0)) == 100 * SLOTS
+    os.close(tenants._stop)
