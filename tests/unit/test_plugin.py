@@ -142,12 +142,27 @@ def test_pooling_models_are_refused(monkeypatch: pytest.MonkeyPatch, v2: bool) -
         translated(monkeypatch, v2=v2, runner_type="pooling")
 
 
-@pytest.mark.parametrize("architecture", ["Mamba2ForCausalLM", "Qwen3NextForCausalLM"])
-def test_states_that_are_not_rolled_back_are_refused(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
-    with pytest.raises(ValueError, match=f"recurrent state of {architecture} .* with any speculative method"):
-        translated(monkeypatch, architecture=architecture)
-    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cpu=lambda: False))
-    translated(monkeypatch, architecture=architecture)
+@pytest.mark.parametrize(
+    ("architecture", "version", "on_cpu", "on_gpu"),
+    [
+        ("Mamba2ForCausalLM", "0.33.0", False, True),
+        ("Qwen3NextForCausalLM", "0.31.0", False, True),
+        ("Qwen3NextForCausalLM", "0.32.1", True, True),
+        ("JambaForCausalLM", "0.33.0", False, False),
+        ("FalconMambaForCausalLM", "0.32.0", False, False),
+    ],
+)
+def test_states_that_are_not_rolled_back_are_refused(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, version: str, on_cpu: bool, on_gpu: bool
+) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
+    for is_cpu, is_served in ((True, on_cpu), (False, on_gpu)):
+        monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cpu=lambda is_cpu=is_cpu: is_cpu))
+        if is_served:
+            translated(monkeypatch, architecture=architecture)
+            continue
+        with pytest.raises(ValueError, match=f"recurrent state of {architecture} .* with any speculative method"):
+            translated(monkeypatch, architecture=architecture)
 
 
 @pytest.mark.parametrize("is_v2", [False, True])

@@ -74,6 +74,8 @@ USED = {
     # the V1 runner
     "vllm.utils.cpu_triton_utils": "",
     "vllm.v1.sample.logits_processor.interface": "MoveDirectionality",
+    "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention": "_spec_forward",
+    "vllm.v1.attention.backends.gdn_attn:GDNAttentionMetadata": "num_spec_decodes spec_query_start_loc",
     "vllm.v1.sample.logits_processor.interface:BatchUpdate": "added moved",
     "vllm.v1.sample.logits_processor.interface:MoveDirectionality": "UNIDIRECTIONAL",
     "vllm.v1.sample.metadata": "SamplingMetadata",
@@ -227,6 +229,9 @@ EXACT = {
     "vllm.v1.attention.backend:AttentionMetadataBuilder.build": ("common_prefix_len common_attn_metadata fast_build"),
     "vllm.sampling_params:SamplingParams._validate_spec_decode": "speculative_config",
     "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": "scheduler_output model_runner_output",
+    "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention:_spec_forward": (
+        "layer attn_metadata_i mixed_qkv_spec b_spec a_spec conv_buf ssm_state width state_len"
+    ),
     "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens": "x cu_num_tokens num_tokens replace_from replace_to",
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates": "",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner._remove_request": "req_id",

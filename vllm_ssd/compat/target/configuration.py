@@ -30,23 +30,6 @@ def engine_argument_names() -> frozenset[str]:
     return frozenset(field.name for field in fields(EngineArgs) if not field.name.startswith("_"))
 
 
-def check_target(model_config: Any) -> None:
-    """Raise ValueError for a target whose text any speculation would change.
-
-    vLLM 0.32 on the CPU: after a rejected draft the state of recurrent layers stays where the draft left it, as the
-    CPU's operations for Mamba and short convolutions do not know how many drafts were accepted; those for gated delta
-    networks fail where rows of a batch have different numbers of drafts.
-    """
-    from vllm.platforms import current_platform
-
-    recurrent = model_config.is_hybrid or model_config.is_attention_free
-    if current_platform.is_cpu() and recurrent:
-        raise ValueError(
-            f"ssd: on the CPU vLLM does not take the recurrent state of {model_config.architecture} back when drafts "
-            "are rejected, so that its text would change with any speculative method; run it without, or on a GPU"
-        )
-
-
 def install(translate: Callable[[Any, Any, Any], None]) -> None:
     """Let `translate(engine_args, model_config, parallel_config)` rewrite a configuration that asks for ssd.
 
