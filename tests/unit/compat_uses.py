@@ -79,11 +79,11 @@ OBJECTS = {
         "vllm_config": CONFIG,
         "self": "vllm.v1.core.sched.scheduler:Scheduler",
         "scheduler_output": SCHEDULED,
-        "compat.target.recurrent": {
-            "model_config": "vllm.config.model:ModelConfig",
-            "metadata": "vllm.v1.attention.backends.gdn_attn:GDNAttentionMetadata",
-        },
         "model_runner_output": "vllm.v1.outputs:ModelRunnerOutput",
+    },
+    "compat.target.recurrent": {
+        "model_config": "vllm.config.model:ModelConfig",
+        "metadata": "vllm.v1.attention.backends.gdn_attn:GDNAttentionMetadata",
     },
     "compat.target.serve_flags": {
         "vllm_config": CONFIG,
