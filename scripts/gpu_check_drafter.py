@@ -135,6 +135,7 @@ def run(part: Part, trace: Path) -> None:
         if has_vllm():
             from vllm_ssd.compat.drafter.draft_model import DraftModel
 
+            share: dict[str, Any] = {} if part.dry_run else {"gpu_memory_utilization": UTILIZATION}
             model: Any = DraftModel(
                 model=write_shape(MODEL, part.folder, part.dry_run),
                 tree_attention=True,
@@ -143,7 +144,7 @@ def run(part: Part, trace: Path) -> None:
                 max_model_len=MAX_MODEL_LEN,
                 max_num_seqs=8,
                 kv_cache_memory_bytes=64 << 20 if part.dry_run else KV_BYTES,
-                **({} if part.dry_run else {"gpu_memory_utilization": UTILIZATION}),
+                **share,
             )
         else:
             part.leave_out("the drafter under vLLM", "vLLM is not installed: its model is made of torch operations")

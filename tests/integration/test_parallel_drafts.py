@@ -15,7 +15,11 @@ MASK = 23
 NO_TEXT = 188
 """A token of the bundled pair that no text has, untrained as well."""
 SAMPLING = [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 12}]
-RUN = dict(prompts=[[3, 7, 1], [20, 2, 5]], num_samples=640, num_tokens=6, min_seconds=0.02)
+RUN = {
+    "V1": dict(prompts=[[3, 7, 1], [20, 2, 5]], num_samples=640, num_tokens=6, min_seconds=0.02),
+    "V2": dict(prompts=[[3, 7, 1]], num_samples=500, num_tokens=4),
+}
+"""On V2 kernels are interpreted: its rounds are long, and few do."""
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +76,14 @@ def sampling_engine(
         },
         environment=ON_V2 if request.param == "V2" else {},
     )
+    engine.run = RUN[request.param]
     yield engine
     engine.close()
 
 
 @pytest.mark.timed
 def test_samples_have_the_distribution_of_the_target(sampling_engine: Engine, tiny_pair: tuple[Path, Path]) -> None:
-    run, samples = sample(sampling_engine, tiny_pair[0], SAMPLING, **RUN)
+    run, samples = sample(sampling_engine, tiny_pair[0], SAMPLING, **sampling_engine.run)
     assert samples.probs.gather(1, samples.tokens[:, None]).min() > 0, "a token that the target never samples"
     assert_conclusive(run, hits=50, misses=50, accepted=100)
     assert run.counts["known_q"] >= 200, f"inconclusive: {run.counts}"
