@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument("--distil-only", action="store_true", help="keep the target in --out, go on with its drafter")
     parser.add_argument("--parallel", action="store_true", help="fine-tune the drafter in --out with masks")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split-seed", type=int, default=0, help="with --parallel: the --seed that the pair came from")
     parser.add_argument("--batch", type=int, default=8, help="windows of 512 tokens per step")
     parser.add_argument("--rows", type=int, default=64, help="continuations generated at a time")
     parser.add_argument("--save-every", type=float, default=5.0, help="minutes between checkpoints")
@@ -229,7 +230,7 @@ def main() -> None:
     random.seed(args.seed)
     torch.manual_seed(args.seed)
 
-    training, held_out_texts = read_sources(args.seed)
+    training, held_out_texts = read_sources(args.split_seed if args.parallel else args.seed)
     if args.parallel:
         tokenizer = Tokenizer.from_file(str(args.out / "drafter" / "tokenizer.json"))
     else:
