@@ -256,7 +256,7 @@ def refuse_state(model_config: ModelConfig) -> None:
 
 
 def mask_token_id(model_config: ModelConfig) -> int | None:
-    """The token that a model which drafts in parallel (PARD) was trained to draft in place of; None of any other model.
+    """The token that stands for drafts not known yet, in a model that drafts in parallel (PARD); None in any other.
 
     Raises UnsupportedDraftModel for one that the model has no embedding of.
     """
