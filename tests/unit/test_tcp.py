@@ -107,6 +107,44 @@ def test_a_full_stream_does_not_block_the_sender(ends):
     assert received == messages and not target.pending_bytes
 
 
+class HeldBack:
+    """A socket that sends what it was given only when it is told to."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock, self.held = sock, b""
+
+    def __getattr__(self, name: str):
+        return getattr(self.sock, name)
+
+    def send(self, data: bytes, flags: int = 0) -> int:
+        self.held += data
+        return len(data)
+
+    def release(self) -> None:
+        self.sock.sendall(self.held)
+        self.held = b""
+
+
+def test_what_comes_with_the_end_of_the_handshake_is_not_missed(credential):
+    """A target may send its Hello in the same packet: the descriptor must still be readable for it."""
+    ours, theirs = socket.socketpair()
+    held = HeldBack(ours)
+    client = TlsStream(held, tls_context(credential, is_server=False))
+    server = TlsStream(theirs, tls_context(credential, is_server=True), server_side=True)
+    assert not client.shake_hands()
+    held.release()
+    assert not server.shake_hands()
+    assert client.shake_hands()
+    ProcessTransport(client, "target").send(Hello(1, 100, 5, "at once"))
+    held.release()
+    while not server.shake_hands():
+        pass
+    (hello,) = ProcessTransport(server, "drafter").poll(5.0)
+    assert hello.tokenizer == "at once"
+    ours.close()
+    theirs.close()
+
+
 @pytest.mark.parametrize("farewell", [True, False])
 def test_the_end_of_the_other_side_is_noticed_after_its_last_message(ends, farewell):
     target, drafter = ends

@@ -24,7 +24,7 @@ TICK_S = 0.2
 class Handshake:
     """A connection that has not proven who it is."""
 
-    sock: ssl.SSLSocket
+    stream: TlsStream
     peer: str
     deadline: float = field(default_factory=lambda: time.monotonic() + CONNECT_TIMEOUT_S)
 
@@ -99,35 +99,38 @@ class Acceptor:
             return
         try:
             sock.setblocking(False)
-            tls = self._context.wrap_socket(tuned(sock), server_side=True, do_handshake_on_connect=False)
+            stream = TlsStream(tuned(sock), self._context, server_side=True)
         except OSError:
             sock.close()
             return
-        handshake = Handshake(tls, f"{address[0]}:{address[1]}")
+        handshake = Handshake(stream, f"{address[0]}:{address[1]}")
         if len(self._handshakes) >= MAX_HANDSHAKES:
             self._refuse(next(iter(self._handshakes.values())), "too many connections at once")
-        self._handshakes[tls.fileno()] = handshake
-        self._selector.register(tls, selectors.EVENT_READ, handshake)
+        self._handshakes[stream.fileno()] = handshake
+        self._selector.register(stream, selectors.EVENT_READ, handshake)
 
     def _advance(self, handshake: Handshake) -> None:
-        if self._handshakes.get(handshake.sock.fileno()) is not handshake:  # it was pushed out just now
+        stream = handshake.stream
+        if self._handshakes.get(stream.fileno()) is not handshake:  # it was pushed out just now
             return
         try:
-            handshake.sock.do_handshake()
-        except ssl.SSLWantReadError:
-            self._selector.modify(handshake.sock, selectors.EVENT_READ, handshake)
-        except ssl.SSLWantWriteError:
-            self._selector.modify(handshake.sock, selectors.EVENT_WRITE, handshake)
+            is_over = stream.shake_hands()
         except OSError as error:  # of TLS too
             self._refuse(handshake, getattr(error, "reason", None) or str(error))
-        else:
-            self._accepted.put((TlsStream(self._forget(handshake)), handshake.peer))
+            return
+        if is_over:
+            self._forget(handshake)
+            self._accepted.put((stream, handshake.peer))
             os.eventfd_write(self._wakeup, 1)
+        else:
+            self._selector.modify(
+                stream, selectors.EVENT_WRITE if stream.has_unsent else selectors.EVENT_READ, handshake
+            )
 
     def _refuse(self, handshake: Handshake, reason: str) -> None:
         self._logger.info("SSD: refused a connection from %s: %s", handshake.peer, reason)
         self._forget(handshake).close()
 
-    def _forget(self, handshake: Handshake) -> ssl.SSLSocket:
-        self._selector.unregister(handshake.sock)
-        return self._handshakes.pop(handshake.sock.fileno()).sock
+    def _forget(self, handshake: Handshake) -> TlsStream:
+        self._selector.unregister(handshake.stream)
+        return self._handshakes.pop(handshake.stream.fileno()).stream
