@@ -2,6 +2,7 @@
 
     python scripts/simulate.py                                       # 70B/1B on 4 + 1 H100, published inputs
     python scripts/simulate.py --batch-sizes 1 8 64 --drafters 1 2 4
+    python scripts/simulate.py --replicas 4 --drafters 1 2 4 --latency-ms 1       # drafters that replicas share
     python scripts/simulate.py --profile profile.json --trace trace.jsonl --systems plain sd push adaptive
 
 `--trace` replays outcomes recorded with VLLM_SSD_TRACE=PATH or `vllm-ssd profile --trace`: one JSON line per outcome,
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_ssd.planning import Profile, Recorded, Report, Scenario, Simulation, Synthetic, Workload
+from vllm_ssd.planning.profile import Costs
 from vllm_ssd.planning.published import (
     PUBLISHED_SD,
     PUBLISHED_SSD,
@@ -57,7 +59,14 @@ def play(system: str, drafters: int, batch_size: int, profile: Profile, args: ar
 
     workload = Workload(batch_size, args.requests * batch_size, args.tokens, args.arrivals_per_s)
     settings = replace(scenario(system, args), num_drafters=drafters)
-    return Simulation(profile.costs, outcomes, settings, workload, args.seed).run()
+    return Simulation(shared(profile.costs, args), outcomes, settings, workload, args.seed).run()
+
+
+def shared(costs: Costs, args: argparse.Namespace) -> Costs:
+    """The costs as one of `--replicas` sees them that share the drafters: a step carries as many rows of each."""
+    steps = tuple((rows / args.replicas, seconds) for rows, seconds in costs.draft_step)
+    latency_s = costs.latency_s if args.latency_ms is None else args.latency_ms / 1e3
+    return replace(costs, draft_step=steps, latency_s=latency_s)
 
 
 def plot(reports: list[dict], title: str, path: Path) -> None:
@@ -91,6 +100,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--drafters", nargs="+", type=int, default=[1])
+    parser.add_argument("--replicas", type=int, default=1, help="targets of equal load that share the drafters")
+    parser.add_argument("--latency-ms", type=float, help="to a drafter and back (default: the profile's)")
     parser.add_argument("--drafts", type=int, default=6, help="K of push, uniform and adaptive")
     parser.add_argument("--branches", type=int, default=28, help="branches per request of push, uniform and adaptive")
     parser.add_argument("--stock-drafts", type=int, default=6)

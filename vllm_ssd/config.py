@@ -328,12 +328,12 @@ class SSDConfig:
         return json.dumps({name: value for name, value in asdict(self).items() if name not in TARGET_FIELDS})
 
     def drafter_keys(self) -> dict[str, Any]:
-        """The user's keys that a drafter is started with where somebody else starts it."""
+        """The user's keys that a drafter is started with where somebody else starts it; folders by their whole path."""
         own = {"drafters", "num_drafters", "min_drafters", "drafter_resources", "ray_unauthenticated", "metrics_port"}
         defaults = SSDConfig(self.model)
-        return {k: v for k, v in asdict(self).items() if k not in own and v != getattr(defaults, k)} | {
-            "model": self.model
-        }
+        keys = {k: v for k, v in asdict(self).items() if k not in own and v != getattr(defaults, k)}
+        keys["model"] = self.model
+        return keys | {k: os.path.abspath(keys[k]) for k in ("model", "tokenizer") if os.path.exists(keys.get(k) or "")}
 
     @property
     def num_awaited(self) -> int:

@@ -131,6 +131,16 @@ def test_only_keys_of_the_target_enter_its_compile_cache_key():
     assert {name for name, value in CHANGES_THE_TARGET.items() if key(**{name: value}) == key()} == set()
 
 
+def test_keys_for_a_drafter_elsewhere_make_the_same_drafter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "draft").mkdir()
+    user = {"num_speculative_tokens": 3, "fan_out": [1, 2, 3, 4], "kv_cache_memory": "64MiB", "top_m": 5}
+    config = SSDConfig.from_user({**RAY, **user, "model": "draft", "num_drafters": 2, "metrics_port": 9100})
+    keys = json.loads(json.dumps(config.drafter_keys()))
+    assert SSDConfig.from_user(keys) == SSDConfig.from_user({**user, "model": str(tmp_path / "draft")})
+    assert SSDConfig("org/name").drafter_keys() == {"model": "org/name"}
+
+
 def test_a_worker_without_the_server_s_variable_says_so():
     config = SSDConfig(model="m", wait_ms=3.5)
     with pytest.raises(ValueError, match=f"no {RUNTIME_ENV}, which the server sets"):

@@ -161,6 +161,34 @@ def test_the_pod_is_unprivileged_probed_and_limited(manifest):
     assert "memory" in container["resources"]["limits"] and all("value" not in entry for entry in container["env"])
 
 
+def test_kuberay_has_a_gpu_for_each_drafter_and_asks_who_comes():
+    documents = {item["kind"]: item for item in yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())}
+    assert set(documents) == {"RayCluster", "Service"}
+    cluster = documents["RayCluster"]
+    assert cluster["apiVersion"] == "ray.io/v1"
+    assert cluster["metadata"]["annotations"]["ray.io/overwrite-container-cmd"] == "true"
+    head, (workers,) = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
+    for group in (head, workers):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == int(USER)
+        assert not container["securityContext"]["allowPrivilegeEscalation"] and PINNED.fullmatch(container["image"])
+        assert "KUBERAY_GEN_RAY_START_CMD" in container["args"][0]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        env = {item["name"]: item for item in container["env"]}
+        assert env["RAY_AUTH_MODE"]["value"] == "token"
+        assert all("secretKeyRef" in env[name]["valueFrom"] for name in ("RAY_AUTH_TOKEN", "HF_TOKEN"))
+    (server,) = head["template"]["spec"]["containers"]
+    config = check_config(next(item["value"] for item in server["env"] if item["name"] == "SPECULATIVE_CONFIG"))
+    (drafter,) = workers["template"]["spec"]["containers"]
+    assert config.pool == "" and config.num_drafters <= workers["replicas"]
+    assert drafter["resources"]["limits"]["nvidia.com/gpu"] == int(workers["rayStartParams"]["num-gpus"]) == 1
+    assert head["rayStartParams"]["num-gpus"] == "0", "the head's GPUs are the target's"
+    labels = head["template"]["metadata"]["labels"]
+    assert documents["Service"]["spec"]["selector"].items() <= labels.items()
+    assert not documents["Service"]["spec"]["selector"].items() <= workers["template"]["metadata"]["labels"].items()
+
+
 def test_the_pod_has_a_gpu_for_the_drafter(manifest):
     (container,) = manifest["Deployment"]["spec"]["template"]["spec"]["containers"]
     (parallel,) = [int(a.partition("=")[2]) for a in container["args"] if a.startswith("--tensor-parallel-size=")]

@@ -165,6 +165,16 @@ def test_a_start_without_drafters_says_why(
     start(min_ready=0).wait_until_ready()
 
 
+def test_without_ray_the_agent_says_how_to_get_it(
+    start: Callable[..., PlacedFleet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ray.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(placed, "AGENT_COMMAND", [sys.executable, "-m", "vllm_ssd.pool"])
+    with pytest.raises(DrafterFailed, match=r"pip install 'vllm-ssd\[ray\]'"):
+        start().wait_until_ready()
+
+
 def test_a_drafter_that_leaves_gets_no_new_requests() -> None:
     links, client, _ = make(2)
     (live,) = open_all(client, [[1, 2]])
