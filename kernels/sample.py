@@ -37,6 +37,8 @@ def sample(
     top_m: int,
     factor: float = 1.0,
     truncations: torch.Tensor | None = None,
+    biases: torch.Tensor | None = None,
+    bias_rows: torch.Tensor | None = None,
 ) -> Sample:
     """Draw each row's token from its softmax cut to the `top_m` likeliest tokens, down-weighted and renormalised.
 
@@ -45,15 +47,17 @@ def sample(
     that are predicted as bonus tokens, are multiplied by `factor` in [0, 1] where any token has weight beside them
     (Saguaro sampling; 1 is none). truncations [B, 3] float32: before that, tokens less likely than min_p times the
     likeliest are cut off, then all but the top_k likeliest, then those after the first that hold top_p of what is left;
-    columns top_k, top_p, min_p. None cuts off none.
+    columns top_k, top_p, min_p. None cuts off none. biases [S, W] float32, W >= V: its row `bias_rows[i]`, int32, is
+    first added to the logits of row i, in place; row 0 is not.
     seeds [B] int64 and positions [B] int64 determine the draw: Gumbel noise from Philox, keyed by the seed and counted
     by position and rank. Rows of one seed and position get the same noise: give every request a seed of its own.
     """
     if not use_triton(logits):
+        if biases is not None and bias_rows is not None:
+            logits += torch.where(bias_rows[:, None] > 0, biases[bias_rows.long(), : logits.shape[1]], 0)
         return _sample_reference(logits, temperatures, seeds, positions, fan_out, top_m, factor, truncations)
     require_contiguous(temperatures, seeds, positions, fan_out)
-    if truncations is not None:
-        require_contiguous(truncations)
+    require_contiguous(*(tensor for tensor in (truncations, biases, bias_rows) if tensor is not None))
     num_rows, vocab_size = logits.shape
     drawn = Sample(
         torch.empty(num_rows, dtype=torch.int32, device=logits.device),
@@ -66,7 +70,17 @@ def sample(
     maxima = torch.empty(num_rows, num_groups, dtype=logits.dtype, device=logits.device)
     groups_per_program = 32
     _maxima_kernel[(num_rows, triton.cdiv(num_groups, groups_per_program))](
-        logits, maxima, vocab_size, num_groups, logits.stride(0), GROUP=_GROUP, GROUPS=groups_per_program
+        logits,
+        maxima,
+        logits if biases is None else biases,
+        seeds if bias_rows is None else bias_rows,
+        vocab_size,
+        num_groups,
+        logits.stride(0),
+        0 if biases is None else biases.stride(0),
+        BIASED=biases is not None and bias_rows is not None,
+        GROUP=_GROUP,
+        GROUPS=groups_per_program,
     )
     block_m = max(2, triton.next_power_of_2(top_m))
     _draw_kernel[(num_rows,)](
@@ -178,17 +192,28 @@ def _keep_largest(kept, keys, M: tl.constexpr):
 def _maxima_kernel(
     logits_ptr,
     maxima_ptr,
+    biases_ptr,
+    bias_rows_ptr,
     vocab_size,
     num_groups,
     logits_stride,
+    biases_stride,
+    BIASED: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """One program a row and `GROUPS` groups of `GROUP` logits: the largest logit of each group."""
+    """One program a row and `GROUPS` groups of `GROUP` logits: the largest logit of each group, bias included."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    logits = tl.load(logits_ptr + row * logits_stride + token, mask=token < vocab_size, other=float("-inf"))
+    logits_ptr += row * logits_stride
+    logits = tl.load(logits_ptr + token, mask=token < vocab_size, other=float("-inf"))
+    if BIASED:
+        bias_row = tl.load(bias_rows_ptr + row).to(tl.int64)
+        if bias_row > 0:
+            bias = tl.load(biases_ptr + bias_row * biases_stride + token, mask=token < vocab_size, other=0.0)
+            logits = (logits.to(tl.float32) + bias).to(logits.dtype)
+            tl.store(logits_ptr + token, logits, mask=token < vocab_size)
     tl.store(maxima_ptr + row * num_groups + group, tl.max(logits.to(tl.float32), 1), mask=group < num_groups)
 
 

@@ -332,9 +332,10 @@ class EngineHost:
         if isinstance(structured := params.get("structured_outputs"), dict):
             params["structured_outputs"] = StructuredOutputsParams(**structured)
         kind = RequestOutputKind.CUMULATIVE if request["abort_after"] else RequestOutputKind.FINAL_ONLY
+        prompt = self._embedded(request["prompt"]) if request["embedded"] else {"prompt_token_ids": request["prompt"]}
         self._engine.add_request(
             str(index),
-            self._embedded(request["prompt"]) if request["embedded"] else {"prompt_token_ids": request["prompt"]},
+            prompt | ({"cache_salt": request["cache_salt"]} if request["cache_salt"] else {}),
             SamplingParams(**params, output_kind=kind),
             lora_request=self._lora(request["lora"]),
             priority=request["priority"],

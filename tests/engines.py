@@ -27,6 +27,7 @@ __all__ = [
     "Engine",
     "EngineFailed",
     "assert_conclusive",
+    "cached_tokens",
     "request",
     "texts",
 ]
@@ -161,13 +162,14 @@ def request(
     lora: str | None = None,
     priority: int = 0,
     embedded: bool = False,
+    cache_salt: str | None = None,
     temperature: float = 0.0,
     ignore_eos: bool = True,
     **params: Any,
 ) -> dict[str, Any]:
     """A request for `Engine.generate`: token ids, the step at which it joins, the tokens after which it is aborted,
-    its priority (lower goes first), whether the prompt comes as embeddings, and vLLM's SamplingParams, with `regex` or
-    `json_schema` for structured output."""
+    its priority (lower goes first), whether the prompt comes as embeddings, its salt in prefix caches, and vLLM's
+    SamplingParams, with `regex` or `json_schema` for structured output."""
     params |= {"temperature": temperature, "ignore_eos": ignore_eos}
     return {
         "prompt": prompt,
@@ -177,7 +179,19 @@ def request(
         "lora": lora,
         "priority": priority,
         "embedded": embedded,
+        "cache_salt": cache_salt,
     }
+
+
+def cached_tokens(engine: Engine, prompt: list[int], salts: Sequence[str | None], other: list[int]) -> int:
+    """Tokens of `prompt` that the drafter finds in its prefix cache over a few requests, one after the other with each
+    salt; `other`: a prompt that it has not seen."""
+    before, told = engine.call("counts"), [request(prompt, max_tokens=6, cache_salt=salt) for salt in salts]
+    for asked in [*told, request(other, max_tokens=6)]:  # with the last comes what the drafter counted before
+        engine.generate([asked], min_seconds=0.02)
+    counts = {name: value - before.get(name, 0) for name, value in engine.call("counts").items()}
+    assert counts["hits"] + counts["misses"] > 0, "inconclusive: the drafter drafted for none"
+    return counts["drafter_cached_tokens"]
 
 
 def texts(run: SimpleNamespace) -> list[list[list[int]]]:

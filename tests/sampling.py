@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -62,12 +62,14 @@ def target_probs(
     top_p: float = 1.0,
     min_p: float = 0.0,
     logit_bias: Mapping[int, float] = MappingProxyType({}),
+    allowed_token_ids: Sequence[int] = range(VOCAB_SIZE),
     **_: Any,
 ) -> torch.Tensor:
     """What vLLM samples from, `logits` [T, VOCAB_SIZE] -> the same; all on the likeliest token at temperature 0."""
     logits = logits.clone()
     for token_id, bias in logit_bias.items():
         logits[:, token_id] += bias
+    logits[:, [token_id for token_id in range(VOCAB_SIZE) if token_id not in allowed_token_ids]] = -torch.inf
     if not temperature:
         return torch.nn.functional.one_hot(logits.argmax(-1), VOCAB_SIZE).double()
     smallest = logits.topk(top_k).values[:, -1:]

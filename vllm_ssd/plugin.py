@@ -29,11 +29,12 @@ def register() -> None:
         return
     try:
         from vllm_ssd.compat import patch
-        from vllm_ssd.compat.target import batches, configuration, runner
+        from vllm_ssd.compat.target import batches, cache_salt, configuration, runner
 
         with patch.all_or_nothing():
             batches.run_one_batch_at_a_time()
             runner.install_speculator(build_speculator)
+            cache_salt.carry_where_loaded()
             configuration.install(translate)
     except Exception as error:
         _failed = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from engines import Engine, assert_conclusive, request, texts
+from engines import Engine, assert_conclusive, cached_tokens, request, texts
 
 pytestmark = pytest.mark.timed
 
@@ -36,6 +36,12 @@ def test_a_chat_goes_on_where_it_ended(
     assert hits >= 20 and prompt_tokens >= sum(opened[:-1]), "inconclusive: the drafter hardly drafted"
     assert prompt_tokens - cached_tokens <= 213 + 5 * (12 + 24 + PAGE_SIZE)
     assert sum(late[1:]) <= 2 * len(late[1:]), f"late rounds of each turn: {late}"
+
+
+def test_a_prompt_of_another_salt_is_read_anew(ssd_engine: Engine, prompts: Callable[..., list[list[int]]]) -> None:
+    """The drafter finds the pages of a prompt that was seen with the same `cache_salt`, and of no other."""
+    prompt, other = prompts(2, 100, 100, seed=36)
+    assert cached_tokens(ssd_engine, prompt, ["mine", "yours", "mine", None], other) == 100 // PAGE_SIZE * PAGE_SIZE
 
 
 def test_requests_of_a_token_leave_a_long_one_its_hits(

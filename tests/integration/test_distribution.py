@@ -25,6 +25,7 @@ SAMPLING = {
     "mixed": [
         {"temperature": 0.0},
         {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.0, "allowed_token_ids": [1, 2, 5, 6, 9, 11, 14, 17, 20, 23]},
         {"temperature": 1.0, "n": 3},
         {"temperature": 1.5, "seed": 0},
     ],

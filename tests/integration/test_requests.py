@@ -46,6 +46,7 @@ def engine(ssd_engine: Engine) -> Engine:
         pytest.param({"presence_penalty": 0.8, "frequency_penalty": 0.4}, id="presence-frequency-penalty"),
         pytest.param({"bad_words": ["self", " the", "return"]}, id="bad-words"),
         pytest.param({"allowed_token_ids": list(range(40, 600))}, id="allowed-tokens"),
+        pytest.param({"allowed_token_ids": list(range(40, 70))}, id="few-allowed-tokens"),
         pytest.param({"regex": CODE, "ignore_eos": False}, id="regex"),
         pytest.param({"json_schema": SCHEMA, "ignore_eos": False}, id="json-schema"),
     ],

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import FORKED_WORKERS, HAS_V2, ON_V2, Engine, assert_conclusive, request, texts
+from engines import FORKED_WORKERS, HAS_V2, ON_V2, Engine, assert_conclusive, cached_tokens, request, texts
 from host_reads import HostReads
 
 Prompts = Callable[..., list[list[int]]]
@@ -111,6 +111,7 @@ def test_sampling_parameters_and_greedy_rows_beside_sampled_ones(
         {"stop": ["\n\n", "return"]},
         {"abort_after": 9},
         {"temperature": 0.7, "n": 2, "seed": 1},
+        {"allowed_token_ids": list(range(40, 70)), "logit_bias": {45: 2.0}},
     ]
     requests = [
         request(prompt, max_tokens=40, **params[i]) for i, prompt in enumerate(prompts(len(params), 20, 60, seed=2))
@@ -124,6 +125,11 @@ def test_sampling_parameters_and_greedy_rows_beside_sampled_ones(
     assert run.counts["sampled_proposals"] > 0
     assert run.counts["known_q"] >= 20, f"inconclusive: {run.counts}"
     assert_conclusive(run, hits=20, accepted=20)
+
+
+def test_a_prompt_of_another_salt_is_read_anew(engine: Engine, prompts: Prompts) -> None:
+    prompt, other = prompts(2, 70, 70, seed=36)
+    assert cached_tokens(engine, prompt, ["mine", "yours", "mine"], other) == 64
 
 
 @needs_v2

@@ -30,6 +30,7 @@ def draw_both(
     fan_out: int = 0,
     factor: float = 1.0,
     truncations: list[tuple[float, float, float]] | None = None,
+    bias: tuple[torch.Tensor, torch.Tensor] | None = None,
 ):
     n = len(logits)
     cut = None if truncations is None else torch.tensor(truncations)
@@ -41,9 +42,13 @@ def draw_both(
         torch.full((n,), fan_out, dtype=torch.int32),
     )
     on_device = cut if cut is None else cut.to(DEVICE)
-    got = sample(*(argument.to(DEVICE) for argument in arguments), top_m=top_m, factor=factor, truncations=on_device)
+    biases, bias_rows = bias or (None, None)
+    told = {} if bias is None else {"biases": bias[0].to(DEVICE), "bias_rows": bias[1].to(DEVICE)}
+    on_device_logits, *others = (argument.to(DEVICE, copy=True) for argument in arguments)
+    got = sample(on_device_logits, *others, top_m=top_m, factor=factor, truncations=on_device, **told)
     with reference():
-        want = sample(*arguments, top_m=top_m, factor=factor, truncations=cut)
+        want = sample(*arguments, top_m=top_m, factor=factor, truncations=cut, biases=biases, bias_rows=bias_rows)
+    assert torch.equal(on_device_logits.cpu(), logits), "the bias was added to other logits"
     assert torch.equal(got.q_token_ids.cpu(), want.q_token_ids)
     assert torch.equal(got.token_ids.cpu(), want.token_ids)
     tolerance = TOLERANCES[logits.dtype]
@@ -111,6 +116,22 @@ def test_what_a_request_cannot_sample_is_not_proposed():
         weights[list(tokens)] = logits[0].exp()[list(tokens)]
         torch.testing.assert_close(q, weights / weights.sum())
         assert int(token_id) in tokens
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_bias_is_added_before_anything_is_drawn(dtype):
+    """To the rows that have one, before the temperature; a token that is not allowed is never drawn."""
+    logits = torch.randn(4, 1003, generator=torch.Generator().manual_seed(5)).to(dtype)
+    biases = torch.zeros(3, 1010)
+    biases[1] = -1e4
+    biases[1, [3, 700]] = 0.0
+    biases[2, [5, 1002]] = 30.0
+    before = logits.clone()
+    drawn = draw_both(logits, [1.0, 0.0, 0.5, 1.0], top_m=8, bias=(biases, ints([0, 1, 1, 2])))
+    assert torch.equal(logits[0], before[0])
+    assert {3, 700} == set(drawn.q_token_ids[2, :2].tolist()) and drawn.q_probs[2, :2].sum() == 1
+    assert drawn.token_ids[1] == min((3, 700), key=lambda i: -before[1, i]) and drawn.token_ids[2] in (3, 700)
+    assert set(drawn.q_token_ids[3, :2].tolist()) == {5, 1002} and drawn.token_ids[3] in (5, 1002)
 
 
 def test_down_weighting_follows_the_truncation():

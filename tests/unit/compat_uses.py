@@ -31,6 +31,11 @@ OBJECTS = {
         "config": CONFIG,
         "getattr(config, 'speculative_config', None)": "vllm.config.speculative:SpeculativeConfig",
     },
+    "compat.target.cache_salt": {
+        "engine": CORE,
+        "request": "vllm.v1.engine:EngineCoreRequest",
+        "params": SAMPLING,
+    },
     "compat.target.configuration": {"engine_args": ARGUMENTS, "model_config": "vllm.config.model:ModelConfig"},
     "compat.target.gain": {
         "new": NEW,
@@ -74,6 +79,7 @@ OBJECTS = {
         "manager": "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager",
         "graph": "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor",
     },
+    "compat.target.recurrent": {"model_config": "vllm.config.model:ModelConfig"},
     "compat.target.refused": {"model_config": "vllm.config.model:ModelConfig"},
     "compat.target.scheduler": {
         "vllm_config": CONFIG,
@@ -81,10 +87,7 @@ OBJECTS = {
         "scheduler_output": SCHEDULED,
         "model_runner_output": "vllm.v1.outputs:ModelRunnerOutput",
     },
-    "compat.target.recurrent": {
-        "model_config": "vllm.config.model:ModelConfig",
-        "metadata": "vllm.v1.attention.backends.gdn_attn:GDNAttentionMetadata",
-    },
+    "compat.target.recurrent": {"model_config": "vllm.config.model:ModelConfig"},
     "compat.target.serve_flags": {
         "vllm_config": CONFIG,
         "model": "vllm.config.model:ModelConfig",

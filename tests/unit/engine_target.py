@@ -10,9 +10,10 @@ import torch
 from hypothesis import strategies as st
 
 from vllm_ssd.compat.drafter.paged import PagedModel
+from vllm_ssd.drafter.biases import dense_bias
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.server import build_engine
-from vllm_ssd.link.protocol import ALL_TOKENS, JIT_TOKEN, Push, PushedBlock, Truncation
+from vllm_ssd.link.protocol import ALL_TOKENS, JIT_TOKEN, NO_BIAS, Bias, Push, PushedBlock, Truncation
 from vllm_ssd.policy import FanOut
 
 K = 3
@@ -22,6 +23,7 @@ class CheckedModel(PagedModel, Protocol):
     """A model that can be asked what it should have said."""
 
     num_forwards: int
+    vocab_size: int
 
     def reference_logits(self, prefix: list[int]) -> torch.Tensor:
         """Logits `[vocab]` after `prefix`, distinct for all tokens."""
@@ -36,19 +38,20 @@ def engine_of(
     return build_engine(model, FanOut(k, fan_out), num_speculative_tokens=k, **(defaults | options))
 
 
-def reference_drafts(model: CheckedModel, prefix: list[int], num_drafts: int) -> list[int]:
+def reference_drafts(model: CheckedModel, prefix: list[int], num_drafts: int, bias: Bias = NO_BIAS) -> list[int]:
     """The greedy continuation of `prefix`; with a mask token, what is likeliest in each place whatever precedes it."""
     drafts: list[int] = []
     for i in range(num_drafts):
         before = drafts if model.mask_token_id is None else [model.mask_token_id] * i
-        drafts.append(int(model.reference_logits(prefix + before).argmax()))
+        logits = model.reference_logits(prefix + before).numpy() + dense_bias(bias, model.vocab_size)
+        drafts.append(int(logits.argmax()))
     return drafts
 
 
-def reference_jit_drafts(model: CheckedModel, tokens: list[int], num_drafts: int) -> list[int]:
+def reference_jit_drafts(model: CheckedModel, tokens: list[int], num_drafts: int, bias: Bias = NO_BIAS) -> list[int]:
     """As `reference_drafts` of just-in-time drafts: the first one is known when the others are drawn."""
-    first = reference_drafts(model, tokens, min(num_drafts, 1))
-    return first + reference_drafts(model, tokens + first, num_drafts - 1)
+    first = reference_drafts(model, tokens, min(num_drafts, 1), bias)
+    return first + reference_drafts(model, tokens + first, num_drafts - 1, bias)
 
 
 def check_conservation(engine: DraftEngine) -> None:
@@ -122,13 +125,18 @@ class Target:
         self.evicted = 0
 
     def open(
-        self, request_id: str, tokens: list[int], temperature: float = 0.0, truncation: Truncation = ALL_TOKENS
+        self,
+        request_id: str,
+        tokens: list[int],
+        temperature: float = 0.0,
+        truncation: Truncation = ALL_TOKENS,
+        cache_salt: bytes = b"",
     ) -> None:
         self.epoch[request_id] = self.epoch.get(request_id, 0) + 1
         self.temperature[request_id], self.truncation[request_id] = temperature, truncation
         self.tokens[request_id], self.drafts[request_id], self.blocks[request_id] = list(tokens), [], {}
-        prompt = np.array(tokens, np.int32)
-        self.engine.open(request_id, self.epoch[request_id], prompt, temperature, self.num_drafts, truncation)
+        told = temperature, self.num_drafts, truncation, cache_salt
+        self.engine.open(request_id, self.epoch[request_id], np.array(tokens, np.int32), *told)
         check_conservation(self.engine)
 
     def step(self) -> None:
@@ -155,7 +163,7 @@ class Target:
                     check_proposals(self.model, pushed, i, prefix, known, bonus == JIT_TOKEN, *sampling)
                 else:
                     expected = (reference_jit_drafts if bonus == JIT_TOKEN else reference_drafts)(
-                        self.model, prefix, len(known)
+                        self.model, prefix, len(known), self.truncation[block.request_id].bias
                     )
                     assert known == expected, "a draft read the wrong prefix"
         for evicted in push.evicted if push else []:
@@ -199,7 +207,8 @@ def check_proposals(
     ):
         drawn = place if not masks else min(place, int(is_jit))
         before = known[:drawn] + masks * (place - drawn)
-        logits = model.reference_logits(prefix + before).numpy() / temperature
+        logits = model.reference_logits(prefix + before).numpy() + dense_bias(truncation.bias, model.vocab_size)
+        logits = logits / temperature
         order = np.argsort(-logits)[: len(ids)]
         weights = truncated(np.exp(logits[order] - logits[order].max()), truncation)
         drawn_from = int((order == token).argmax())

@@ -8,7 +8,9 @@ import torch
 from engine_target import K, grow
 
 from vllm_ssd.drafter import device_steps
+from vllm_ssd.drafter.biases import NUM_BIASES, UNBIASED, Biases, dense_bias
 from vllm_ssd.drafter.sampler import Sampler
+from vllm_ssd.link.protocol import MAX_ALLOWED_ID, MAX_BIASED, NO_BIAS, Bias, Truncation, pack_bias
 
 
 def test_sampled_branches_carry_the_distribution_they_were_drawn_from(make_target):
@@ -102,3 +104,70 @@ def test_branches_down_weight_what_the_next_tree_predicts(make_target, saguaro_c
             assert branches.q_token_ids[row, depth].tolist() == ids.tolist()
             np.testing.assert_allclose(branches.q_probs[row, depth], weights / weights.sum(), rtol=1e-4)
     assert len(sequence.rows) and len(engine.sequences["greedy"].rows)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_branches_are_drawn_from_what_the_request_prefers(make_target, temperature):
+    """`Target` compares each draft and q with the biased logits; the request beside it has none."""
+    target = make_target(top_m=13, max_fan_out=3, fan_out=3, max_branches=3 * (K + 1))
+    allowed = [2, 5, 7]
+    biased = Truncation(bias=pack_bias(allowed, {5: 3.5}))
+    for name, truncation in (("a", biased), ("b", Truncation(bias=pack_bias([], {4: 90.0}))), ("c", Truncation())):
+        target.open(name, [1, 2, 3, 4, 5], temperature, truncation)
+    for _ in range(3):
+        grow(target)
+        blocks = {name: dict(target.blocks[name]) for name in "abc"}
+        assert all(any(drafts for drafts in block.values()) for block in blocks.values()), "inconclusive: no drafts"
+        assert {token for drafts in blocks["a"].values() for token in drafts} <= {*allowed}
+        assert {bonus for _, bonus in blocks["a"]} <= {*allowed}, "a branch for an outcome that cannot be"
+        assert {token for drafts in blocks["b"].values() for token in drafts} == {4}
+        for name, block in blocks.items():
+            (accept_length, bonus), drafts = next(iter(block.items()))
+            target.advance(name, [*target.drafts[name][:accept_length], bonus], drafts)
+    for name in "abc":
+        target.close(name)
+    assert not target.engine.branches.biases._holders.any()
+
+
+def test_only_tokens_that_the_draft_model_lacks_are_allowed():
+    """Then others are drawn, which the target rejects; there is always something to draw from."""
+    biases, logits = Biases(6, "cpu"), torch.tensor([[-torch.inf, 1.0, 0.0, 0.5, -1.0, -torch.inf]])
+    row = biases.hold(pack_bias([0, 5], {}))
+    biases.add(logits, np.array([row], np.int32))
+    draw = Sampler(num_candidates=2, top_m=3, seed=0).draw(logits, np.ones(1, np.float32))
+    assert draw.drawn[0] in (1, 2, 3) and np.isfinite(draw.q_probs).all()
+
+
+def test_biases_are_shared_kept_and_replaced():
+    biases = Biases(8, "cpu")
+    some = [pack_bias([], {1: float(i)}) for i in range(NUM_BIASES)]
+    rows = [biases.hold(bias) for bias in some]
+    assert sorted(rows) == list(range(1, NUM_BIASES + 1))
+    assert biases.hold(some[3]) == rows[3] and biases.hold(NO_BIAS) == UNBIASED
+    assert biases.hold(pack_bias([7], {})) == UNBIASED, "there is no room for another"
+    biases.release(rows[3])
+    assert biases.hold(pack_bias([7], {})) == UNBIASED, "one request still has it"
+    biases.release(rows[3])
+    assert biases.hold(some[3]) == rows[3], "it was kept"
+    biases.release(rows[3])
+    assert biases.hold(pack_bias([7], {})) == rows[3]
+    assert biases.table[rows[3]].tolist() == [-1e4] * 7 + [0.0]
+    assert biases.allowed(rows[3], np.array([7, 1])).tolist() == [7]
+    assert biases.allowed(UNBIASED, np.array([7, 1])).tolist() == [7, 1]
+
+
+def test_a_bias_that_is_none_is_left_out():
+    """Nothing that a target might say of its biases is more than a bias over the vocabulary."""
+    for bias in (
+        Bias(token_ids=b"123", values=b"123"),
+        Bias(token_ids=np.int32(8).tobytes(), values=np.float32(1).tobytes()),
+        Bias(token_ids=np.int32(-1).tobytes(), values=np.float32(1).tobytes()),
+        Bias(token_ids=np.int32(1).tobytes(), values=np.float32("nan").tobytes()),
+        Bias(token_ids=np.int32(1).tobytes(), values=np.float32(1e30).tobytes()),
+        Bias(token_ids=np.int32(1).tobytes()),
+        Bias(allowed=b"\0"),
+        Bias(allowed=b"\0\x80"),
+    ):
+        assert dense_bias(bias, 8) is None and Biases(8, "cpu").hold(bias) == UNBIASED
+    assert pack_bias([MAX_ALLOWED_ID], {}) == NO_BIAS == pack_bias([], dict.fromkeys(range(MAX_BIASED + 1), 1.0))
+    assert dense_bias(pack_bias([1, 6], {6: -2.0, 3: 5.0}), 8).tolist() == [-1e4, 0, -1e4, -1e4, -1e4, -1e4, -2, -1e4]

@@ -187,3 +187,20 @@ class ChatsOnDevice(Chats):
 
 TestChats, TestChatsOnDevice = Chats.TestCase, ChatsOnDevice.TestCase
 TestChats.settings = TestChatsOnDevice.settings = SETTINGS
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_requests_of_different_salts_share_no_pages(on_device: bool) -> None:
+    """Whoever times tokens learns of the prompts of its own salt alone."""
+    target = Target(FakePagedModel(48, 160, tree_attention=on_device), max_num_seqs=4, fan_out=1)
+    prompt = [i % 13 for i in range(25)]
+    cached = []
+    for i, salt in enumerate([b"", b"mine", b"mine", b"yours", b"yours", b"", b"mine"]):
+        before = target.engine.num_cached_tokens
+        target.open(f"{i}", prompt, cache_salt=salt)
+        while target.engine.has_work:
+            target.step()
+        cached.append(target.engine.num_cached_tokens - before)
+        if i % 2:
+            target.close(f"{i}")
+    assert cached == [0, 0, 24, 0, 24, 24, 24]

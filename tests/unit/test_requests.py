@@ -21,6 +21,7 @@ from vllm_ssd.link.protocol import (
     SpeculationBlock,
     Step,
     Truncation,
+    pack_bias,
     pack_ids,
     unpack_ids,
 )
@@ -334,11 +335,12 @@ def test_the_drafter_is_told_what_a_request_samples_from_each_time_it_is_opened(
     link, client, _, _ = make()
     sent: list[Open] = []
     link.send = lambda step: sent.extend(step.events)
-    request = client.add("a", 0.7, Truncation(20, 0.8))
+    truncation = Truncation(20, 0.8, bias=pack_bias([1, 2], {}))
+    request = client.add("a", 0.7, truncation, b"salt")
     for _ in range(2):
         assert client.open(request, [1, 2])
         client.send(K)
-    assert [(event.temperature, event.truncation) for event in sent] == [(0.7, Truncation(20, 0.8))] * 2
+    assert [(e.temperature, e.truncation, e.cache_salt) for e in sent] == [(0.7, truncation, b"salt")] * 2
 
 
 def test_a_push_is_awaited_from_a_vain_wait_to_the_next_push():

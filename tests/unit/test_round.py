@@ -33,7 +33,7 @@ class FakeTarget:
 
     def start(self, request_id: str, prompt: list[int], temperature: float = 0.0, min_tokens: int = 0) -> None:
         self.tokens[request_id], self.drafts[request_id] = list(prompt), []
-        self.verifier.start_requests([(request_id, prompt, temperature, min_tokens, ALL_TOKENS)])
+        self.verifier.start_requests([(request_id, prompt, temperature, min_tokens, ALL_TOKENS, b"")])
 
     def finish(self, request_id: str) -> None:
         del self.tokens[request_id]

@@ -57,7 +57,8 @@ USED = {
     "vllm.config.structured_outputs:StructuredOutputsConfig": "reasoning_parser",
     "vllm.sampling_params": "SamplingParams",
     "vllm.sampling_params:SamplingParams": (
-        "_validate_spec_decode max_tokens min_p min_tokens structured_outputs temperature top_k top_p"
+        "_validate_spec_decode allowed_token_ids extra_args logit_bias max_tokens min_p min_tokens structured_outputs "
+        "temperature top_k top_p"
     ),
     "vllm.sampling_params:StructuredOutputsParams": "choice grammar",
     "vllm.v1.core.sched.output:CachedRequestData": "all_token_ids",
@@ -68,14 +69,15 @@ USED = {
         "finished_req_ids num_scheduled_tokens pending_structured_output_tokens scheduled_cached_reqs "
         "scheduled_new_reqs scheduled_spec_decode_tokens"
     ),
+    "vllm.v1.engine:EngineCoreRequest": "cache_salt sampling_params",
     "vllm.v1.engine.core_client": "InprocClient",
     "vllm.v1.engine.core_client:InprocClient": "engine_core",
     "vllm.v1.engine.llm_engine:LLMEngine": "engine_core",
     # the V1 runner
-    "vllm.utils.cpu_triton_utils": "",
-    "vllm.v1.sample.logits_processor.interface": "MoveDirectionality",
     "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention": "_spec_forward",
     "vllm.v1.attention.backends.gdn_attn:GDNAttentionMetadata": "num_spec_decodes spec_query_start_loc",
+    "vllm.utils.cpu_triton_utils": "",
+    "vllm.v1.sample.logits_processor.interface": "MoveDirectionality",
     "vllm.v1.sample.logits_processor.interface:BatchUpdate": "added moved",
     "vllm.v1.sample.logits_processor.interface:MoveDirectionality": "UNIDIRECTIONAL",
     "vllm.v1.sample.metadata": "SamplingMetadata",
@@ -160,7 +162,7 @@ USED = {
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": "do_kv_cache_update",
     "vllm.v1.attention.backends.registry": "AttentionBackendEnum register_backend",
     "vllm.v1.engine.core": "EngineCore",
-    "vllm.v1.engine.core:EngineCore": "model_executor scheduler",
+    "vllm.v1.engine.core:EngineCore": "model_executor scheduler vllm_config",
     "vllm.v1.executor.uniproc_executor": "UniProcExecutor",
     "vllm.v1.executor.uniproc_executor:UniProcExecutor": "driver_worker",
     "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups num_blocks",
@@ -227,11 +229,12 @@ EXACT = {
     ),
     "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__": "kv_cache_spec layer_names vllm_config device",
     "vllm.v1.attention.backend:AttentionMetadataBuilder.build": ("common_prefix_len common_attn_metadata fast_build"),
-    "vllm.sampling_params:SamplingParams._validate_spec_decode": "speculative_config",
-    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": "scheduler_output model_runner_output",
     "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention:_spec_forward": (
         "layer attn_metadata_i mixed_qkv_spec b_spec a_spec conv_buf ssm_state width state_len"
     ),
+    "vllm.sampling_params:SamplingParams._validate_spec_decode": "speculative_config",
+    "vllm.v1.engine.core:EngineCore.preprocess_add_request": "request",
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": "scheduler_output model_runner_output",
     "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens": "x cu_num_tokens num_tokens replace_from replace_to",
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates": "",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner._remove_request": "req_id",

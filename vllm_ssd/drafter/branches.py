@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from vllm_ssd.drafter.biases import UNBIASED, Biases
 from vllm_ssd.drafter.sampler import Draw
 from vllm_ssd.drafter.truncation import NOTHING
 
@@ -22,7 +23,7 @@ class Branches:
     drawn while `computed <= num_drafts`; the first `sent` drafts were pushed. candidates [capacity, K + 1, C]
     int32: likeliest tokens after each computed one. q_token_ids, q_probs [capacity, K, M]: the proposal each
     draft was drawn from. temperature [capacity] float32: 0 for greedy branches. truncation [capacity, 3] float32:
-    see `truncate`.
+    see `truncate`. bias [capacity] int32: rows of `biases`.
 
     With a mask_token_id the draft model drafts in parallel: one step forwards the next token of a branch and a mask for
     each further draft, and draws all drafts that are missing. KV of a mask is not that of the draft in its place: only
@@ -36,6 +37,7 @@ class Branches:
         num_speculative_tokens: int,
         num_candidates: int,
         top_m: int,
+        biases: Biases,
         mask_token_id: int | None = None,
     ) -> None:
         k = num_speculative_tokens
@@ -43,6 +45,7 @@ class Branches:
         self.per_request = per_request
         self.num_speculative_tokens = k
         self.num_candidates = num_candidates
+        self.biases = biases
         self.mask_token_id = mask_token_id
         capacity = max_num_seqs * per_request
         self.owner = np.zeros(capacity, np.int64)  # slot of the request
@@ -55,6 +58,7 @@ class Branches:
         self.alive = np.zeros(capacity, bool)
         self.temperature = np.zeros(capacity, np.float32)
         self.truncation = np.zeros((capacity, 3), np.float32)
+        self.bias = np.zeros(capacity, np.int32)
         self.tokens = np.zeros((capacity, k + 1), np.int32)
         self.candidates = np.zeros((capacity, k + 1, num_candidates), np.int32)
         self.q_token_ids = np.zeros((capacity, k, top_m), np.int32)
@@ -117,6 +121,7 @@ class Branches:
         first_tokens: np.ndarray,
         temperature: float,
         truncation: tuple[float, float, float] = NOTHING,
+        bias: int = UNBIASED,
     ) -> np.ndarray:
         """Rows `[n]` int64 of new branches, one for each of `first_tokens` `[n]`."""
         rows = np.array([self._free.pop() for _ in first_tokens], np.int64)
@@ -130,6 +135,7 @@ class Branches:
         self.alive[rows] = True
         self.temperature[rows] = temperature
         self.truncation[rows] = truncation
+        self.bias[rows] = bias
         self.tokens[rows, 0] = first_tokens
         if self.mask_token_id is not None:
             self.tokens[rows, 1:] = self.mask_token_id

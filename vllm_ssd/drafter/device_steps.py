@@ -53,7 +53,8 @@ class DeviceSteps:
         self._random = np.random.default_rng(seed)
         rows_per_request = branches.per_request * branches.tokens_per_step + branches.num_speculative_tokens + 1
         self.sizes = Buckets(branches.max_num_seqs, rows_per_request, most_rows)
-        self._buffers = _Buffers(model, pages, self.sizes.largest, {"top_m": top_m, "factor": saguaro_c})
+        sampling = {"top_m": top_m, "factor": saguaro_c, "biases": branches.biases.table}
+        self._buffers = _Buffers(model, pages, self.sizes.largest, sampling)
         self._graphs = graphs or graphs_on(torch.device(model.device))
         self._replays: dict[BucketSize, Replay] = {}
 
@@ -109,6 +110,8 @@ class DeviceSteps:
         temperatures = np.concatenate([np.repeat(spine_temperatures, num_of_spine), branches.temperature[rows]])
         spine_truncations = np.array([sequence.truncation for sequence, _ in spines], np.float32).reshape(-1, 3)
         truncations = np.concatenate([np.repeat(spine_truncations, num_of_spine, axis=0), branches.truncation[rows]])
+        spine_biases = np.array([sequence.bias for sequence, _ in spines], np.int32)
+        bias_rows = np.concatenate([np.repeat(spine_biases, num_of_spine), branches.bias[rows]])
         base, shared = tokens.positions.copy(), tokens.positions + 1
         base[n - m :] = branches.base[rows]
         shared[n - m :] = branches.base[rows] // pages.page_size * pages.page_size
@@ -138,6 +141,7 @@ class DeviceSteps:
             own_lens=(tokens.positions + 1 - shared)[order],
             temperatures=temperatures[order],
             truncations=truncations[order],
+            bias_rows=bias_rows[order],
             seeds=self._random.integers(1 << 63, size=n),
             fan_out=fan_out,
         )
@@ -280,6 +284,7 @@ class _Buffers:
             "own_lens": zeros(num_rows, dtype=torch.int32),
             "temperatures": zeros(num_rows, dtype=torch.float32),
             "truncations": zeros(num_rows, 3, dtype=torch.float32),
+            "bias_rows": zeros(num_rows, dtype=torch.int32),
             "seeds": zeros(num_rows),
         }
         self._fan_out = zeros(most_steps, num_rows, dtype=torch.int32)
@@ -400,6 +405,7 @@ class _Buffers:
             positions,
             fan_out,
             truncations=inputs["truncations"],
+            bias_rows=inputs["bias_rows"],
             **self._sampling,
         )
         for buffer, values in zip(self._drawn, (drawn.token_ids, drawn.q_token_ids, drawn.q_probs)):

@@ -112,6 +112,7 @@ class DraftEngine:
         temperature: float,
         num_drafts: int,
         truncation: Truncation = ALL_TOKENS,
+        cache_salt: bytes = b"",
     ) -> None:
         """Start a request from all its committed tokens, `token_ids` `[L]` int32; replaces an earlier epoch."""
         self._stepper.settle()
@@ -127,6 +128,7 @@ class DraftEngine:
             self.refuse(oldest.request_id, oldest.epoch)
         sequence = Sequence(request_id, epoch, self._free_slots.pop(), temperature, token_ids.tolist(), len(token_ids))
         sequence.truncation = truncation_row(truncation)
+        sequence.bias, sequence.cache_salt = self.branches.biases.hold(truncation.bias), cache_salt
         self._by_slot[sequence.slot] = sequence
         self._adopt_pages(sequence)
         self.num_prompt_tokens += len(token_ids)
@@ -198,6 +200,7 @@ class DraftEngine:
         self._stepper.settle()
         self._unfinished.pop(request_id, None)
         self.branches.remove(sequence.rows)
+        self.branches.biases.release(sequence.bias)
         self.pages.close(sequence.slot, sequence.rows)
         self._by_slot[sequence.slot] = None
         self._free_slots.append(sequence.slot)
@@ -298,6 +301,7 @@ class DraftEngine:
             sequence.num_forks += 1
             if k < len(drafts):
                 candidates = candidates[candidates != drafts[k]]
+            candidates = self.branches.biases.allowed(sequence.bias, candidates)
             first_tokens = candidates[: min(sequence.fan_out[k], self.branches.num_free)]
             if len(first_tokens):
                 self._add_branches(sequence, k, sequence.num_drafts, first_tokens)
@@ -315,6 +319,7 @@ class DraftEngine:
             first_tokens,
             sequence.temperature,
             sequence.truncation,
+            sequence.bias,
         )
         while self.pages.needed(rows) > self.pages.num_free:
             victim = next(iter(self.sequences.values()))

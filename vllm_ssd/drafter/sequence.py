@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vllm_ssd.drafter.biases import UNBIASED
 from vllm_ssd.drafter.truncation import NOTHING
 
 NO_ROWS = np.empty(0, np.int64)
@@ -38,6 +39,8 @@ class Sequence:
     awaited: int | None = None
     decided_at: float = 0.0  # when its last outcome came
     truncation: tuple[float, float, float] = NOTHING  # see `truncation_row`
+    bias: int = UNBIASED  # row of `Biases`
+    cache_salt: bytes = b""
     num_published: int = 0  # leading pages that others can find
     _digests: list[bytes] = field(default_factory=list)  # of leading pages
 
@@ -47,10 +50,13 @@ class Sequence:
         return self.computed == len(self.tokens)
 
     def page_digest(self, page: int, page_size: int) -> bytes:
-        """What a full page of committed tokens contains, with all that precedes it: a link of a chain of hashes."""
+        """What a full page of committed tokens contains, with all that precedes it: a link of a chain of hashes.
+
+        Chains of different salts have no link in common.
+        """
         while len(self._digests) <= page:
             start = len(self._digests) * page_size
-            link = hashlib.blake2b(self._digests[-1] if self._digests else b"", digest_size=16)
+            link = hashlib.blake2b(self._digests[-1] if self._digests else self.cache_salt, digest_size=16)
             link.update(array("i", self.tokens[start : start + page_size]).tobytes())
             self._digests.append(link.digest())
         return self._digests[page]

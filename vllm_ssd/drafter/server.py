@@ -17,6 +17,7 @@ import torch
 
 from vllm_ssd.compat.drafter.memory import max_rows
 from vllm_ssd.compat.drafter.paged import PagedModel, UnsupportedDraftModel
+from vllm_ssd.drafter.biases import Biases
 from vllm_ssd.drafter.branches import Branches
 from vllm_ssd.drafter.buckets import MAX_BRANCHES
 from vllm_ssd.drafter.device_steps import MAX_TOP_M, DeviceSteps
@@ -95,7 +96,15 @@ def apply(engine: DraftEngine, event: Open | Outcome | Close, num_drafts: int) -
             except ProtocolError:
                 engine.refuse(event.request_id, event.epoch)
             else:
-                engine.open(event.request_id, event.epoch, token_ids, event.temperature, num_drafts, event.truncation)
+                engine.open(
+                    event.request_id,
+                    event.epoch,
+                    token_ids,
+                    event.temperature,
+                    num_drafts,
+                    event.truncation,
+                    event.cache_salt,
+                )
         case Close():
             engine.close(event.request_id)
 
@@ -308,8 +317,9 @@ def build_steps(
     top_m = min(top_m, num_draftable)
     if model.tree_attention:
         top_m = max(top_m, num_candidates)  # the kernel draws both from one list
+    biases = Biases(model.vocab_size, model.device)
     branches = Branches(
-        max_num_seqs, max_branches + 1, num_speculative_tokens, num_candidates, top_m, model.mask_token_id
+        max_num_seqs, max_branches + 1, num_speculative_tokens, num_candidates, top_m, biases, model.mask_token_id
     )
     sampler = Sampler(num_candidates, top_m, seed, saguaro_c)
     most_rows = max_rows(model.vocab_size, model.dtype)

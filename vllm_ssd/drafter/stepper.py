@@ -118,14 +118,17 @@ class EagerRunner:
     ) -> tuple[StepTokens, Draw]:
         """As `Runner.forward`."""
         tokens = StepTokens.gather(self._branches, spines, rows)
-        token_rows = tokens.token_rows
-        temperatures, truncations = self._branches.temperature[token_rows], self._branches.truncation[token_rows]
+        branches, token_rows = self._branches, tokens.token_rows
+        temperatures, truncations = branches.temperature[token_rows], branches.truncation[token_rows]
+        biases = branches.bias[token_rows]
         if spines:
             before = tokens.spine_logits
             temperatures = np.array([s.temperature for s, _ in before] + temperatures.tolist(), np.float32)
             truncations = np.array([s.truncation for s, _ in before] + truncations.tolist(), np.float32)
+            biases = np.array([s.bias for s, _ in before] + biases.tolist(), np.int32)
             fan_out = None if fan_out is None else np.concatenate([np.zeros(len(before), np.int64), fan_out])
         logits = self._model.forward(self._pages.batch(tokens))
+        branches.biases.add(logits, biases)
         return tokens, self._sampler.draw(logits, temperatures, fan_out, truncations)
 
 

@@ -16,7 +16,7 @@ Q_EPSILON = 1e-3
 BYTES_A_ROW = 256
 """Of a push, for what surrounds the arrays of one branch: the request id above all."""
 BYTES_A_REQUEST = 64 << 10
-"""Of a push, for evictions, and of a step, for a long request id and the tokens of its rounds."""
+"""Of a push, for evictions, and of a step, for a long request id, its `Bias` and the tokens of its rounds."""
 
 GROUP_BYTES = 256 << 10
 """Of the token ids of proposals that are checked at once: calls cost more than bytes for few of them, and what does not

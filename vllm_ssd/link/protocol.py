@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
@@ -25,6 +25,10 @@ MAX_EVICTED = 1 << 18
 
 MAX_VOCAB_SIZE = 1 << 22
 """Most token strings in a `Hello`."""
+
+MAX_ALLOWED_ID = 1 << 18
+MAX_BIASED = 1024
+"""Of a `Bias`: its bits go up to this token id, and so many ids have a value of their own."""
 
 JIT_TOKEN = -1
 """Bonus token id of the branch that continues the committed tokens themselves, at accept length 0."""
@@ -86,16 +90,32 @@ class Welcome(_Message, frozen=True, tag=0):
     notice: str = ""
 
 
+class Bias(_Message, frozen=True):
+    """What a request adds to the logits, before its temperature divides them.
+
+    allowed: the token ids that it may sample, a bit each as `np.packbits` has them, no id beyond; empty for all ids
+    token_ids, values: int32 and float32 little-endian, what is added to the logits of some ids
+    """
+
+    allowed: bytes = b""
+    token_ids: bytes = b""
+    values: bytes = b""
+
+
+NO_BIAS = Bias()
+
+
 class Truncation(_Message, frozen=True):
     """Which tokens a request samples from, of the distribution at its temperature.
 
     min_p: those at least so likely as this share of the likeliest; top_k: of these the k likeliest, 0 for all; top_p:
-    of these the fewest likeliest that hold so much of their probability
+    of these the fewest likeliest that hold so much of their probability; bias: which it prefers before any of that
     """
 
     top_k: Count = 0
     top_p: Share = 1.0
     min_p: Share = 0.0
+    bias: Bias = NO_BIAS
 
 
 ALL_TOKENS = Truncation()
@@ -114,6 +134,7 @@ class Open(_Message, frozen=True, tag=0):
     token_ids: all committed tokens, int32 little-endian (see `pack_ids`)
     temperature: 0 for greedy requests, whose branches carry no q
     truncation: which tokens the request can sample, as the proposal is cut, too
+    cache_salt: of the prefix cache; the KV of one salt is never read for another
     """
 
     request_id: str
@@ -121,6 +142,7 @@ class Open(_Message, frozen=True, tag=0):
     token_ids: bytes
     temperature: NonNegative
     truncation: Truncation = ALL_TOKENS
+    cache_salt: bytes = b""
 
 
 class Outcome(_Message, frozen=True, tag=1):
@@ -315,6 +337,19 @@ def _decode(decoder: msgspec.msgpack.Decoder[M], data: bytes | bytearray | memor
 def pack_ids(token_ids: Sequence[int] | np.ndarray) -> bytes:
     """Token ids of any shape as int32 little-endian, in C order."""
     return np.asarray(token_ids, dtype="<i4").tobytes()
+
+
+def pack_bias(allowed: Sequence[int], biases: Mapping[int, float]) -> Bias:
+    """The `Bias` of a request that may sample the ids `allowed`, all if there are none, and adds `biases` by id.
+
+    One that would be too long is `NO_BIAS`: drafts are then made without it.
+    """
+    if len(biases) > MAX_BIASED or max(allowed, default=0) >= MAX_ALLOWED_ID:
+        return NO_BIAS
+    bits = np.zeros(max(allowed, default=-1) + 1, bool)
+    bits[np.array(allowed, np.int64)] = True
+    values = np.array(list(biases.values()), "<f4").tobytes()
+    return Bias(np.packbits(bits).tobytes(), pack_ids(list(biases)), values)
 
 
 def unpack_ids(data: bytes) -> np.ndarray:

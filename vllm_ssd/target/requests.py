@@ -83,6 +83,7 @@ class RemoteRequest:
     request_id: str
     temperature: float
     truncation: Truncation = ALL_TOKENS
+    cache_salt: bytes = b""
     epoch: int = 0
     length: int = 0  # committed tokens that the drafter was told of
     member: int = 0  # index of the drafter that holds it, or held it last
@@ -155,10 +156,12 @@ class DrafterClient:
 
     # ---- towards the drafters --------------------------------------------------------------------------
 
-    def add(self, request_id: str, temperature: float, truncation: Truncation = ALL_TOKENS) -> RemoteRequest:
+    def add(
+        self, request_id: str, temperature: float, truncation: Truncation = ALL_TOKENS, cache_salt: bytes = b""
+    ) -> RemoteRequest:
         """A new request, not held yet; one of the same id is closed."""
         self.close(request_id)
-        request = RemoteRequest(request_id, temperature, truncation)
+        request = RemoteRequest(request_id, temperature, truncation, cache_salt)
         self._requests[request_id] = request
         return request
 
@@ -192,7 +195,8 @@ class DrafterClient:
         self._await(request)
         member.reading[request.request_id] = len(token_ids)
         tokens = pack_ids(token_ids)
-        member.enqueue(Open(request.request_id, request.epoch, tokens, request.temperature, request.truncation))
+        sampling = request.temperature, request.truncation
+        member.enqueue(Open(request.request_id, request.epoch, tokens, *sampling, request.cache_salt))
         if draft_token_ids:
             self.outcome(request, [], list(draft_token_ids))
         return True

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from vllm_ssd.compat import patch
-from vllm_ssd.compat.target import refused
+from vllm_ssd.compat.target import cache_salt, refused
 from vllm_ssd.compat.target.runner import METHOD_ON_V2, check_runner, has_ssd
 from vllm_ssd.compat.version import UnsupportedVLLM
 
@@ -40,6 +40,7 @@ def install(translate: Callable[[Any, Any, Any], None]) -> None:
         original: Callable[..., Any], engine_args: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
         translate(engine_args, target_model_config, target_parallel_config)
+        cache_salt.carry()
         config = original(engine_args, target_model_config, target_parallel_config)
         if config.method == METHOD_ON_V2:
             refused.allow(config)

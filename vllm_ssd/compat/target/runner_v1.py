@@ -23,6 +23,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_ssd.compat import patch
+from vllm_ssd.compat.target.cache_salt import cache_salt_of
 from vllm_ssd.compat.target.gain import can_gain, ending_requests
 from vllm_ssd.compat.target.thinking_budget import ThinkingBudget
 from vllm_ssd.compat.target.truncation import truncation_of
@@ -36,10 +37,12 @@ class V1Proposer(Protocol):
     """What the wrapped runner calls on a proposer of ours, beside vLLM's own `propose`."""
 
     def on_schedule(
-        self, started: Sequence[tuple[str, Sequence[int] | None, float, int, Truncation]], finished: Sequence[str]
+        self,
+        started: Sequence[tuple[str, Sequence[int] | None, float, int, Truncation, bytes]],
+        finished: Sequence[str],
     ) -> None:
-        """Requests `(id, prompt token ids, temperature, min_tokens, truncation)` that join, ids that leave, before the
-        forward.
+        """Requests `(id, prompt token ids, temperature, min_tokens, truncation, cache_salt)` that join, ids that leave,
+        before the forward.
 
         Those that cannot gain never join, and those with one token left leave early.
         """
@@ -103,6 +106,7 @@ def _execute_model(original, runner, proposer: V1Proposer, scheduler_output, *ar
             new.sampling_params.temperature,
             new.sampling_params.min_tokens,
             truncation_of(new.sampling_params),
+            cache_salt_of(new.sampling_params),
         )
         for new in scheduler_output.scheduled_new_reqs
         if can_gain(new, runner.vllm_config)

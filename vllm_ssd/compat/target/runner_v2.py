@@ -19,6 +19,7 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_ssd.compat import patch
+from vllm_ssd.compat.target.cache_salt import cache_salt_of
 from vllm_ssd.compat.target.gain import can_gain, last_length
 from vllm_ssd.compat.target.runner import DRAFTER_STATE, DrafterState, has_ssd
 from vllm_ssd.compat.target.truncation import truncation_of
@@ -103,7 +104,13 @@ class V2Speculator(BaseSpeculator):
 
     @abstractmethod
     def add_request(
-        self, request_id: str, slot: int, token_ids: Sequence[int], temperature: float, truncation: Truncation
+        self,
+        request_id: str,
+        slot: int,
+        token_ids: Sequence[int],
+        temperature: float,
+        truncation: Truncation,
+        cache_salt: bytes,
     ) -> None:
         """A request joins with all its tokens so far: a new one, or one that was preempted; no drafts without."""
 
@@ -247,7 +254,8 @@ def _add_requests(original, runner, scheduler_output):
         slot = runner.req_states.req_id_to_index[new.req_id]
         gains, params = can_gain(new, runner.vllm_config), new.sampling_params
         tokens = new.prefill_token_ids if gains else ()
-        runner.speculator.add_request(new.req_id, slot, tokens, params.temperature, truncation_of(params))
+        told = params.temperature, truncation_of(params), cache_salt_of(params)
+        runner.speculator.add_request(new.req_id, slot, tokens, *told)
         if gains and (last := last_length(new)) is not None:
             runner.speculator.end_at(new.req_id, last)
 

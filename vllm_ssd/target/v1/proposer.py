@@ -38,14 +38,16 @@ class SSDProposer:
             self._drafters.wait_until_ready()
 
     def on_schedule(
-        self, started: Sequence[tuple[str, Sequence[int] | None, float, int, Truncation]], finished: Sequence[str]
+        self,
+        started: Sequence[tuple[str, Sequence[int] | None, float, int, Truncation, bytes]],
+        finished: Sequence[str],
     ) -> None:
         """Requests that join or leave, before the target's forward."""
         if self._verifier is not None:
             self._verifier.finish_requests(finished)
             self._verifier.start_requests(
-                (request_id, token_ids, temperature, min_tokens, truncation)
-                for request_id, token_ids, temperature, min_tokens, truncation in started
+                (request_id, token_ids, temperature, min_tokens, truncation, cache_salt)
+                for request_id, token_ids, temperature, min_tokens, truncation, cache_salt in started
                 if token_ids
             )
 

@@ -32,10 +32,12 @@ class Verifier:
         self._fallback = Fallback(config, self._adaptation)
         self._last_round: Round | None = None
 
-    def start_requests(self, requests: Iterable[tuple[str, Sequence[int], float, int, Truncation]]) -> None:
-        """Open `(request_id, prompt token ids, temperature, min_tokens, truncation)` while the target prefills."""
-        for request_id, token_ids, temperature, min_tokens, truncation in requests:
-            remote = self._client.add(request_id, temperature if temperature >= 1e-5 else 0.0, truncation)
+    def start_requests(self, requests: Iterable[tuple[str, Sequence[int], float, int, Truncation, bytes]]) -> None:
+        """Open `(request_id, prompt token ids, temperature, min_tokens, truncation, cache_salt)` while the target
+        prefills."""
+        for request_id, token_ids, temperature, min_tokens, truncation, cache_salt in requests:
+            temperature = temperature if temperature >= 1e-5 else 0.0
+            remote = self._client.add(request_id, temperature, truncation, cache_salt)
             self._requests[request_id] = Request(remote, len(token_ids) + min_tokens)
             if self._num_drafts(len(self._requests)):
                 self._client.open(remote, token_ids)

@@ -127,10 +127,12 @@ class Courier:
         token_ids: Sequence[int],
         temperature: float,
         truncation: Truncation = ALL_TOKENS,
+        cache_salt: bytes = b"",
     ) -> None:
         """Request `serial` joins in `slot` with all its tokens so far."""
         # A copy: vLLM passes the scheduler's own list, which grows before the courier's thread has its turn.
-        self._enqueue(functools.partial(self._start, serial, slot, list(token_ids), temperature, truncation))
+        told = temperature, truncation, cache_salt
+        self._enqueue(functools.partial(self._start, serial, slot, list(token_ids), *told))
 
     def finish(self, step: int, serials: Sequence[int]) -> None:
         """All requests whose end came with `step`, before anything else of that step."""
@@ -242,8 +244,16 @@ class Courier:
         serial = int(block.request_id)
         self._cache.put(self._requests[serial].slot, serial, block, push, first)
 
-    def _start(self, serial: int, slot: int, token_ids: list[int], temperature: float, truncation: Truncation) -> None:
-        remote = self._client.add(str(serial), temperature, truncation)
+    def _start(
+        self,
+        serial: int,
+        slot: int,
+        token_ids: list[int],
+        temperature: float,
+        truncation: Truncation,
+        cache_salt: bytes,
+    ) -> None:
+        remote = self._client.add(str(serial), temperature, truncation, cache_salt)
         self._requests[serial] = SlotRequest(remote, slot, token_ids)
         if self._num_drafts:
             self._client.open(remote, token_ids)

@@ -93,7 +93,13 @@ class SSDSpeculator(V2Speculator):
             self._courier.run()
 
     def add_request(
-        self, request_id: str, slot: int, token_ids: Sequence[int], temperature: float, truncation: Truncation
+        self,
+        request_id: str,
+        slot: int,
+        token_ids: Sequence[int],
+        temperature: float,
+        truncation: Truncation,
+        cache_salt: bytes,
     ) -> None:
         """Give the request a serial number, and open it on the drafter while the target runs its prompt."""
         serial, self._num_started = self._num_started, self._num_started + 1
@@ -102,7 +108,7 @@ class SSDSpeculator(V2Speculator):
         self._serials_on_device[slot].fill_(serial)  # in the order of the stream: earlier steps see the one before
         self._sampled[slot] = temperature > 0
         if self._courier is not None and token_ids:
-            self._courier.start(serial, slot, token_ids, temperature, truncation)
+            self._courier.start(serial, slot, token_ids, temperature, truncation, cache_salt)
 
     def end_at(self, request_id: str, length: int) -> None:
         """The drafter rests once the request has one token left to emit."""

@@ -1,0 +1,46 @@
+"""The `cache_salt` of a request, which vLLM's scheduler knows and its workers do not."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm_ssd.compat import patch
+from vllm_ssd.compat.target.runner import has_ssd
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+MODULE = "vllm.v1.engine.core"
+ADD_REQUEST = f"{MODULE}:EngineCore.preprocess_add_request"
+KEY = "ssd_cache_salt"
+"""In the `extra_args` of a request's sampling parameters, which travel to the workers: a digest of its salt."""
+
+
+def carry_where_loaded() -> None:
+    """As `carry`, in a process that has vLLM's engine; others are spared its import."""
+    if hasattr(sys.modules.get(MODULE), "EngineCore"):
+        carry()
+
+
+def carry() -> None:
+    """Let requests of a target with ssd bring their salt to the workers; idempotent, the engine's process needs it."""
+    patch.wrap(ADD_REQUEST, _has_salt, _add_request, parameters=("request",))
+
+
+def cache_salt_of(params: SamplingParams) -> bytes:
+    """What stands for the salt of a request with these parameters, 16 bytes; none without a salt."""
+    return bytes.fromhex((params.extra_args or {}).get(KEY, ""))
+
+
+def _has_salt(engine: Any, request: Any) -> bool:
+    return has_ssd(engine.vllm_config) and bool(request.cache_salt) and request.sampling_params is not None
+
+
+def _add_request(original: Callable[..., Any], engine: Any, request: Any) -> Any:
+    params = request.sampling_params
+    digest = hashlib.blake2b(request.cache_salt.encode(), digest_size=16, person=b"cache_salt").hexdigest()
+    params.extra_args = {**(params.extra_args or {}), KEY: digest}
+    return original(engine, request)
