@@ -74,8 +74,6 @@ USED = {
     "vllm.v1.engine.core_client:InprocClient": "engine_core",
     "vllm.v1.engine.llm_engine:LLMEngine": "engine_core",
     # the V1 runner
-    "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention": "_spec_forward",
-    "vllm.v1.attention.backends.gdn_attn:GDNAttentionMetadata": "num_spec_decodes spec_query_start_loc",
     "vllm.utils.cpu_triton_utils": "",
     "vllm.v1.sample.logits_processor.interface": "MoveDirectionality",
     "vllm.v1.sample.logits_processor.interface:BatchUpdate": "added moved",
@@ -229,9 +227,6 @@ EXACT = {
     ),
     "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__": "kv_cache_spec layer_names vllm_config device",
     "vllm.v1.attention.backend:AttentionMetadataBuilder.build": ("common_prefix_len common_attn_metadata fast_build"),
-    "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention:_spec_forward": (
-        "layer attn_metadata_i mixed_qkv_spec b_spec a_spec conv_buf ssm_state width state_len"
-    ),
     "vllm.sampling_params:SamplingParams._validate_spec_decode": "speculative_config",
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": "request",
     "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": "scheduler_output model_runner_output",

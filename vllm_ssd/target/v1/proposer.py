@@ -10,7 +10,6 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_ssd.compat.target import runner_v1
-from vllm_ssd.compat.target.recurrent import repair_gated_delta
 from vllm_ssd.link.protocol import Proposal, Truncation
 from vllm_ssd.target.start import start_drafters, user_config
 from vllm_ssd.target.v1.round import Batch
@@ -33,7 +32,6 @@ class SSDProposer:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Called once the target is loaded: wait for the drafter, which has been loading beside it."""
-        repair_gated_delta()
         if self._verifier is not None:
             self._drafters.wait_until_ready()
 
