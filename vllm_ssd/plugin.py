@@ -101,7 +101,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
 def settle_drafter(config: SSDConfig, engine_args: Any, model_config: Any) -> SSDConfig:
     """`config` with what the draft model takes from the target, and paths in full; raises ValueError."""
     from vllm_ssd.compat.target import configuration
-    from vllm_ssd.link.drafter_args import check_names, has_no_tokenizer, overridden_positions
+    from vllm_ssd.link.drafter_args import check_names, has_no_tokenizer, inherited_scaling, overridden_positions
 
     paths = {name: getattr(config, name) for name in ("model", "tokenizer", "download_dir")}
     config = replace(config, **{name: path and os.path.expanduser(path) for name, path in paths.items()})
@@ -116,8 +116,15 @@ def settle_drafter(config: SSDConfig, engine_args: Any, model_config: Any) -> SS
     if config.tokenizer is None and has_no_tokenizer(config.model):
         logger.info("SSD: the draft model's folder has no tokenizer; it is taken to have the target's")
         config = replace(config, tokenizer=model_config.tokenizer)
-    overridden = overridden_positions(getattr(engine_args, "hf_overrides", None))
-    if overridden and config.hf_overrides is None:
+    hf_overrides = getattr(engine_args, "hf_overrides", None)
+    overridden = overridden_positions(hf_overrides)
+    if not overridden or config.hf_overrides is not None:
+        return config
+    scaling = inherited_scaling(hf_overrides, lambda: configuration.positions_of(config.model, config.revision))
+    if scaling is not None:
+        logger.info("SSD: the draft model has the target's rope scaling: %s", scaling)
+        config = replace(config, hf_overrides=scaling)
+    else:
         logger.warning(
             "SSD: the target's hf_overrides (%s) are not the drafter's; give hf_overrides in speculative_config if it "
             "needs them for contexts of the same length",

@@ -10,11 +10,19 @@ from typing import Any
 
 import pytest
 from test_placement import place
+from transformers import LlamaConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_ssd.compat.target.configuration import engine_argument_names
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.link.drafter_args import BESIDE, REFUSED, TOKENIZER_FILES, check_names, overridden_positions
+from vllm_ssd.link.drafter_args import (
+    BESIDE,
+    REFUSED,
+    TOKENIZER_FILES,
+    check_names,
+    inherited_scaling,
+    overridden_positions,
+)
 from vllm_ssd.plugin import settle_drafter
 
 TARGET = SimpleNamespace(tokenizer="org/target")
@@ -110,3 +118,42 @@ def test_overrides_that_the_drafter_may_need_are_told_once(
     settled(SimpleNamespace(hf_overrides=hf_overrides), hf_overrides={"rope_theta": 1e6})
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == bool(names) and all(names in warning for warning in warnings)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 5e5}
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_a_draft_model_of_the_same_length_has_the_target_s_rope_scaling(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, name: str
+) -> None:
+    """With frequencies of its own, it takes contexts as long as the target's; vLLM says so, too."""
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    LlamaConfig(max_position_embeddings=256, rope_parameters=rope, architectures=["LlamaForCausalLM"]).save_pretrained(
+        tmp_path
+    )
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    hf_overrides = {name: YARN, "max_position_embeddings": 1024, "num_labels": 2}
+    found = settled(SimpleNamespace(hf_overrides=hf_overrides), model=str(tmp_path)).hf_overrides
+    assert found == {name: {**YARN, "rope_theta": 1e6}, "max_position_embeddings": 1024}
+    assert "WARNING" not in {record.levelname for record in caplog.records}
+    config = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, hf_overrides=found).create_model_config()
+    assert config.max_model_len == 1024 and config.hf_text_config.rope_parameters["rope_theta"] == 1e6
+
+
+@pytest.mark.parametrize(
+    ("hf_overrides", "rope", "max_positions"),
+    [
+        ({"rope_parameters": YARN}, {}, 512),  # another length
+        ({"rope_parameters": YARN}, {"rope_type": "llama3"}, 256),  # scales itself
+        ({"rope_parameters": YARN}, {"full_attention": {"rope_theta": 1e4}}, 256),
+        ({"rope_parameters": {"full_attention": YARN}}, {}, 256),
+        ({"max_position_embeddings": 1024}, {}, 256),
+        ({"text_config": {"rope_parameters": YARN}}, {}, 256),
+        ({"rope_theta": 1e6}, {}, 256),
+        (replace, {}, 256),
+        ({"rope_parameters": YARN}, {}, 0),  # nothing is known of the draft model
+    ],
+)
+def test_rope_scaling_that_may_not_fit_is_not_inherited(hf_overrides: Any, rope: dict, max_positions: int) -> None:
+    assert inherited_scaling(hf_overrides, lambda: (rope, max_positions)) is None

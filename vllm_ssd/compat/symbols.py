@@ -48,6 +48,7 @@ USED = {
     "vllm.platforms.cuda:CudaPlatformBase": "device_count get_device_total_memory",
     "vllm.platforms.interface": "DeviceCapability",
     "vllm.platforms.interface:Platform": "device_control_id_to_physical_device_id is_cpu is_unspecified",
+    "vllm.transformers_utils.config": "get_config",
     "vllm.triton_utils": "HAS_TRITON",
     "vllm.utils.argparse_utils": "FlexibleArgumentParser",
     "vllm.v1.attention.selector": "get_attn_backend",
@@ -184,6 +185,7 @@ CALLED = {
     "vllm.engine.arg_utils:EngineArgs": (
         "block_size enable_prefix_caching disable_log_stats disable_hybrid_kv_cache_manager model dtype enforce_eager"
     ),
+    "vllm.transformers_utils.config:get_config": "model trust_remote_code revision",
     "vllm.forward_context:set_forward_context": "attn_metadata vllm_config num_tokens slot_mapping skip_compiled",
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast": "input_ src",
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast_object": "obj src",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vllm_ssd.config import SSDConfig
@@ -100,3 +100,30 @@ def overridden_positions(hf_overrides: Any) -> str:
     nested = [value for value in hf_overrides.values() if isinstance(value, Mapping)]
     names = [name for settings in (hf_overrides, *nested) for name in settings if name in POSITIONS]
     return ", ".join(dict.fromkeys(names))
+
+
+def inherited_scaling(
+    hf_overrides: Any, positions_of_drafter: Callable[[], tuple[Mapping[str, Any], int]]
+) -> dict[str, Any] | None:
+    """The target's rope scaling, and its longer context, as the draft model's `hf_overrides`; None where they may not
+    fit it.
+
+    They fit a draft model that does not scale its positions itself and takes the context that the target's scaling
+    begins with; its frequencies stay its own. positions_of_drafter: its `rope_parameters` and
+    `max_position_embeddings`, which are only asked for where they matter.
+    """
+    if not isinstance(hf_overrides, Mapping):
+        return None
+    given = {name: hf_overrides[name] for name in POSITIONS & hf_overrides.keys()}
+    names = given.keys() - {"max_position_embeddings"}
+    scaling = given[next(iter(names))] if len(names) == 1 else None
+    if not isinstance(scaling, Mapping) or "original_max_position_embeddings" not in scaling:
+        return None
+    rope, max_positions = positions_of_drafter()
+    by_layers = any(isinstance(value, Mapping) for value in rope.values())
+    if by_layers or rope.get("rope_type", "default") != "default":
+        return None
+    if scaling["original_max_position_embeddings"] != max_positions:
+        return None
+    own = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    return given | {name: {**scaling, **own} for name in names}

@@ -30,6 +30,17 @@ def engine_argument_names() -> frozenset[str]:
     return frozenset(field.name for field in fields(EngineArgs) if not field.name.startswith("_"))
 
 
+def positions_of(model: str, revision: str | None) -> tuple[dict[str, Any], int]:
+    """A model's `rope_parameters` and `max_position_embeddings`, of its text; ({}, 0) where they cannot be read."""
+    from vllm.transformers_utils.config import get_config
+
+    try:
+        config = get_config(model, trust_remote_code=False, revision=revision).get_text_config()
+        return dict(config.rope_parameters), int(config.max_position_embeddings)
+    except Exception:  # of a model that is none, the drafter's start says what is wrong
+        return {}, 0
+
+
 def install(translate: Callable[[Any, Any, Any], None]) -> None:
     """Let `translate(engine_args, model_config, parallel_config)` rewrite a configuration that asks for ssd.
 
