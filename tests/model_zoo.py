@@ -7,6 +7,7 @@ the embedding, so that the next token depends on all of the context, and windows
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,17 +90,21 @@ SMALL: dict[str, Any] = {
 """Values of the settings that a configuration has; others stay as transformers has them."""
 
 TIED = {"tie_word_embeddings": True}
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "first_k_dense_replace": 1, "n_shared_experts": 1}
+"""The one size of latent keys that vLLM's CPU build has."""
 MIXED = ["sliding_attention", "full_attention"] * 2
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model type of transformers, what its layers attend to, settings unlike `SMALL`, and the dtype to run in."""
+    """A model type of transformers, what its layers attend to, settings unlike `SMALL`, the dtype to run in, and the
+    architecture where vLLM has another name for it."""
 
     model_type: str
     attention: str = "full"
     settings: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
+    architecture: str = ""
 
     @property
     def is_recurrent(self) -> bool:
@@ -162,7 +167,6 @@ ZOO: dict[str, Entry] = {
         "falcon", "full, ALiBi", {"alibi": True, "ffn_hidden_size": 512, "parallel_attn": False, **TIED}
     ),
     "bloom": Entry("bloom", "full, ALiBi", TIED),
-    "mpt": Entry("mpt", "full, ALiBi", {"expansion_ratio": 1, **TIED}),
     # mixtures of experts
     "mixtral": Entry("mixtral", "full, experts", {"sliding_window": None}),
     "qwen2_moe": Entry("qwen2_moe", "full, experts"),
@@ -170,16 +174,14 @@ ZOO: dict[str, Entry] = {
     "granitemoe": Entry("granitemoe", "full, experts"),
     "granitemoeshared": Entry("granitemoeshared", "full, experts"),
     "olmoe": Entry("olmoe", "full, experts"),
-    "phimoe": Entry("phimoe", "full, experts", {"sliding_window": None}),
-    "glm4_moe": Entry("glm4_moe", "full, experts", {"first_k_dense_replace": 1}),
+    "phimoe": Entry("phimoe", "full, experts", {"sliding_window": None}, architecture="PhiMoEForCausalLM"),
+    "glm4_moe": Entry("glm4_moe", "full, experts", {"first_k_dense_replace": 1, "head_dim": 32}),
     "ernie4_5_moe": Entry("ernie4_5_moe", "full, experts"),
     "hunyuan_v1_moe": Entry("hunyuan_v1_moe", "full, experts"),
     "dots1": Entry("dots1", "full, experts", {"first_k_dense_replace": 1, "n_shared_experts": 1}),
-    "minimax_m2": Entry("minimax_m2", "full, experts"),
-    "deepseek_v2": Entry("deepseek_v2", "latent, experts", {"first_k_dense_replace": 1, "n_shared_experts": 1}),
-    "deepseek_v3": Entry(
-        "deepseek_v3", "latent, experts", {"topk_method": "noaux_tc", "first_k_dense_replace": 1, "n_shared_experts": 1}
-    ),
+    "minimax_m2": Entry("minimax_m2", "full, experts", {"rotary_dim": 32}),
+    "deepseek_v2": Entry("deepseek_v2", "latent, experts", LATENT),
+    "deepseek_v3": Entry("deepseek_v3", "latent, experts", {"topk_method": "noaux_tc", **LATENT}),
     "minicpm3": Entry("minicpm3", "latent"),
     # sliding and full layers mixed
     "gemma2": _mixed("gemma2", "sliding and full, soft caps", **TIED),
@@ -260,6 +262,9 @@ def write(name: str, folder: Path, *, vocab_size: int = VOCAB_SIZE, seed: int = 
         if variety(model, vocab_size) >= MIN_VARIETY:
             break
     save(model, folder, [f"t{i}" for i in range(vocab_size)])
+    if ZOO[name].architecture:
+        written = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(written | {"architectures": [ZOO[name].architecture]}))
 
 
 @torch.inference_mode()
