@@ -20,7 +20,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +45,17 @@ BEGIN, END = "<!-- table of scripts/check_models.py: begin -->", "<!-- end -->"
 class Child:
     """`model_check.check(name)` in a fork of this process, which has imported vLLM; its output goes to `log`."""
 
-    def __init__(self, name: str, log: Path) -> None:
+    def __init__(self, name: str, log: Path, with_trees: bool) -> None:
         self.name, self.began = name, time.monotonic()
         read, write = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            self._check(name, log, write)
+            self._check(name, log, write, with_trees)
         os.close(write)
         self.pipe = os.fdopen(read)
 
     @staticmethod
-    def _check(name: str, log: Path, write: int) -> None:
+    def _check(name: str, log: Path, write: int, with_trees: bool) -> None:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -63,7 +63,7 @@ class Child:
 
         signal.alarm(LIMIT_S)
         with os.fdopen(write, "w") as pipe:
-            json.dump(model_check.check(name), pipe)
+            json.dump(model_check.check(name, with_trees=with_trees), pipe)
         os._exit(0)
 
     def result(self) -> dict[str, Any]:
@@ -77,8 +77,13 @@ class Child:
         return {"target": ended, "attention": "–", "drafter": "not run", "trees": "not run"}
 
 
-def check_all(names: list[str], folder: Path, num_jobs: int, seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The results of `names`, `num_jobs` at a time, as they come; none is started after `seconds`."""
+def check_all(
+    names: list[str], with_trees: Collection[str], folder: Path, num_jobs: int, seconds: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The results of `names`, `num_jobs` at a time, as they come; none is started after `seconds`.
+
+    with_trees: those that are also run with the drafter's own attention
+    """
     import fork_server
 
     fork_server.preload()  # once for all
@@ -87,7 +92,7 @@ def check_all(names: list[str], folder: Path, num_jobs: int, seconds: float) -> 
     while running or waiting:
         while waiting and len(running) < num_jobs and time.monotonic() - started < seconds:
             name = waiting.pop(0)
-            running.append(Child(name, folder / f"{name}.log"))
+            running.append(Child(name, folder / f"{name}.log", name in with_trees))
         if not running:
             return
         ready, _, _ = select.select([child.pipe for child in running], [], [])
@@ -134,6 +139,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON of the results, read and extended")
     parser.add_argument("--only", nargs="*", help="names in tests/model_zoo.py; all without it")
+    parser.add_argument("--trees", nargs="*", help="those to run with the drafter's own attention, too; all without it")
     parser.add_argument("--redo", action="store_true", help="run again what --out has already")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no check after so long")
     parser.add_argument("--jobs", type=int, default=1, help="checks at a time")
@@ -154,7 +160,8 @@ def main() -> int:
         return 0
     faults = []
     wanted = [name for name in names if arguments.redo or name not in results]
-    for name, result in check_all(wanted, arguments.logs or arguments.out.parent, arguments.jobs, arguments.seconds):
+    with_trees, logs = names if arguments.trees is None else arguments.trees, arguments.logs or arguments.out.parent
+    for name, result in check_all(wanted, with_trees, logs, arguments.jobs, arguments.seconds):
         results[name] = result
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{name}: {result}", flush=True)
