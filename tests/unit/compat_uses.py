@@ -87,7 +87,6 @@ OBJECTS = {
         "scheduler_output": SCHEDULED,
         "model_runner_output": "vllm.v1.outputs:ModelRunnerOutput",
     },
-    "compat.target.recurrent": {"model_config": "vllm.config.model:ModelConfig"},
     "compat.target.serve_flags": {
         "vllm_config": CONFIG,
         "model": "vllm.config.model:ModelConfig",
