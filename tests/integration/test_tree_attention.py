@@ -49,11 +49,11 @@ def test_trees_on_the_device_equal_sequences_on_the_host(grow_trees):
 
 
 def test_trees_of_parallel_drafts_are_the_same_with_every_attention(grow_trees):
-    """Twelve rounds of two steps each, of which the opening takes more; as the reference with masks says, see below."""
+    """Twelve rounds of two steps each; with tree attention the check at start compares them with the model, too."""
     tree, plain, captured = (grow_trees(kind, "188") for kind in ("tree", "vllm", "captured"))
     assert tree["grown"] == plain["grown"] == captured["grown"] != grow_trees("vllm")["grown"]
     assert tree["steps"] == plain["steps"] == captured["steps"] < 0.6 * grow_trees("vllm")["steps"]
-    assert captured["replays"] > 20 and "standard deviations" in tree["fault"]
+    assert captured["replays"] > 15 and "standard deviations" in tree["fault"]
     branches = [branch for blocks in tree["grown"] for block in blocks.values() for branch in block]
     assert len(branches) > 200 and all(len(drafts) == 4 for _, drafts in branches)
 
