@@ -2,6 +2,7 @@
 
 import dataclasses
 from statistics import median
+from typing import Any
 
 import pytest
 
@@ -23,17 +24,9 @@ SHARED_CORE = dataclasses.replace(COSTS, slowdown=2.0, draft_step=((1.0, 0.0014)
 class LongRun(Simulation):
     """Records the drafts that each round asked for; costs_at: costs from a round on."""
 
-    def __init__(
-        self,
-        acceptance: float,
-        workload: Workload,
-        seed: int,
-        read_s: float,
-        num_drafts: int = K,
-        adaptive: bool = True,
-    ) -> None:
+    def __init__(self, acceptance: float, workload: Workload, seed: int, **options: Any) -> None:
         law = dataclasses.replace(Acceptance.prior(acceptance), rounds=1000)
-        scenario = Scenario(num_drafts=num_drafts, adaptive=adaptive, on_miss="skip", read_s=read_s)
+        scenario = Scenario(**{"num_drafts": K, "adaptive": True, "on_miss": "skip"} | options)
         super().__init__(COSTS, lambda i: Synthetic(law, i + 100 * seed), scenario, workload, seed)
         self.wanted: list[int] = []
         self.costs_at: dict[int, Costs] = {}

@@ -8,6 +8,7 @@ at the end of a message: decoders ignore what they do not know, so a `Hello` of 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -223,8 +224,8 @@ class SpeculationBlock(_Message, frozen=True):
 
     def drafts(self, branch: int) -> list[int]:
         """The d tokens of one branch."""
-        size = len(self.draft_token_ids) // self.num_branches
-        return np.frombuffer(self.draft_token_ids, "<i4", size // 4, branch * size).tolist()
+        size = 8 * len(self.draft_token_ids) // len(self.outcomes)
+        return list(_token_ids(size // 4).unpack_from(self.draft_token_ids, branch * size))
 
 
 class Evicted(_Message, frozen=True):
@@ -303,6 +304,13 @@ ToTarget = Welcome | Refused | Push
 M = TypeVar("M")
 
 _outcome = struct.Struct("<ii")
+
+
+@functools.cache
+def _token_ids(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}i")
+
+
 _encoder = msgspec.msgpack.Encoder()
 _to_drafter: msgspec.msgpack.Decoder[ToDrafter] = msgspec.msgpack.Decoder(ToDrafter)
 _to_target: msgspec.msgpack.Decoder[ToTarget] = msgspec.msgpack.Decoder(ToTarget)
@@ -364,7 +372,10 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n
-    return next(i for i in range(n) if a[i] != b[i])
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return n
 
 
 def fingerprint(tokens: Sequence[str]) -> str:

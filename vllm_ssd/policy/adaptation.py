@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 
 from vllm_ssd.policy.estimator import RoundEstimator, RoundSums
@@ -75,8 +74,9 @@ class Bucket:
         self.probes = ProbeController(choices, start, self.estimator.predict)
         self._num_rounds = self._num_behind = 0
         self._straggled = False
-        self._durations, self._gains = Window(), Window()
-        self._recent: deque[tuple[int, Sequence[int], Sequence[int], float]] = deque(maxlen=CHANGE_ROUNDS)
+        self._gains = RoundSums()
+        # The latest rounds of settled arms: drafts asked for, offered and accepted by row, seconds, those expected.
+        self._recent: list[tuple[int, Sequence[int], Sequence[int], float, float]] = []
 
     def observe(
         self, num_drafts: int, offered: Sequence[int], accepted: Sequence[int], seconds: float, in_time: bool = True
@@ -110,36 +110,27 @@ class Bucket:
         settled = probes.settled
         probes.step()
         if probes.settled != settled:
-            self._gains = Window()
+            self._gains = RoundSums()
             if not probes.settled or not settled:  # the drafter now slows the target, or no longer does
-                self._durations = Window()
-                self._recent.clear()
+                self._recent = []
 
     def _watch(self, offered: Sequence[int], accepted: Sequence[int], seconds: float, expected_s: float) -> None:
         """Compare the latest rounds of the settled arm with its estimate; forget most else if the load has changed."""
-        self._recent.append((self.probes.settled, offered, accepted, seconds))
-        for window in (self._durations, self._gains):
-            window.add(1.0, len(offered), len(offered) + sum(accepted), seconds)
-            window.expected_s += expected_s
-        slowdown = gain = 1.0
-        if self._durations.rounds >= CHANGE_ROUNDS:
-            slowdown = self._durations.seconds / self._durations.expected_s
-            self._durations = Window()
-        if self._gains.rounds >= CHANGE_ROUNDS and self._gains.rows >= CHANGE_ROWS:
-            gain = self._gains.tokens / self._gains.rows / (self.estimator.tokens_per_row(self.probes.settled) or 1.0)
-            self._gains = Window()
+        settled, recent = self.probes.settled, self._recent
+        recent.append((settled, offered, accepted, seconds, expected_s))
+        if len(recent) < CHANGE_ROUNDS:
+            return
+        self._recent = []
+        slowdown = sum(seconds for *_, seconds, _ in recent) / sum(expected_s for *_, expected_s in recent)
+        for arm, offered, accepted, seconds, _ in recent:
+            if arm == settled:
+                self._gains.add(1.0, len(offered), len(offered) + sum(accepted), seconds)
+        gain = 1.0
+        if self._gains.rows >= CHANGE_ROWS:
+            gain = self._gains.tokens / self._gains.rows / (self.estimator.tokens_per_row(settled) or 1.0)
+            self._gains = RoundSums()
         if differs(slowdown) or differs(gain):
             self.estimator.discount(FORGET)
-            for recent in self._recent:
-                self.estimator.observe(*recent)
+            for arm, offered, accepted, seconds, _ in recent:
+                self.estimator.observe(arm, offered, accepted, seconds)
             self.probes.restart(slower=slowdown > CHANGE)
-
-
-class Window(RoundSums):
-    """The latest rounds of the settled arm, and the duration in seconds that was expected of them."""
-
-    __slots__ = ("expected_s",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.expected_s = 0.0

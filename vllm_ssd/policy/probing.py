@@ -201,6 +201,8 @@ class ProbeController:
         longest = MAX_PROBE_GAP if self.settled else MAX_PLAIN_GAP
         self._gap = min(2 * self._gap, longest) if self.settled == before else MIN_PROBE_GAP
         self._next_probe = self._num_rounds + self._gap
+        if probe.is_changed and self.settled and probe.mean_s > probe.expected_s:
+            self.restart(slower=True)
 
 
 def differs(ratio: float) -> bool:

@@ -135,7 +135,8 @@ class DrafterClient:
 
     def holds(self, request: RemoteRequest) -> bool:
         """Whether a drafter holds the request, as far as the target was told, and is not abandoned for another."""
-        return self._is_known(request) and not self._members[request.member].abandoned
+        member = self._members[request.member]
+        return request.generation == member.link.generation and not member.abandoned
 
     def reaches(self, request: RemoteRequest) -> bool:
         """Whether the drafter that holds the request is there."""

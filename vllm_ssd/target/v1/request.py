@@ -35,10 +35,12 @@ class Request:
         """What was pushed for one outcome so far; empty when it was not predicted."""
         found = Speculation()
         for pushed in self.blocks:
-            branch = pushed.block.find(accept_length, bonus_token_id)
-            if branch >= 0 and pushed.block.offset == len(found.token_ids):
-                found.token_ids += pushed.block.drafts(branch)
-                found.proposals += pushed.proposals(branch)
+            block = pushed.block
+            branch = block.find(accept_length, bonus_token_id)
+            if branch >= 0 and block.offset == len(found.token_ids):
+                drafts = block.drafts(branch)
+                found.token_ids += drafts
+                found.proposals += pushed.proposals(branch) if block.sampled else [None] * len(drafts)
         return found
 
     def follow(self, emitted: list[int]) -> Speculation:

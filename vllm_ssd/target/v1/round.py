@@ -60,16 +60,19 @@ class Round:
     def look_up(self, requests: Mapping[str, Request], client: DrafterClient) -> None:
         """Find what was speculated for the outcome of each row; count hits and misses of held requests."""
         batch = self._batch
-        for index, sampled in enumerate(batch.sampled_token_ids):
-            request = requests.get(batch.request_ids[index])
+        lengths = batch.num_tokens[: len(batch.request_ids)].tolist()
+        for index, (request_id, sampled, length) in enumerate(zip(batch.request_ids, batch.sampled_token_ids, lengths)):
+            request = requests.get(request_id)
             if not sampled or request is None:
                 continue
-            length, told = int(batch.num_tokens[index]), request.remote.length
+            remote, told = request.remote, request.remote.length
             max_drafts = request.most_drafts(self.num_drafts, length)
-            if client.holds(request.remote) and length >= told:
-                emitted = batch.token_ids[index, told:length].tolist()
+            if length >= told and client.holds(remote):
+                emitted = sampled
+                if told + len(sampled) != length:  # the drafter was told of none of the rounds before, or of more
+                    emitted = batch.token_ids[index, told:length].tolist()
                 drafts = request.follow(emitted)
-                client.looked_up(request.remote, hit=bool(drafts.token_ids), block=bool(request.blocks))
+                client.looked_up(remote, hit=bool(drafts.token_ids), block=bool(request.blocks))
                 if len(drafts.token_ids) > max_drafts:
                     drafts = drafts.since(0, max_drafts)
             else:
