@@ -18,6 +18,7 @@ from test_tenants import HELLO, OPTIONS, opening
 from vllm_ssd.link import placed
 from vllm_ssd.link.handshake import DrafterFailed
 from vllm_ssd.link.placed import PlacedFleet
+from vllm_ssd.link.protocol import Close, Step
 from vllm_ssd.link.roster import Wanted
 from vllm_ssd.link.seat import Seat
 
@@ -107,16 +108,8 @@ def command(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def status(pool: str) -> dict[str, Any]:
-    code, output = command("status", pool, "--json")
-    assert output.startswith("{"), output
-    report = json.loads(output)
-    assert (code == 0) == (not report["problem"])
-    return report
-
-
-def test_a_named_pool_grows_shrinks_and_ends(place: Callable[..., PlacedFleet]) -> None:
-    """Its drafters join a target that runs and leave it, and outlive it."""
+def test_a_named_pool_grows_shrinks_and_ends(cluster: RayCluster, place: Callable[..., PlacedFleet]) -> None:
+    """Its drafters join a target that runs, and leave it."""
     config = json.dumps({name: value for name, value in KEYS.items() if name != "model"})
     up = ("up", "chat", "--model", "fake", "--resources", '{"drafter": 1}', "--config", config, "--wait", "30")
     code, output = command(*up)
@@ -130,21 +123,20 @@ def test_a_named_pool_grows_shrinks_and_ends(place: Callable[..., PlacedFleet]) 
     assert drafts(fleet, 1)
     code, output = command("add", "chat", "1", "--wait", "0")
     assert code == 1 and '2 of 3 drafters: no node has {"drafter": 1} free (2 total, 0 free)' in output, output
-    report = status("chat")
-    assert [one["targets"] for one in report["drafters"] if one["address"]] == [1, 1] and report["model"] == "fake"
+    code, output = command("status", "chat", "--json")
+    report = json.loads(output)
+    assert code == 1 and report["model"] == "fake" and report["problem"]
+    assert [one["targets"] for one in report["drafters"] if one["address"]] == [1, 1]
     (waiting,) = [one["name"] for one in report["drafters"] if not one["address"]]
-    assert command("remove", "chat", waiting) == (0, f"leaving: {waiting}\n")
     first = next(one["name"] for one in report["drafters"] if one["address"] == fleet.links[0]._name)
-    assert command("remove", "chat", first)[0] == 0
-    wait_until(lambda: fleet.links[0].leaving or connected(fleet) == 1, USED_S)
-    assert drafts(fleet, 1)
-    fleet.links[0].poll()
-    fleet.close()
-    wait_until(lambda: len(status("chat")["drafters"]) == 1, READY_S)
-    again = place(1, pool="chat")
-    again.wait_until_ready()
-    assert command("down", "chat")[1].startswith("1 drafters")
-    wait_until(lambda: not connected(again), GONE_S)
+    assert command("remove", "chat", waiting, first) == (0, f"leaving: {waiting}, {first}\n")
+    wait_until(lambda: fleet.links[0].leaving, USED_S)
+    assert fleet.links[0].connected and drafts(fleet, 1), "it serves what it has"
+    fleet.links[0].send(Step([Close("a")], 3))
+    wait_until(lambda: len(cluster.of("ray::FakeDrafterActor")) == 1, READY_S)
+    wait_until(lambda: connected(fleet) == 1, GONE_S)
+    assert command("down", "chat") == (0, "1 drafters of chat are ended\n")
+    wait_until(lambda: not connected(fleet), GONE_S)
     assert "there is no pool chat" in command("status", "chat")[1]
 
 

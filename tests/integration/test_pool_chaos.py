@@ -9,7 +9,7 @@ from typing import Any
 import engines
 import pytest
 from engines import Engine, assert_conclusive, request, texts
-from ray_cluster import AGENT, RECONNECT_S, RayCluster, running
+from ray_cluster import AGENT, RECONNECT_S, RayCluster, running, wait_until
 
 pytestmark = pytest.mark.timed
 
@@ -43,7 +43,7 @@ def engine(cluster: RayCluster, start_engine: Callable[..., Engine]) -> Iterator
 
 @pytest.fixture(scope="module")
 def requests(prompts: Callable[..., list[list[int]]]) -> list[dict[str, Any]]:
-    return [request(prompt, max_tokens=60) for prompt in prompts(6, 10, 60, seed=22)]
+    return [request(prompt, max_tokens=40) for prompt in prompts(6, 10, 60, seed=22)]
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,9 @@ def expected(target_alone: Engine, requests: list[dict[str, Any]]) -> list[list[
     return texts(target_alone.generate(requests))
 
 
-def test_the_target_outlives_ray(
-    cluster: RayCluster, engine: Engine, requests: list[dict[str, Any]], expected: Any
-) -> None:
-    """An actor, then all raylets, then the GCS: with drafters, without, and with those that outlive it."""
+@pytest.fixture
+def run(cluster: RayCluster, engine: Engine, requests: list[dict[str, Any]], expected: Any) -> Callable[..., None]:
+    """A run whose text is the target's, while all processes of a name are killed."""
 
     def run(kill: str = "", **least: int) -> None:
         engine.send("generate", requests=requests, min_seconds=ROUND_S)
@@ -66,22 +65,41 @@ def test_the_target_outlives_ray(
         if least:
             assert_conclusive(done, **least)
 
-    def await_drafters() -> None:
-        for index in (0, 1):
-            assert engine.call("wait_for_drafter", generation=1, timeout_s=READY_S, index=index)
+    return run
 
+
+def await_drafters(engine: Engine) -> None:
+    for index in (0, 1):
+        assert engine.call("wait_for_drafter", generation=1, timeout_s=READY_S, index=index)
+
+
+def generations(engine: Engine) -> list[int]:
+    """Of both drafters, 0 for one that is not there."""
+    drafters = [engine.call("drafter", index=index) for index in (0, 1)]
+    return [drafter.generation * drafter.connected for drafter in drafters]
+
+
+def test_an_actor_dies(engine: Engine, run: Callable[..., None]) -> None:
     run(hits=30, accepted=30)
     assert not engine.call("has_joined_ray")
     run(kill=ACTOR, hits=5, accepted=5)
-    await_drafters()
+    await_drafters(engine)
+
+
+def test_all_raylets_die(cluster: RayCluster, engine: Engine, run: Callable[..., None]) -> None:
+    """It decodes without drafters, and with those of a node that comes."""
     run(kill="raylet")
-    run()
-    assert not any(engine.call("drafter", index=index).connected for index in (0, 1))
+    assert generations(engine) == [0, 0]
     cluster.add_node(drafter=2)
-    await_drafters()
-    generations = [engine.call("drafter", index=index).generation for index in (0, 1)]
-    cluster.kill("gcs_server")
-    time.sleep(2 * RECONNECT_S)
-    assert not cluster.of("raylet", ACTOR)
+    await_drafters(engine)
     run(hits=30, accepted=30)
-    assert [engine.call("drafter", index=index).generation for index in (0, 1)] == generations
+
+
+def test_the_gcs_dies(cluster: RayCluster, engine: Engine, run: Callable[..., None]) -> None:
+    """All of Ray ends with it, and the drafters serve on."""
+    await_drafters(engine)
+    before = generations(engine)
+    cluster.kill("gcs_server")
+    wait_until(lambda: not cluster.of("raylet") and not cluster.of(ACTOR), 10 * RECONNECT_S)
+    run(hits=30, accepted=30)
+    assert generations(engine) == before

@@ -46,6 +46,8 @@ def main(fd: int, wanted_json: str, actor: type | None = None) -> int:
         if roster != told:
             _tell(target, roster)
             told = roster
+        if not cluster.is_on_a_node():
+            return 1  # the next agent joins by another
         time.sleep(max(looked_at + POLL_S - time.monotonic(), 0.0))
     return 0
 

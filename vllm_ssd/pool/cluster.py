@@ -39,6 +39,12 @@ def join(unauthenticated: bool) -> None:
         raise NoCluster(f"no Ray cluster can be joined from this host ({str(error).splitlines()[0]})") from None
 
 
+def is_on_a_node() -> bool:
+    """Whether the raylet that this driver joined by is alive; without it, nothing that it asks for has a place."""
+    own = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == own and node["Alive"] for node in ray.nodes())
+
+
 def quit() -> None:
     """Leave the cluster; drafters of pools stay."""
     ray.shutdown()
