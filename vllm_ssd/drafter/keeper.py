@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -58,7 +59,7 @@ class Keeper:
         while not self._has_left():
             self._report()
         while self._has_targets() and not self._registry_answers():
-            threading.Event().wait(REPORT_S)
+            time.sleep(REPORT_S)
         self._end()
 
     def _has_left(self) -> bool:

@@ -35,7 +35,7 @@ def join(unauthenticated: bool) -> None:
         )
     try:
         ray.init("auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RayError, RuntimeError) as error:
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         raise NoCluster(f"no Ray cluster can be joined from this host ({str(error).splitlines()[0]})") from None
 
 
