@@ -71,7 +71,7 @@ class RayCluster:
         found = []
         for process in psutil.Process(self._process.pid).children(recursive=True):
             with suppress(psutil.Error):
-                title = process.cmdline()[0].rpartition("/")[2]
+                title = "".join(process.cmdline()[:1]).rpartition("/")[2]  # empty once it has ended
                 if process.status() != psutil.STATUS_ZOMBIE and title.startswith(name):
                     found.append(process)
         return found
