@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 
@@ -17,16 +19,18 @@ tokens that the draft model lacks still has something to draw from."""
 
 
 class Biases:
-    """A table of biases, one row however many requests have it.
-
-    table [1 + NUM_BIASES, V] float32, on `device`; row `UNBIASED` is zero.
-    """
+    """A table of biases, one row however many requests have it."""
 
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
-        self.table = torch.zeros(1 + NUM_BIASES, vocab_size, device=device)
+        self._vocab_size, self._device = vocab_size, device
         self._rows: list[Bias] = [NO_BIAS] * (1 + NUM_BIASES)
         self._holders = np.zeros(1 + NUM_BIASES, np.int64)
         self._forbidden = np.zeros((1 + NUM_BIASES, vocab_size), bool)
+
+    @functools.cached_property
+    def table(self) -> torch.Tensor:
+        """[1 + NUM_BIASES, V] float32, on the device; row `UNBIASED` is zero. Made when it is first asked for."""
+        return torch.zeros(1 + NUM_BIASES, self._vocab_size, device=self._device)
 
     def hold(self, bias: Bias) -> int:
         """The row of `bias`, until it is released; `UNBIASED` where it does not fit the vocabulary, or no row is left.
@@ -39,7 +43,7 @@ class Biases:
             row = self._rows.index(bias)
         else:
             row = int(self._holders[1:].argmin()) + 1
-            dense = dense_bias(bias, self.table.shape[1])
+            dense = dense_bias(bias, self._vocab_size)
             if self._holders[row] or dense is None:
                 return UNBIASED
             self.table[row].copy_(torch.from_numpy(dense))
