@@ -156,6 +156,8 @@ def main() -> int:
         before, _, rest = page.partition(BEGIN)
         after = rest.partition(END)[2]
         rows = table({name: results[name] for name in ZOO if name in results})
+        if missing := [name for name in ZOO if name not in results]:
+            rows += f"\n\nNot run: {', '.join(missing)}."
         arguments.table.write_text(f"{before}{BEGIN}\n\n{rows}\n\n{END}{after}")
         return 0
     faults = []
