@@ -29,7 +29,7 @@ def add(monkeypatch: pytest.MonkeyPatch):
 def test_equal_salts_are_told_apart_from_others_and_from_none(add) -> None:
     first, again, other = (add(salt, {"ssd": {}}, extra_args={"a": 1}) for salt in ("mine", "mine", "yours"))
     assert cache_salt.cache_salt_of(first) == cache_salt.cache_salt_of(again) != cache_salt.cache_salt_of(other)
-    assert len(cache_salt.cache_salt_of(first)) == 16 and first.extra_args["a"] == 1
+    assert len(cache_salt.cache_salt_of(first)) == 32 and first.extra_args["a"] == 1
     assert "mine" not in str(first.extra_args), "the salt itself is the client's secret"
     assert cache_salt.cache_salt_of(add(None, {"ssd": {}})) == b""
 
@@ -43,3 +43,10 @@ def test_an_engine_that_embeds_has_no_sampling_parameters(add) -> None:
     engine = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={"ssd": {}}))
     request = SimpleNamespace(cache_salt="mine", sampling_params=None)
     assert EngineCore.preprocess_add_request(engine, request) == (request, 0)
+
+
+@pytest.mark.parametrize("written", ["", "x", 5, None, "\ud800" * 32, "z" * 1000, ["a"]])
+def test_what_clients_write_in_its_place_is_no_salt(add, written: object) -> None:
+    assert cache_salt.cache_salt_of(SamplingParams(extra_args={cache_salt.KEY: written})) == b""
+    params = add("\ud800", {"ssd": {}}, extra_args={cache_salt.KEY: written})
+    assert len(cache_salt.cache_salt_of(params)) == 32

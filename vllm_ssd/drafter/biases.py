@@ -12,7 +12,7 @@ from vllm_ssd.link.protocol import NO_BIAS, Bias
 NUM_BIASES = 16
 """Different ones at a time. Requests beyond them are drafted for without, which costs acceptance alone."""
 UNBIASED = 0
-"""The number of those that add nothing."""
+"""The row of requests that add nothing."""
 FORBIDDEN = -1e4
 """Added where a token is not allowed: its probability is 0 in float32. Finite, so that a request which allows only
 tokens that the draft model lacks still has something to draw from."""

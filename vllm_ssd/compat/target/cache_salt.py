@@ -17,6 +17,7 @@ MODULE = "vllm.v1.engine.core"
 ADD_REQUEST = f"{MODULE}:EngineCore.preprocess_add_request"
 KEY = "ssd_cache_salt"
 """In the `extra_args` of a request's sampling parameters, which travel to the workers: a digest of its salt."""
+DIGEST_SIZE = 16
 
 
 def carry_where_loaded() -> None:
@@ -31,8 +32,13 @@ def carry() -> None:
 
 
 def cache_salt_of(params: SamplingParams) -> bytes:
-    """What stands for the salt of a request with these parameters, 16 bytes; none without a salt."""
-    return bytes.fromhex((params.extra_args or {}).get(KEY, ""))
+    """What stands for the salt of a request with these parameters; none without a salt.
+
+    Clients write `extra_args`, too: whatever is not a digest is none.
+    """
+    digest = (params.extra_args or {}).get(KEY)
+    is_digest = isinstance(digest, str) and len(digest) == 2 * DIGEST_SIZE and digest.isascii()
+    return digest.encode() if is_digest else b""
 
 
 def _has_salt(engine: Any, request: Any) -> bool:
@@ -41,6 +47,7 @@ def _has_salt(engine: Any, request: Any) -> bool:
 
 def _add_request(original: Callable[..., Any], engine: Any, request: Any) -> Any:
     params = request.sampling_params
-    digest = hashlib.blake2b(request.cache_salt.encode(), digest_size=16, person=b"cache_salt").hexdigest()
-    params.extra_args = {**(params.extra_args or {}), KEY: digest}
+    salt = request.cache_salt.encode(errors="surrogatepass")
+    digest = hashlib.blake2b(salt, digest_size=DIGEST_SIZE, person=b"cache_salt")
+    params.extra_args = {**(params.extra_args or {}), KEY: digest.hexdigest()}
     return original(engine, request)
