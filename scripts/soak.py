@@ -288,7 +288,7 @@ async def _end(options: argparse.Namespace, watch: Watch, found: Found) -> None:
 
 def kinds_hit(options: argparse.Namespace, found: Found) -> int:
     """Kinds of fault that have hit at least once."""
-    return sum(found.hit[kind] > 0 for kind in options.faults)
+    return sum(found.hit[kind] > 0 for kind in set(options.faults))
 
 
 def verdicts(options: argparse.Namespace, found: Found, load: Load, watch: Watch) -> list[Verdict]:
@@ -379,7 +379,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"no kind of fault: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     if options.forked and "disk" in options.faults:
         parser.error("--forked: a drafter that is forked does not inherit the server's limits; leave out disk")
-    options.kinds = min(options.kinds, len(options.faults))
+    options.kinds = min(options.kinds, len(set(options.faults)))
     return options
 
 
