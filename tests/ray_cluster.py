@@ -50,6 +50,7 @@ class RayCluster:
             text=True,
         )
         self.address = self._answer()
+        self._orphans: list[psutil.Process] = []  # of what was killed
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -80,6 +81,7 @@ class RayCluster:
         """SIGKILL for all of that name."""
         processes = self.of(name)
         assert processes, name
+        self._orphans += psutil.Process(self._process.pid).children(recursive=True)
         for process in processes:
             process.kill()
 
@@ -90,7 +92,7 @@ class RayCluster:
         self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(20)
-        for process in [*left, self._process]:
+        for process in [*left, *self._orphans, self._process]:
             with suppress(psutil.Error):
                 process.kill()
 
