@@ -67,7 +67,7 @@ class Clock:
 class Link:
     """The target's end of a socket whose messages are checked, as in `link.process`."""
 
-    generation, connected, max_model_len = 1, True, 1 << 20
+    generation, connected, leaving, max_model_len = 1, True, False, 1 << 20
 
     def __init__(self, transport: ProcessTransport, checker: PushChecker, clock: Clock) -> None:
         self._transport = transport

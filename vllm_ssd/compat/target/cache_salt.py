@@ -37,8 +37,9 @@ def cache_salt_of(params: SamplingParams) -> bytes:
     Clients write `extra_args`, too: whatever is not a digest is none.
     """
     digest = (params.extra_args or {}).get(KEY)
-    is_digest = isinstance(digest, str) and len(digest) == 2 * DIGEST_SIZE and digest.isascii()
-    return digest.encode() if is_digest else b""
+    if not isinstance(digest, str) or len(digest) != 2 * DIGEST_SIZE or not digest.isascii():
+        return b""
+    return digest.encode()
 
 
 def _has_salt(engine: Any, request: Any) -> bool:
