@@ -42,13 +42,14 @@ def cache_salt_of(params: SamplingParams) -> bytes:
     return digest.encode()
 
 
-def _has_salt(engine: Any, request: Any) -> bool:
-    return has_ssd(engine.vllm_config) and bool(request.cache_salt) and request.sampling_params is not None
+def _has_salt(engine: Any, request: Any, *args: Any, **kwargs: Any) -> bool:
+    has_salt = getattr(request, "cache_salt", None) and request.sampling_params is not None
+    return bool(has_salt) and has_ssd(engine.vllm_config)
 
 
-def _add_request(original: Callable[..., Any], engine: Any, request: Any) -> Any:
+def _add_request(original: Callable[..., Any], engine: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     params = request.sampling_params
     salt = request.cache_salt.encode(errors="surrogatepass")
     digest = hashlib.blake2b(salt, digest_size=DIGEST_SIZE, person=b"cache_salt")
     params.extra_args = {**(params.extra_args or {}), KEY: digest.hexdigest()}
-    return original(engine, request)
+    return original(engine, request, *args, **kwargs)
