@@ -186,8 +186,10 @@ def request(
 def cached_tokens(engine: Engine, prompt: list[int], salts: Sequence[str | None], other: list[int]) -> int:
     """Tokens of `prompt` that the drafter finds in its prefix cache over a few requests, one after the other with each
     salt; `other`: a prompt that it has not seen."""
-    before, told = engine.call("counts"), [request(prompt, max_tokens=6, cache_salt=salt) for salt in salts]
-    for asked in [*told, request(other, max_tokens=6)]:  # with the last comes what the drafter counted before
+    told = [request(prompt, max_tokens=6, cache_salt=salt) for salt in salts]
+    engine.generate([request(other[:8], max_tokens=6)], min_seconds=0.02)  # what the drafter counts comes with the next
+    before = engine.call("counts")
+    for asked in [*told, request(other, max_tokens=6)]:
         engine.generate([asked], min_seconds=0.02)
     counts = {name: value - before.get(name, 0) for name, value in engine.call("counts").items()}
     assert counts["hits"] + counts["misses"] > 0, "inconclusive: the drafter drafted for none"
