@@ -187,7 +187,7 @@ def cached_tokens(engine: Engine, prompt: list[int], salts: Sequence[str | None]
     """Tokens of `prompt` that the drafter finds in its prefix cache over a few requests, one after the other with each
     salt; `other`: a prompt that it has not seen."""
     told = [request(prompt, max_tokens=6, cache_salt=salt) for salt in salts]
-    engine.generate([request(other[:8], max_tokens=6)], min_seconds=0.02)  # what the drafter counts comes with the next
+    engine.generate([request(other[:8], max_tokens=40)], min_seconds=0.02)  # the drafter counts before come with it
     before = engine.call("counts")
     for asked in [*told, request(other, max_tokens=6)]:
         engine.generate([asked], min_seconds=0.02)
