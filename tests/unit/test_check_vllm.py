@@ -261,8 +261,14 @@ def test_reading_agrees_with_importing() -> None:
 def patches() -> Iterator[dict[str, patch.Patch]]:
     """All that a process with ssd patches."""
     before = list(patch._patches)
-    if HAS_V2:
-        importlib.import_module("vllm.v1.worker.gpu.model_runner")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if HAS_V2:  # as if its runner had been imported before the plugin was loaded
+            copied = patch.original("vllm.v1.worker.gpu.spec_decode:init_speculator")
+            monkeypatch.setattr(importlib.import_module("vllm.v1.worker.gpu.model_runner"), "init_speculator", copied)
+        yield from installed(before)
+
+
+def installed(before: list[patch.Patch]) -> Iterator[dict[str, patch.Patch]]:
     register()
     runner_v1.install(type("Proposer", (), {}))
     importlib.import_module("vllm_ssd.compat.target.pipeline").install()
