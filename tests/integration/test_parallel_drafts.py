@@ -81,7 +81,6 @@ def sampling_engine(
     engine.close()
 
 
-@pytest.mark.timed
 def test_samples_have_the_distribution_of_the_target(sampling_engine: Engine, tiny_pair: tuple[Path, Path]) -> None:
     run, samples = sample(sampling_engine, tiny_pair[0], SAMPLING, **sampling_engine.run)
     assert samples.probs.gather(1, samples.tokens[:, None]).min() > 0, "a token that the target never samples"
