@@ -126,7 +126,7 @@ def step_times(shape: str, dry_run: bool, requests: int, branches: int, num_draf
 
 def run(part: Part, trace: Path) -> None:
     """Report steps and graphs for requests and contexts of growing size."""
-    from gpu_check_parts import UTILIZATION, has_vllm
+    from gpu_check_parts import has_vllm, memory_args
 
     rounds = [json.loads(line) for line in trace.read_text().splitlines()]
     part.report("trace", "recorded outcomes that are replayed", len(rounds), trace=rounds)
@@ -135,7 +135,6 @@ def run(part: Part, trace: Path) -> None:
         if has_vllm():
             from vllm_ssd.compat.drafter.draft_model import DraftModel
 
-            share: dict[str, Any] = {} if part.dry_run else {"gpu_memory_utilization": UTILIZATION}
             model: Any = DraftModel(
                 model=write_shape(MODEL, part.folder, part.dry_run),
                 tree_attention=True,
@@ -143,8 +142,7 @@ def run(part: Part, trace: Path) -> None:
                 enforce_eager=True,
                 max_model_len=MAX_MODEL_LEN,
                 max_num_seqs=8,
-                kv_cache_memory_bytes=64 << 20 if part.dry_run else KV_BYTES,
-                **share,
+                **memory_args(part, KV_BYTES),
             )
         else:
             part.leave_out("the drafter under vLLM", "vLLM is not installed: its model is made of torch operations")

@@ -127,10 +127,9 @@ def costs(part: Part) -> None:
             "steps",
             model,
             max_num_seqs=8,
-            kv_cache_memory_bytes=64 << 20 if part.dry_run else 2 << 30,
             enforce_eager=True,
             tree_attention=True,
-            **({} if part.dry_run else {"gpu_memory_utilization": UTILIZATION}),
+            **memory_args(part, 2 << 30),
         )
         for model in drafters
     }
@@ -162,16 +161,22 @@ def costs(part: Part) -> None:
     target.close()
 
 
+def memory_args(part: Part, memory: int) -> dict[str, Any]:
+    """vLLM's arguments for KV pages of so many bytes, fewer in a dry run."""
+    if part.dry_run:
+        return {"kv_cache_memory_bytes": 64 << 20}
+    return {"kv_cache_memory_bytes": memory, "gpu_memory_utilization": UTILIZATION}
+
+
 def device_args(part: Part, memory: int, attention_backend: str | None = None, **graphs: Any) -> dict[str, Any]:
     """vLLM's arguments for the device: on a GPU CUDA graphs of whole steps, without the compiler's minutes.
 
     graphs: settings of vLLM's `CompilationConfig`; by default steps that only decode are captured.
     """
     if part.dry_run:
-        return {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
+        return {"enforce_eager": True, **memory_args(part, memory)}
     return {
-        "kv_cache_memory_bytes": memory,
-        "gpu_memory_utilization": UTILIZATION,
+        **memory_args(part, memory),
         "attention_backend": attention_backend,
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", **graphs},
     }

@@ -181,14 +181,11 @@ def start(part: Part, system: str, target: str, num_prompts: int) -> EngineProce
     )
     engine_args: dict[str, Any] = {"model": target, "dtype": "float32", "max_num_seqs": num_prompts, "seed": 0}
     engine_args |= {"max_model_len": 512, "enable_prefix_caching": False, "async_scheduling": True}
-    if part.dry_run:
-        engine_args |= device_args(part, memory=64 << 20)
-    else:
+    engine_args |= device_args(part, memory=2 << 30, attention_backend="TRITON_ATTN")  # the one that has float32
+    if not part.dry_run:
         profiler = {"profiler": "torch", "torch_profiler_dir": str(part.folder / system)}
-        engine_args |= {
-            **device_args(part, memory=2 << 30, attention_backend="TRITON_ATTN"),  # of those that vLLM has: float32
-            "profiler_config": profiler | {"torch_profiler_with_stack": False, "torch_profiler_activities": ["CUDA"]},
-        }
+        profiler |= {"torch_profiler_with_stack": False, "torch_profiler_activities": ["CUDA"]}
+        engine_args["profiler_config"] = profiler
     process.send("start", speculative_config=configs[system], **engine_args)
     return process
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_target import Target
 from fake_model import FakePagedModel
+
+from vllm_ssd.link.credential import make_credential
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +43,11 @@ def make_target(request: pytest.FixtureRequest) -> Callable[..., Target]:
         return Target(FakePagedModel(num_pages, max_model_len, tree_attention=request.param), **options)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def credential(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A credential that targets and drafters of a test module share."""
+    path = tmp_path_factory.mktemp("keys") / "ssd.pem"
+    make_credential(path)
+    return path

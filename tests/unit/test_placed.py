@@ -20,7 +20,6 @@ from test_tenants import HELLO, OPTIONS, Drafter, hits
 from vllm_ssd.drafter import keeper
 from vllm_ssd.drafter.keeper import Keeper
 from vllm_ssd.link import placed, process, remote
-from vllm_ssd.link.credential import make_credential
 from vllm_ssd.link.handshake import DrafterFailed
 from vllm_ssd.link.placed import PlacedFleet
 from vllm_ssd.link.roster import Listed, Report, Roster, Wanted
@@ -37,13 +36,6 @@ with open(sys.argv[1], "rb") as said:
 time.sleep(60)
 """
 SOON_S = 10.0
-
-
-@pytest.fixture(scope="module")
-def credential(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("keys") / "ssd.pem"
-    make_credential(path)
-    return path
 
 
 @pytest.fixture

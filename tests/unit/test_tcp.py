@@ -27,13 +27,6 @@ from vllm_ssd.link.transport import INBOX_BYTES, ProcessTransport, TransportClos
 LOGGER = logging.getLogger("test_tcp")
 
 
-@pytest.fixture(scope="module")
-def credential(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("keys") / "ssd.pem"
-    make_credential(path)
-    return path
-
-
 @pytest.fixture
 def listen():
     acceptors = []

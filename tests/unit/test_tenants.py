@@ -27,7 +27,7 @@ from vllm_ssd.drafter.tenants import Stopped, Tenants
 from vllm_ssd.drafter.vocabulary import VocabularyMap
 from vllm_ssd.link import process, remote, tcp
 from vllm_ssd.link.checks import PushChecker
-from vllm_ssd.link.credential import make_credential, tls_context
+from vllm_ssd.link.credential import tls_context
 from vllm_ssd.link.handshake import DrafterFailed, DrafterRefused
 from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import PROTOCOL_VERSION, Close, Hello, Open, Outcome, Push, Refused, Step, Welcome, pack_ids
@@ -45,13 +45,6 @@ HELLO = Hello(
     PROTOCOL_VERSION, VOCAB_SIZE, K, "f", max_num_seqs=SLOTS, max_branches=OPTIONS.max_branches, max_support=64
 )
 WELCOME = Welcome(PROTOCOL_VERSION, VOCAB_SIZE, "f", 200, 400, 4)
-
-
-@pytest.fixture(scope="module")
-def credential(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("keys") / "ssd.pem"
-    make_credential(path)
-    return path
 
 
 class Drafter:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from typing import Any
 
 import typer
 from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """What the user gave for `option`; ValueError where it is no JSON object."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"ssd: {option} must be a JSON object")
+    return value
 
 
 @app.callback()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from vllm_ssd.cli.base import app, console
+from vllm_ssd.cli.base import app, console, json_object
 from vllm_ssd.config import SSDConfig, parse_address
 from vllm_ssd.link.credential import BadCredential, make_credential, tls_context
 
@@ -42,10 +41,7 @@ def drafter_command(
     """Run a drafter for targets on this or other hosts, until SIGTERM; they name it in `drafters` and `drafter_key`."""
     try:
         parse_address(listen)
-        keys = json.loads(config)
-        if not isinstance(keys, dict):
-            raise ValueError("ssd: --config must be a JSON object")
-        wanted = SSDConfig.from_user({**keys, "model": model})
+        wanted = SSDConfig.from_user({**json_object("--config", config), "model": model})
         tls_context(key, is_server=True)
     except (ValueError, BadCredential) as error:
         console.print(str(error), markup=False)

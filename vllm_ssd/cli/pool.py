@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ import msgspec
 import typer
 from rich.table import Table
 
-from vllm_ssd.cli.base import app, console
+from vllm_ssd.cli.base import app, console, json_object
 from vllm_ssd.config import SSDConfig, check_resources, is_pool_name
 
 if TYPE_CHECKING:
@@ -45,9 +44,9 @@ def up_command(
     with _pool(name, unauthenticated) as pool:
         from vllm_ssd.pool.spec import DrafterSpec
 
-        keys = {**_object("--config", config), "model": model}
+        keys = {**json_object("--config", config), "model": model}
         given = SSDConfig.from_user(keys)
-        amounts = _object("--resources", resources)
+        amounts = json_object("--resources", resources)
         check_resources(amounts, given)
         if given.drafter_device is not None or given.drafters != "local":
             raise ValueError("ssd: Ray places the drafters of a pool; take drafters and drafter_device out of --config")
@@ -117,13 +116,6 @@ def _pool(name: str, unauthenticated: bool) -> Iterator[Pool]:
     except (ValueError, RuntimeError) as error:
         console.print(str(error), markup=False)
         raise typer.Exit(1) from None
-
-
-def _object(option: str, text: str) -> dict:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"ssd: {option} must be a JSON object")
-    return value
 
 
 def _show(report: PoolReport, as_json: bool) -> None:

@@ -98,7 +98,7 @@ class Agent:
         for name in dead:
             del self._own[name]
             self._place_at = time.monotonic() + AGAIN_S
-        problem = self._cluster.shortage(known, self._wanted.num_drafters, len(known), self._spec.resources)
+        problem = self._cluster.shortage(known, self._wanted.num_drafters, self._spec.resources)
         return self._roster(known, problem)
 
     def _look_at_pool(self) -> Roster:
@@ -110,9 +110,8 @@ class Agent:
         if not self._spec.credential and known:
             spec = self._cluster.spec_of(handles[next(iter(known))], POLL_S)
             self._spec = spec or self._spec
-        if not self._spec.credential:
-            return Roster(problem=self._cluster.shortage(known, len(handles), len(known), self._spec.resources))
-        return self._roster(known, self._cluster.shortage(known, len(handles), len(known), self._spec.resources))
+        problem = self._cluster.shortage(known, len(handles), self._spec.resources)
+        return self._roster(known, problem) if self._spec.credential else Roster(problem=problem)
 
     def _roster(self, known: dict[str, Any], problem: str) -> Roster:
         listed = [Listed(name, status.address, status.leaving) for name, status in known.items() if status.address]

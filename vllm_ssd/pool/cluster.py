@@ -149,9 +149,9 @@ class Watch:
         return dict(self._known), dead
 
 
-def shortage(known: Mapping[str, Status], num_wanted: int, num_placed: int, resources: Mapping[str, float]) -> str:
+def shortage(known: Mapping[str, Status], num_wanted: int, resources: Mapping[str, float]) -> str:
     """Why there are fewer drafters that are ready than are wanted, with numbers; "" for enough."""
-    num_ready = sum(bool(status.address) for status in known.values())
+    num_placed, num_ready = len(known), sum(bool(status.address) for status in known.values())
     if num_ready >= num_wanted:
         return ""
     problems = [f"on {status.node}: {status.problem}" for status in known.values() if status.problem]

@@ -90,7 +90,7 @@ class Pool:
         known = self._placed(handles)
         spec = next(filter(None, (cluster.spec_of(handles[name], ANSWER_S) for name in known)), None)
         statuses = [known.get(name, Status(name)) for name in sorted(handles)]
-        problem = cluster.shortage(known, len(handles), len(known), spec.resources if spec else {})
+        problem = cluster.shortage(known, len(handles), spec.resources if spec else {})
         if spec is None:
             return PoolReport(self._name, None, None, problem, statuses)
         return PoolReport(self._name, spec.keys["model"], spec.resources, problem, statuses)
