@@ -43,12 +43,18 @@ MODULES = [
 
 
 def preload() -> None:
-    """Import what starts need; with the V2 runner in the environment, as `interpreted_v2` has it."""
+    """Import what starts need; with the V2 runner in the environment, as `interpreted_v2` has it.
+
+    The garbage collector leaves all that alone, in forks, too, for which vLLM collects several times a start.
+    """
     if os.environ.get(V2) == "1":
         importlib.import_module("interpreted_v2")
     for module in MODULES:
         importlib.import_module(module)
     setproctitle.getproctitle()  # it finds the title's place by the environment, which forks replace
+    gc.collect()
+    gc.freeze()
+    gc.unfreeze = lambda: None  # vLLM's, at an engine's end
 
 
 class ForkedProcess:
@@ -240,6 +246,4 @@ if __name__ == "__main__":
     die_with(os.getppid())
     sys.path.insert(0, str(Path(__file__).parent))
     preload()
-    gc.collect()
-    gc.freeze()
     Server(socket.socket(fileno=int(sys.argv[1]))).serve()

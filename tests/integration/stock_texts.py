@@ -1,6 +1,7 @@
 """Greedy token ids of an engine with stock speculation: `stock_texts.py SPECULATIVE_CONFIG_JSON PROMPTS_JSON`.
 
-Prints a line of JSON: the patches of vllm-ssd in effect, the token ids by prompt, and the drafts accepted.
+Prints a line of JSON without plugins and one with all that are installed, each of a fork of its own: the patches of
+vllm-ssd in effect, the token ids by prompt, and the drafts accepted.
 """
 
 from __future__ import annotations
@@ -42,4 +43,10 @@ def main(speculative: dict[str, Any], prompts: list[list[int]]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
+    for plugins in ({"VLLM_PLUGINS": "none"}, {}):
+        if (child := os.fork()) == 0:
+            os.environ.update(plugins)
+            main(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(1)

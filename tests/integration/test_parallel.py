@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from engines import Engine, assert_conclusive, request, texts
+from engines import FORKED_WORKERS, Engine, assert_conclusive, request, texts
 
 ROUND_S = 0.02
 NUM_GREEDY = 6
@@ -42,6 +42,9 @@ def test_two_workers(
         block_size=32,
         num_gpu_blocks_override=10,
         speculative={"branch_budget": 12},
+        patches=FORKED_WORKERS
+        if "pipeline_parallel_size" in parallelism
+        else {},  # the others are spawned, as users' are
         **parallelism,
     )
     try:
