@@ -20,6 +20,7 @@ from typing import Any
 
 import fork_server
 import numpy as np
+from lockstep import await_drafter
 
 from vllm_ssd.monitor.scrape import scrape, url_of
 from vllm_ssd.planning.engine_host import serve
@@ -30,6 +31,10 @@ if V2:  # also in the worker processes, which import this module anew
     if os.environ.get("TRITON_INTERPRET") == "1":
         import interpreted_v2  # noqa: F401
     from launches import Launches, watched_kernels
+
+
+LOCKSTEP_S = 5.0
+"""Longest wait for a drafter, which may have been stopped."""
 
 
 class EngineHost:
@@ -88,14 +93,15 @@ class EngineHost:
         calls: dict[int, tuple[str, dict[str, Any]]] | None = None,
         signalled: int = 0,
         resume_s: float | None = None,
+        lockstep: bool = False,
     ) -> SimpleNamespace:
         """Run `requests` (see `engines.request`) to their ends; `signals[step]` is sent to the drafter of index
         `signalled` before a step, and SIGCONT `resume_s` seconds later; of the engine, `calls[step]` is called: the
         name of a method, and its keyword arguments.
 
         -> outputs, one per request; counts, what the metrics of vLLM and of SSD grew by; seconds, one per step. Each
-        step is stretched to `min_seconds`. signals_at: when each signal was sent, of `time.perf_counter`, or SIGKILL
-        had its effect, which a busy machine puts off.
+        step is stretched to `min_seconds`, or with `lockstep` until the drafters have done what they can. signals_at:
+        when each signal was sent, of `time.perf_counter`, or SIGKILL had its effect, which a busy machine puts off.
         """
         signals_at: list[float] = []
         resumed: list[threading.Timer] = []
@@ -127,6 +133,8 @@ class EngineHost:
                     self._engine.abort_request([output.request_id])
             seconds.append(time.perf_counter() - began)
             time.sleep(max(0.0, min_seconds - seconds[-1]))
+            if lockstep:
+                self._await_drafters()
             step += 1
         if V2 and (self._proposer is not None or self._metrics_port is not None):
             self._settle()
@@ -305,6 +313,24 @@ class EngineHost:
 
         fallback.ngram_drafts = ngram_drafts
 
+    def _await_drafters(self) -> None:
+        """Wait until all drafters sleep, with a bound; on V2 also until their blocks are in the cache."""
+        if self._proposer is None:
+            return
+        if V2:
+            self._await_courier()
+        for link in self._proposer._drafters.links:
+            await_drafter(link, LOCKSTEP_S)
+        if V2:
+            self._await_courier()
+
+    def _await_courier(self) -> None:
+        """Wait until the courier has done what there is for it, and told the drafters of it."""
+        for _ in range(2):  # what it tells is sent after the first
+            turn = threading.Event()
+            self._proposer._courier._enqueue(turn.set)
+            turn.wait(LOCKSTEP_S)  # unless its thread has ended
+
     def _settle(self) -> None:
         """On the V2 runner: tell the worker that the last requests have ended; the courier counts their rounds."""
         from vllm_ssd.compat.target import measure
@@ -316,9 +342,7 @@ class EngineHost:
             while before != (before := self.counts()) and time.monotonic() < deadline:
                 time.sleep(0.2)
             return
-        counted = threading.Event()
-        self._proposer._courier._enqueue(counted.set)
-        counted.wait(5)  # unless its thread has ended
+        self._await_courier()
 
     def _join(self, index: int, request: dict[str, Any]) -> None:
         from vllm import SamplingParams

@@ -28,9 +28,9 @@ def sample(
     prompts: list[list[int]],
     num_samples: int,
     num_tokens: int,
-    min_seconds: float = 0.0,
+    **pace: float,
 ) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """Run `num_samples` requests of `num_tokens` tokens, all prompts of one length.
+    """Run `num_samples` requests of `num_tokens` tokens, all prompts of one length; `pace`: of `Engine.generate`.
 
     -> the run and its tokens [N], their probs under the model in `target` [N, VOCAB_SIZE] and contexts [N] of any type.
     """
@@ -42,7 +42,7 @@ def sample(
             request(prompt, max_tokens=num_tokens, **(params | {"seed": i} if "seed" in params else params))
             for i, (prompt, params) in enumerate(choices)
         ],
-        min_seconds=min_seconds,
+        **pace,
     )
     rows = [(prompt, params, tokens) for (prompt, params), ids in zip(choices, texts(run)) for tokens in ids]
     generated = torch.tensor([tokens for _, _, tokens in rows])

@@ -14,11 +14,7 @@ from typing import Any
 import pytest
 from engines import Engine, assert_conclusive, request, texts
 
-pytestmark = pytest.mark.timed
-
 NUM_REQUESTS = 72
-ROUND_S = 0.03
-"""Each round is stretched to this: eight requests' blocks are then mostly there, as with a larger target."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +43,7 @@ def engine(request: pytest.FixtureRequest, ssd_engine: Engine) -> Engine:
 def test_text_is_that_of_the_target_alone(
     engine: Engine, requests: list[dict[str, Any]], expected: SimpleNamespace
 ) -> None:
-    run = engine.generate(requests, min_seconds=ROUND_S)
+    run = engine.generate(requests, lockstep=True)
     assert texts(run) == texts(expected)
     assert_conclusive(run, hits=100, misses=20, accepted=100)
     assert len(run.seconds) < len(expected.seconds), "inconclusive: speculation saved no round"
@@ -58,7 +54,7 @@ def test_text_is_that_of_the_target_alone(
 
 
 def test_pages_return_when_requests_leave(engine: Engine, requests: list[dict[str, Any]], corpus: list[int]) -> None:
-    engine.generate(requests[:16], min_seconds=ROUND_S)
+    engine.generate(requests[:16], lockstep=True)
     last = engine.generate([request(corpus[:8], max_tokens=100)], min_seconds=0.1)
     assert_conclusive(last)
     # 108 tokens fill 4 pages of 32; twelve branches and a just-in-time one have at most 2 each. None are left once the

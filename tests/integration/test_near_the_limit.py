@@ -11,7 +11,6 @@ from engines import ON_V2, Engine, assert_conclusive, request, texts
 Prompts = Callable[..., list[list[int]]]
 
 MAX_MODEL_LEN = 128
-ROUND_S = 0.02
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
@@ -39,8 +38,8 @@ def test_a_row_at_the_limit_costs_the_others_nothing(engine: Engine, target_alon
         request(prompt, max_tokens=4, join_step=2 * i)
         for i, prompt in enumerate(prompts(30, MAX_MODEL_LEN - 4, MAX_MODEL_LEN - 4, seed=71))
     ]
-    alone = engine.generate(others, min_seconds=ROUND_S)
-    both = engine.generate([*others, *near], min_seconds=ROUND_S)
+    alone = engine.generate(others, lockstep=True)
+    both = engine.generate([*others, *near], lockstep=True)
     expected = target_alone.generate([*others, *near])
     assert texts(alone) == texts(expected)[: len(others)]
     assert texts(both) == texts(expected)
@@ -55,7 +54,7 @@ def test_a_row_at_the_limit_has_the_drafts_that_fit(engine: Engine, target_alone
         request(prompt, max_tokens=MAX_MODEL_LEN - len(prompt), join_step=25 * i)
         for i, prompt in enumerate(prompts(4, MAX_MODEL_LEN - 20, MAX_MODEL_LEN - 20, seed=72))
     ]
-    run = engine.generate(requests, min_seconds=ROUND_S)
+    run = engine.generate(requests, lockstep=True)
     assert texts(run) == texts(target_alone.generate([r | {"join_step": 0} for r in requests]))
     assert_conclusive(run, hits=4, accepted=10)
     assert accepted_share(run) > engine.min_share
