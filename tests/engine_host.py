@@ -93,15 +93,16 @@ class EngineHost:
         calls: dict[int, tuple[str, dict[str, Any]]] | None = None,
         signalled: int = 0,
         resume_s: float | None = None,
-        lockstep: bool = False,
+        lockstep: float = 0.0,
     ) -> SimpleNamespace:
         """Run `requests` (see `engines.request`) to their ends; `signals[step]` is sent to the drafter of index
         `signalled` before a step, and SIGCONT `resume_s` seconds later; of the engine, `calls[step]` is called: the
         name of a method, and its keyword arguments.
 
         -> outputs, one per request; counts, what the metrics of vLLM and of SSD grew by; seconds, one per step. Each
-        step is stretched to `min_seconds`, or with `lockstep` until the drafters have done what they can. signals_at:
-        when each signal was sent, of `time.perf_counter`, or SIGKILL had its effect, which a busy machine puts off.
+        step is stretched to `min_seconds`, and of all steps the share of `lockstep` until the drafters have done what
+        they can. signals_at: when each signal was sent, of `time.perf_counter`, or SIGKILL had its effect, which a busy
+        machine puts off.
         """
         signals_at: list[float] = []
         resumed: list[threading.Timer] = []
@@ -133,9 +134,9 @@ class EngineHost:
                     self._engine.abort_request([output.request_id])
             seconds.append(time.perf_counter() - began)
             time.sleep(max(0.0, min_seconds - seconds[-1]))
-            if lockstep:
-                self._await_drafters()
             step += 1
+            if int(step * lockstep) > int((step - 1) * lockstep):
+                self._await_drafters()
         if V2 and (self._proposer is not None or self._metrics_port is not None):
             self._settle()
         counts = {name: value - before.get(name, 0) for name, value in self.counts().items()}

@@ -16,7 +16,7 @@ from engines import Engine, assert_conclusive
 from sampling import p_value, sample
 
 PROMPTS = [[3, 7, 1], [11, 2, 5], [20, 20, 9], [4, 15, 8]]
-RUN = dict(prompts=PROMPTS, num_samples=2600, num_tokens=8, lockstep=True)
+RUN = dict(prompts=PROMPTS, num_samples=2600, num_tokens=8, lockstep=1.0)
 SAMPLING = {
     "alike": [{"temperature": 0.7}, {"temperature": 1.0}],
     "mixed": [

@@ -37,7 +37,7 @@ def impatient_engine(ssd_engine: Engine) -> Iterator[Engine]:
 def engine(impatient_engine: Engine, requests: list[dict[str, Any]]) -> Engine:
     """The engine, with a drafter that is alive and hits."""
     assert impatient_engine.call("wait_for_drafter", generation=1, timeout_s=RESTART_S)
-    assert_conclusive(impatient_engine.generate(requests[:2], lockstep=True), hits=3)
+    assert_conclusive(impatient_engine.generate(requests[:2], lockstep=1.0), hits=3)
     return impatient_engine
 
 
@@ -55,7 +55,7 @@ def assert_recovers(engine: Engine, before: SimpleNamespace, requests: list[dict
     """A new drafter comes up, another process than `before`, and its drafts are used."""
     assert engine.call("wait_for_drafter", generation=before.generation + 1, timeout_s=RESTART_S)
     assert engine.call("drafter").pid != before.pid
-    run = engine.generate(requests, lockstep=True)
+    run = engine.generate(requests, lockstep=1.0)
     assert texts(run) == expected
     assert_conclusive(run, hits=30, accepted=30)
     assert engine.call("counts")["restarts"] >= before.generation

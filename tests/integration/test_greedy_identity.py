@@ -43,7 +43,7 @@ def engine(request: pytest.FixtureRequest, ssd_engine: Engine) -> Engine:
 def test_text_is_that_of_the_target_alone(
     engine: Engine, requests: list[dict[str, Any]], expected: SimpleNamespace
 ) -> None:
-    run = engine.generate(requests, lockstep=True)
+    run = engine.generate(requests, lockstep=1.0)
     assert texts(run) == texts(expected)
     assert_conclusive(run, hits=100, misses=20, accepted=100)
     assert len(run.seconds) < len(expected.seconds), "inconclusive: speculation saved no round"
@@ -54,7 +54,7 @@ def test_text_is_that_of_the_target_alone(
 
 
 def test_pages_return_when_requests_leave(engine: Engine, requests: list[dict[str, Any]], corpus: list[int]) -> None:
-    engine.generate(requests[:16], lockstep=True)
+    engine.generate(requests[:16], lockstep=1.0)
     last = engine.generate([request(corpus[:8], max_tokens=100)], min_seconds=0.1)
     assert_conclusive(last)
     # 108 tokens fill 4 pages of 32; twelve branches and a just-in-time one have at most 2 each. None are left once the

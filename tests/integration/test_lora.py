@@ -49,7 +49,7 @@ def test_two_adapters_in_one_batch(
     arguments = {"enable_lora": True, "max_loras": 2, "max_lora_rank": RANK, "max_num_seqs": 4}
     engines = [start_engine(**arguments), start_engine(**arguments, speculative={"branch_budget": 12})]
     try:
-        expected, run = engines[0].generate(requests), engines[1].generate(requests, lockstep=True)
+        expected, run = engines[0].generate(requests), engines[1].generate(requests, lockstep=1.0)
         exchanged = engines[0].generate([r | {"lora": adapters[1 - i % 2]} for i, r in enumerate(requests)])
     finally:
         for engine in engines:

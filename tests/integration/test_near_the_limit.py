@@ -38,8 +38,8 @@ def test_a_row_at_the_limit_costs_the_others_nothing(engine: Engine, target_alon
         request(prompt, max_tokens=4, join_step=2 * i)
         for i, prompt in enumerate(prompts(30, MAX_MODEL_LEN - 4, MAX_MODEL_LEN - 4, seed=71))
     ]
-    alone = engine.generate(others, lockstep=True)
-    both = engine.generate([*others, *near], lockstep=True)
+    alone = engine.generate(others, lockstep=1.0)
+    both = engine.generate([*others, *near], lockstep=1.0)
     expected = target_alone.generate([*others, *near])
     assert texts(alone) == texts(expected)[: len(others)]
     assert texts(both) == texts(expected)
@@ -54,7 +54,7 @@ def test_a_row_at_the_limit_has_the_drafts_that_fit(engine: Engine, target_alone
         request(prompt, max_tokens=MAX_MODEL_LEN - len(prompt), join_step=25 * i)
         for i, prompt in enumerate(prompts(4, MAX_MODEL_LEN - 20, MAX_MODEL_LEN - 20, seed=72))
     ]
-    run = engine.generate(requests, lockstep=True)
+    run = engine.generate(requests, lockstep=1.0)
     assert texts(run) == texts(target_alone.generate([r | {"join_step": 0} for r in requests]))
     assert_conclusive(run, hits=4, accepted=10)
     assert accepted_share(run) > engine.min_share

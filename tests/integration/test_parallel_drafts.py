@@ -16,7 +16,7 @@ NO_TEXT = 188
 """A token of the bundled pair that no text has, untrained as well."""
 SAMPLING = [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 12}]
 RUN = {
-    "V1": dict(prompts=[[3, 7, 1], [20, 2, 5]], num_samples=640, num_tokens=6, lockstep=True),
+    "V1": dict(prompts=[[3, 7, 1], [20, 2, 5]], num_samples=640, num_tokens=6, lockstep=1.0),
     "V2": dict(prompts=[[3, 7, 1]], num_samples=500, num_tokens=4),
 }
 """On V2 kernels are interpreted: its rounds are long, and few do."""
@@ -45,7 +45,7 @@ def test_greedy_text_is_that_of_the_target_alone(
         for i, prompt in enumerate(prompts(12, 2, 100, seed=3))
     ]
     parallel_engine.call("set_config", on_miss=on_miss)
-    run = parallel_engine.generate(requests, lockstep=True)
+    run = parallel_engine.generate(requests, lockstep=1.0)
     assert texts(run) == texts(target_alone.generate(requests))
     assert_conclusive(run, hits=20, misses=5, accepted=40)
     if on_miss == "wait":

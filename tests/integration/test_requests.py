@@ -59,7 +59,7 @@ def test_sampling_parameters(
         request(prompt, max_tokens=60, join_step=3 * i, **params)
         for i, prompt in enumerate(prompts(10, 20, 120, seed=2))
     ]
-    run, expected = engine.generate(requests, lockstep=True), target_alone.generate(requests)
+    run, expected = engine.generate(requests, lockstep=1.0), target_alone.generate(requests)
     assert texts(run) == texts(expected)
     samples = [output.samples[0] for output in run.outputs]
     plain = [output.samples[0] for output in expected.outputs]
@@ -79,7 +79,7 @@ def test_sampling_parameters(
 
 def test_logprobs(engine: Engine, target_alone: Engine, prompts: Prompts) -> None:
     requests = [request(prompt, max_tokens=40, logprobs=4) for prompt in prompts(6, 20, 120, seed=3)]
-    run, expected = engine.generate(requests, lockstep=True), target_alone.generate(requests)
+    run, expected = engine.generate(requests, lockstep=1.0), target_alone.generate(requests)
     assert texts(run) == texts(expected)
     for output, plain in zip(run.outputs, expected.outputs):
         for found, wanted in zip(output.samples[0].logprobs, plain.samples[0].logprobs):
@@ -94,7 +94,7 @@ def test_samples_of_one_prompt(engine: Engine, prompts: Prompts) -> None:
         request(prompt, max_tokens=30, temperature=0.8, top_p=0.95, n=4, seed=i)
         for i, prompt in enumerate(prompts(4, 40, 120, seed=4))
     ]
-    run = engine.generate(requests, lockstep=True)
+    run = engine.generate(requests, lockstep=1.0)
     for samples in texts(run):
         assert [len(sample) for sample in samples] == [30] * 4
         assert len({tuple(sample) for sample in samples}) > 1
@@ -108,7 +108,7 @@ def test_greedy_rows_beside_sampled_ones(engine: Engine, target_alone: Engine, p
         request(prompt, max_tokens=50, temperature=temperatures[i % 4], join_step=2 * i)
         for i, prompt in enumerate(prompts(24, 4, 120, seed=5))
     ]
-    run = engine.generate(requests, lockstep=True)
+    run = engine.generate(requests, lockstep=1.0)
     expected = target_alone.generate(requests[::2])
     assert texts(run)[::2] == texts(expected)
     assert_conclusive(run, hits=50, accepted=50)
@@ -120,7 +120,7 @@ def test_aborted_requests_leave_the_others_alone(engine: Engine, target_alone: E
         request(prompt, max_tokens=60, join_step=2 * i, abort_after=5 + i if i % 3 == 0 else None)
         for i, prompt in enumerate(prompts(18, 4, 100, seed=6))
     ]
-    run = engine.generate(requests, lockstep=True)
+    run = engine.generate(requests, lockstep=1.0)
     expected = target_alone.generate([r | {"abort_after": None} for r in requests])
     for i, ((tokens,), (plain,)) in enumerate(zip(texts(run), texts(expected))):
         assert tokens == (plain[: len(tokens)] if requests[i]["abort_after"] else plain)
@@ -134,7 +134,7 @@ def test_requests_that_reach_max_model_len(engine: Engine, target_alone: Engine,
         request(prompt, max_tokens=MAX_MODEL_LEN - len(prompt), join_step=4 * i) for i, prompt in enumerate(long)
     ]
     requests += [request(prompt, max_tokens=100) for prompt in prompts(2, 10, 40, seed=8)]
-    run, expected = engine.generate(requests, lockstep=True), target_alone.generate(requests)
+    run, expected = engine.generate(requests, lockstep=1.0), target_alone.generate(requests)
     assert texts(run) == texts(expected)
     assert [len(r["prompt"]) + len(t[0]) for r, t in zip(requests[:6], texts(run))] == [MAX_MODEL_LEN] * 6
     assert_conclusive(run, hits=10, accepted=10)
@@ -158,7 +158,7 @@ def test_chunked_prefill_prefix_caching_and_preemption(
         speculative={"branch_budget": 12},
     )
     try:
-        run = engine.generate(requests, lockstep=True)
+        run = engine.generate(requests, lockstep=1.0)
     finally:
         engine.close()
     assert texts(run) == texts(target_alone.generate(requests))
@@ -177,7 +177,7 @@ def small_drafter(start_engine: Callable[..., Engine]) -> Iterator[Engine]:
 
 def test_prompts_too_long_for_the_drafter(small_drafter: Engine, target_alone: Engine, prompts: Prompts) -> None:
     requests = [request(prompt, max_tokens=40) for prompt in prompts(8, 130, 300, seed=10)]
-    run = small_drafter.generate(requests, lockstep=True)
+    run = small_drafter.generate(requests, lockstep=1.0)
     assert texts(run) == texts(target_alone.generate(requests))
     assert run.counts["vllm:generation_tokens"] == 8 * 40
     assert run.counts["hits"] == 0, "the drafter cannot hold them: whatever was drafted came from n-grams"
@@ -185,14 +185,14 @@ def test_prompts_too_long_for_the_drafter(small_drafter: Engine, target_alone: E
 
 def test_requests_that_outgrow_the_drafter(small_drafter: Engine, target_alone: Engine, prompts: Prompts) -> None:
     requests = [request(prompt, max_tokens=150) for prompt in prompts(2, 20, 40, seed=11)]
-    run = small_drafter.generate(requests, lockstep=True)
+    run = small_drafter.generate(requests, lockstep=1.0)
     assert texts(run) == texts(target_alone.generate(requests))
     assert_conclusive(run, hits=5, accepted=5)
 
 
 def test_drafter_out_of_pages(small_drafter: Engine, target_alone: Engine, prompts: Prompts) -> None:
     requests = [request(prompt, max_tokens=70, join_step=2 * i) for i, prompt in enumerate(prompts(24, 4, 50, seed=12))]
-    run = small_drafter.generate(requests, lockstep=True)
+    run = small_drafter.generate(requests, lockstep=1.0)
     assert texts(run) == texts(target_alone.generate(requests))
     assert run.counts["evictions"] > 0, "inconclusive: nothing was evicted"
     assert_conclusive(run, hits=10, accepted=10)

@@ -47,7 +47,7 @@ def test_a_spent_budget_ends_reasoning_at_once(engine: Engine, prompts: Prompts,
     requests = [
         request([*prompt, start], max_tokens=24, thinking_token_budget=0) for prompt in prompts(8, 20, 40, seed=60)
     ]
-    run = engine.generate(requests, lockstep=True)
+    run = engine.generate(requests, lockstep=1.0)
     assert [tokens[0] for (tokens,) in texts(run)] == [end] * 8
     assert_conclusive(run, hits=10, accepted=10)
 
@@ -66,6 +66,6 @@ def test_reasoning_ends_where_it_would_without_speculation(
         requests[::3] = [
             request(prompt, max_tokens=40, join_step=i) for i, prompt in enumerate(prompts(6, 20, 60, seed=62))
         ]
-    run, expected = engine.generate(requests, lockstep=True), expecting.generate(requests)
+    run, expected = engine.generate(requests, lockstep=1.0), expecting.generate(requests)
     assert texts(run) == texts(expected)
     assert_conclusive(run, hits=20, accepted=20)

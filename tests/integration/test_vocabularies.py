@@ -16,7 +16,7 @@ from sampling import p_value, sample
 from tiny_models import VOCAB_SIZE, WORDS, write_with_words
 
 SAMPLING = [{"temperature": 1.0}, {"temperature": 1.0, "top_k": 12, "top_p": 0.8}]
-RUN = dict(prompts=[[3, 7, 1], [20, 2, 5]], num_samples=640, num_tokens=6, lockstep=True)
+RUN = dict(prompts=[[3, 7, 1], [20, 2, 5]], num_samples=640, num_tokens=6, lockstep=1.0)
 OTHER_WORDS = [*random.Random(0).sample(WORDS, VOCAB_SIZE - 4), *"abcdef"]
 """All but four of the target's tokens under other ids, and six of its own."""
 DRAFTERS = {"heterogeneous": (OTHER_WORDS, 32), "padded": (WORDS, 40)}
