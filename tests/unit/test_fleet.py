@@ -82,6 +82,23 @@ def test_requests_spread_over_the_drafters():
     assert all(10 <= len(link.held) <= 22 for link in links), [len(link.held) for link in links]
 
 
+def test_a_fleet_without_drafters_gets_its_first():
+    """As with `min_drafters: 0`, and at the start of any server whose drafters Ray places."""
+    _, client, _ = make(0)
+    early = client.add("early", 0.0)
+    assert not client.open(early, [1]) and not client.holds(early) and not client.may_wait(early, 1)
+    client.outcome(early, [2], [])
+    client.poll()
+    client.send(K)
+    assert not early.too_long
+    client._fleet.links.append(FleetLink())
+    late = client.add("late", 0.0)
+    assert client.open(late, [1]) and client.open(early, [1, 2]), "before the next poll"
+    client.close("early")
+    client.send(K)
+    assert {*client._fleet.links[0].held} == {"late"}
+
+
 def test_a_prefix_goes_to_the_drafter_that_knows_it_unless_that_is_busy():
     links, client, _ = make(3)
     chat = list(range(PREFIX_TOKENS))

@@ -95,6 +95,7 @@ class Members:
     @property
     def max_length(self) -> int:
         """Committed tokens that a request may have anywhere; drafters that are gone may come back."""
+        self._welcome()  # a target that was idle has not polled since they joined
         return max((member.max_length for member in self._members), default=0)
 
     def _welcome(self) -> None:

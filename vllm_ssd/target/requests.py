@@ -135,8 +135,7 @@ class DrafterClient:
 
     def holds(self, request: RemoteRequest) -> bool:
         """Whether a drafter holds the request, as far as the target was told, and is not abandoned for another."""
-        member = self._members[request.member]
-        return request.generation == member.link.generation and not member.abandoned
+        return self._is_known(request) and not self._members[request.member].abandoned
 
     def reaches(self, request: RemoteRequest) -> bool:
         """Whether the drafter that holds the request is there."""
@@ -145,8 +144,10 @@ class DrafterClient:
     def may_wait(self, request: RemoteRequest, length: int) -> bool:
         """Whether its drafter can be asked to hurry with a request of `length` committed tokens; not while it still
         owes what was waited for."""
+        if not self.reaches(request):
+            return False
         member = self._members[request.member]
-        return self.reaches(request) and not member.awaiting_push and length <= member.max_length
+        return not member.awaiting_push and length <= member.max_length
 
     def begin_round(self) -> None:
         """A round of the target passes; back-off is counted in them."""
@@ -204,9 +205,9 @@ class DrafterClient:
 
     def outcome(self, request: RemoteRequest, emitted: list[int], draft_token_ids: list[int], jit: int = 0) -> None:
         """Tell what was emitted since `request.length`, and the drafts now under verification (`protocol.Outcome`)."""
-        member = self._members[request.member]
         if not self._is_known(request):
             return
+        member = self._members[request.member]
         length = request.length + len(emitted)
         if length > member.max_length:
             (self._retire if length > self._members.max_length else self._release)(request)
@@ -241,7 +242,8 @@ class DrafterClient:
 
     def _is_known(self, request: RemoteRequest) -> bool:
         """Whether the drafter process that it was opened on is still the one there, answering or not."""
-        return request.generation == self._members[request.member].link.generation
+        generation = request.generation
+        return generation != NOT_HELD and generation == self._members[request.member].link.generation
 
     def _retire(self, request: RemoteRequest) -> None:
         self._release(request)
@@ -249,8 +251,8 @@ class DrafterClient:
         self._metrics.too_long(request.request_id)
 
     def _release(self, request: RemoteRequest) -> None:
-        member = self._members[request.member]
         if self._is_known(request):
+            member = self._members[request.member]
             member.enqueue(Close(request.request_id))
             self._left(request, member)
         request.generation = NOT_HELD
