@@ -35,6 +35,23 @@ with open(sys.argv[1], "rb") as said:
     target.sendall(said.read())
 time.sleep(60)
 """
+EMPTY_POOL = """
+import sys, types
+import vllm_ssd.pool
+
+class Watch:
+    def look(self, handles, timeout_s):
+        return {}, set()
+
+cluster = types.ModuleType("vllm_ssd.pool.cluster")
+cluster.Watch, cluster.NoCluster, cluster.of_pool = Watch, RuntimeError, lambda pool: {}
+cluster.join = lambda unauthenticated: None
+cluster.is_on_a_node = lambda: True
+vllm_ssd.pool.cluster = sys.modules["vllm_ssd.pool.cluster"] = cluster
+from vllm_ssd.pool import agent
+agent.POLL_S = 0.02
+sys.exit(agent.main(int(sys.argv[1]), sys.argv[2]))
+"""
 SOON_S = 10.0
 
 
@@ -105,6 +122,14 @@ def test_a_drafter_that_joins_gets_a_link_and_one_that_leaves_gives_its_up(
     assert len(fleet) == 2 and hits(fleet.links[0]) and len(three.tenants) == 1
 
 
+def test_a_drafter_that_is_leaving_gets_none_of_a_new_targets_requests(
+    start: Callable[..., PlacedFleet], drafters: list[Drafter], credential: Path
+) -> None:
+    fleet = start()
+    fleet.follow(roster(credential, ("a", drafters[0], True), ("b", drafters[1], False)))
+    assert [link.leaving for link in fleet.links] == [True, False]
+
+
 def test_drafters_stay_when_the_agent_knows_none(
     start: Callable[..., PlacedFleet], drafters: list[Drafter], credential: Path
 ) -> None:
@@ -139,6 +164,28 @@ def test_nonsense_ends_an_agent(start: Callable[..., PlacedFleet], said: Path, n
     assert len(fleet) == 0
 
 
+def test_what_goes_wrong_with_a_roster_ends_the_agent_and_not_its_keeper(
+    start: Callable[..., PlacedFleet], said: Path, drafters: list[Drafter], credential: Path
+) -> None:
+    """A wrong address, then a link that cannot be made; the drafter of the roster that follows is used."""
+    named = roster(credential, ("b", drafters[0], False))
+    wrong = msgspec.structs.replace(named, drafters=[Listed("a", "nowhere")])
+    said.write_bytes(msgspec.json.encode(wrong) + b"\n")
+    fleet = start()
+    wait_until(lambda: starts(said) >= 2, SOON_S)
+    connect, failures = fleet._connect, iter([RuntimeError("can't start new thread"), OSError("no space left")])
+
+    def fail(*args):
+        for failure in failures:
+            raise failure
+        return connect(*args)
+
+    fleet._connect = fail
+    said.write_bytes(msgspec.json.encode(named) + b"\n")
+    fleet.wait_until_ready()
+    assert len(fleet) == 1 and hits(fleet.links[0])
+
+
 @pytest.mark.parametrize(
     ("roster", "says"),
     [
@@ -165,6 +212,18 @@ def test_without_ray_the_agent_says_how_to_get_it(
     monkeypatch.setattr(placed, "AGENT_COMMAND", [sys.executable, "-m", "vllm_ssd.pool"])
     with pytest.raises(DrafterFailed, match=r"pip install 'vllm-ssd\[ray\]'"):
         start().wait_until_ready()
+
+
+def test_what_is_missing_is_said_again(
+    start: Callable[..., PlacedFleet], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though nothing changes: it may have been said before anybody wanted to hear it."""
+    monkeypatch.setattr(placed, "AGENT_COMMAND", [sys.executable, "-c", EMPTY_POOL])
+    monkeypatch.setattr(placed, "QUIET_S", 0.1)
+    monkeypatch.setattr(placed, "LOG_INTERVAL_S", 0.2)
+    with caplog.at_level(logging.WARNING, LOGGER.name):
+        start(min_ready=0, pool="chat")
+        wait_until(lambda: caplog.text.count("SSD: 0 drafters: Ray has no pool chat") >= 2, SOON_S)
 
 
 def test_a_drafter_that_leaves_gets_no_new_requests() -> None:

@@ -6,7 +6,6 @@ whether a drafter is there; the agent only says where to look for others.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import socket
 import ssl
@@ -94,13 +93,12 @@ class PlacedFleet(Fleet):
         if index is None:
             taken = set(self._seats.values())
             index = next(i for i in range(len(taken) + 1) if i not in taken)
-            self._seats[listed.name] = index
-        if index < len(self.links):
-            self._seat(index).move(listed.address, listed.leaving)
-            return
-        assert self._context is not None  # a roster with drafters has brought one
-        self.links.append(self._connect(index, listed.address, self._context))
-        self._on_join(*self.links)
+        if index == len(self.links):
+            assert self._context is not None  # a roster with drafters has brought one
+            self.links.append(self._connect(index, listed.address, self._context))
+            self._on_join(*self.links)
+        self._seat(index).move(listed.address, listed.leaving)
+        self._seats[listed.name] = index
 
     def _seat(self, index: int) -> Seat:
         link = self.links[index]
@@ -129,7 +127,7 @@ class PlacedFleet(Fleet):
 class Agent:
     """Keeps an agent process running, and passes on what it says.
 
-    follow: hears each roster, on a thread; it lets a roster that is nonsense raise ValueError
+    follow: hears each roster, on a thread; the process is ended, and started again, where it raises
     """
 
     def __init__(self, wanted: Wanted, follow: Callable[[], Callable[[Roster], None] | None], logger: logging.Logger):
@@ -153,7 +151,10 @@ class Agent:
         pause_s = BACKOFF_S[0]
         while not self._closed.is_set() and not self._server.has_ended():
             started = time.monotonic()
-            reason = self._listen()
+            try:
+                reason = self._listen()
+            except Exception as error:  # a thread that dies would leave the target with the drafters of the moment
+                reason = f"{type(error).__name__}: {error}"
             if self._closed.is_set():
                 return
             pause_s = BACKOFF_S[0] if time.monotonic() - started > BACKOFF_S[1] else min(2 * pause_s, BACKOFF_S[1])
@@ -161,27 +162,22 @@ class Agent:
             self._closed.wait(pause_s)
 
     def _listen(self) -> str:
-        """One life of the process; returns how it ended."""
+        """One life of the process; returns how it ended, or raises what cut it short."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
             arguments = [str(theirs.fileno()), msgspec.json.encode(self._wanted).decode()]
-            try:
-                self._process = subprocess.Popen(
-                    [*AGENT_COMMAND, *arguments], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-                )
-            except OSError as error:
-                return str(error)
+            self._process = subprocess.Popen(
+                [*AGENT_COMMAND, *arguments], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
             theirs.close()
             try:
-                with contextlib.suppress(OSError), ours.makefile("rb") as lines:
+                with ours.makefile("rb") as lines:
                     while not self._closed.is_set() and (line := lines.readline(MAX_ROSTER_BYTES)):
                         follow = self._follow()
                         if follow is None:
                             return "nobody listens"
                         follow(msgspec.json.decode(line, type=Roster))
                         del follow
-            except (ValueError, msgspec.MsgspecError) as error:
-                return f"it said {error}"
             finally:
                 self._process.kill()
                 status = self._process.wait()

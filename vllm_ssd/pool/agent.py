@@ -43,7 +43,7 @@ def main(fd: int, wanted_json: str, actor: type | None = None) -> int:
     while not server.has_ended():
         looked_at = time.monotonic()
         roster = agent.look()
-        if roster != told:
+        if roster != told or roster.problem:  # the target says now and then what is missing
             _tell(target, roster)
             told = roster
         if not cluster.is_on_a_node():
