@@ -30,6 +30,7 @@ class DrafterActor:
         self._spec = msgspec.json.decode(spec, type=DrafterSpec)
         host, registry = cluster.here()
         self._status = Status(name, node=host)
+        self._lock = threading.Lock()  # each thread replaces the status by what it read of it
         self._child = DrafterChild(self._spec, host, registry, self._take_report, self.start_process)
         self._leaving = threading.Event()
         threading.Thread(target=self._keep, name="ssd-keeper", daemon=True).start()
@@ -72,7 +73,8 @@ class DrafterActor:
         )
 
     def _say(self, **changes: Any) -> None:
-        self._status = msgspec.structs.replace(self._status, **changes)
+        with self._lock:
+            self._status = msgspec.structs.replace(self._status, **changes)
 
     def _drain(self) -> None:
         deadline = busy_at = time.monotonic()
