@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -75,9 +76,15 @@ def is_pool_name(text: str) -> bool:
 def check_resources(resources: Mapping[str, Any], given: SSDConfig) -> None:
     """Raise ValueError unless Ray can reserve `resources` for a drafter, which the keys of `given` fit into."""
     amounts = resources.values()
-    if not resources or not all(isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0 for x in amounts):
+    if not resources or not all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < math.inf for x in amounts
+    ):
         raise ValueError(
             f'ssd: drafter_resources must name amounts over 0, as in {{"GPU": 1}}, got {json.dumps(resources)}'
+        )
+    if resources.get("GPU", 1) > 1 and resources["GPU"] % 1:
+        raise ValueError(
+            f"ssd: drafter_resources: of GPUs Ray reserves a part of one, or whole ones, not {resources['GPU']:g}"
         )
     if resources.get("GPU", 1) % 1 and given.kv_cache_memory is None and given.gpu_memory_utilization is None:
         raise ValueError(
@@ -333,7 +340,10 @@ class SSDConfig:
         defaults = SSDConfig(self.model)
         keys = {k: v for k, v in asdict(self).items() if k not in own and v != getattr(defaults, k)}
         keys["model"] = self.model
-        return keys | {k: os.path.abspath(keys[k]) for k in ("model", "tokenizer") if os.path.exists(keys.get(k) or "")}
+        paths = {k: os.path.abspath(keys[k]) for k in ("model", "tokenizer") if os.path.exists(keys.get(k) or "")}
+        if self.download_dir is not None:
+            paths["download_dir"] = os.path.abspath(self.download_dir)
+        return keys | paths
 
     @property
     def num_awaited(self) -> int:

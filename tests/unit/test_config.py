@@ -135,9 +135,11 @@ def test_keys_for_a_drafter_elsewhere_make_the_same_drafter(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "draft").mkdir()
     user = {"num_speculative_tokens": 3, "fan_out": [1, 2, 3, 4], "kv_cache_memory": "64MiB", "top_m": 5}
-    config = SSDConfig.from_user({**RAY, **user, "model": "draft", "num_drafters": 2, "metrics_port": 9100})
+    folders = {"model": "draft", "download_dir": "not there yet"}
+    config = SSDConfig.from_user({**RAY, **user, **folders, "num_drafters": 2, "metrics_port": 9100})
     keys = json.loads(json.dumps(config.drafter_keys()))
-    assert SSDConfig.from_user(keys) == SSDConfig.from_user({**user, "model": str(tmp_path / "draft")})
+    whole = {name: str(tmp_path / folder) for name, folder in folders.items()}
+    assert SSDConfig.from_user(keys) == SSDConfig.from_user({**user, **whole})
     assert SSDConfig("org/name").drafter_keys() == {"model": "org/name"}
 
 
@@ -292,6 +294,8 @@ def test_sizes(text, size):
         ({"drafters": "ray", "drafter_resources": {}}, "must name amounts over 0"),
         ({"drafters": "ray", "drafter_resources": {"GPU": "1"}}, "must name amounts over 0"),
         ({"drafters": "ray", "drafter_resources": {"GPU": 0.5}}, "has 0.5 of a GPU .* set kv_cache_memory"),
+        ({"drafters": "ray", "drafter_resources": {"GPU": 1.5}}, "a part of one, or whole ones, not 1.5"),
+        ({"drafters": "ray", "drafter_resources": {"gold": float("inf")}}, "must name amounts over 0"),
         ({"drafters": "ray", "drafter_device": "cuda:1"}, "Ray chooses by resources"),
         ({"drafters": "ray", "num_drafters": 2, "min_drafters": 3}, "at most the number of drafters, 2"),
         ({**REMOTE, "min_drafters": 2}, "at most the number of drafters, 1"),

@@ -44,12 +44,19 @@ class Watch:
         return {}, set()
 
 cluster = types.ModuleType("vllm_ssd.pool.cluster")
-cluster.Watch, cluster.NoCluster, cluster.of_pool = Watch, RuntimeError, lambda pool: {}
+cluster.Watch, cluster.of_pool = Watch, lambda pool: {}
+cluster.NoCluster = cluster.BadResources = RuntimeError
 cluster.join = lambda unauthenticated: None
 cluster.is_on_a_node = lambda: True
 vllm_ssd.pool.cluster = sys.modules["vllm_ssd.pool.cluster"] = cluster
 from vllm_ssd.pool import agent
 agent.POLL_S = 0.02
+sys.exit(agent.main(int(sys.argv[1]), sys.argv[2]))
+"""
+OUTSIDE_RAY = """
+import sys
+from vllm_ssd.pool import agent, cluster
+cluster.join = lambda unauthenticated: None
 sys.exit(agent.main(int(sys.argv[1]), sys.argv[2]))
 """
 SOON_S = 10.0
@@ -80,11 +87,13 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def start(said: Path) -> Iterator[Callable[..., PlacedFleet]]:
     fleets: list[PlacedFleet] = []
 
-    def start(min_ready: int = 1, timeout_s: float = SOON_S, pool: str = "") -> PlacedFleet:
+    def start(
+        min_ready: int = 1, timeout_s: float = SOON_S, pool: str = "", resources: dict[str, float] | None = None
+    ) -> PlacedFleet:
         def connect(_: int, address: str, context) -> Seat:
             return Seat(address, context, OPTIONS, HELLO, startup_timeout_s=timeout_s, logger=LOGGER)
 
-        wanted = Wanted(pool, 2, {"GPU": 1}, {}, 8, False, os.getpid(), 0)
+        wanted = Wanted(pool, 2, resources or {"GPU": 1}, {}, 8, False, os.getpid(), 0)
         fleets.append(PlacedFleet(wanted, connect, min_ready=min_ready, startup_timeout_s=timeout_s, logger=LOGGER))
         return fleets[-1]
 
@@ -212,6 +221,15 @@ def test_without_ray_the_agent_says_how_to_get_it(
     monkeypatch.setattr(placed, "AGENT_COMMAND", [sys.executable, "-m", "vllm_ssd.pool"])
     with pytest.raises(DrafterFailed, match=r"pip install 'vllm-ssd\[ray\]'"):
         start().wait_until_ready()
+
+
+def test_resources_that_ray_does_not_take_are_said_at_once(
+    start: Callable[..., PlacedFleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placed, "AGENT_COMMAND", [sys.executable, "-c", OUTSIDE_RAY])
+    fleet = start(timeout_s=60.0, resources={"gold": 1e-5})
+    with pytest.raises(DrafterFailed, match=r'^ssd: Ray cannot reserve \{"gold": 1e-05\}: .*precision'):
+        fleet.wait_until_ready()
 
 
 def test_what_is_missing_is_said_again(

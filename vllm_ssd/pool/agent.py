@@ -34,21 +34,22 @@ def main(fd: int, wanted_json: str, actor: type | None = None) -> int:
     except ImportError:
         _tell(target, Roster(problem="drafters on Ray need it: pip install 'vllm-ssd[ray]'", fatal=True))
         return 1
+    server, told = Ancestor(wanted.server_pid), None
     try:
         cluster.join(wanted.unauthenticated)
-    except cluster.NoCluster as error:
+        agent = Agent(wanted, actor)
+        while not server.has_ended():
+            looked_at = time.monotonic()
+            roster = agent.look()
+            if roster != told or roster.problem:  # the target says now and then what is missing
+                _tell(target, roster)
+                told = roster
+            if not cluster.is_on_a_node():
+                return 1  # the next agent joins by another
+            time.sleep(max(looked_at + POLL_S - time.monotonic(), 0.0))
+    except (cluster.NoCluster, cluster.BadResources) as error:
         _tell(target, Roster(problem=str(error), fatal=True))
         return 1
-    server, agent, told = Ancestor(wanted.server_pid), Agent(wanted, actor), None
-    while not server.has_ended():
-        looked_at = time.monotonic()
-        roster = agent.look()
-        if roster != told or roster.problem:  # the target says now and then what is missing
-            _tell(target, roster)
-            told = roster
-        if not cluster.is_on_a_node():
-            return 1  # the next agent joins by another
-        time.sleep(max(looked_at + POLL_S - time.monotonic(), 0.0))
     return 0
 
 

@@ -23,6 +23,10 @@ class NoCluster(RuntimeError):
     """There is no cluster that may be used; the message is the one sentence the user needs."""
 
 
+class BadResources(ValueError):
+    """What Ray cannot reserve, wherever it may be; the message is the one sentence the user needs."""
+
+
 def join(unauthenticated: bool) -> None:
     """Become a driver of the cluster that runs on this host, or that RAY_ADDRESS names; raises `NoCluster`.
 
@@ -36,7 +40,8 @@ def join(unauthenticated: bool) -> None:
     try:
         ray.init("auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        raise NoCluster(f"no Ray cluster can be joined from this host ({str(error).splitlines()[0]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise NoCluster(f"no Ray cluster can be joined from this host ({reason})") from None
 
 
 def is_on_a_node() -> bool:
@@ -67,7 +72,10 @@ def end_this_actor() -> None:
 
 
 def place(actor: type, name: str, spec: DrafterSpec, pool: str = "") -> Handle:
-    """Have Ray place a drafter; one of a pool lives on without this driver."""
+    """Have Ray place a drafter; one of a pool lives on without this driver.
+
+    Raises `BadResources` for amounts that Ray does not take.
+    """
     resources = dict(spec.resources)
     options: dict[str, Any] = {
         "num_cpus": resources.pop("CPU", 0),
@@ -79,8 +87,11 @@ def place(actor: type, name: str, spec: DrafterSpec, pool: str = "") -> Handle:
         options["memory"] = resources.pop("memory")
     if pool:
         options |= {"name": f"{pool}/{name}", "lifetime": "detached"}
-    remote = ray.remote(actor).options(resources=resources, **options)  # pyright: ignore[reportAttributeAccessIssue]
-    return remote.remote(name, msgspec.json.encode(spec))
+    try:
+        remote = ray.remote(actor).options(resources=resources, **options)  # pyright: ignore[reportAttributeAccessIssue]
+        return remote.remote(name, msgspec.json.encode(spec))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadResources(f"Ray cannot reserve {json_of(spec.resources)}: {error}") from None
 
 
 def of_pool(pool: str) -> dict[str, Handle]:
