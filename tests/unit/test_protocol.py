@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.link.protocol import (
+    MAX_ALLOWED_ID,
+    MAX_BIASED,
     PROTOCOL_VERSION,
+    Bias,
     Close,
     DrafterStats,
     Evicted,
@@ -19,11 +22,13 @@ from vllm_ssd.link.protocol import (
     Refused,
     SpeculationBlock,
     Step,
+    Truncation,
     Welcome,
     decode_to_drafter,
     decode_to_target,
     encode,
     fingerprint,
+    pack_bias,
     pack_ids,
     unpack_ids,
 )
@@ -115,6 +120,15 @@ def test_truncated_and_overlong_messages_are_refused(decode, message):
             decode(wrong)
 
 
+def opening(truncation: Truncation) -> bytes:
+    return encode(Step([Open("a", 0, pack_ids([1]), 1.0, truncation)], 5))
+
+
+def test_the_largest_bias_is_a_message():
+    bias = pack_bias([MAX_ALLOWED_ID - 1], dict.fromkeys(range(MAX_BIASED), 1.0))
+    decode_to_drafter(opening(Truncation(bias=bias)))
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -128,6 +142,8 @@ def test_truncated_and_overlong_messages_are_refused(decode, message):
         pytest.param(encode(Step([Open("a", 0, pack_ids([1]), float("nan"))], 5)), id="temperature of NaN"),
         pytest.param(encode(Step([Open("a", 0, pack_ids([1]), -0.5)], 5)), id="negative temperature"),
         pytest.param(encode(Step([Open("a", 0, pack_ids([1, -1]), 0.0)], 5)), id="negative id in a prompt"),
+        pytest.param(opening(Truncation(bias=Bias(bytes(MAX_ALLOWED_ID // 8 + 1)))), id="bits of more ids than any"),
+        pytest.param(opening(Truncation(bias=Bias(b"", *2 * [bytes(4 * MAX_BIASED + 4)]))), id="too many biases"),
         pytest.param(b"\x93\x01\x91\x92\x02\xa2\xff\xfe\x05", id="invalid UTF-8"),
         pytest.param(b"\x93\x01\xdd\xff\xff\xff\xff", id="four billion events announced"),
         pytest.param(b"\x94\x01\x90\x05" + b"\x91" * 100_000, id="nested too deeply"),

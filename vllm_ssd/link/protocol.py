@@ -98,9 +98,9 @@ class Bias(_Message, frozen=True):
     token_ids, values: int32 and float32 little-endian, what is added to the logits of some ids
     """
 
-    allowed: bytes = b""
-    token_ids: bytes = b""
-    values: bytes = b""
+    allowed: Annotated[bytes, msgspec.Meta(max_length=MAX_ALLOWED_ID // 8)] = b""
+    token_ids: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_BIASED)] = b""
+    values: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_BIASED)] = b""
 
 
 NO_BIAS = Bias()
