@@ -1,26 +1,30 @@
-"""An engine with drafters that Ray places: its text is the target's while parts of Ray die."""
+"""Engines with drafters that Ray places: the text is the target's while parts of Ray die."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import engines
 import pytest
-from engines import Engine, assert_conclusive, request, texts
+from engines import HAS_V2, ON_V2, PAIR, Engine, assert_conclusive, request, texts
 from ray_cluster import AGENT, RECONNECT_S, RayCluster, running, wait_until
 
 pytestmark = pytest.mark.timed
 
-READY_S, ROUND_S = 60.0, 0.05
+READY_S, ROUND_S, V2_ROUND_S = 60.0, 0.05, 0.15
 ACTOR = "ray::ForkedDrafterActor"
+FORKED_AGENT = {"vllm_ssd.link.placed.AGENT_COMMAND": [*AGENT, "ForkedDrafterActor"]}
+SIZES = {"branch_budget": 12}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     with running(engines.server().address) as cluster:
-        cluster.add_node(drafter=2)
+        cluster.add_node(drafter=2, pooled=1)
         yield cluster
 
 
@@ -32,10 +36,10 @@ def engine(cluster: RayCluster, start_engine: Callable[..., Engine]) -> Iterator
             "num_drafters": 2,
             "min_drafters": 2,
             "drafter_resources": {"drafter": 1},
-            "branch_budget": 12,
             "on_miss": "skip",
+            **SIZES,
         },
-        patches={"vllm_ssd.link.placed.AGENT_COMMAND": [*AGENT, "ForkedDrafterActor"]},
+        patches=FORKED_AGENT,
     )
     yield engine
     engine.close()
@@ -66,6 +70,41 @@ def run(cluster: RayCluster, engine: Engine, requests: list[dict[str, Any]], exp
             assert_conclusive(done, **least)
 
     return run
+
+
+def pool_command(*arguments: str) -> str:
+    """Output of `vllm-ssd pool`, which succeeds."""
+    done = subprocess.run([*AGENT, "ForkedDrafterActor", "pool", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not HAS_V2, reason="no ngram_gpu on this vLLM's V2")
+def test_a_pool_drafts_for_the_v2_runner(
+    cluster: RayCluster, start_engine: Callable[..., Engine], requests: list[dict[str, Any]], expected: Any
+) -> None:
+    """Its drafter dies, and the courier hears from the next one."""
+    config = json.dumps({**SIZES, "num_speculative_tokens": 5, "dtype": "float32", "kv_cache_memory": "64MiB"})
+    resources = json.dumps({"pooled": 1})
+    pool_command("up", "v2", "--model", str(PAIR / "drafter"), "--resources", resources, "--config", config)
+    engine = start_engine(
+        speculative={**SIZES, "drafters": "ray:v2", "on_miss": "skip"}, environment=ON_V2, patches=FORKED_AGENT
+    )
+    assert engine.call("is_async")
+    done = engine.generate(requests, min_seconds=V2_ROUND_S)
+    assert texts(done) == expected
+    assert_conclusive(done, hits=30, accepted=30)
+    assert not engine.call("has_joined_ray")
+    engine.send("generate", requests=requests, min_seconds=V2_ROUND_S)
+    time.sleep(5 * V2_ROUND_S)
+    cluster.kill(ACTOR)
+    assert texts(engine.receive()) == expected
+    assert engine.call("wait_for_drafter", generation=2, timeout_s=READY_S)
+    done = engine.generate(requests, min_seconds=V2_ROUND_S)
+    assert texts(done) == expected
+    assert_conclusive(done, hits=30, accepted=30)
+    engine.close()
+    assert pool_command("down", "v2") == "1 drafters of v2 are ended\n"
 
 
 def await_drafters(engine: Engine) -> None:
