@@ -170,8 +170,11 @@ FEATURES = (
     Feature(
         "drafters that Ray places: `drafters: ray`",
         "yes",
-        "untested",
-        {"V1": ("integration/test_pool.py", "integration/test_pool_chaos.py", "unit/test_placed.py")},
+        "yes",
+        {
+            "V1": ("integration/test_pool.py", "integration/test_pool_chaos.py", "unit/test_placed.py"),
+            "V2": ("integration/test_pool_chaos.py::test_a_pool_drafts_for_the_v2_runner",),
+        },
     ),
     Feature("LoRA on the target", "yes", "untested", {"V1": ("integration/test_lora.py",)}),
     Feature(
