@@ -30,7 +30,7 @@ from typing import Any
 
 from bench_prompts import held_out_prompts
 from bench_report import environment, spread
-from bench_systems import PAIR, console, run_script
+from bench_systems import PAIR, console, run_script, start_pair
 from rich.table import Table
 
 from vllm_ssd.planning.engine_host import EngineProcess, serve
@@ -205,23 +205,10 @@ class PairEngine:
 
     def start(self, speculative: dict[str, Any]) -> None:
         """Start the bundled pair with keys of speculative_config."""
-        from vllm import EngineArgs, LLMEngine
-
         from vllm_ssd.compat.target import measure
 
         config = {"method": "ssd", "model": str(PAIR / "drafter"), "num_speculative_tokens": 5, "on_miss": "skip"}
-        self._engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=str(PAIR / "target"),
-                dtype="float32",
-                enforce_eager=True,
-                max_model_len=512,
-                max_num_seqs=8,
-                kv_cache_memory_bytes=128 << 20,
-                enable_prefix_caching=False,
-                speculative_config=config | {"adaptive": False} | speculative,
-            )
-        )
+        self._engine = start_pair(config | {"adaptive": False} | speculative)
         self._counts = measure.proposer(self._engine)._metrics.counts
 
     def decode(self, prompts: list[list[int]], max_tokens: int) -> dict[str, float]:

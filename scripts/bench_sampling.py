@@ -18,7 +18,7 @@ from typing import Any
 
 from bench_prompts import held_out_prompts
 from bench_report import environment
-from bench_systems import PAIR, choose_cores, console, run_script
+from bench_systems import PAIR, choose_cores, console, run_script, start_pair
 
 from vllm_ssd.planning.engine_host import EngineProcess, serve, threads_on
 
@@ -45,27 +45,13 @@ class Worker:
 
     def start(self, speculative_config: dict[str, Any], cut: bool) -> None:
         """Start an engine; unless `cut`, the drafter is not told of top-k and top-p."""
-        from vllm import EngineArgs, LLMEngine
-
         from vllm_ssd.compat.target import runner_v1
         from vllm_ssd.link.protocol import ALL_TOKENS
 
         runner_v1.repair_cpu_sampling()  # as SSD does for itself
         if not cut:
             runner_v1.truncation_of = lambda params: ALL_TOKENS
-        self._engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=str(PAIR / "target"),
-                dtype="float32",
-                enforce_eager=True,
-                max_model_len=512,
-                max_num_seqs=8,
-                kv_cache_memory_bytes=128 << 20,
-                disable_log_stats=False,
-                enable_prefix_caching=False,
-                speculative_config=speculative_config,
-            )
-        )
+        self._engine = start_pair(speculative_config, disable_log_stats=False)
 
     def generate(self, prompts: list[list[int]], max_tokens: int, sampling: dict[str, Any]) -> dict[str, float]:
         """What vLLM's counters of drafts, and accepted ones, grew by at temperature 1."""

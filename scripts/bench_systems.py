@@ -27,6 +27,25 @@ STARTUP_TIMEOUT_S = 300
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
+def start_pair(speculative_config: dict[str, Any], **engine_args: Any) -> Any:
+    """vLLM's engine with the bundled target, for short prompts of at most eight requests at once."""
+    from vllm import EngineArgs, LLMEngine
+
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=str(PAIR / "target"),
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=512,
+            max_num_seqs=8,
+            kv_cache_memory_bytes=128 << 20,
+            enable_prefix_caching=False,
+            speculative_config=speculative_config,
+            **engine_args,
+        )
+    )
+
+
 def on_cpu() -> bool:
     """Whether the installed vLLM runs models on the CPU."""
     from vllm.platforms import current_platform

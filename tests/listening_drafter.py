@@ -11,6 +11,7 @@ import fake_model
 import msgspec
 
 from vllm_ssd.drafter import __main__, standalone
+from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.server import build_engine
 from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, Welcome
@@ -22,6 +23,20 @@ BROKEN = "a model that cannot be loaded"
 """Name of a draft model whose start fails."""
 
 
+def engine_with(options: DrafterOptions, model: fake_model.FakePagedModel) -> DraftEngine:
+    """The engine of a drafter with these options."""
+    return build_engine(
+        model,
+        FanOut(options.num_speculative_tokens, options.fan_out, options.branch_budget),
+        num_speculative_tokens=options.num_speculative_tokens,
+        max_num_seqs=options.max_num_seqs,
+        max_branches=options.max_branches,
+        max_fan_out=options.max_fan_out,
+        top_m=options.top_m,
+        seed=0,
+    )
+
+
 def boot(place: str, options: DrafterOptions, refuse: Callable[[Exception], None]) -> Any:
     """In place of `vllm_ssd.drafter.server.boot`."""
     if options.engine_args["model"] == BROKEN:
@@ -29,17 +44,8 @@ def boot(place: str, options: DrafterOptions, refuse: Callable[[Exception], None
         refuse(error)
         raise error
 
-    def engine(_: Any) -> Any:
-        return build_engine(
-            MODEL(400),
-            FanOut(options.num_speculative_tokens, options.fan_out, options.branch_budget),
-            num_speculative_tokens=options.num_speculative_tokens,
-            max_num_seqs=options.max_num_seqs,
-            max_branches=options.max_branches,
-            max_fan_out=options.max_fan_out,
-            top_m=options.top_m,
-            seed=0,
-        )
+    def engine(_: Any) -> DraftEngine:
+        return engine_with(options, MODEL(400))
 
     def greet(_: Hello) -> Any:
         return SimpleNamespace(notice="")

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 
 import fake_model
 import pytest
+from listening_drafter import engine_with
 from test_tenants import HELLO, LONGEST_STEP, OPTIONS, SLOTS, WELCOME, K
 
 from vllm_ssd.drafter.ration import Ration
-from vllm_ssd.drafter.server import apply, build_engine
+from vllm_ssd.drafter.server import apply
 from vllm_ssd.drafter.tenants import Tenant, Tenants
 from vllm_ssd.link.protocol import Close, Open, Outcome, Push, Step, pack_ids
-from vllm_ssd.policy import FanOut
 
 LOGGER = logging.getLogger("test_ration")
 VOCAB_SIZE = fake_model.FakePagedModel.vocab_size
@@ -111,16 +111,7 @@ def strangers() -> Iterator[Step]:
 def hits(flood: Iterator[Step] | None) -> float:
     """The share of an honest target's rounds that find a block, with or without another one beside it."""
     model = fake_model.FakePagedModel(4000, max_model_len=LONG + 100)
-    engine = build_engine(
-        model,
-        FanOut(K, 3),
-        num_speculative_tokens=K,
-        max_num_seqs=SLOTS,
-        max_branches=OPTIONS.max_branches,
-        max_fan_out=3,
-        top_m=5,
-        seed=0,
-    )
+    engine = engine_with(OPTIONS, model)
     tenants = Tenants(Nobody(), OPTIONS, lambda hello: WELCOME, LONGEST_STEP, LOGGER)
     honest = Honest(SLOTS // 2)
     wires = [honest.wire]

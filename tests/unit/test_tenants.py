@@ -19,11 +19,12 @@ import fake_model
 import msgspec
 import numpy as np
 import pytest
+from listening_drafter import engine_with
 from malformed_frames import malformed
 
 from vllm_ssd.drafter import tenants as tenants_module
 from vllm_ssd.drafter.accept import Acceptor
-from vllm_ssd.drafter.server import Booted, build_engine, serve
+from vllm_ssd.drafter.server import Booted, serve
 from vllm_ssd.drafter.standalone import Host
 from vllm_ssd.drafter.tenants import Stopped, Tenants
 from vllm_ssd.drafter.vocabulary import VocabularyMap
@@ -35,7 +36,6 @@ from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import PROTOCOL_VERSION, Close, Hello, Open, Outcome, Push, Refused, Step, Welcome, pack_ids
 from vllm_ssd.link.remote import RemoteDrafter
 from vllm_ssd.link.transport import ProcessTransport, TransportClosed
-from vllm_ssd.policy import FanOut
 
 LOGGER = logging.getLogger("test_tenants")
 K, SLOTS, LONGEST_STEP = 3, 8, 1 << 20
@@ -53,16 +53,7 @@ class Drafter:
     """A drafter that listens, on a thread of this process."""
 
     def __init__(self, credential: Path, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
-        self.engine = build_engine(
-            fake_model.FakePagedModel(400),
-            FanOut(K, 3),
-            num_speculative_tokens=K,
-            max_num_seqs=SLOTS,
-            max_branches=OPTIONS.max_branches,
-            max_fan_out=3,
-            top_m=5,
-            seed=0,
-        )
+        self.engine = engine_with(OPTIONS, fake_model.FakePagedModel(400))
         acceptor = Acceptor(address, tls_context(credential, is_server=True), LOGGER)
         self.address = acceptor.address
         self.tenants = Tenants(acceptor, OPTIONS, lambda hello: WELCOME, LONGEST_STEP, LOGGER)
