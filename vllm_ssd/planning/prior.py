@@ -38,13 +38,14 @@ class Device:
 
 DEVICES = {
     "A100": Device(2.0e12, 312e12),
+    "B200": Device(8.0e12, 2250e12),
     "H100": Device(3.35e12, 989e12),
     "H200": Device(4.8e12, 989e12),
     "L40S": Device(0.864e12, 362e12),
     "RTX3090": Device(0.936e12, 71e12),
     "RTX4090": Device(1.008e12, 165e12),
 }
-"""Data sheets, dense bfloat16."""
+"""Data sheets, dense bfloat16 (B200: an eighth of a DGX B200's, whose sheet counts sparse operations)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ class Shape:
     """Size of a decoder.
 
     weights, active: parameters in total and used by one token; kv_per_token: key and value elements per token, in all
-    layers. parallel: it was trained to draw all drafts of a branch in one step, over masks.
+    layers. parallel: it was trained to draw all drafts of a branch in one step, over masks. experts, experts_per_token:
+    of each layer, 0 if it is dense. ValueError where a token uses as many experts as there are, or more.
     """
 
     weights: float
@@ -61,6 +63,23 @@ class Shape:
     kv_per_token: float = 0.0
     bytes_per_weight: float = 2.0
     parallel: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+
+    def __post_init__(self) -> None:
+        if self.experts and not 0 < self.experts_per_token < self.experts:
+            raise ValueError(f"{self.experts_per_token} of {self.experts} experts a token: no mixture of experts")
+
+    def read(self, tokens: float) -> float:
+        """Parameters that one forward over `tokens` tokens reads.
+
+        Of a mixture, all that is not an expert, and the experts that any of the tokens is routed to.
+        """
+        if not self.experts:
+            return min(self.weights, self.active * tokens)
+        expert = (self.weights - self.active) / (self.experts - self.experts_per_token)
+        others = self.active - self.experts_per_token * expert
+        return others + expert * distinct_experts(self.experts, self.experts_per_token, tokens)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Shape:
@@ -85,6 +104,8 @@ class Shape:
             layers=layers,
             kv_per_token=2 * layers * kv_heads * head,
             parallel=parallel,
+            experts=experts if experts > used else 0,
+            experts_per_token=used if experts > used else 0,
         )
 
     @classmethod
@@ -93,11 +114,22 @@ class Shape:
         return cls(parameters, parameters, max(2, round(16 * (parameters / 1e9) ** 0.38)))
 
 
-def forward_s(shape: Shape, device: Device, count: int, tokens: float, rows: float) -> float:
-    """Roofline time in seconds of one forward over `tokens` tokens of `rows` requests on `count` devices."""
-    # Each further token makes a mixture of experts read more of them, up to all.
-    read = min(shape.weights, shape.active * tokens) if shape.active < shape.weights else shape.weights
-    num_bytes = shape.bytes_per_weight * (read + rows * CONTEXT_TOKENS * shape.kv_per_token)
+def distinct_experts(experts: int, per_token: int, tokens: float) -> float:
+    """Expected number of experts of a layer that `tokens` tokens use, each token a random `per_token` of them.
+
+    Neighbouring tokens of one text share more than that, so it is an upper bound.
+    """
+    return experts * (1 - (1 - per_token / experts) ** tokens)
+
+
+def forward_s(
+    shape: Shape, device: Device, count: int, tokens: float, rows: float, context: float = CONTEXT_TOKENS
+) -> float:
+    """Roofline time in seconds of one forward over `tokens` tokens of `rows` requests on `count` devices.
+
+    context: tokens whose keys and values each row reads.
+    """
+    num_bytes = shape.bytes_per_weight * (shape.read(tokens) + rows * context * shape.kv_per_token)
     memory_s = num_bytes / (BANDWIDTH_EFFICIENCY * device.bytes_per_s * count)
     compute_s = 2 * shape.active * tokens / (COMPUTE_EFFICIENCY * device.flops_per_s * count)
     return STEP_S + LAYER_S * shape.layers + max(memory_s, compute_s)
