@@ -143,18 +143,21 @@ def test_pooling_models_are_refused(monkeypatch: pytest.MonkeyPatch, v2: bool) -
 
 
 @pytest.mark.parametrize(
-    ("architecture", "v2", "on_gpu"),
+    ("architecture", "version", "v2", "on_gpu"),
     [
-        ("Qwen3NextForCausalLM", False, True),
-        ("Mamba2ForCausalLM", True, True),
-        ("Mamba2ForCausalLM", False, False),
-        ("JambaForCausalLM", True, False),
-        ("FalconMambaForCausalLM", True, False),
+        ("Qwen3NextForCausalLM", "0.32.1", False, True),
+        ("Qwen3NextForCausalLM", "0.31.0", False, False),
+        ("Qwen3NextForCausalLM", "0.31.0", True, False),
+        ("Mamba2ForCausalLM", "0.33.0", True, True),
+        ("Mamba2ForCausalLM", "0.33.0", False, False),
+        ("JambaForCausalLM", "0.33.0", True, False),
+        ("FalconMambaForCausalLM", "0.33.0", True, False),
     ],
 )
 def test_states_that_are_not_rolled_back_are_refused(
-    monkeypatch: pytest.MonkeyPatch, architecture: str, v2: bool, on_gpu: bool
+    monkeypatch: pytest.MonkeyPatch, architecture: str, version: str, v2: bool, on_gpu: bool
 ) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
     for is_cpu, is_served in ((True, False), (False, on_gpu)):
         monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cpu=lambda is_cpu=is_cpu: is_cpu))
         if is_served:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_ssd.compat.target import runner
+from vllm_ssd.compat.version import minor_of
 
 MAMBA_1 = ("MambaForCausalLM", "FalconMambaForCausalLM", "JambaForCausalLM")
 """Architectures whose layers (`MambaMixer`) and metadata (`Mamba1AttentionMetadataBuilder`) know of no drafts."""
@@ -14,10 +15,11 @@ def check_target(model_config: Any) -> None:
     """Raise ValueError for a target whose text any speculation would change, as far as vLLM 0.29 to 0.33 serves it.
 
     vLLM keeps a state for each draft, and starts the next round from that of the last accepted token. It does not in
-    Mamba-1 layers. Its V1 runner does not count what was accepted where there is no attention at all
-    (`_update_states_after_model_execute`). On the CPU, operations for Mamba-2 and short convolutions read no such
-    count, and with gated delta networks the text changes, too.
+    Mamba-1 layers, nor up to 0.31 in rounds without drafts. Its V1 runner does not count what was accepted where there
+    is no attention at all (`_update_states_after_model_execute`). On the CPU, operations for Mamba-2 and short
+    convolutions read no such count, and with gated delta networks the text changes, too.
     """
+    import vllm
     from vllm.platforms import current_platform
 
     architecture = model_config.architecture
@@ -27,6 +29,8 @@ def check_target(model_config: Any) -> None:
         return
     elif current_platform.is_cpu():
         where, instead = "on the CPU vLLM", ", or on a GPU"
+    elif minor_of(vllm.__version__) < (0, 32):
+        where, instead = f"vLLM {vllm.__version__}", ", or with vLLM 0.32"
     elif model_config.is_attention_free and not runner.is_v2():
         where, instead = "on the V1 runner vLLM", ", or on V2"
     else:
