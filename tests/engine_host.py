@@ -155,6 +155,8 @@ class EngineHost:
 
         params = BeamSearchParams(beam_width=width, max_tokens=max_tokens, ignore_eos=True)
         outputs = self._llm.beam_search([{"prompt_token_ids": prompt} for prompt in prompts], params)
+        if V2 and self._proposer is not None:
+            self._settle()
         return [[beam.tokens[-max_tokens:] for beam in output.sequences] for output in outputs]
 
     def counts(self) -> dict[str, int]:

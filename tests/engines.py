@@ -98,6 +98,7 @@ class Engine(EngineProcess):
     ) -> None:
         *self._cores, drafter_core = own_cores()
         self._variables = BASE | (environment or {})
+        self.on_v2 = self._variables.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
         self._forked = forked and self._variables in FORKED
         super().__init__(
             [str(HOST)],

@@ -1,7 +1,8 @@
 """What users ask of a server beside sampling: with SSD, text and logprobs are those of the target alone.
 
 One target, whose KV pool holds one request of full length, with priorities, a reasoning parser, prompt embeddings,
-prefix caching and prompts in pieces.
+prefix caching and prompts in pieces. On the V2 runner, which is slow under Triton's interpreter, requests are fewer and
+shorter.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import Engine, assert_conclusive, request, texts
+from engines import HAS_V2, ON_V2, Engine, assert_conclusive, assert_counts_agree, request, texts
 from random_requests import WITH_REASONING, same_logprobs
-
-pytestmark = pytest.mark.timed
 
 Prompts = Callable[..., list[list[int]]]
 
@@ -37,11 +36,26 @@ ANSWER = r"[0-9]{3}-[a-z]{2,8}\."
 """What structured outputs are to match."""
 
 
-@pytest.fixture(scope="module")
-def engine(start_engine: Callable[..., Engine]) -> Iterator[Engine]:
-    engine = start_engine(speculative={"branch_budget": 12}, **FEATURES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("V1", marks=pytest.mark.timed),
+        pytest.param(
+            "V2", marks=pytest.mark.skipif(not HAS_V2, reason="this vLLM's V2 runner has no method for a CPU")
+        ),
+    ],
+)
+def engine(request: pytest.FixtureRequest, start_engine: Callable[..., Engine]) -> Iterator[Engine]:
+    environment = ON_V2 if request.param == "V2" else {}
+    engine = start_engine(speculative={"branch_budget": 12}, environment=environment, **FEATURES)
     yield engine
     engine.close()
+
+
+@pytest.fixture
+def few(engine: Engine) -> Callable[[int], int]:
+    """As many requests or tokens as the runner has time for."""
+    return lambda number: max(number // 3, 2) if engine.on_v2 else number
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +70,10 @@ def reference(start_engine: Callable[..., Engine]) -> Iterator[Engine]:
 def compare(
     engine: Engine, reference: Engine, requests: list[dict[str, Any]], calls: dict[int, tuple[str, Any]] | None = None
 ) -> SimpleNamespace:
-    """Run `requests` with SSD, with `calls` of the engine meanwhile, and without both; the texts are the same."""
+    """Run `requests` with SSD, with `calls` of the engine meanwhile, and without both; the texts are the same.
+
+    On V2, a round that such a call interrupts may be counted by vLLM alone, or by SSD.
+    """
     run, expected = engine.generate(requests, min_seconds=ROUND_S, calls=calls), reference.generate(requests)
     assert texts(run) == texts(expected)
     for output, plain in zip(run.outputs, expected.outputs):
@@ -64,64 +81,77 @@ def compare(
         assert len(output.prompt_logprobs) == len(plain.prompt_logprobs)
         assert all(map(same_logprobs, output.prompt_logprobs, plain.prompt_logprobs))
         assert all(map(same_logprobs, output.samples[0].logprobs, plain.samples[0].logprobs))
-    assert_conclusive(run, hits=5, accepted=10)
+    if engine.on_v2 and calls:
+        assert run.counts["hits"] >= 2 and run.counts["accepted_tokens"] >= 4, f"inconclusive: {run.counts}"
+    else:
+        assert_conclusive(run, hits=2 if engine.on_v2 else 5, accepted=4 if engine.on_v2 else 10)
     return run
 
 
-def test_structure_begins_where_reasoning_ends(engine: Engine, reference: Engine, prompts: Prompts) -> None:
+def test_structure_begins_where_reasoning_ends(
+    engine: Engine, reference: Engine, prompts: Prompts, few: Callable[[int], int]
+) -> None:
     """The budget ends reasoning at every place of a round, and the token after the end is the grammar's first."""
     requests = [
         request([*prompt, MARKERS[0]], max_tokens=60, thinking_token_budget=i, regex=ANSWER, ignore_eos=False)
-        for i, prompt in enumerate(prompts(10, 20, 40, seed=80))
+        for i, prompt in enumerate(prompts(few(10), 20, 40, seed=80))
     ]
     run = compare(engine, reference, requests)
     ends = [tokens.index(MARKERS[1]) for (tokens,) in texts(run)]
-    assert ends == list(range(10))
+    assert ends == list(range(few(10)))
     for output in run.outputs:
         assert re.search(rf"return{ANSWER}\Z", output.samples[0].text), output.samples[0].text
 
 
-def test_prompt_logprobs_of_prompts_in_pieces(engine: Engine, reference: Engine, prompts: Prompts) -> None:
+def test_prompt_logprobs_of_prompts_in_pieces(
+    engine: Engine, reference: Engine, prompts: Prompts, few: Callable[[int], int]
+) -> None:
     requests = [
-        request(prompt, max_tokens=30, prompt_logprobs=i % 3, logprobs=2, join_step=2 * i)
-        for i, prompt in enumerate(prompts(4, 70, 150, seed=81))
+        request(prompt, max_tokens=few(30), prompt_logprobs=i % 3, logprobs=2, join_step=2 * i)
+        for i, prompt in enumerate(prompts(few(4), 70, 150, seed=81))
     ]
     run = compare(engine, reference, requests)
     assert [len(output.prompt_logprobs) for output in run.outputs] == [len(r["prompt"]) - 1 for r in requests]
 
 
-def test_prompt_embeddings_beside_tokens(engine: Engine, reference: Engine, prompts: Prompts) -> None:
+def test_prompt_embeddings_beside_tokens(
+    engine: Engine, reference: Engine, prompts: Prompts, few: Callable[[int], int]
+) -> None:
     """The embeddings are those of tokens, so the text is what the tokens give."""
-    as_tokens = [request(prompt, max_tokens=30, join_step=i) for i, prompt in enumerate(prompts(6, 20, 60, seed=82))]
+    as_tokens = [
+        request(prompt, max_tokens=few(30), join_step=i) for i, prompt in enumerate(prompts(few(6), 20, 60, seed=82))
+    ]
     mixed = [asked | {"embedded": i % 2 == 0} for i, asked in enumerate(as_tokens)]
     compare(engine, reference, mixed)
     assert texts(reference.generate(mixed)) == texts(reference.generate(as_tokens))
 
 
-def test_the_prefix_cache_is_reset_while_requests_run(engine: Engine, reference: Engine, prompts: Prompts) -> None:
+def test_the_prefix_cache_is_reset_while_requests_run(
+    engine: Engine, reference: Engine, prompts: Prompts, few: Callable[[int], int]
+) -> None:
     """With `reset_running_requests` they are preempted, and prefilled again."""
-    requests = [request(prompt, max_tokens=50) for prompt in prompts(4, 20, 60, seed=83)]
+    requests = [request(prompt, max_tokens=50) for prompt in prompts(few(4), 20, 60, seed=83)]
     reset = ("reset_prefix_cache", {"reset_running_requests": True})
     run = compare(engine, reference, requests, calls={6: reset, 9: reset, 14: ("reset_prefix_cache", {})})
-    assert run.counts["vllm:num_preemptions"] >= 4, "inconclusive: nothing was preempted"
+    assert run.counts["vllm:num_preemptions"] >= few(4), "inconclusive: nothing was preempted"
 
 
 def test_the_urgent_preempt_the_others_of_a_pool_that_holds_one(
-    engine: Engine, reference: Engine, prompts: Prompts
+    engine: Engine, reference: Engine, prompts: Prompts, few: Callable[[int], int]
 ) -> None:
     requests = [
-        request(prompt, max_tokens=150, join_step=6 * i, priority=-i)
-        for i, prompt in enumerate(prompts(5, 150, 300, seed=84))
+        request(prompt, max_tokens=few(150), join_step=6 * i, priority=-i)
+        for i, prompt in enumerate(prompts(few(5), 150, 300, seed=84))
     ]
     run = compare(engine, reference, requests)
     assert run.counts["vllm:num_preemptions"] > 0, "inconclusive: nothing was preempted"
 
 
-def test_seeds_beside_none(engine: Engine, reference: Engine, prompts: Prompts) -> None:
+def test_seeds_beside_none(engine: Engine, reference: Engine, prompts: Prompts, few: Callable[[int], int]) -> None:
     """Prompts that fit into one piece: vLLM's CPU runner has no seeds beside pieces."""
     requests = [
         request(prompt, max_tokens=30, join_step=4 * i, **({"temperature": 0.9, "seed": i} if i % 2 else {}))
-        for i, prompt in enumerate(prompts(8, 10, 14, seed=85))
+        for i, prompt in enumerate(prompts(few(8), 10, 14, seed=85))
     ]
     run, expected = engine.generate(requests, min_seconds=ROUND_S), reference.generate(requests)
     assert texts(run)[::2] == texts(expected)[::2]
@@ -129,9 +159,9 @@ def test_seeds_beside_none(engine: Engine, reference: Engine, prompts: Prompts) 
     assert_conclusive(run, hits=5, accepted=10)
 
 
-def test_sleep_and_wake(engine: Engine, reference: Engine, prompts: Prompts) -> None:
+def test_sleep_and_wake(engine: Engine, reference: Engine, prompts: Prompts, few: Callable[[int], int]) -> None:
     """Requests that run when the engine is put to sleep go on when it wakes."""
-    requests = [request(prompt, max_tokens=50) for prompt in prompts(4, 20, 40, seed=86)]
+    requests = [request(prompt, max_tokens=few(50)) for prompt in prompts(few(4), 20, 40, seed=86)]
     compare(
         engine, reference, requests, calls={8: ("sleep", {"level": 0, "mode": "keep"}), 14: ("wake_up", {"tags": None})}
     )
@@ -140,16 +170,22 @@ def test_sleep_and_wake(engine: Engine, reference: Engine, prompts: Prompts) -> 
 def test_beam_search(engine: Engine, reference: Engine, prompts: Prompts) -> None:
     """Each beam is a request of one token, which has no room for drafts: they must not disturb it."""
     asked = {"prompts": prompts(2, 20, 40, seed=87), "width": 3, "max_tokens": 8}
+    before = engine.call("counts")
     assert engine.call("beam_search", **asked) == reference.call("beam_search", **asked)
+    counts = {name: value - before.get(name, 0) for name, value in engine.call("counts").items()}
+    assert_counts_agree(SimpleNamespace(counts=counts))
 
 
-def test_reloaded_weights(engine: Engine, reference: Engine, prompts: Prompts) -> None:
-    requests = [request(prompt, max_tokens=40, join_step=i) for i, prompt in enumerate(prompts(4, 20, 60, seed=88))]
+def test_reloaded_weights(engine: Engine, reference: Engine, prompts: Prompts, few: Callable[[int], int]) -> None:
+    requests = [
+        request(prompt, max_tokens=few(40), join_step=i) for i, prompt in enumerate(prompts(few(4), 20, 60, seed=88))
+    ]
     engine.call("call_engine", name="collective_rpc", arguments={"method": "reload_weights"})
     compare(engine, reference, requests)
     assert "drafter keeps the weights" in engine.log.read_text()
 
 
+@pytest.mark.timed
 def test_kv_from_a_connector(
     start_engine: Callable[..., Engine], target_alone: Engine, prompts: Prompts, tmp_path: Path
 ) -> None:
