@@ -90,8 +90,24 @@ SMALL: dict[str, Any] = {
 """Values of the settings that a configuration has; others stay as transformers has them."""
 
 TIED = {"tie_word_embeddings": True}
-LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "first_k_dense_replace": 1, "n_shared_experts": 1}
-"""The one size of latent keys that vLLM's CPU build has."""
+LATENT = {
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "head_dim": 64,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": MAX_MODEL_LEN // 4,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+}
+"""As DeepSeek has it, with the one size of latent keys that the CPU build has; it rotates them wrongly without YaRN
+(`docs/limits.md`)."""
 MIXED = ["sliding_attention", "full_attention"] * 2
 
 
@@ -179,7 +195,9 @@ ZOO: dict[str, Entry] = {
     "ernie4_5_moe": Entry("ernie4_5_moe", "full, experts"),
     "hunyuan_v1_moe": Entry("hunyuan_v1_moe", "full, experts"),
     "dots1": Entry("dots1", "full, experts", {"first_k_dense_replace": 1, "n_shared_experts": 1}),
-    "minimax_m2": Entry("minimax_m2", "full, experts", {"rotary_dim": 32}),
+    "minimax_m2": Entry(
+        "minimax_m2", "full, experts", {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True}
+    ),
     "deepseek_v2": Entry("deepseek_v2", "latent, experts", LATENT),
     "deepseek_v3": Entry("deepseek_v3", "latent, experts", {"topk_method": "noaux_tc", **LATENT}),
     "minicpm3": Entry("minicpm3", "latent"),
@@ -204,13 +222,8 @@ ZOO: dict[str, Entry] = {
     ),
     "olmo3": _mixed("olmo3"),
     "exaone4": _mixed("exaone4"),
-    "qwen2_windows": Entry(
-        "qwen2",
-        "full and sliding",
-        {"num_hidden_layers": 4, "use_sliding_window": True, "max_window_layers": 2, "layer_types": MIXED},
-    ),
     "granite_swa": _mixed("granite_swa"),
-    "afmoe": _mixed("afmoe", "sliding and full, experts", num_dense_layers=1),
+    "afmoe": _mixed("afmoe", "sliding and full, experts", num_dense_layers=1, score_func="sigmoid"),
     # recurrent or linear-attention layers
     "mamba": Entry("mamba", "recurrent"),
     "mamba2": Entry("mamba2", "recurrent", {"num_heads": 8, "head_dim": 32, "expand": 2}),
