@@ -23,6 +23,7 @@ from rich.table import Table
 FIRST_ROUNDS = 20
 LATE_GOAL = 2
 OUTCOMES = ("hits", "misses", "late")
+COLUMNS = ("prompt_tokens", "drafter_read", "rounds", "late", "hits")
 
 
 def longer_pair(folder: Path, max_model_len: int) -> dict[str, str]:
@@ -44,11 +45,14 @@ def chat_texts(num_tokens: int, turns: int, turn_tokens: int) -> tuple[list[int]
 
 
 def run_turn(engine: Any, counts: dict[str, int], name: str, prompt: list[int], args: argparse.Namespace) -> dict:
-    """Generate the answer to `prompt`: its tokens, outcomes of its first rounds, milliseconds to token and hit."""
+    """Generate the answer to `prompt`: its tokens, outcomes of its first rounds, milliseconds to token and hit.
+
+    drafter_read: tokens of the prompt that were not in the drafter's prefix cache.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=args.answer_tokens, ignore_eos=True)
-    before, seen, started = dict(counts), [], time.perf_counter()
+    num_read, before, seen, started = tokens_read(counts), dict(counts), [], time.perf_counter()
     engine.add_request(name, {"prompt_token_ids": prompt}, params)
     first_token_s = first_hit_s = None
     token_ids: list[int] = []
@@ -68,6 +72,7 @@ def run_turn(engine: Any, counts: dict[str, int], name: str, prompt: list[int], 
         time.sleep(max(0.0, args.round_ms / 1e3 - (now - began)))
     return {
         "prompt_tokens": len(prompt),
+        "drafter_read": tokens_read(counts) - num_read,
         "token_ids": token_ids,
         "rounds": len(seen),
         "outcomes": "".join(outcome[0] for outcome in seen),
@@ -76,6 +81,11 @@ def run_turn(engine: Any, counts: dict[str, int], name: str, prompt: list[int], 
         "first_token_ms": None if first_token_s is None else 1e3 * first_token_s,
         "first_hit_ms": None if first_hit_s is None else 1e3 * first_hit_s,
     }
+
+
+def tokens_read(counts: dict[str, int]) -> int:
+    """Tokens of prompts that the drafter had to compute so far."""
+    return counts["drafter_prompt_tokens"] - counts["drafter_cached_tokens"]
 
 
 def main() -> None:
@@ -119,15 +129,21 @@ def main() -> None:
             turns.append(run_turn(engine, counts, f"turn {i}", chat, args))
             chat = chat + turns[-1].pop("token_ids")
     table = Table(
-        "turn", "prompt", "rounds", "late of the first 20", "hits of the first 20", "first token", "first hit"
+        "turn",
+        "prompt",
+        "read by the drafter",
+        "rounds",
+        "late of the first 20",
+        "hits of the first 20",
+        "first token",
+        "first hit",
     )
     for i, turn in enumerate(turns, 1):
         times = [f"{turn[name]:.0f} ms" if turn[name] else "none" for name in ("first_token_ms", "first_hit_ms")]
-        table.add_row(*map(str, (i, turn["prompt_tokens"], turn["rounds"], turn["late"], turn["hits"])), *times)
+        table.add_row(*map(str, (i, *(turn[name] for name in COLUMNS))), *times)
     console.print(table)
-    read = {name: counts[name] for name in ("drafter_prompt_tokens", "drafter_cached_tokens") if name in counts}
     num_good = sum(turn["late"] <= LATE_GOAL for turn in turns)
-    console.print(f"{num_good} of {len(turns)} turns with at most {LATE_GOAL} late; {read}")
+    console.print(f"{num_good} of {len(turns)} turns with at most {LATE_GOAL} late")
     if args.out:
         args.out.write_text(json.dumps({"args": {k: str(v) for k, v in vars(args).items()}, "turns": turns}, indent=1))
 

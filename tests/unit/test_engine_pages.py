@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 from engine_target import K, check_conservation, drive, grow
 from fake_model import FakePagedModel
 
@@ -65,10 +66,11 @@ def test_pages_that_are_shared_before_the_device_knows(make_target):
         assert not set(trees.page_tables[0, :1].tolist()) & set(trees.page_tables[1:3, :4].flatten().tolist())
 
 
-def test_the_next_turn_of_a_chat_reads_what_is_new(make_target):
+@pytest.mark.parametrize("num_tokens", [300, 3000])
+def test_the_next_turn_of_a_chat_reads_what_is_new(make_target, num_tokens: int):
     """Ten turns: each begins with all that was said, of which at most a page and the last drafts are read again."""
-    target, rng = make_target(max_model_len=800), random.Random(0)
-    chat, longest_wait = [rng.randrange(13) for _ in range(300)], 0
+    target, rng = make_target(num_pages=num_tokens // PAGE_SIZE + 300, max_model_len=num_tokens + 500), random.Random(0)
+    chat, longest_wait = [rng.randrange(13) for _ in range(num_tokens)], 0
     for turn in range(10):
         said, name = len(chat), f"turn {turn}"
         chat = chat + [rng.randrange(13) for _ in range(5)]
@@ -89,7 +91,7 @@ def test_the_next_turn_of_a_chat_reads_what_is_new(make_target):
         target.close(name)
         assert target.engine.num_prompt_tokens > tokens
     assert longest_wait <= 2
-    assert target.engine.num_cached_tokens > 0.9 * (target.engine.num_prompt_tokens - 305)
+    assert target.engine.num_cached_tokens > 0.9 * (target.engine.num_prompt_tokens - num_tokens - 5)
 
 
 def test_the_least_recently_used_pages_go_first_and_no_request_goes_for_them(make_target):
