@@ -30,8 +30,8 @@ import msgspec
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "unit")]
 
+from listening_drafter import HELLO, OPTIONS, VOCAB_SIZE, K, opening  # noqa: E402
 from malformed_frames import malformed  # noqa: E402
-from test_tenants import HELLO, OPTIONS, VOCAB_SIZE, K, opening  # noqa: E402
 
 from vllm_ssd.link import tcp  # noqa: E402
 from vllm_ssd.link.credential import make_credential, tls_context  # noqa: E402

@@ -14,13 +14,28 @@ from vllm_ssd.drafter import __main__, standalone
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.server import build_engine
 from vllm_ssd.link.options import DrafterOptions
-from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, Welcome
+from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, Open, Step, Welcome, pack_ids
 from vllm_ssd.policy import FanOut
 
 MODEL = fake_model.FakePagedModel
-WELCOME = Welcome(PROTOCOL_VERSION, MODEL.vocab_size, "f", 200, 400, MODEL.page_size)
+VOCAB_SIZE = MODEL.vocab_size
+K, SLOTS = 3, 8
+OPTIONS = DrafterOptions(
+    {"model": "fake"}, K, 3, None, max_num_seqs=SLOTS, max_branches=3 * (K + 1), top_m=5, cpus=[], parent_pid=0
+)
+"""Of a drafter that serves `HELLO`."""
+HELLO = Hello(
+    PROTOCOL_VERSION, VOCAB_SIZE, K, "f", max_num_seqs=SLOTS, max_branches=OPTIONS.max_branches, max_support=64
+)
+WELCOME = Welcome(PROTOCOL_VERSION, VOCAB_SIZE, "f", 200, 400, MODEL.page_size)
 BROKEN = "a model that cannot be loaded"
 """Name of a draft model whose start fails."""
+
+
+def opening(*names: str, length: int = 5, epoch: int = 1) -> Step:
+    """What opens these requests with prompts of `length` tokens."""
+    prompt = pack_ids([i % VOCAB_SIZE for i in range(length)])
+    return Step([Open(name, epoch, prompt, 0.0) for name in names], K)
 
 
 def engine_with(options: DrafterOptions, model: fake_model.FakePagedModel) -> DraftEngine:

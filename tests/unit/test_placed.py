@@ -13,9 +13,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from listening_drafter import HELLO, OPTIONS
 from ray_cluster import wait_until
 from test_fleet import make, open_all
-from test_tenants import HELLO, OPTIONS, Drafter, hits
+from test_tenants import Drafter, hits
 
 from vllm_ssd.drafter import keeper
 from vllm_ssd.drafter.keeper import Keeper

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import fake_model
 import pytest
-from listening_drafter import engine_with
-from test_tenants import HELLO, LONGEST_STEP, OPTIONS, SLOTS, WELCOME, K
+from listening_drafter import HELLO, OPTIONS, SLOTS, WELCOME, K, engine_with
+from test_tenants import LONGEST_STEP
 
 from vllm_ssd.drafter.ration import Ration
 from vllm_ssd.drafter.server import apply

@@ -19,7 +19,7 @@ import fake_model
 import msgspec
 import numpy as np
 import pytest
-from listening_drafter import engine_with
+from listening_drafter import HELLO, OPTIONS, SLOTS, VOCAB_SIZE, WELCOME, K, engine_with, opening
 from malformed_frames import malformed
 
 from vllm_ssd.drafter import tenants as tenants_module
@@ -32,21 +32,12 @@ from vllm_ssd.link import process, remote, tcp
 from vllm_ssd.link.checks import PushChecker
 from vllm_ssd.link.credential import tls_context
 from vllm_ssd.link.handshake import DrafterFailed, DrafterRefused
-from vllm_ssd.link.options import DrafterOptions
-from vllm_ssd.link.protocol import PROTOCOL_VERSION, Close, Hello, Open, Outcome, Push, Refused, Step, Welcome, pack_ids
+from vllm_ssd.link.protocol import Close, Hello, Open, Outcome, Push, Refused, Step, Welcome, pack_ids
 from vllm_ssd.link.remote import RemoteDrafter
 from vllm_ssd.link.transport import ProcessTransport, TransportClosed
 
 LOGGER = logging.getLogger("test_tenants")
-K, SLOTS, LONGEST_STEP = 3, 8, 1 << 20
-VOCAB_SIZE = fake_model.FakePagedModel.vocab_size
-OPTIONS = DrafterOptions(
-    {"model": "fake"}, K, 3, None, max_num_seqs=SLOTS, max_branches=3 * (K + 1), top_m=5, cpus=[], parent_pid=0
-)
-HELLO = Hello(
-    PROTOCOL_VERSION, VOCAB_SIZE, K, "f", max_num_seqs=SLOTS, max_branches=OPTIONS.max_branches, max_support=64
-)
-WELCOME = Welcome(PROTOCOL_VERSION, VOCAB_SIZE, "f", 200, 400, 4)
+LONGEST_STEP = 1 << 20
 
 
 class Drafter:
@@ -123,11 +114,6 @@ def join(drafter: Drafter, credential: Path) -> Iterator[Callable[..., Target]]:
     yield join
     for target in targets:
         target.transport.close()
-
-
-def opening(*names: str, length: int = 5, epoch: int = 1) -> Step:
-    prompt = pack_ids([i % VOCAB_SIZE for i in range(length)])
-    return Step([Open(name, epoch, prompt, 0.0) for name in names], K)
 
 
 def test_targets_with_the_same_request_ids_hear_of_their_own(join: Callable[..., Target]) -> None:
