@@ -1,16 +1,15 @@
-"""The actor that keeps a drafter running, without Ray, which tests never import in their own process."""
+"""The actor that keeps a drafter running, without Ray."""
 
 from __future__ import annotations
 
 import importlib
-import sys
 import threading
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import msgspec
 import pytest
+from fake_cluster import fake_cluster
 
 from vllm_ssd.link.roster import Report
 from vllm_ssd.pool.spec import DrafterSpec, Status
@@ -21,15 +20,12 @@ SOON_S = 10.0
 @pytest.fixture
 def actor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The module, whose drafters never start."""
-    cluster = ModuleType("vllm_ssd.pool.cluster")
-    cluster.__dict__.update(here=lambda: ("127.0.0.1", "127.0.0.1:1"), end_this_actor=lambda: None)
-    monkeypatch.setitem(sys.modules, cluster.__name__, cluster)
-    module = importlib.import_module("vllm_ssd.pool.actor")
-    over = threading.Event()
-    monkeypatch.setattr(module.DrafterChild, "run", lambda self: over.wait() and "it ended")
-    yield module
-    over.set()
-    del sys.modules[module.__name__], sys.modules["vllm_ssd.pool"].actor
+    with fake_cluster(here=lambda: ("127.0.0.1", "127.0.0.1:1"), end_this_actor=lambda: None):
+        module = importlib.import_module("vllm_ssd.pool.actor")
+        over = threading.Event()
+        monkeypatch.setattr(module.DrafterChild, "run", lambda self: over.wait() and "it ended")
+        yield module
+        over.set()
 
 
 def test_a_drafter_that_leaves_while_it_reports_is_leaving(actor: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
+from fake_cluster import fake_cluster
 from typer.testing import CliRunner
 
 import vllm_ssd.planning.measure
@@ -180,7 +182,8 @@ def test_profile_rejects_invalid_options_with_a_message(fake, arguments, tmp_pat
     assert done.exit_code == 2 and "Traceback" not in done.output and not fake.subjects
 
 
-def test_a_credential_is_made_once_and_a_drafter_wants_one(tmp_path):
+def test_a_credential_is_made_once_and_a_drafter_wants_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "execve", lambda *arguments: pytest.fail("the tests would become a drafter"))
     key = tmp_path / "ssd.pem"
     drafter = ("drafter", "--model", "m", "--key", key)
     assert "vllm-ssd key FILE" in run(*drafter, "--listen", "127.0.0.1:1").output
@@ -192,6 +195,22 @@ def test_a_credential_is_made_once_and_a_drafter_wants_one(tmp_path):
         (("--listen", "127.0.0.1:1", "--config", "[]"), "must be a JSON object"),
         (("--listen", "127.0.0.1:1", "--config", '{"fanout": 3}'), "did you mean 'fan_out'?"),
         (("--listen", "127.0.0.1:1", "--config", '{"drafter_device": "cpu"}'), "drafter_device is for drafters that a"),
+        (("--listen", "127.0.0.1:1", "--config", '{"drafter_args": {"seed": 3}}'), "seed is no key for drafter_args"),
+        (("--listen", "127.0.0.1:1", "--config", '{"drafter_args": {"sed": 3}}'), "did you mean 'seed'?"),
     ):
         done = run(*drafter, *arguments)
         assert done.exit_code == 1 and reason in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--config", '{"drafter_args": {"seed": 3}}'), "seed is no key for drafter_args"),
+        (("--config", '{"drafter_device": "cpu"}'), "Ray places the drafters of a pool"),
+        (("--resources", '{"GPU": 1.5}'), "a part of one, or whole ones"),
+    ],
+)
+def test_a_pool_is_not_started_with_keys_that_no_drafter_takes(arguments, reason):
+    with fake_cluster():
+        done = run("pool", "up", "chat", "--model", "m", *arguments)
+    assert done.exit_code == 1 and reason in done.output, done.output

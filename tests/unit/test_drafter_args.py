@@ -49,6 +49,7 @@ def test_the_refused_are_arguments_of_this_vllm() -> None:
         ("tensor_parallel_size", "a drafter is one process on one device"),
         ("data_parallel_rank", "a drafter is one process on one device"),
         ("speculative_config", "a drafter does not speculate itself"),
+        ("hf_token", "set HF_TOKEN in the environment"),
     ],
 )
 def test_a_name_that_is_not_the_user_s_is_refused_with_the_reason(name: str, message: str) -> None:

@@ -46,12 +46,15 @@ def drafter_command(
     except (ValueError, BadCredential) as error:
         console.print(str(error), markup=False)
         raise typer.Exit(1) from None
-    from vllm_ssd.compat.target.worker import visible_gpus  # vLLM is imported only now
+    from vllm_ssd.compat.target.configuration import engine_argument_names  # vLLM is imported only now
+    from vllm_ssd.compat.target.worker import visible_gpus
+    from vllm_ssd.link.drafter_args import check_names
     from vllm_ssd.link.environment import drafter_environment
     from vllm_ssd.link.placement import place_standalone, run_on
     from vllm_ssd.link.process import DRAFTER_MODULE
 
     try:
+        check_names(wanted.drafter_args or {}, engine_argument_names())
         options, environment, _ = place_standalone(wanted, max_num_seqs, on_cpu=visible_gpus() is None)
         if missing := run_on(options.cpus):
             raise ValueError(f"drafter_cpus: the drafter may not run on CPU {', '.join(map(str, missing))}")

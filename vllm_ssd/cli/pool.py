@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vllm_ssd.cli.base import app, console, json_object
 from vllm_ssd.config import SSDConfig, check_resources, is_pool_name
+from vllm_ssd.link.drafter_args import check_names
 
 if TYPE_CHECKING:
     from vllm_ssd.pool.pool import Pool, PoolReport
@@ -46,6 +47,7 @@ def up_command(
 
         keys = {**json_object("--config", config), "model": model}
         given = SSDConfig.from_user(keys)
+        check_names(given.drafter_args or {}, known=None)
         amounts = json_object("--resources", resources)
         check_resources(amounts, given)
         if given.drafter_device is not None or given.drafters != "local":

@@ -30,6 +30,7 @@ REFUSED = {
     "distributed_executor_backend": ONE_PROCESS,
     "enable_lora": "adapters are the target's; the drafter drafts without them",
     "enable_prefix_caching": OWN_PAGES,
+    "hf_token": "each user of the machine can read a drafter's command line; set HF_TOKEN in the environment",
     "kv_events_config": OWN_PAGES,
     "kv_offloading_size": OWN_PAGES,
     "kv_transfer_config": OWN_PAGES,
@@ -57,10 +58,13 @@ TOKENIZER_FILES = (
 )
 
 
-def check_names(drafter_args: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise ValueError for a name that is none of vLLM's engine arguments, which are `known`, or not the user's."""
+def check_names(drafter_args: Mapping[str, Any], known: Collection[str] | None) -> None:
+    """Raise ValueError for a name that is none of vLLM's engine arguments, which are `known`, or not the user's.
+
+    known: None where vLLM is not there to be asked
+    """
     for name in drafter_args:
-        if name not in known:
+        if known is not None and name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else "names are those of vLLM's EngineArgs"
             raise ValueError(f"ssd: unknown key {name!r} in drafter_args; {hint}")
