@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from engines import PAIR, Engine
 
@@ -18,6 +19,10 @@ CORPUS = ("argparse", "ast", "collections", "configparser", "csv", "dataclasses"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "timed: needs the machine to itself: the suite runs it by itself")
+    # What an example takes is the machine's affair.
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=slow)
+    hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

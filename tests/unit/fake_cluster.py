@@ -17,7 +17,9 @@ USERS = ("vllm_ssd.pool.actor", "vllm_ssd.pool.pool")
 def fake_cluster(**attributes: Any) -> Iterator[None]:
     """A module in the place of `vllm_ssd.pool.cluster` that has these attributes, and is joined at once."""
     cluster = ModuleType(NAME)
-    cluster.__dict__.update(Handle=object, Watch=object, join=lambda unauthenticated: None, quit=lambda: None, **attributes)
+    cluster.__dict__.update(
+        Handle=object, Watch=object, join=lambda unauthenticated: None, quit=lambda: None, **attributes
+    )
     before = {name: sys.modules.pop(name) for name in (NAME, *USERS) if name in sys.modules}
     sys.modules[NAME] = cluster
     try:

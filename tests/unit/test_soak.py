@@ -237,13 +237,13 @@ def test_a_fault_hits_a_real_process_and_leaves_its_parent_alone(worker, kind):
     (drafter,) = faults.drafters_of(worker)
     started = time.monotonic()
     assert asyncio.run(injector.inject(Fault(kind, 0.4, 0.5, 0.0)))
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 20.0
     assert worker.is_running() and (limits(worker), buffers()) == before[:2]
     dies = kind in ("kill", "segv", "start", "memory", "disk")
     assert faults.is_alive(drafter) is not dies
     if not dies:
         assert drafter.status() != psutil.STATUS_STOPPED and limits(drafter) == limits(worker)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while not faults.drafters_of(worker) or worker.num_fds() != before[2]:  # a drafter's start has some open
         assert time.monotonic() < deadline, worker.num_fds()
         time.sleep(0.02)
