@@ -49,7 +49,7 @@ def link(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     link.close()
 
 
-def wait_for(done: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_for(done: Callable[[], bool], timeout_s: float = 30.0) -> None:
     began = time.monotonic()
     while not done():
         assert time.monotonic() - began < timeout_s

@@ -20,6 +20,7 @@ from vllm_ssd.link.protocol import Close, DrafterStats, Hello, Open, Outcome, St
 from vllm_ssd.link.transport import Transport, TransportClosed
 
 VOCAB_SIZE = FakePagedModel.vocab_size
+SOON_S = 30.0
 
 
 class SlowModel(FakePagedModel):
@@ -48,11 +49,13 @@ class Served:
     def send(self, *events: Open | Outcome | Close) -> None:
         self.target.send(Step(list(events), K))
 
-    def stats(self, silence_s: float) -> list[DrafterStats]:
-        """All stats until the drafter has said nothing for so long."""
-        stats = []
-        while pushes := self.target.poll(silence_s):
-            stats += [push.stats for push in pushes if push.stats]
+    def stats(self, done: Callable[[list[DrafterStats]], bool]) -> list[DrafterStats]:
+        """All stats until `done` of them."""
+        stats: list[DrafterStats] = []
+        deadline = time.monotonic() + SOON_S
+        while not done(stats):
+            assert time.monotonic() < deadline, stats
+            stats += [push.stats for push in self.target.poll(0.02) if push.stats]
         return stats
 
     def close(self) -> None:
@@ -84,9 +87,10 @@ def test_stats_follow_the_last_request_at_once(serve, monkeypatch):
     served = serve(FakePagedModel(60))
     served.send(an_open("a"), an_open("b"))
     served.send(Close("a"))
-    assert not served.stats(0.2)
+    assert not served.stats(lambda _: list(served.engine.sequences) == ["b"] and not served.engine.has_work)
     served.send(Close("b"))
-    (stats,) = served.stats(0.2)
+    (stats,) = served.stats(bool)
+    assert not served.target.poll(0.2)
     assert stats.pages_free == stats.pages_total == 60 and stats.steps == served.engine.num_steps > K
 
 
@@ -95,9 +99,9 @@ def test_stats_follow_what_was_done_after_the_last_ones(serve, monkeypatch):
     monkeypatch.setattr(server, "STATS_INTERVAL_S", 0.05)
     served = serve(SlowModel(60))
     served.send(an_open())
-    stats = served.stats(0.3)
+    stats = served.stats(lambda stats: bool(stats) and stats[-1].steps == K + 2)
     assert len(stats) > 1
-    assert stats[-1].steps == served.engine.num_steps == K + 2
+    assert not served.target.poll(0.2) and served.engine.num_steps == K + 2
     assert stats[-1].pages_free == served.engine.pages.num_free < 60
 
 
@@ -105,7 +109,7 @@ def test_a_second_hello_is_no_step(serve):
     served = serve(FakePagedModel(60))
     served.target.send(Hello(1, VOCAB_SIZE, K, ""))
     served.send(an_open())
-    assert served.target.poll(10.0)
+    assert served.target.poll(SOON_S)
 
 
 BROKEN = {
