@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -229,6 +230,27 @@ def test_a_flood_of_connections_pushes_the_oldest_out(listen, credential, monkey
     with contextlib.suppress(ConnectionResetError):
         assert silent[0].recv(1) == b""
     for sock in (client, *silent):
+        sock.close()
+
+
+def test_a_connection_waits_for_a_descriptor_and_nobody_spins(listen, credential, monkeypatch):
+    """A thread that asks all the time takes the interpreter from the drafter's steps."""
+    acceptor, tries = listen(credential), []
+
+    def accept_none(sock):
+        tries.append(1)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket.socket, "accept", accept_none)
+        began = time.monotonic()
+        waiting = socket.create_connection(acceptor.address)
+        while not tries or time.monotonic() < began + 3 * accept.TICK_S:
+            time.sleep(accept.TICK_S)
+        assert len(tries) <= 1 + (time.monotonic() - began) / accept.TICK_S
+    client = tcp.connect(acceptor.address, tls_context(credential, is_server=False))
+    assert len(taken(acceptor)) == 1
+    for sock in (client, waiting):
         sock.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import queue
@@ -95,7 +96,9 @@ class Acceptor:
     def _accept(self) -> None:
         try:
             sock, address = self._listener.accept()
-        except OSError:  # it is gone again, or there is no descriptor left: those that are being used go on
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # it stays in the queue, and those that are used go on
+                time.sleep(TICK_S)
             return
         try:
             sock.setblocking(False)
