@@ -227,29 +227,32 @@ class PairEngine:
 
 
 @contextmanager
-def listening(folder: Path, key: Path, index: int) -> Iterator[str]:
-    """The address of a drafter that `vllm-ssd drafter` runs."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    log = folder / f"drafter {index}.log"
+def listening(folder: Path, key: Path, num: int) -> Iterator[list[str]]:
+    """The addresses of drafters that `vllm-ssd drafter` runs, which start together."""
     config = json.dumps({"dtype": "float32", "kv_cache_memory": "64MiB"})
     command = [str(Path(sys.executable).with_name("vllm-ssd")), "drafter", "--model", str(PAIR / "drafter")]
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*command, "--listen", address, "--key", str(key), "--config", config, "--max-num-seqs", "8"],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
+    command += ["--key", str(key), "--config", config, "--max-num-seqs", "8", "--listen"]
+    logs = [folder / f"drafter {index}.log" for index in range(num)]
+    with ExitStack() as ports:
+        free = [ports.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in logs]
+        addresses = [f"127.0.0.1:{sock.getsockname()[1]}" for sock in free]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
+        for address, log in zip(addresses, logs):
+            with log.open("w") as file:
+                processes.append(subprocess.Popen([*command, address], stdout=file, stderr=subprocess.STDOUT))
         deadline = time.monotonic() + START_S
-        while "listens on" not in log.read_text():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"bench_pool: a drafter has not come up:\n{log.read_text()[-2000:]}")
-            time.sleep(0.1)
-        yield address
+        for process, log in zip(processes, logs):
+            while "listens on" not in log.read_text():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"bench_pool: a drafter has not come up:\n{log.read_text()[-2000:]}")
+                time.sleep(0.1)
+        yield addresses
     finally:
-        process.terminate()
-        process.wait()
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
 
 
 def drafters(args: argparse.Namespace) -> dict[str, Any]:
@@ -263,7 +266,7 @@ def drafters(args: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         key = folder / "ssd.pem"
         make_credential(key)
-        addresses = [stack.enter_context(listening(folder, key, index)) for index in range(2)]
+        addresses = stack.enter_context(listening(folder, key, 2))
         keys = {
             "own": {"num_drafters": 2, "dtype": "float32", "kv_cache_memory": "64MiB"},
             "elsewhere": {"drafters": addresses, "drafter_key": str(key), "min_drafters": 2},
@@ -276,7 +279,8 @@ def drafters(args: argparse.Namespace) -> dict[str, Any]:
             )
             stack.callback(engines[side].close)
             engines[side].send("start", speculative=speculative)
-            engines[side].receive(START_S)
+        for engine in engines.values():
+            engine.receive(START_S)
         for run in range(args.blocks + 1):
             for side, engine in engines.items():
                 result = engine.call("decode", prompts=prompts, max_tokens=args.tokens)
