@@ -8,14 +8,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+MAX_OVER_MS = 5
+"""A call of V1's `propose` takes at most so much longer than it may wait for drafts."""
+
+
+def assert_bounded(seen: SimpleNamespace, wait_ms: float) -> None:
+    """No call of `propose` took longer than it may."""
+    assert seen.proposed, "inconclusive: there was none"
+    slowest_ms = 1e3 * max(seconds for _, seconds in seen.proposed)
+    assert slowest_ms <= wait_ms + MAX_OVER_MS, f"{slowest_ms:.1f} ms, the longest of {len(seen.proposed)}"
+
 
 class FleetWatch:
     """Records, with times of `time.perf_counter`:
 
     outcomes: (time, request, index of its drafter, whether it hit), for each outcome of a request that is held
     lost: (time, index, reason) of each drafter that was given up
-    proposed: (time, seconds) of each call of V1's `propose`, without those it waited for a core; none on V2, where
-        nothing waits
+    proposed: (time, seconds) of each call of V1's `propose`, without those in which its thread could have run and had
+        no core; none on V2, where nothing waits
     """
 
     def __init__(self, proposer: Any) -> None:

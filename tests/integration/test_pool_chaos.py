@@ -11,11 +11,13 @@ from typing import Any
 import engines
 import pytest
 from engines import HAS_V2, ON_V2, PAIR, Engine, assert_conclusive, request, texts
+from fleet_watch import assert_bounded
 from ray_cluster import AGENT, GCS_GONE_S, RayCluster, running
 
 pytestmark = pytest.mark.timed
 
 READY_S, ROUND_S, V2_ROUND_S = 60.0, 0.05, 0.15
+WAIT_MS = 20
 ACTOR = "ray::ForkedDrafterActor"
 FORKED_AGENT = {"vllm_ssd.link.placed.AGENT_COMMAND": [*AGENT, "ForkedDrafterActor"]}
 SIZES = {"branch_budget": 12}
@@ -36,11 +38,13 @@ def engine(cluster: RayCluster, start_engine: Callable[..., Engine]) -> Iterator
             "num_drafters": 2,
             "min_drafters": 2,
             "drafter_resources": {"drafter": 1},
-            "on_miss": "skip",
+            "on_miss": "wait",
+            "wait_ms": WAIT_MS,
             **SIZES,
         },
         patches=FORKED_AGENT,
     )
+    engine.call("watch_fleet")
     yield engine
     engine.close()
 
@@ -57,7 +61,7 @@ def expected(target_alone: Engine, requests: list[dict[str, Any]]) -> list[list[
 
 @pytest.fixture
 def run(cluster: RayCluster, engine: Engine, requests: list[dict[str, Any]], expected: Any) -> Callable[..., None]:
-    """A run whose text is the target's, while all processes of a name are killed."""
+    """A run whose text is the target's, while all processes of a name are killed; no round waits longer than it may."""
 
     def run(kill: str = "", **least: int) -> None:
         engine.send("generate", requests=requests, min_seconds=ROUND_S)
@@ -66,6 +70,8 @@ def run(cluster: RayCluster, engine: Engine, requests: list[dict[str, Any]], exp
             cluster.kill(kill)
         done = engine.receive()
         assert texts(done) == expected
+        assert_bounded(engine.call("fleet_seen"), WAIT_MS)
+        assert not done.counts["too_long"]
         if least:
             assert_conclusive(done, **least)
 
@@ -94,7 +100,7 @@ def test_a_pool_drafts_for_the_v2_runner(
     done = engine.generate(requests, min_seconds=V2_ROUND_S)
     assert texts(done) == expected
     assert_conclusive(done, hits=30, accepted=30)
-    assert not engine.call("has_joined_ray")
+    assert not done.counts["too_long"] and not engine.call("has_joined_ray")
     engine.send("generate", requests=requests, min_seconds=V2_ROUND_S)
     time.sleep(5 * V2_ROUND_S)
     cluster.kill(ACTOR)

@@ -26,6 +26,7 @@ from engines import (
     request,
     texts,
 )
+from fleet_watch import assert_bounded
 
 pytestmark = pytest.mark.timed
 
@@ -33,6 +34,7 @@ SSD = Path(sys.executable).with_name("vllm-ssd")
 ROUND_S = 0.1
 """Of the targets: three processes share the cores of a small machine, of which the drafter has one."""
 SIZES = {"branch_budget": 12}
+WAIT_MS = 20
 READY_S, END_S, USED_S = 120.0, 5.0, 5.0
 
 
@@ -79,8 +81,9 @@ def drafter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drafter]:
 
 @pytest.fixture(scope="module")
 def start(start_engine: Callable[..., Engine], drafter: Drafter) -> Callable[..., Engine]:
-    def start(environment: dict[str, str] | None = None) -> Engine:
-        speculative = {**SIZES, "on_miss": "skip", "drafters": [drafter.address], "drafter_key": str(drafter.key)}
+    def start(**environment: str) -> Engine:
+        wait = {"on_miss": "skip"} if environment else {"on_miss": "wait", "wait_ms": WAIT_MS}
+        speculative = {**SIZES, **wait, "drafters": [drafter.address], "drafter_key": str(drafter.key)}
         return start_engine(speculative=speculative, environment=environment)
 
     return start
@@ -88,7 +91,9 @@ def start(start_engine: Callable[..., Engine], drafter: Drafter) -> Callable[...
 
 @pytest.fixture(scope="module")
 def engine(start: Callable[..., Engine]) -> Engine:
-    return start()
+    engine = start()
+    engine.call("watch_fleet")
+    return engine
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +110,7 @@ def expected(target_alone: Engine, requests: list[dict[str, Any]]) -> list[list[
 def test_two_targets_share_it_until_one_is_killed(
     engine: Engine, start: Callable[..., Engine], drafter: Drafter, requests: list[dict[str, Any]], expected: Any
 ) -> None:
-    other = start(ON_V2)
+    other = start(**ON_V2)
     engine.call("counts")
     other.call("counts")
     other.send("generate", requests=requests, min_seconds=ROUND_S)
@@ -122,6 +127,7 @@ def test_two_targets_share_it_until_one_is_killed(
     assert_conclusive(run, hits=30, accepted=30)
     assert drafter.process.poll() is None
     assert engine.call("drafter").generation == 1
+    assert_bounded(engine.call("fleet_seen"), WAIT_MS)
 
 
 def test_it_ends_and_comes_back(
@@ -140,6 +146,7 @@ def test_it_ends_and_comes_back(
     run = engine.generate(requests, min_seconds=ROUND_S)
     assert texts(run) == expected
     assert_conclusive(run, hits=30, accepted=30)
+    assert_bounded(engine.call("fleet_seen"), WAIT_MS)
 
 
 def test_a_start_fails_in_words_without_it(start_engine: Callable[..., Engine], drafter: Drafter) -> None:
