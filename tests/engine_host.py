@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,8 +47,9 @@ class EngineHost:
         self._launched_at_start: list[str] = []
         self._adapters: dict[str, int] = {}  # number of each folder: vLLM tells adapters apart by it
 
-    def start(self, *, patches: dict[str, Any] | None = None, **engine_args: Any) -> None:
-        """Start the engine with module attributes such as "vllm_ssd.link.process.HANG_S" replaced by `patches`.
+    def start(self, *, patches: dict[str, Any] | None = None, imports: Sequence[str] = (), **engine_args: Any) -> None:
+        """Start the engine with module attributes such as "vllm_ssd.link.process.HANG_S" replaced by `patches`, and
+        with what it takes to import modules of the tests.
 
         With several workers the proposer is in another process, and only what its metrics page says is seen.
         """
@@ -55,6 +57,8 @@ class EngineHost:
 
         fork_server.fork_drafters()
         self.patch(**(patches or {}))
+        for module in imports:
+            importlib.import_module(module)
         with watched_kernels(self._launched_at_start) if V2 else contextlib.nullcontext():
             llm = LLM(**engine_args)
         self._llm, self._engine = llm, llm.llm_engine

@@ -148,7 +148,8 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, reap)
     for line in sys.stdin:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        cluster.add_node(**NODE, resources=json.loads(line))
+        resources = json.loads(line)
+        cluster.add_node(**NODE, num_gpus=resources.pop("GPU", 0), resources=resources)
         signal.signal(signal.SIGCHLD, reap)
         reap()
         print("cluster: another node", flush=True)

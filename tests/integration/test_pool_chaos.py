@@ -12,13 +12,14 @@ import engines
 import pytest
 from engines import HAS_V2, ON_V2, PAIR, Engine, assert_conclusive, request, texts
 from fleet_watch import assert_bounded
-from ray_cluster import AGENT, GCS_GONE_S, RayCluster, running
+from ray_cluster import AGENT, GCS_GONE_S, RayCluster, running, wait_until
 
 pytestmark = pytest.mark.timed
 
 READY_S, ROUND_S, V2_ROUND_S = 60.0, 0.05, 0.15
 WAIT_MS = 20
-ACTOR = "ray::ForkedDrafterActor"
+GONE_S = 10.0
+ACTOR, WORKER = "ray::ForkedDrafterActor", "ray::Worker"
 FORKED_AGENT = {"vllm_ssd.link.placed.AGENT_COMMAND": [*AGENT, "ForkedDrafterActor"]}
 SIZES = {"branch_budget": 12}
 
@@ -26,7 +27,8 @@ SIZES = {"branch_budget": 12}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     with running(engines.server().address) as cluster:
-        cluster.add_node(drafter=2, pooled=1)
+        cluster.add_node(GPU=1, drafter=2, pooled=1)
+        cluster.add_node(GPU=1)
         yield cluster
 
 
@@ -83,6 +85,26 @@ def pool_command(*arguments: str) -> str:
     done = subprocess.run([*AGENT, "ForkedDrafterActor", "pool", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_the_target_s_workers_are_ray_s_too(
+    cluster: RayCluster, start_engine: Callable[..., Engine], requests: list[dict[str, Any]], expected: Any
+) -> None:
+    """vLLM's Ray executor: a rank on each node, and a drafter beside them that ends when the server is killed."""
+    engine = start_engine(
+        forked=False,  # what imports vLLM imports Ray, which reads its environment once
+        imports=["ray_on_cpu"],
+        distributed_executor_backend="ray",
+        tensor_parallel_size=2,
+        speculative={**SIZES, "drafters": "ray", "drafter_resources": {"drafter": 1}, "on_miss": "skip"},
+    )
+    done = engine.generate(requests, min_seconds=ROUND_S)
+    assert texts(done) == expected
+    assert_conclusive(done, hits=30, accepted=30)
+    assert not done.counts["too_long"]
+    assert len(cluster.of(WORKER)) == 2 and len(cluster.of(ACTOR)) == 1
+    engine.process.kill()
+    wait_until(lambda: not cluster.of(WORKER) and not cluster.of(ACTOR), GONE_S)
 
 
 @pytest.mark.skipif(not HAS_V2, reason="no ngram_gpu on this vLLM's V2")
