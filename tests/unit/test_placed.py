@@ -261,6 +261,21 @@ def test_a_drafter_that_leaves_gets_no_new_requests() -> None:
     assert not alone.open(alone.add("a", 0.0), [1])
 
 
+def test_a_credential_does_not_outlive_a_keeper_that_ends_while_the_drafter_loads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    key = tmp_path / "folder" / "ssd.pem"
+    key.parent.mkdir()
+    key.touch()
+    ended = threading.Event()
+    monkeypatch.setattr(keeper.os, "_exit", lambda status: ended.set())
+    ours, theirs = socket.socketpair()
+    Keeper(msgspec.structs.replace(OPTIONS, keeper=theirs.detach(), registry="127.0.0.1:1", key=str(key)))
+    assert key.exists()
+    ours.close()
+    assert ended.wait(SOON_S) and not key.parent.exists() and tmp_path.exists()
+
+
 @pytest.mark.parametrize(
     ("ray_lives", "has_targets", "ends"), [(True, True, True), (False, False, True), (False, True, False)]
 )
