@@ -22,12 +22,13 @@ from vllm_ssd.policy.probing import (
 
 @dataclass
 class Load:
-    """Rounds of one row with known tokens and seconds by number of drafts; `believed` are the tokens predicted."""
+    """Rounds of one row with known tokens and seconds by number of drafts; believed, believed_s: those predicted."""
 
     tokens: list[float]
     seconds: list[float]
     believed: list[float] = field(default_factory=list)
     evidence: list[float] = field(default_factory=list)
+    believed_s: list[float] = field(default_factory=list)
     num_predictions: int = 0
 
     def __post_init__(self) -> None:
@@ -36,8 +37,9 @@ class Load:
 
     def predict(self) -> Prediction:
         self.num_predictions += 1
-        measured_s = [s if rounds else 0.0 for s, rounds in zip(self.seconds, self.evidence)]
-        return Prediction(self.believed, self.seconds, list(self.evidence), measured_s)
+        seconds = self.believed_s or self.seconds
+        measured_s = [s if rounds else 0.0 for s, rounds in zip(seconds, self.evidence)]
+        return Prediction(self.believed, seconds, list(self.evidence), measured_s)
 
     def controller(self, start: int) -> ProbeController:
         return ProbeController(range(len(self.tokens)), start, self.predict)
@@ -121,18 +123,52 @@ def test_a_probe_that_cannot_win_ends_early(settled, rounds):
 
 def test_a_probe_waits_for_the_drafter_at_its_own_expense():
     """Rounds in which the drafter is behind leave a probe where it is, and are paid for like its own."""
-    for waited in (0, 20):
-        load = Load([1.0, 1.0], [1.0, 1.5], evidence=[9.0, 0.0])
+    for waited in (0, 60):
+        load = Load([1.0, 1.0], [1.0, 1.3], believed=[1.0, 1.2], evidence=[9.0, 0.0])
         controller = load.controller(0)
         load.play(controller, MIN_PROBE_GAP)
         assert controller.choice == 1
         for _ in range(waited):
-            controller.wait(1, 1, 1.5)
+            controller.wait(1, 1, 1.15)
         assert controller.choice == 1 and controller.is_probing
         first, second, *_ = probes(load.play(controller, 1000))
-        assert first == (0, 1, 1)
-        paid_after = (0.5 * waited - PROBE_CREDIT) / PROBE_LOSS
-        assert second[0] == pytest.approx(max(paid_after, 1 + 2 * MIN_PROBE_GAP), rel=0.2)
+        assert first == (0, 1, PROBE_ROUNDS)
+        paid_after = (0.18 * waited - PROBE_CREDIT) / PROBE_LOSS
+        assert second[0] == pytest.approx(max(paid_after, PROBE_ROUNDS + 2 * MIN_PROBE_GAP), rel=0.2)
+
+
+def test_a_probe_from_plain_decoding_ends_when_waiting_for_the_drafter_takes_too_long():
+    """Once the drafter works the target is five times slower: the probe pays for that round alone."""
+    load = Load([1.0, 2.0], [1.0, 1.2], evidence=[9.0, 0.0])
+    controller = load.controller(0)
+    load.play(controller, MIN_PROBE_GAP)
+    assert controller.choice == 1
+    controller.wait(1, 1, 5.0)
+    assert controller.choice == 0 and not controller.is_probing
+    (start, arm, _), *_ = probes(load.play(controller, 1000))
+    assert arm == 1 and start <= max((4.1 - PROBE_CREDIT) / PROBE_LOSS, 2 * MIN_PROBE_GAP)
+
+
+def test_a_probe_from_another_arm_waits_however_long_it_takes():
+    load = Load([1.0, 2.0, 2.0], [1.0, 1.2, 1.2], evidence=[9.0, 9.0, 0.0])
+    controller = load.controller(1)
+    load.play(controller, MIN_PROBE_GAP)
+    assert controller.choice == 2
+    controller.wait(1, 1, 5.0)
+    assert controller.choice == 2 and controller.is_probing
+
+
+def test_a_probe_is_repeated_soon_where_rounds_are_no_longer_too_slow():
+    """It emitted too little, but its rounds take what they may: what made the last probe's slow has gone."""
+    load = Load([1.0, 1.0], [1.0, 9.0], believed=[1.0, 1.5], evidence=[9.0, 0.0])
+    controller = load.controller(0)
+    slow = probes(load.play(controller, 8000))
+    assert all(length == 1 for *_, length in slow)
+    assert all(b[0] - a[0] > MAX_PLAIN_GAP for a, b in zip(slow[2:], slow[3:]))
+    load.seconds, load.believed_s = [1.0, 1.4], load.seconds
+    quick = probes(load.play(controller, 1500))
+    gaps = [b[0] - (a[0] + a[2]) for a, b in zip(quick, quick[1:])]
+    assert gaps[:4] == [MIN_PROBE_GAP << i for i in range(3)] + [MAX_PLAIN_GAP]
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(2.5, MAX_PROBE_ROUNDS), (1.5, PROBE_ROUNDS)])

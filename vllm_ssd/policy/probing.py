@@ -86,6 +86,7 @@ class ProbeController:
         self._gap = self._next_probe = MIN_PROBE_GAP
         self._credit = PROBE_CREDIT  # rounds that probes may lose
         self._plain_first = False
+        self._was_slow = False  # the last probe was one from plain decoding that took too long
 
     @property
     def is_probing(self) -> bool:
@@ -115,9 +116,16 @@ class ProbeController:
         return probe.is_changed
 
     def wait(self, rows: int, tokens: int, seconds: float) -> None:
-        """A round of `choice` in which the drafter was behind: a probe waits for it, at its own expense."""
-        if self._probe is not None:
-            self._probe.lost_s += seconds - tokens / self._probe.rate_to_beat
+        """A round of `choice` in which the drafter was behind: a probe waits for it, at its own expense.
+
+        A probe from plain decoding ends where that round takes too long, as if drafts had been in it: the drafter at
+        work slows the target.
+        """
+        if (probe := self._probe) is None:
+            return
+        probe.lost_s += seconds - tokens / probe.rate_to_beat
+        if not self.settled and seconds > probe.needed_s:
+            self._end(probe, is_slow=True)
 
     def restart(self, slower: bool = False) -> None:
         """Probe soon, and as much as at the start: the past says little about what is best now.
@@ -188,18 +196,30 @@ class ProbeController:
         probe.num_rounds += 1
         sums, tokens_to_beat = probe.sums, probe.rate_to_beat * probe.sums.seconds
         is_hopeless = sums.rounds >= KNOWN_ROUNDS and sums.rows * (1 + probe.arm) < tokens_to_beat
-        is_hopeless |= not self.settled and sums.rounds > 0 and probe.mean_s > CHANGE * probe.needed_s
+        is_slow = not self.settled and sums.rounds > 0 and probe.mean_s > CHANGE * probe.needed_s
         is_ahead = sums.tokens > tokens_to_beat
         is_over = probe.num_rounds % PROBE_ROUNDS == 0 and sums.rounds > 0
+        is_hopeless |= is_slow
         if not is_hopeless and probe.num_rounds < MAX_PROBE_ROUNDS and (is_ahead or not is_over):
             return
+        self._end(probe, is_slow)
+
+    def _end(self, probe: Probe, is_slow: bool) -> None:
+        """Settle on the best arm, pay for the probe, and say when the next one is due.
+
+        is_slow: it was one from plain decoding, and its rounds took too long. A probe after it whose rounds are quick
+        enough shows that the load has changed: the next comes soon, whatever these few rounds emitted.
+        """
         before, self._probe = self.settled, None
         prediction = self._predict()
         self._settle(prediction)
         waited = probe.lost_s / prediction.seconds[before]
         self._credit -= max(lost_rounds(prediction, probe, self.settled) + waited, 0.0)
         longest = MAX_PROBE_GAP if self.settled else MAX_PLAIN_GAP
-        self._gap = min(2 * self._gap, longest) if self.settled == before else MIN_PROBE_GAP
+        is_quick = probe.sums.rounds > 0 and probe.mean_s <= probe.needed_s
+        has_changed = self.settled != before or (self._was_slow and is_quick)
+        self._gap = MIN_PROBE_GAP if has_changed else min(2 * self._gap, longest)
+        self._was_slow = is_slow
         self._next_probe = self._num_rounds + self._gap
         if probe.is_changed and self.settled and probe.mean_s > probe.expected_s:
             self.restart(slower=True)
