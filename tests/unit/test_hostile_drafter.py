@@ -12,17 +12,31 @@ import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hostile_drafter as hostile
 import msgspec
 import numpy as np
 import pytest
 from hostile_drafter import ACTED, SOUND, UNSOUND
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from vllm_ssd.link import checks
 from vllm_ssd.link import process as launch
 from vllm_ssd.link.checks import PushChecker, max_push_bytes
 from vllm_ssd.link.options import DrafterOptions
-from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, ProtocolError, Push, Step, decode_to_target
+from vllm_ssd.link.protocol import (
+    JIT_TOKEN,
+    PROTOCOL_VERSION,
+    Hello,
+    ProtocolError,
+    Push,
+    SpeculationBlock,
+    Step,
+    decode_to_target,
+    pack_ids,
+)
 
 OPTIONS = DrafterOptions(
     engine_args={},
@@ -154,13 +168,34 @@ def test_checking_a_block_costs_a_few_calls_whatever_its_size(sampled: bool) -> 
     checker = PushChecker.of(options, hostile.VOCAB_SIZE)
     small, large = pushed(24, sampled), pushed(96, sampled)
     assert checker.reason(small) is None and checker.reason(large) is None
-    assert num_calls(lambda: checker.reason(small)) == num_calls(lambda: checker.reason(large)) < 80
+    with mock.patch.object(checks, "SMALL_BYTES", 0):
+        assert num_calls(lambda: checker.reason(small)) == num_calls(lambda: checker.reason(large)) < 80
+    assert num_calls(lambda: checker.reason(small)) < 80
     ids = np.frombuffer(small.q_token_ids or small.blocks[0].draft_token_ids, "<u4")
     check_s = pass_s = np.inf
     for _ in range(50):
         check_s = min(check_s, timeit.timeit(lambda: checker.reason(small), number=100))
         pass_s = min(pass_s, timeit.timeit(lambda: np.maximum.reduce(ids), number=100))
     assert check_s < 25 * pass_s, (check_s, pass_s)
+
+
+edges = st.sampled_from([0, 1, hostile.VOCAB_SIZE - 1, hostile.VOCAB_SIZE, 2**31 - 1, -1, -(2**31)])
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(-1, hostile.K + 1), edges | st.just(JIT_TOKEN)), min_size=1, max_size=12),
+    st.lists(edges, min_size=1, max_size=1),
+    st.lists(st.integers(0, hostile.VOCAB_SIZE - 1), min_size=12, max_size=12),
+)
+def test_a_small_block_is_checked_as_a_large_one_is(outcomes, edge, drafts):
+    drafts = [*drafts[: len(outcomes) - 1], *edge]
+    block = SpeculationBlock("a", 1, 10, 0, pack_ids(np.array(outcomes)), pack_ids(drafts))
+    checker = PushChecker.of(OPTIONS, hostile.VOCAB_SIZE)
+    assert len(block.outcomes) + len(block.draft_token_ids) <= checks.SMALL_BYTES
+    reason = checker.reason(Push([block], [], None))
+    with mock.patch.object(checks, "SMALL_BYTES", 0):
+        assert checker.reason(Push([block], [], None)) == reason
 
 
 def test_the_target_s_vocabulary_bounds_ids():

@@ -6,10 +6,12 @@ drawn from it, only the drafter can know.
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 
 from vllm_ssd.link.options import DrafterOptions
-from vllm_ssd.link.protocol import JIT_TOKEN, Push
+from vllm_ssd.link.protocol import JIT_TOKEN, Push, SpeculationBlock
 
 Q_EPSILON = 1e-3
 """How far over 1 rounding may bring the sum of a proposal's probabilities."""
@@ -21,6 +23,8 @@ BYTES_A_REQUEST = 64 << 10
 GROUP_BYTES = 256 << 10
 """Of the token ids of proposals that are checked at once: calls cost more than bytes for few of them, and what does not
 fit into a core's cache costs more than calls."""
+SMALL_BYTES = 1024
+"""Of a greedy push of one request that is looked through without numpy: its calls cost more where caches are cold."""
 
 _UINT32, _FLOAT32 = np.dtype("<u4"), np.dtype("<f4")
 _largest = np.maximum.reduce
@@ -69,8 +73,11 @@ class PushChecker:
         return self._wrong_sizes(push) or (self._wrong_values(push) if push.blocks else None)
 
     def _wrong_sizes(self, push: Push) -> str | None:
-        alike = {(len(block.outcomes), len(block.draft_token_ids), block.offset): block for block in push.blocks}
-        for block in alike.values():
+        blocks = push.blocks
+        if len(blocks) > 1:  # most have the sizes of another
+            alike = {(len(block.outcomes), len(block.draft_token_ids), block.offset): block for block in blocks}
+            blocks = list(alike.values())
+        for block in blocks:
             if not block.fits:
                 return "a block whose arrays have different lengths"
             num_branches, num_bytes = block.num_branches, len(block.draft_token_ids)
@@ -87,6 +94,8 @@ class PushChecker:
 
     def _wrong_values(self, push: Push) -> str | None:
         blocks = push.blocks
+        if len(blocks) == 1 and self._is_small_and_right(blocks[0]):
+            return None
         outcomes = _unsigned([block.outcomes for block in blocks])
         if _largest(outcomes[0::2]) > self._num_drafts:
             return "an accept length out of range"
@@ -99,6 +108,16 @@ class PushChecker:
         if greedy and _largest(_unsigned(greedy)) >= self._vocab_size:
             return "a draft that is not in the target's vocabulary"
         return self._wrong_proposals(push) if push.q_probs else None
+
+    def _is_small_and_right(self, block: SpeculationBlock) -> bool:
+        """Whether a greedy block is small, and all its values are in range; False says nothing, nor of `JIT_TOKEN`."""
+        outcomes, drafts = block.outcomes, block.draft_token_ids
+        if block.sampled or len(outcomes) + len(drafts) > SMALL_BYTES:
+            return False
+        values = struct.unpack(f"<{len(outcomes) // 4}I", outcomes)
+        if max(values[0::2]) > self._num_drafts or max(values[1::2]) >= self._vocab_size:
+            return False
+        return max(struct.unpack(f"<{len(drafts) // 4}I", drafts)) < self._vocab_size
 
     def _wrong_proposals(self, push: Push) -> str | None:
         """As `reason`, for the proposals of a push that has some."""

@@ -95,15 +95,20 @@ class Verifier:
     def _observe(self, batch: Batch, now_s: float) -> None:
         """Count what was accepted, and learn from rounds of pure decoding that followed directly on another."""
         last, self._last_round = self._last_round, None
-        accepted = [max(len(sampled) - 1, 0) for sampled in batch.sampled_token_ids]
+        accepted: list[int] = []
+        by_ngram: list[bool] = []
+        all_decoded = True
+        for request_id, sampled in zip(batch.request_ids, batch.sampled_token_ids):
+            accepted.append(len(sampled) - 1 if sampled else 0)
+            all_decoded = all_decoded and bool(sampled)
+            request = self._requests.get(request_id)
+            by_ngram.append(request is not None and request.by_ngram)
         self._metrics.accepted(batch.num_verified, accepted)
-        requests = [self._requests.get(request_id) for request_id in batch.request_ids]
-        by_ngram = [request is not None and request.by_ngram for request in requests]
         seconds = None
         if (
             last is not None
+            and all_decoded
             and last.request_ids == batch.request_ids
-            and all(batch.sampled_token_ids)
             and self._client.connected  # rounds without a drafter say nothing about speculation
         ):
             seconds = now_s - last.started_s
