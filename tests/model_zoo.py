@@ -223,7 +223,16 @@ ZOO: dict[str, Entry] = {
     "olmo3": _mixed("olmo3"),
     "exaone4": _mixed("exaone4"),
     "granite_swa": _mixed("granite_swa"),
-    "afmoe": _mixed("afmoe", "sliding and full, experts", num_dense_layers=1, score_func="sigmoid"),
+    "afmoe": _mixed(
+        "afmoe",
+        "sliding and full, experts",
+        num_dense_layers=1,
+        score_func="sigmoid",
+        route_norm=True,
+        route_scale=1.0,
+        n_group=1,
+        topk_group=1,
+    ),
     # recurrent or linear-attention layers
     "mamba": Entry("mamba", "recurrent"),
     "mamba2": Entry("mamba2", "recurrent", {"num_heads": 8, "head_dim": 32, "expand": 2}),
