@@ -156,6 +156,8 @@ def main() -> int:
         before, _, rest = page.partition(BEGIN)
         after = rest.partition(END)[2]
         rows = table({name: results[name] for name in ZOO if name in results})
+        good = [sum(results[name][role] == "ok" for name in ZOO if name in results) for role in ("target", "drafter")]
+        rows += f"\n\nOf {len(ZOO)} models {good[0]} have their own text with drafts, and {good[1]} draft."
         if missing := [name for name in ZOO if name not in results]:
             rows += f"\n\nNot run: {', '.join(missing)}."
         arguments.table.write_text(f"{before}{BEGIN}\n\n{rows}\n\n{END}{after}")

@@ -59,11 +59,17 @@ def test_a_mask_token_that_the_model_lacks_is_refused(token: object) -> None:
         mask_token_id(configured(pard_token=token))
 
 
-def test_a_backend_between_a_layer_and_tree_attention_is_noticed() -> None:
-    class ChunkedLocalAttentionBuilder(TreeAttentionMetadataBuilder):
-        def __init__(self) -> None: ...
-
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [
+        ("ChunkedLocalAttentionBuilder", "chunked attention"),
+        ("MLACommonMetadataBuilder", "latent keys"),
+        ("AnotherBuilder", "AnotherBuilder"),
+    ],
+)
+def test_a_backend_in_the_place_of_tree_attention_is_noticed(name: str, feature: str) -> None:
     plain = TreeAttentionMetadataBuilder.__new__(TreeAttentionMetadataBuilder)
     check_builders([plain, plain])
-    with pytest.raises(NotImplementedError, match="does not support ChunkedLocalAttentionBuilder"):
-        check_builders([plain, ChunkedLocalAttentionBuilder()])
+    kind = type(name, (TreeAttentionMetadataBuilder,), {"__init__": lambda self: None})
+    with pytest.raises(NotImplementedError, match=f"does not support {feature}$"):
+        check_builders([plain, kind()])

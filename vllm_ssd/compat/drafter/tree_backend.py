@@ -92,11 +92,17 @@ class TreeAttentionMetadataBuilder(AttentionMetadataBuilder[TreeAttentionMetadat
         )
 
 
+OTHERS = {"ChunkedLocal": "chunked attention", "MLA": "latent keys"}
+"""What a layer with another backend has, by how the class of its metadata builder begins."""
+
+
 def check_builders(builders: list[AttentionMetadataBuilder]) -> None:
-    """Raise NotImplementedError where vLLM wraps this backend in another, as it does for chunked attention."""
+    """Raise NotImplementedError where vLLM puts another backend in the place of this, or around it."""
     for builder in builders:
         if type(builder) is not TreeAttentionMetadataBuilder:
-            raise NotImplementedError(f"the drafter's tree attention does not support {type(builder).__name__}")
+            name = type(builder).__name__
+            feature = next((words for prefix, words in OTHERS.items() if name.startswith(prefix)), name)
+            raise NotImplementedError(f"the drafter's tree attention does not support {feature}")
 
 
 class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
