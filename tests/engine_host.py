@@ -193,6 +193,13 @@ class EngineHost:
                 rounds[k] = rounds.get(k, 0) + arm.rounds
         return {k: number for k, number in rounds.items() if number}
 
+    def forget_rounds(self) -> None:
+        """On V1: let the adaptation be that of a server that has just started."""
+        from vllm_ssd.policy import Adaptation
+
+        verifier = self._proposer._verifier
+        verifier._adaptation = verifier._fallback._adaptation = Adaptation(verifier._config.num_speculative_tokens)
+
     def launched_at_start(self) -> list[str]:
         """Triton kernels that ran before the first request."""
         return self._launched_at_start
