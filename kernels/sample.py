@@ -19,12 +19,14 @@ class Sample:
     """What was drawn after each of `B` rows of logits.
 
     token_ids [B] int32; q_token_ids [B, M] int32, the M likeliest tokens, likeliest first (equals: the lower id first);
-    q_probs [B, M] float32, the proposal that `token_ids` was drawn from.
+    q_probs [B, M] float32, the proposal that `token_ids` was drawn from; candidate_probs [B, C] float32, softmax of the
+    C likeliest tokens, at the row's temperature or, where it is 0, at 1.
     """
 
     token_ids: torch.Tensor
     q_token_ids: torch.Tensor
     q_probs: torch.Tensor
+    candidate_probs: torch.Tensor
 
 
 def sample(
@@ -35,6 +37,7 @@ def sample(
     fan_out: torch.Tensor,
     *,
     top_m: int,
+    num_candidates: int = 1,
     factor: float = 1.0,
     truncations: torch.Tensor | None = None,
     biases: torch.Tensor | None = None,
@@ -48,14 +51,15 @@ def sample(
     (Saguaro sampling; 1 is none). truncations [B, 3] float32: before that, tokens less likely than min_p times the
     likeliest are cut off, then all but the top_k likeliest, then those after the first that hold top_p of what is left;
     columns top_k, top_p, min_p. None cuts off none. biases [S, W] float32, W >= V: its row `bias_rows[i]`, int32, is
-    first added to the logits of row i, in place; row 0 is not.
+    first added to the logits of row i, in place; row 0 is not. num_candidates: C, at most top_m.
     seeds [B] int64 and positions [B] int64 determine the draw: Gumbel noise from Philox, keyed by the seed and counted
     by position and rank. Rows of one seed and position get the same noise: give every request a seed of its own.
     """
     if not use_triton(logits):
         if biases is not None and bias_rows is not None:
             logits += torch.where(bias_rows[:, None] > 0, biases[bias_rows.long(), : logits.shape[1]], 0)
-        return _sample_reference(logits, temperatures, seeds, positions, fan_out, top_m, factor, truncations)
+        drawing = temperatures, seeds, positions, fan_out
+        return _sample_reference(logits, *drawing, top_m, num_candidates, factor, truncations)
     require_contiguous(temperatures, seeds, positions, fan_out)
     require_contiguous(*(tensor for tensor in (truncations, biases, bias_rows) if tensor is not None))
     num_rows, vocab_size = logits.shape
@@ -63,6 +67,7 @@ def sample(
         torch.empty(num_rows, dtype=torch.int32, device=logits.device),
         torch.empty(num_rows, top_m, dtype=torch.int32, device=logits.device),
         torch.empty(num_rows, top_m, dtype=torch.float32, device=logits.device),
+        torch.empty(num_rows, num_candidates, dtype=torch.float32, device=logits.device),
     )
     if not num_rows:
         return drawn
@@ -94,11 +99,13 @@ def sample(
         drawn.token_ids,
         drawn.q_token_ids,
         drawn.q_probs,
+        drawn.candidate_probs,
         factor,
         vocab_size,
         num_groups,
         logits.stride(0),
         M=top_m,
+        C=num_candidates,
         TRUNCATED=truncations is not None,
         GROUP=_GROUP,
         BLOCK_M=block_m,
@@ -116,6 +123,7 @@ def _sample_reference(
     positions: torch.Tensor,
     fan_out: torch.Tensor,
     top_m: int,
+    num_candidates: int,
     factor: float,
     truncations: torch.Tensor | None,
 ) -> Sample:
@@ -124,6 +132,7 @@ def _sample_reference(
     rank = torch.arange(top_m)
     greedy = temperatures[:, None] == 0
     weights = torch.exp((values - values[:, :1]) / torch.where(greedy, 1, temperatures[:, None]))
+    candidate_probs = weights[:, :num_candidates] / weights[:, :num_candidates].sum(-1, keepdim=True)
     weights = torch.where(greedy, (rank == 0).float(), weights)
     if truncations is not None:
         top_k, top_p, min_p = truncations.T[:, :, None]
@@ -137,7 +146,7 @@ def _sample_reference(
     noise = _gumbel(seeds[:, None], positions[:, None] * top_m + rank)
     choice = torch.where(greedy, 0, torch.log(weights) + noise).masked_fill(weights == 0, float("-inf")).argmax(-1)
     token_ids = ids.gather(1, choice[:, None])[:, 0]
-    return Sample(token_ids.int(), ids.int(), weights / weights.sum(-1, keepdim=True))
+    return Sample(token_ids.int(), ids.int(), weights / weights.sum(-1, keepdim=True), candidate_probs)
 
 
 def _gumbel(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
@@ -229,11 +238,13 @@ def _draw_kernel(
     token_ids_ptr,
     q_token_ids_ptr,
     q_probs_ptr,
+    candidate_probs_ptr,
     factor,
     vocab_size,
     num_groups,
     logits_stride,
     M: tl.constexpr,
+    C: tl.constexpr,
     TRUNCATED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -268,6 +279,8 @@ def _draw_kernel(
     temperature = tl.load(temperatures_ptr + row)
     greedy = temperature == 0
     weights = tl.exp((values - tl.max(values, 0)) / tl.where(greedy, 1.0, temperature))
+    candidates = tl.where(rank < C, weights, 0.0)
+    tl.store(candidate_probs_ptr + row * C + rank, candidates / tl.sum(candidates, 0), mask=rank < C)
     weights = tl.where(greedy, (rank == 0).to(tl.float32), weights)
     if TRUNCATED:
         top_k = tl.load(truncations_ptr + row * 3)

@@ -45,14 +45,16 @@ def draw_both(
     biases, bias_rows = bias or (None, None)
     told = {} if bias is None else {"biases": bias[0].to(DEVICE), "bias_rows": bias[1].to(DEVICE)}
     on_device_logits, *others = (argument.to(DEVICE, copy=True) for argument in arguments)
-    got = sample(on_device_logits, *others, top_m=top_m, factor=factor, truncations=on_device, **told)
+    sizes = {"top_m": top_m, "num_candidates": max(top_m // 2, 1)}
+    got = sample(on_device_logits, *others, **sizes, factor=factor, truncations=on_device, **told)
     with reference():
-        want = sample(*arguments, top_m=top_m, factor=factor, truncations=cut, biases=biases, bias_rows=bias_rows)
+        want = sample(*arguments, **sizes, factor=factor, truncations=cut, biases=biases, bias_rows=bias_rows)
     assert torch.equal(on_device_logits.cpu(), logits), "the bias was added to other logits"
     assert torch.equal(got.q_token_ids.cpu(), want.q_token_ids)
     assert torch.equal(got.token_ids.cpu(), want.token_ids)
     tolerance = TOLERANCES[logits.dtype]
-    torch.testing.assert_close(got.q_probs.cpu(), want.q_probs, atol=tolerance, rtol=10 * tolerance)
+    for probs, expected in ((got.q_probs, want.q_probs), (got.candidate_probs, want.candidate_probs)):
+        torch.testing.assert_close(probs.cpu(), expected, atol=tolerance, rtol=10 * tolerance)
     return want
 
 
@@ -166,3 +168,12 @@ def test_a_draw_depends_on_seed_and_position_alone():
     ]
     assert alone == whole.token_ids.tolist()
     assert len(set(alone)) > 1
+
+
+def test_probabilities_of_candidates_are_neither_cut_nor_one_hot():
+    """They say how sure the draft model is, of greedy rows, too."""
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(2))
+    temperatures = [0.0, 0.5, 2.0]
+    want = draw_both(logits, temperatures, top_m=10, fan_out=2, factor=0.1, truncations=[(2.0, 0.5, 0.1)] * 3)
+    for row, temperature, probs in zip(logits, temperatures, want.candidate_probs):
+        torch.testing.assert_close(probs, torch.softmax(row.topk(5).values / (temperature or 1.0), -1))

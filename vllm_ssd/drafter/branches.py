@@ -21,9 +21,9 @@ class Branches:
 
     tokens [capacity, K + 1] int32: first token, then drafts; the first `computed` were forwarded, and one more is
     drawn while `computed <= num_drafts`; the first `sent` drafts were pushed. candidates [capacity, K + 1, C]
-    int32: likeliest tokens after each computed one. q_token_ids, q_probs [capacity, K, M]: the proposal each
-    draft was drawn from. temperature [capacity] float32: 0 for greedy branches. truncation [capacity, 3] float32:
-    see `truncate`. bias [capacity] int32: rows of `biases`.
+    int32: likeliest tokens after each computed one; candidate_probs, float32: their softmax. q_token_ids, q_probs
+    [capacity, K, M]: the proposal each draft was drawn from. temperature [capacity] float32: 0 for greedy branches.
+    truncation [capacity, 3] float32: see `truncate`. bias [capacity] int32: rows of `biases`.
 
     With a mask_token_id the draft model drafts in parallel: one step forwards the next token of a branch and a mask for
     each further draft, and draws all drafts that are missing. KV of a mask is not that of the draft in its place: only
@@ -61,6 +61,7 @@ class Branches:
         self.bias = np.zeros(capacity, np.int32)
         self.tokens = np.zeros((capacity, k + 1), np.int32)
         self.candidates = np.zeros((capacity, k + 1, num_candidates), np.int32)
+        self.candidate_probs = np.zeros((capacity, k + 1, num_candidates), np.float32)
         self.q_token_ids = np.zeros((capacity, k, top_m), np.int32)
         self.q_probs = np.zeros((capacity, k, top_m), np.float32)
         self._free = list(range(capacity - 1, -1, -1))
@@ -157,6 +158,7 @@ class Branches:
         """Store what was drawn after the tokens at `places` [m] of `rows` [m]."""
         drawn = slice(first, first + len(rows))
         self.candidates[rows, places] = draw.candidates[drawn]
+        self.candidate_probs[rows, places] = draw.candidate_probs[drawn]
         if not len(rows) or places[0] == self.num_drafts[rows[0]]:
             return
         self.tokens[rows, places + 1] = draw.drawn[drawn]

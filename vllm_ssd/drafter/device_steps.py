@@ -53,7 +53,8 @@ class DeviceSteps:
         self._random = np.random.default_rng(seed)
         rows_per_request = branches.per_request * branches.tokens_per_step + branches.num_speculative_tokens + 1
         self.sizes = Buckets(branches.max_num_seqs, rows_per_request, most_rows)
-        sampling = {"top_m": top_m, "factor": saguaro_c, "biases": branches.biases.table}
+        num_candidates, table = branches.num_candidates, branches.biases.table
+        sampling = {"top_m": top_m, "num_candidates": num_candidates, "factor": saguaro_c, "biases": table}
         self._buffers = _Buffers(model, pages, self.sizes.largest, sampling)
         self._graphs = graphs or graphs_on(torch.device(model.device))
         self._replays: dict[BucketSize, Replay] = {}
@@ -92,6 +93,7 @@ class DeviceSteps:
         kept = tokens.logit_indices  # the others are tokens that somebody has drawn before
         return tokens, Draw(
             draw.candidates[kept],
+            draw.candidate_probs[kept],
             draw.drawn[kept],
             None if draw.q_token_ids is None else draw.q_token_ids[kept],
             None if draw.q_probs is None else draw.q_probs[kept],
@@ -212,12 +214,13 @@ class DeviceRun:
         self._buffers.wait(step)
         if step + 1 < self._num_steps:
             self._launch(step + 1)
-        token_ids, q_token_ids, q_probs = (drawn[self._place] for drawn in self._buffers.drawn(step))
+        token_ids, q_token_ids, candidate_probs, q_probs = (d[self._place] for d in self._buffers.drawn(step))
         self._num_taken += 1
         now = time.perf_counter()
         self.step_s, self._began = None if self._began is None else now - self._began, now
         return Draw(
             q_token_ids[:, : self._num_candidates],
+            candidate_probs,
             token_ids,
             q_token_ids if self._sampled else None,
             q_probs if self._sampled else None,
@@ -290,9 +293,10 @@ class _Buffers:
         self._fan_out = zeros(most_steps, num_rows, dtype=torch.int32)
         self._done = zeros(1)  # steps since the last load
         top_m, self._on_gpu = sampling["top_m"], device.type == "cuda"
-        self._drawn = (  # token ids, q's token ids, q's probabilities
+        self._drawn = (  # token ids, q's token ids, probabilities of candidates, q's probabilities
             zeros(most_steps, num_rows, dtype=torch.int32),
             zeros(most_steps, num_rows, top_m, dtype=torch.int32),
+            zeros(most_steps, num_rows, sampling["num_candidates"], dtype=torch.float32),
             zeros(most_steps, num_rows, top_m, dtype=torch.float32),
         )
         self._on_host = [torch.empty_like(drawn, device="cpu", pin_memory=self._on_gpu) for drawn in self._drawn]
@@ -337,12 +341,12 @@ class _Buffers:
         replay()
         buffers = [(drawn[step, : size.rows], on_host[step, : size.rows]) for drawn, on_host in self._drawn_on_host()]
         if self._copies is None:
-            for drawn, on_host in buffers[: 3 if sampled else 2]:
+            for drawn, on_host in buffers[: 4 if sampled else 3]:
                 on_host.copy_(drawn)
             return
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
-            for drawn, on_host in buffers[: 3 if sampled else 2]:
+            for drawn, on_host in buffers[: 4 if sampled else 3]:
                 on_host.copy_(drawn, non_blocking=True)
             self._copied[step].record()
 
@@ -365,7 +369,8 @@ class _Buffers:
             self._copied[step].synchronize()
 
     def drawn(self, step: int) -> tuple[np.ndarray, ...]:
-        """Token ids [B], q's token ids and probabilities [B, M] of a step that was waited for.
+        """Token ids [B], q's token ids [B, M], probabilities of the candidates [B, C] and of q [B, M] of a step that
+        was waited for; those of q only where rows sample.
 
         The arrays are views that a later run overwrites.
         """
@@ -408,7 +413,8 @@ class _Buffers:
             bias_rows=inputs["bias_rows"],
             **self._sampling,
         )
-        for buffer, values in zip(self._drawn, (drawn.token_ids, drawn.q_token_ids, drawn.q_probs)):
+        values_drawn = drawn.token_ids, drawn.q_token_ids, drawn.candidate_probs, drawn.q_probs
+        for buffer, values in zip(self._drawn, values_drawn):
             buffer[:, : size.rows].index_copy_(0, self._done, values[None])
         inputs["token_ids"].copy_(drawn.token_ids)
         for counter in (positions, steps, own_lens):

@@ -43,9 +43,10 @@ import numpy as np
 
 from vllm_ssd.drafter.branches import JIT_ACCEPT_LENGTH, Branches
 from vllm_ssd.drafter.pages.protocol import Pages
+from vllm_ssd.drafter.prediction import OutcomePrediction
 from vllm_ssd.drafter.pushes import due_rows, take_push
 from vllm_ssd.drafter.sampler import Draw
-from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
+from vllm_ssd.drafter.sequence import NO_ROWS, Candidates, Sequence
 from vllm_ssd.drafter.step_tokens import StepTokens
 from vllm_ssd.drafter.stepper import Stepper
 from vllm_ssd.drafter.truncation import leaves_tokens, truncation_row
@@ -79,6 +80,7 @@ class DraftEngine:
         prefill_tokens: int = PREFILL_TOKENS_PER_STEP["cpu"],
     ) -> None:
         self._fan_out = fan_out
+        self._outcomes = OutcomePrediction(fan_out)
         self._budget = budget
         self.branches = branches
         self.pages = pages
@@ -238,7 +240,9 @@ class DraftEngine:
             matched = min(skipped + common_prefix(path[k:], known.tolist()), num_kept)
             sequence.computed = base + matched
             for i in range(skipped, matched):
-                sequence.candidates[base + i] = branches.candidates[row, i].copy()
+                sequence.candidates[base + i] = Candidates(
+                    branches.candidates[row, i].copy(), branches.candidate_probs[row, i].copy()
+                )
         sequence.tokens[length:] = path
         kept = sequence.computed
         sequence.candidates = {i: c for i, c in sequence.candidates.items() if i < kept}
@@ -260,24 +264,18 @@ class DraftEngine:
         waited = sequence.awaited is not None
         if waited or not sequence.after_hit:
             self._budget.observe_miss(0 if waited else k)
-        candidates = sequence.candidates.get(sequence.length - 1 + k)
-        if candidates is None:
-            return
-        others = [t for t in candidates.tolist() if k == len(drafts) or t != drafts[k]]
-        rank = others.index(emitted[k]) if emitted[k] in others else None
-        self._fan_out.observe(len(drafts), k, rank, sequence.after_hit, len(others))
+        self._outcomes.observe(sequence, k, emitted[k])
 
     def _begin_round(self, sequence: Sequence, num_drafts: int) -> None:
         sequence.num_forks = 0
         sequence.num_drafts = num_drafts
-        num_named = len(sequence.tokens) - sequence.length
         self._num_branches = self._budget.branches(
             num_drafts,
             len(self.sequences),
-            self._fan_out.hit_chances(num_drafts, True),
+            self._outcomes.hit_chances(num_drafts),
             self._fan_out.survival(num_drafts, True),
         )
-        sequence.fan_out = self._fan_out.counts(num_named, sequence.after_hit, self._num_branches)
+        sequence.fan_out = self._outcomes.counts(sequence, self._num_branches)
         if not sequence.is_computed:
             self._unfinished[sequence.request_id] = sequence
         else:
@@ -299,10 +297,11 @@ class DraftEngine:
             if candidates is None:
                 return
             sequence.num_forks += 1
+            token_ids = candidates.token_ids
             if k < len(drafts):
-                candidates = candidates[candidates != drafts[k]]
-            candidates = self.branches.biases.allowed(sequence.bias, candidates)
-            first_tokens = candidates[: min(sequence.fan_out[k], self.branches.num_free)]
+                token_ids = token_ids[token_ids != drafts[k]]
+            token_ids = self.branches.biases.allowed(sequence.bias, token_ids)
+            first_tokens = token_ids[: min(sequence.fan_out[k], self.branches.num_free)]
             if len(first_tokens):
                 self._add_branches(sequence, k, sequence.num_drafts, first_tokens)
 
@@ -397,7 +396,7 @@ class DraftEngine:
     def _extend_spines(self, tokens: StepTokens, draw: Draw) -> None:
         """Count what was computed of the spines, and start the branches that this allows."""
         for i, (sequence, position) in enumerate(tokens.spine_logits):
-            sequence.candidates[position] = draw.candidates[i]
+            sequence.candidates[position] = Candidates(draw.candidates[i], draw.candidate_probs[i])
         for sequence, n in tokens.spines:
             if not self._is_open(sequence):
                 continue  # evicted just now, for the branches of one before it

@@ -13,9 +13,13 @@ from vllm_ssd.policy import saguaro
 
 @dataclass(slots=True)
 class Draw:
-    """Tokens drawn after each logits row: ids [n, C] likeliest first, drawn [n], q ids and probs [n, M]."""
+    """Tokens drawn after each logits row: ids [n, C] likeliest first, drawn [n], q ids and probs [n, M].
+
+    candidate_probs [n, C] float32: softmax of the candidates at the row's temperature, 1 for greedy rows.
+    """
 
     candidates: np.ndarray
+    candidate_probs: np.ndarray
     drawn: np.ndarray
     q_token_ids: np.ndarray | None  # None when every row is greedy
     q_probs: np.ndarray | None
@@ -46,11 +50,14 @@ class Sampler:
         """
         num_candidates, top_m = self._num_candidates, self._top_m
         if not temperatures.any():
-            ids = torch.topk(logits, num_candidates, dim=-1).indices.cpu().numpy()
-            return Draw(ids.astype(np.int32), ids[:, 0], None, None)
+            values, indices = torch.topk(logits, num_candidates, dim=-1)
+            ids, probs = indices.cpu().numpy(), torch.softmax(values.float(), dim=-1).cpu().numpy()
+            return Draw(ids.astype(np.int32), probs, ids[:, 0], None, None)
         values, indices = torch.topk(logits.float(), max(num_candidates, top_m), dim=-1)
         divisor = torch.from_numpy(np.where(temperatures > 0, temperatures, np.float32(1)))
-        q_probs = torch.softmax(values[:, :top_m].cpu() / divisor[:, None], dim=-1)
+        values = values.cpu() / divisor[:, None]
+        candidate_probs = torch.softmax(values[:, :num_candidates], dim=-1)
+        q_probs = torch.softmax(values[:, :top_m], dim=-1)
         if truncations is not None:
             q_probs = torch.from_numpy(truncate(q_probs.numpy(), truncations))
         if fan_out is not None:
@@ -60,6 +67,7 @@ class Sampler:
         ids = indices.cpu().numpy()
         return Draw(
             ids[:, :num_candidates].astype(np.int32),
+            candidate_probs.numpy(),
             ids[np.arange(len(ids)), choice],
             ids[:, :top_m].astype(np.int32),
             q_probs.numpy(),

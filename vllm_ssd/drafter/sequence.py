@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,13 @@ from vllm_ssd.drafter.biases import UNBIASED
 from vllm_ssd.drafter.truncation import NOTHING
 
 NO_ROWS = np.empty(0, np.int64)
+
+
+class Candidates(NamedTuple):
+    """The likeliest tokens after one of the spine: token_ids [C] int32, likeliest first, probs [C] float32."""
+
+    token_ids: np.ndarray
+    probs: np.ndarray
 
 
 @dataclass(slots=True)
@@ -30,10 +38,11 @@ class Sequence:
     tokens: list[int]
     length: int  # committed tokens; tokens[length:] are the drafts under verification
     computed: int = 0  # leading tokens whose KV is in the pages
-    candidates: dict[int, np.ndarray] = field(default_factory=dict)  # after tokens[i], for i >= length - 1
+    candidates: dict[int, Candidates] = field(default_factory=dict)  # after tokens[i], for i >= length - 1
     rows: np.ndarray = field(default_factory=lambda: NO_ROWS)
     num_forks: int = 0  # fork points whose branches were started
     fan_out: SequenceOf[int] = ()
+    levels: tuple[list[int | None], np.ndarray] | None = None  # of drafts and candidates when `fan_out` was chosen
     num_drafts: int = 0
     after_hit: bool = False
     awaited: int | None = None

@@ -2,6 +2,7 @@
 
 from vllm_ssd.policy.adaptation import Adaptation
 from vllm_ssd.policy.budget import BranchBudget
+from vllm_ssd.policy.confidence import Confidence, confidence_levels
 from vllm_ssd.policy.fallback import NgramGain, jit_drafts, jit_gain, ngram_drafts
 from vllm_ssd.policy.fan_out import MAX_LEARNED_FAN_OUT, FanOut, allocate, survival
 from vllm_ssd.policy.probing import draft_grid
@@ -12,8 +13,10 @@ __all__ = [
     "NgramGain",
     "Adaptation",
     "BranchBudget",
+    "Confidence",
     "FanOut",
     "allocate",
+    "confidence_levels",
     "draft_grid",
     "jit_drafts",
     "jit_gain",

@@ -89,6 +89,8 @@ class FanOut:
         self._until_refresh = REFRESH_OBSERVATIONS
         self._cache: dict[tuple[int, bool, int], list[int]] = {}
         self._chances: dict[tuple[int, bool], list[float]] = {}
+        self._rates: dict[tuple[int, bool], list[float]] = {}
+        self._gains: dict[bool, list[float]] = {}
 
     def observe(
         self, num_drafts: int, accept_length: int, rank: int | None, after_hit: bool, num_candidates: int | None = None
@@ -117,8 +119,18 @@ class FanOut:
             if self._evidence >= MEMORY_OBSERVATIONS:
                 self._halve()
             self._until_refresh = max(REFRESH_OBSERVATIONS, self._evidence // 8)
-            self._cache.clear()
-            self._chances.clear()
+            for cache in (self._cache, self._chances, self._rates, self._gains):
+                cache.clear()
+
+    @property
+    def budget(self) -> int:
+        """Branches that are split at most."""
+        return self._budget
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the fan-out is configured, not learned."""
+        return self._fixed is not None
 
     def counts(self, num_drafts: int, after_hit: bool, budget: int | None = None) -> list[int]:
         """Branches by accept length for a round of `num_drafts` drafts.
@@ -173,6 +185,24 @@ class FanOut:
             probs.append(survival - longer)
             survival = longer
         return [*probs, survival]
+
+    def acceptance(self, num_drafts: int, after_hit: bool) -> list[float]:
+        """Estimated chance of each of `num_drafts` drafts to be accepted after those before it."""
+        rates = self._rates.get((num_drafts, after_hit))
+        if rates is None:
+            reached = [1.0, *self.survival(num_drafts, after_hit)]
+            rates = [longer / shorter for shorter, longer in zip(reached, reached[1:])]
+            self._rates[num_drafts, after_hit] = rates
+        return rates
+
+    def gains(self, is_full: bool) -> list[float]:
+        """Estimated chance of each of 16 ranks of the bonus token, after a rejection or full acceptance."""
+        gains = self._gains.get(is_full)
+        if gains is None:
+            law = self._miss_law(0)
+            miss = [law(0 if is_full else -1, count) for count in range(MAX_LEARNED_FAN_OUT + 1)]
+            gains = self._gains[is_full] = [fewer - more for fewer, more in zip(miss, miss[1:])]
+        return gains
 
     def _miss_law(self, num_drafts: int) -> Callable[[int, int], float]:
         n, laws = PRIOR_OBSERVATIONS, []

@@ -1,0 +1,82 @@
+"""Which outcomes of a round are predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+
+from vllm_ssd.drafter.sequence import Sequence
+from vllm_ssd.policy import Confidence, FanOut, confidence_levels
+
+
+class OutcomePrediction:
+    """Splits a request's branches over its fork points, and learns from the outcomes.
+
+    By what the drafter gave its drafts and the candidates of this round, where that is known; else by `fan_out`.
+    """
+
+    def __init__(self, fan_out: FanOut) -> None:
+        self._fan_out = fan_out
+        self._confidence = Confidence(fan_out)
+
+    def observe(self, sequence: Sequence, accept_length: int, bonus_token: int) -> None:
+        """Learn from the outcome of a round, before the spine follows it; not where its fork point is not computed."""
+        candidates = sequence.candidates.get(sequence.length - 1 + accept_length)
+        if candidates is None:
+            return
+        drafts = sequence.tokens[sequence.length :]
+        draft = drafts[accept_length] if accept_length < len(drafts) else None
+        others = [token for token in candidates.token_ids.tolist() if token != draft]
+        rank = others.index(bonus_token) if bonus_token in others else None
+        self._fan_out.observe(len(drafts), accept_length, rank, sequence.after_hit, len(others))
+        if not self._fan_out.is_fixed:
+            of_drafts, levels = sequence.levels or _levels(sequence, accept_length + 1)
+            if levels[accept_length].max() < 0:  # computed after the branches were split
+                of_drafts, levels = _levels(sequence, accept_length + 1)
+            sampled = sequence.temperature > 0
+            self._confidence.observe(sampled, len(drafts), of_drafts, accept_length, levels[accept_length], rank)
+
+    def hit_chances(self, num_drafts: int) -> SequenceOf[float]:
+        """Estimated hit rate after a hit, with 0, 1, … branches up to the configured budget."""
+        if self._fan_out.is_fixed:
+            return self._fan_out.hit_chances(num_drafts, True)
+        return self._confidence.hit_chances(num_drafts)
+
+    def counts(self, sequence: Sequence, budget: int) -> SequenceOf[int]:
+        """Branches by accept length of the round that begins, at most `budget` in all."""
+        num_drafts = len(sequence.tokens) - sequence.length
+        if self._fan_out.is_fixed or sequence.length - 1 not in sequence.candidates:  # nothing is known of a draft
+            sequence.levels = None
+            return self._fan_out.counts(num_drafts, sequence.after_hit, budget)
+        sequence.levels = _levels(sequence, num_drafts + 1)
+        return self._confidence.counts(sequence.temperature > 0, *sequence.levels, sequence.after_hit, budget)
+
+
+def _levels(sequence: Sequence, num_forks: int) -> tuple[list[int | None], np.ndarray]:
+    """Classes of the drafts at the first `num_forks` fork points, and of the other candidates there.
+
+    -> drafts, None where nothing is known; candidates [num_forks, C] int64, -1 in the place of the draft and where
+    nothing is known. A draft that is no candidate counts as the last of them; the chances of others are without it.
+    """
+    first, length = sequence.length - 1, sequence.length
+    drafts: list[int | None] = [None] * min(num_forks, len(sequence.tokens) - length)
+    found = [(k, sequence.candidates[first + k]) for k in range(num_forks) if first + k in sequence.candidates]
+    if not found:
+        return drafts, np.full((num_forks, 1), -1)
+    known = [k for k, _ in found]
+    probs = np.array([candidates.probs for _, candidates in found])
+    named = sequence.tokens[length : length + num_forks] + [-1] * num_forks
+    is_draft = np.array([candidates.token_ids for _, candidates in found]) == np.array([[named[k]] for k in known])
+    of_draft = (probs * is_draft).sum(1)
+    levels = confidence_levels(probs / np.maximum(1 - of_draft, 1e-6)[:, None])
+    levels[is_draft] = -1
+    draft_levels = confidence_levels(np.where(of_draft > 0, of_draft, probs[:, -1])).tolist()
+    for k, level in zip(known, draft_levels):
+        if k < len(drafts):
+            drafts[k] = level
+    if len(known) == num_forks:
+        return drafts, levels
+    others = np.full((num_forks, levels.shape[1]), -1)
+    others[known] = levels
+    return drafts, others
