@@ -12,6 +12,7 @@ from engine_target import K, grow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_ssd.drafter.prediction import MAX_REQUESTS
 from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, Confidence, FanOut, confidence_levels
 from vllm_ssd.policy.confidence import NUM_LEVELS
 
@@ -170,3 +171,20 @@ def test_an_engine_splits_by_what_its_model_said(make_target, temperature):
         assert sequence.fan_out == confidence.counts(temperature > 0, of_drafts, known, True, budget)
     assert confidence._num_observed == 4, "an outcome was not learned from"
     assert engine._outcomes.hit_chances(K) != engine._fan_out.hit_chances(K, True)
+
+
+def test_many_requests_are_split_by_the_mean(make_target):
+    target = make_target(fan_out=None, max_fan_out=MAX_LEARNED_FAN_OUT, max_branches=16, top_m=13)
+    target.open("a", [1, 2, 3, 4, 5])
+    grow(target)
+    (k, bonus), drafts = sorted(target.blocks["a"].items())[-1]
+    target.advance("a", target.drafts["a"][:k] + [bonus], list(drafts))
+    grow(target)
+    sequence, outcomes = target.engine.sequences["a"], target.engine._outcomes
+    mean = target.engine._fan_out.counts(len(sequence.tokens) - sequence.length, sequence.after_hit, 6)
+    few, many = (outcomes.counts(sequence, 6, number) for number in (MAX_REQUESTS, MAX_REQUESTS + 1))
+    assert many == mean != few
+    learned = outcomes._confidence._num_observed
+    outcomes.observe(sequence, 0, 7)
+    assert outcomes._confidence._num_observed == learned
+    assert outcomes.hit_chances(K) == target.engine._fan_out.hit_chances(K, True)

@@ -275,7 +275,7 @@ class DraftEngine:
             self._outcomes.hit_chances(num_drafts),
             self._fan_out.survival(num_drafts, True),
         )
-        sequence.fan_out = self._outcomes.counts(sequence, self._num_branches)
+        sequence.fan_out = self._outcomes.counts(sequence, self._num_branches, len(self.sequences))
         if not sequence.is_computed:
             self._unfinished[sequence.request_id] = sequence
         else:

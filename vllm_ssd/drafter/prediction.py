@@ -10,15 +10,22 @@ from vllm_ssd.drafter.sequence import Sequence
 from vllm_ssd.policy import Confidence, FanOut, confidence_levels
 
 
+MAX_REQUESTS = 16
+"""Requests up to which each is split by the probabilities of its round, which takes 41 µs: of many at a time, all wait for
+that before the first step."""
+
+
 class OutcomePrediction:
     """Splits a request's branches over its fork points, and learns from the outcomes.
 
-    By what the drafter gave its drafts and the candidates of this round, where that is known; else by `fan_out`.
+    By what the drafter gave its drafts and the candidates of this round, where that is known and the requests are few;
+    else by `fan_out`.
     """
 
     def __init__(self, fan_out: FanOut) -> None:
         self._fan_out = fan_out
         self._confidence = Confidence(fan_out)
+        self._by_confidence = not fan_out.is_fixed
 
     def observe(self, sequence: Sequence, accept_length: int, bonus_token: int) -> None:
         """Learn from the outcome of a round, before the spine follows it; not where its fork point is not computed."""
@@ -30,7 +37,7 @@ class OutcomePrediction:
         others = [token for token in candidates.token_ids.tolist() if token != draft]
         rank = others.index(bonus_token) if bonus_token in others else None
         self._fan_out.observe(len(drafts), accept_length, rank, sequence.after_hit, len(others))
-        if not self._fan_out.is_fixed:
+        if self._by_confidence:
             of_drafts, levels = sequence.levels or _levels(sequence, accept_length + 1)
             if levels[accept_length].max() < 0:  # computed after the branches were split
                 of_drafts, levels = _levels(sequence, accept_length + 1)
@@ -39,14 +46,15 @@ class OutcomePrediction:
 
     def hit_chances(self, num_drafts: int) -> SequenceOf[float]:
         """Estimated hit rate after a hit, with 0, 1, … branches up to the configured budget."""
-        if self._fan_out.is_fixed:
+        if not self._by_confidence:
             return self._fan_out.hit_chances(num_drafts, True)
         return self._confidence.hit_chances(num_drafts)
 
-    def counts(self, sequence: Sequence, budget: int) -> SequenceOf[int]:
-        """Branches by accept length of the round that begins, at most `budget` in all."""
+    def counts(self, sequence: Sequence, budget: int, num_requests: int) -> SequenceOf[int]:
+        """Branches by accept length of the round that begins, at most `budget` in all, with `num_requests` at a time."""
+        self._by_confidence = not self._fan_out.is_fixed and num_requests <= MAX_REQUESTS
         num_drafts = len(sequence.tokens) - sequence.length
-        if self._fan_out.is_fixed or sequence.length - 1 not in sequence.candidates:  # nothing is known of a draft
+        if not self._by_confidence or sequence.length - 1 not in sequence.candidates:  # nothing is known of a draft
             sequence.levels = None
             return self._fan_out.counts(num_drafts, sequence.after_hit, budget)
         sequence.levels = _levels(sequence, num_drafts + 1)
