@@ -252,7 +252,13 @@ ZOO: dict[str, Entry] = {
     "lfm2": Entry(
         "lfm2",
         "recurrent (short convolutions) and full",
-        {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "conv_dim": 128, "conv_dim_out": 128},
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "full_attention"] * 2,
+            "conv_dim": 128,
+            "conv_dim_out": 128,
+            "block_dim": 128,
+        },
     ),
     "qwen3_next": Entry(
         "qwen3_next",
