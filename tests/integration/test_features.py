@@ -19,7 +19,6 @@ from random_requests import WITH_REASONING, same_logprobs
 
 Prompts = Callable[..., list[list[int]]]
 
-ROUND_S = 0.02
 MARKERS = (316, 1989)
 """Token ids that start and end reasoning: "def" and "return"."""
 PAGE = 32
@@ -39,7 +38,7 @@ ANSWER = r"[0-9]{3}-[a-z]{2,8}\."
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param("V1", marks=pytest.mark.timed),
+        "V1",
         pytest.param(
             "V2", marks=pytest.mark.skipif(not HAS_V2, reason="this vLLM's V2 runner has no method for a CPU")
         ),
@@ -74,7 +73,7 @@ def compare(
 
     On V2, a round that such a call interrupts may be counted by vLLM alone, or by SSD.
     """
-    run, expected = engine.generate(requests, min_seconds=ROUND_S, calls=calls), reference.generate(requests)
+    run, expected = engine.generate(requests, lockstep=1.0, calls=calls), reference.generate(requests)
     assert texts(run) == texts(expected)
     for output, plain in zip(run.outputs, expected.outputs):
         assert [sample.finish_reason for sample in output.samples] == [s.finish_reason for s in plain.samples]
@@ -153,7 +152,7 @@ def test_seeds_beside_none(engine: Engine, reference: Engine, prompts: Prompts, 
         request(prompt, max_tokens=30, join_step=4 * i, **({"temperature": 0.9, "seed": i} if i % 2 else {}))
         for i, prompt in enumerate(prompts(few(8), 10, 14, seed=85))
     ]
-    run, expected = engine.generate(requests, min_seconds=ROUND_S), reference.generate(requests)
+    run, expected = engine.generate(requests, lockstep=1.0), reference.generate(requests)
     assert texts(run)[::2] == texts(expected)[::2]
     assert all(len(tokens) == 30 for (tokens,) in texts(run))
     assert_conclusive(run, hits=5, accepted=10)
@@ -202,7 +201,7 @@ def test_kv_from_a_connector(
         },
     )
     try:
-        stored, loaded = (engine.generate(requests, min_seconds=ROUND_S) for _ in range(2))
+        stored, loaded = (engine.generate(requests, lockstep=1.0) for _ in range(2))
     finally:
         engine.close()
     expected = texts(target_alone.generate(requests))

@@ -9,10 +9,9 @@ import numpy as np
 from vllm_ssd.drafter.sequence import Sequence
 from vllm_ssd.policy import Confidence, FanOut, confidence_levels
 
-
 MAX_REQUESTS = 16
-"""Requests up to which each is split by the probabilities of its round, which takes 41 µs: of many at a time, all wait for
-that before the first step."""
+"""Most requests at which each is split by the probabilities of its round, which takes 41 µs: all wait for that before
+the first step."""
 
 
 class OutcomePrediction:
@@ -51,7 +50,7 @@ class OutcomePrediction:
         return self._confidence.hit_chances(num_drafts)
 
     def counts(self, sequence: Sequence, budget: int, num_requests: int) -> SequenceOf[int]:
-        """Branches by accept length of the round that begins, at most `budget` in all, with `num_requests` at a time."""
+        """Branches by accept length of the round that begins, one of `num_requests`; at most `budget` in all."""
         self._by_confidence = not self._fan_out.is_fixed and num_requests <= MAX_REQUESTS
         num_drafts = len(sequence.tokens) - sequence.length
         if not self._by_confidence or sequence.length - 1 not in sequence.candidates:  # nothing is known of a draft
