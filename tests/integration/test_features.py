@@ -184,7 +184,6 @@ def test_reloaded_weights(engine: Engine, reference: Engine, prompts: Prompts, f
     assert "drafter keeps the weights" in engine.log.read_text()
 
 
-@pytest.mark.timed
 def test_kv_from_a_connector(
     start_engine: Callable[..., Engine], target_alone: Engine, prompts: Prompts, tmp_path: Path
 ) -> None:
