@@ -84,7 +84,7 @@ class Engine(EngineProcess):
     """A vLLM engine in a process of its own, whose start has begun; see `engine_host.EngineHost` for what it can do.
 
     Without `speculative` it is the target alone. With `forked`, it and its drafters are forked where that makes no
-    difference but in time, and in whose child a drafter is.
+    difference but in time, and in whose child a drafter is; with `own_drafters`, it starts those as a server does.
     """
 
     def __init__(
@@ -94,12 +94,14 @@ class Engine(EngineProcess):
         speculative: dict[str, Any] | None = None,
         environment: dict[str, str] | None = None,
         forked: bool = True,
+        own_drafters: bool = False,
         **engine_args: Any,
     ) -> None:
         *self._cores, drafter_core = own_cores()
         self._variables = BASE | (environment or {})
         self.on_v2 = self._variables.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
-        self._forked = forked and self._variables in FORKED
+        self._forked = forked and {k: v for k, v in self._variables.items() if k != "TMPDIR"} in FORKED
+        self._own_drafters = own_drafters
         super().__init__(
             [str(HOST)],
             log,
@@ -139,8 +141,9 @@ class Engine(EngineProcess):
     def _start(self, program: Sequence[str], connection: int, environment: Mapping[str, str], output: int) -> Any:
         if not self._forked:
             return super()._start(program, connection, environment, output)
-        forks = server(v2=self._variables != BASE)
-        environment = {**environment, fork_server.ADDRESS: server().address}
+        forks = server(v2=self.on_v2)
+        if not self._own_drafters:
+            environment = {**environment, fork_server.ADDRESS: server().address}
         return fork_server.fork(forks.address, "engine", program, connection, environment, output)
 
     def receive(self, timeout_s: float | None = None) -> Any:

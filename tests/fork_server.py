@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -193,6 +194,7 @@ class Server:
         os.dup2(output, 2)
         os.close(output)
         random.seed()
+        tempfile.tempdir = None  # as `environment` has it
         status = 1
         try:
             status = {"engine": run_engine, "drafter": run_drafter, "listener": run_listener}[program](arguments, fd)

@@ -22,7 +22,7 @@ GONE_S = 5.0
 @pytest.fixture
 def engine(start_engine: Callable[..., Engine], tmp_path: Path) -> Iterator[Engine]:
     """An engine whose temporary files go to `tmp_path`."""
-    engine = start_engine(speculative={}, environment={"TMPDIR": str(tmp_path)})
+    engine = start_engine(speculative={}, environment={"TMPDIR": str(tmp_path)}, own_drafters=True)
     yield engine
     engine.close()
 

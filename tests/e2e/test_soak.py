@@ -15,10 +15,10 @@ FAULTS = ("kill", "hang", "slow", "socket", "memory")
 
 @pytest.mark.timed
 @pytest.mark.skipif(sys.platform != "linux", reason="the faults are done by Linux's means")
-def test_a_minute_of_faults_harms_nobody(tmp_path: Path) -> None:
+def test_faults_harm_nobody(tmp_path: Path) -> None:
     """`python scripts/soak.py --minutes 3` does all of them, and longer."""
     out = tmp_path / "soak.json"
-    command = [sys.executable, str(SOAK), "--minutes", "1", "--faults", ",".join(FAULTS), "--longest-hang", "3"]
+    command = [sys.executable, str(SOAK), "--minutes", "0.75", "--faults", ",".join(FAULTS), "--longest-hang", "3"]
     done = subprocess.run(
         [*command, "--seed", "2", "--json", str(out), "--logs", str(tmp_path), "--verbose"],
         capture_output=True,
