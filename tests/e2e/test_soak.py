@@ -18,7 +18,7 @@ FAULTS = ("kill", "hang", "slow", "socket", "memory")
 def test_faults_harm_nobody(tmp_path: Path) -> None:
     """`python scripts/soak.py --minutes 3` does all of them, and longer."""
     out = tmp_path / "soak.json"
-    command = [sys.executable, str(SOAK), "--minutes", "0.75", "--faults", ",".join(FAULTS), "--longest-hang", "3"]
+    command = [sys.executable, str(SOAK), "--minutes", "0.5", "--faults", ",".join(FAULTS), "--longest-hang", "3"]
     done = subprocess.run(
         [*command, "--seed", "2", "--json", str(out), "--logs", str(tmp_path), "--verbose"],
         capture_output=True,
