@@ -24,6 +24,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from generated_page import fill
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -153,14 +155,12 @@ def main() -> int:
     names = arguments.only or list(ZOO)
     if arguments.table:
         page = arguments.table.read_text()
-        before, _, rest = page.partition(BEGIN)
-        after = rest.partition(END)[2]
         rows = table({name: results[name] for name in ZOO if name in results})
         good = [sum(results[name][role] == "ok" for name in ZOO if name in results) for role in ("target", "drafter")]
         rows += f"\n\nOf {len(ZOO)} models {good[0]} have their own text with drafts, and {good[1]} draft."
         if missing := [name for name in ZOO if name not in results]:
             rows += f"\n\nNot run: {', '.join(missing)}."
-        arguments.table.write_text(f"{before}{BEGIN}\n\n{rows}\n\n{END}{after}")
+        arguments.table.write_text(fill(page, BEGIN, END, rows))
         return 0
     faults = []
     wanted = [name for name in names if arguments.redo or name not in results]

@@ -7,9 +7,10 @@ With --check nothing is written, and the exit status says whether the page is as
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
+
+from generated_page import fill, write_or_check
 
 from vllm_ssd.compat.features import FEATURES, Feature, runners
 from vllm_ssd.compat.version import SUPPORTED
@@ -34,11 +35,7 @@ def table() -> str:
 
 def page(text: str) -> str:
     """`text` with the table between the markers; raises ValueError without them."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{PAGE} has no {BEGIN} … {END}")
-    return f"{before}{begin}\n\n{table()}\n\n{end}{after}"
+    return fill(text, BEGIN, END, table())
 
 
 def _span(minors: list[tuple[int, int]]) -> str:
@@ -52,14 +49,7 @@ def _shown(feature: Feature) -> str:
 
 def main() -> int:
     """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    text = PAGE.read_text()
-    wanted = page(text)
-    if parser.parse_args().check:
-        return int(text != wanted)
-    PAGE.write_text(wanted)
-    return 0
+    return write_or_check(PAGE, page, __doc__)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ where they are from, are in plan_cases.py.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+from generated_page import fill, write_or_check
 from plan_cases import (
     BATCHES,
     DRAFTERS,
@@ -312,24 +312,13 @@ TABLES: dict[str, Callable[[], str]] = {
 def page(text: str) -> str:
     """`text` with each table between its markers; raises ValueError where they are missing."""
     for name, table in TABLES.items():
-        before, begin, rest = text.partition(BEGIN.format(name))
-        _, end, after = rest.partition(END.format(name))
-        if not begin or not end:
-            raise ValueError(f"{PAGE} has no {BEGIN.format(name)} … {END.format(name)}")
-        text = f"{before}{begin}\n\n{table()}\n\n{end}{after}"
+        text = fill(text, BEGIN.format(name), END.format(name), table())
     return text
 
 
 def main() -> int:
     """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    text = PAGE.read_text()
-    wanted = page(text)
-    if parser.parse_args().check:
-        return int(text != wanted)
-    PAGE.write_text(wanted)
-    return 0
+    return write_or_check(PAGE, page, __doc__)
 
 
 if __name__ == "__main__":

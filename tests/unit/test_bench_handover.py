@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-from script_modules import SCRIPTS, load_script
+from script_modules import load_script
 
-sys.path.insert(0, str(SCRIPTS))
 script = load_script("bench_handover")
-sys.path.remove(str(SCRIPTS))
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-from script_modules import SCRIPTS, load_script
+from script_modules import load_script
 
-sys.path.insert(0, str(SCRIPTS))
 cases = load_script("plan_cases")
 script = load_script("plan_table")
-sys.path.remove(str(SCRIPTS))
 
 
 def test_the_page_is_as_the_planner_has_it():
