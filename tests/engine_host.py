@@ -141,8 +141,7 @@ class EngineHost:
             step += 1
             if int(step * lockstep) > int((step - 1) * lockstep):
                 self._await_drafters()
-        if V2 and (self._proposer is not None or self._metrics_port is not None):
-            self._settle()
+        self._settle()
         counts = {name: value - before.get(name, 0) for name, value in self.counts().items()}
         total_s = time.perf_counter() - started
         for timer in resumed:
@@ -159,8 +158,7 @@ class EngineHost:
 
         params = BeamSearchParams(beam_width=width, max_tokens=max_tokens, ignore_eos=True)
         outputs = self._llm.beam_search([{"prompt_token_ids": prompt} for prompt in prompts], params)
-        if V2 and self._proposer is not None:
-            self._settle()
+        self._settle()
         return [[beam.tokens[-max_tokens:] for beam in output.sequences] for output in outputs]
 
     def counts(self) -> dict[str, int]:
@@ -346,7 +344,9 @@ class EngineHost:
             turn.wait(LOCKSTEP_S)  # unless its thread has ended
 
     def _settle(self) -> None:
-        """On the V2 runner: tell the worker that the last requests have ended; the courier counts their rounds."""
+        """On V2 with SSD: tell the worker that the last requests have ended; the courier counts their rounds."""
+        if not V2 or (self._proposer is None and self._metrics_port is None):
+            return
         from vllm_ssd.compat.target import measure
 
         while measure.scheduler(self._engine).has_requests():
