@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.policy import Adaptation
@@ -224,7 +224,6 @@ def test_a_new_batch_size_starts_from_its_neighbour():
     assert adaptation.choose(64) == adaptation.choose(128) == 0
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 6),
     st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6), probabilities, st.floats(1e-4, 1e2)), max_size=200),

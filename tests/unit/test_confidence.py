@@ -20,7 +20,6 @@ SURE, UNSURE, HOPELESS = confidence_levels(np.array([0.999, 0.5, 0.001])).tolist
 levels = st.integers(0, NUM_LEVELS - 1)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=20))
 def test_levels_rise_with_probability(probs):
     found = confidence_levels(np.sort(probs))
@@ -58,7 +57,7 @@ def hit_chance(
     return total
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 2), st.integers(1, 6), st.booleans(), st.data(), st.randoms(use_true_random=False))
 def test_no_other_split_hits_more_often(num_drafts, budget, sampled, data, rng):
     confidence = taught(rng, num_drafts)

@@ -1,7 +1,7 @@
 """Piecewise linear cost curves."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.policy.curve import interpolate
@@ -11,7 +11,6 @@ curves = st.lists(st.tuples(st.floats(1, 100), st.floats(0.1, 10)), min_size=1, 
 )
 
 
-@settings(deadline=None)
 @given(curves, st.floats(0, 200))
 def test_interpolation_stays_between_its_neighbours(points, x):
     value = interpolate(points, x)
@@ -21,7 +20,6 @@ def test_interpolation_stays_between_its_neighbours(points, x):
         assert value >= points[-1][1] - 1e-9
 
 
-@settings(deadline=None)
 @given(curves, st.floats(0, 1), st.floats(0, 1))
 def test_extrapolation_below_the_first_point_keeps_to_the_floor(points, x, floor):
     first = points[0][1]

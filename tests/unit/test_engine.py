@@ -136,7 +136,7 @@ def test_an_end_between_steps_leaves_the_others_growing(make_target):
         assert [len(drafts) for drafts in target.blocks[name].values()] == [K, K]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(data=st.data())
 def test_random_operations_conserve_pages_and_read_the_right_prefix(make_target, data):
     """Joins, leaves, hits, misses, trims, skipped rounds, foreign drafts, late outcomes, a small pool."""

@@ -5,7 +5,7 @@ import random
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.policy.estimator import MEMORY_ROUNDS, PRIOR_ACCEPTANCE, RoundEstimator
@@ -37,7 +37,6 @@ def rounds(draw, max_drafts: int):
     return num_drafts, offered, accepted, draw(st.floats(1e-5, 1e2))
 
 
-@settings(deadline=None)
 @given(st.data(), st.integers(1, 6))
 def test_estimates_are_finite_and_in_bounds_after_any_rounds(data, max_drafts):
     estimator = RoundEstimator(max_drafts)
@@ -59,7 +58,6 @@ def test_estimates_are_finite_and_in_bounds_after_any_rounds(data, max_drafts):
     assert estimator.draft_seconds() >= 0 and (estimator.round_seconds(1) or 0) > 0
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=40))
 def test_survival_is_a_probability_however_few_positions_were_tried(tries):
     estimator = RoundEstimator(4)

@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, FanOut, allocate
@@ -41,7 +41,6 @@ def miss_chance(accept_probs: list[float], fan_out: list[float], r: float) -> fl
     return sum(prob * count**-r for prob, count in zip(accept_probs, fan_out) if prob)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 5), st.floats(0.41, 0.9), st.floats(0.3, 3))
 def test_allocation_of_a_large_budget_is_the_papers_closed_form(num_drafts, acceptance, r):
     """Where every accept length is plausible: with c(1) = 0 the others have no first branch to gain from."""
@@ -50,7 +49,6 @@ def test_allocation_of_a_large_budget_is_the_papers_closed_form(num_drafts, acce
     assert counts == pytest.approx(closed_form(num_drafts, 1000, acceptance, r), abs=num_drafts + 1)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5), st.floats(2, 60), st.floats(0.05, 0.98), st.floats(0.2, 3), st.randoms(use_true_random=False))
 def test_closed_form_is_a_numerical_optimum(num_drafts, budget, acceptance, r, rng):
     accept_probs = geometric_accept_probs(num_drafts, acceptance)
@@ -103,7 +101,6 @@ def hit_chance(accept_probs, counts, curves) -> float:
     return sum(prob * (1 - curve[count]) for prob, curve, count in zip(accept_probs, curves, counts))
 
 
-@settings(deadline=None)
 @given(outcomes(), st.integers(1, 9))
 def test_allocation_equals_brute_force(case, most):
     budget, accept_probs, curves = case

@@ -346,7 +346,7 @@ class Turmoil(RuleBasedStateMachine):
 
 
 TestTurmoil = Turmoil.TestCase
-TestTurmoil.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestTurmoil.settings = settings(max_examples=100, stateful_step_count=40)
 
 
 def test_a_member_forgets_with_its_process():

@@ -46,7 +46,7 @@ def mutated(draw: st.DrawFn, messages: st.SearchStrategy) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(parts=st.lists(mutated(TO_DRAFTER) | st.binary(max_size=20), max_size=6))
 def test_a_drafter_ends_at_worst_with_its_link(parts):
     """Whatever a target sends, the serving loop ends because the link does, with all pages accounted for."""
@@ -89,7 +89,7 @@ def sound_push(data: st.DataObject) -> Push:
     return msgspec.structs.replace(PUSH, blocks=[block])
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, derandomize=True)
 @given(parts=st.lists(mutated(TO_TARGET) | st.binary(max_size=20), max_size=6))
 def test_a_target_s_end_only_ever_closes(parts):
     """Whatever a drafter sends, polling gives messages or says that the link is closed."""
@@ -112,7 +112,7 @@ def test_a_target_s_end_only_ever_closes(parts):
     target.close()
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, derandomize=True)
 @given(data=st.data())
 def test_what_passes_the_checks_holds_only_tokens_of_the_vocabulary(data):
     push = sound_push(data)

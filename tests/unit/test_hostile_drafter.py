@@ -182,7 +182,7 @@ def test_checking_a_block_costs_a_few_calls_whatever_its_size(sampled: bool) -> 
 edges = st.sampled_from([0, 1, hostile.VOCAB_SIZE - 1, hostile.VOCAB_SIZE, 2**31 - 1, -1, -(2**31)])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(-1, hostile.K + 1), edges | st.just(JIT_TOKEN)), min_size=1, max_size=12),
     st.lists(edges, min_size=1, max_size=1),

@@ -187,7 +187,7 @@ def test_more_rows_than_one_step_has_room_for(make_target, monkeypatch):
     assert most <= max(2 * K, 8) and target.blocks["a"]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(data=st.data())
 def test_random_operations_conserve_pages_and_read_the_right_prefix(make_target, data):
     num_pages = data.draw(st.sampled_from([24, 60, 300]))

@@ -53,7 +53,6 @@ def test_costs_are_interpolated_and_extended():
     assert one_batch.verify_s(1, 1) == pytest.approx(0.01)
 
 
-@settings(deadline=None)
 @given(st.lists(probabilities, min_size=1, max_size=6), st.integers(0, 9))
 def test_accept_probs_sum_to_one(chances, num_drafts):
     acceptance = dataclasses.replace(ACCEPTANCE, after_hit=tuple(chances))
@@ -191,7 +190,7 @@ def test_a_drafter_that_is_too_slow_is_late():
     assert ssd.tokens_per_round == pytest.approx(1.0, abs=0.02)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.integers(1, 16),
     st.integers(1, 8),
@@ -215,7 +214,6 @@ def test_ssd_predictions_are_in_bounds(batch_size, num_drafts, budget, on_miss, 
     assert ssd.per_device == pytest.approx(ssd.tokens_per_s / (1 + num_drafters))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 7), st.floats(0.3, 0.95))
 def test_better_drafts_never_predict_fewer_tokens(num_drafts, accept):
     rates = []

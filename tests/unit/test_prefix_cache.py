@@ -16,7 +16,7 @@ from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.pages.pool import OutOfPages, PagePool
 
 NUM_PAGES = 12
-SETTINGS = settings(max_examples=25, stateful_step_count=40, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=25, stateful_step_count=40, derandomize=True)
 
 
 class Pool(RuleBasedStateMachine):

@@ -72,7 +72,7 @@ def probes(played: list[tuple[int, bool]]) -> list[tuple[int, int, int]]:
 EVEN = [1.0, 1.0, 1.0, 1.0]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.floats(1, 2), st.floats(0.5, 2)), min_size=2, max_size=9),
     st.integers(0, 8),

@@ -305,7 +305,7 @@ class Conversation(RuleBasedStateMachine):
 
 
 TestConversation = Conversation.TestCase
-TestConversation.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestConversation.settings = settings(max_examples=200, stateful_step_count=50)
 
 
 def test_each_eviction_doubles_the_pause():

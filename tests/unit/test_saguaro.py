@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.policy import saguaro
@@ -46,7 +46,6 @@ def hit_when_rejected(p: np.ndarray, q: np.ndarray, prepared: np.ndarray) -> flo
     return float(residual[prepared].sum() / residual.sum())
 
 
-@settings(deadline=None)
 @given(distributions(4), st.lists(st.integers(0, 6), min_size=4, max_size=4), st.floats(0, 1))
 def test_definition(q, fan_out, factor):
     q = -np.sort(-q)
@@ -58,7 +57,6 @@ def test_definition(q, fan_out, factor):
         assert new == pytest.approx(expected)
 
 
-@settings(deadline=None)
 @given(distributions(3), st.integers(0, 6))
 def test_a_factor_of_one_changes_no_bit(q, fan_out):
     q = (-np.sort(-q)).astype(np.float32)
@@ -81,7 +79,6 @@ def test_rows_have_their_own_factor_and_fan_out():
     assert proposal == pytest.approx(np.array([[1 / 3, 0.4, 4 / 15], [5 / 12, 0.25, 1 / 3], [0.5, 0.3, 0.2]]))
 
 
-@settings(deadline=None)
 @given(st.data(), st.integers(1, 3), st.sampled_from(FACTORS))
 def test_output_is_the_targets_own_by_enumeration(data, fan_out, factor):
     """Two drafts and the bonus token over a vocabulary of 3: the sum over all paths against p alone."""
@@ -128,7 +125,6 @@ def test_output_is_biased_when_the_verifier_is_given_the_unchanged_q():
     assert np.abs(output - p).sum() > 0.05
 
 
-@settings(deadline=None)
 @given(distributions(2, zeros=False), st.integers(1, 4))
 def test_a_smaller_factor_never_lowers_the_hit_chance_of_a_rejection(rows, fan_out):
     p, q = rows
@@ -141,7 +137,6 @@ def test_a_smaller_factor_never_lowers_the_hit_chance_of_a_rejection(rows, fan_o
     assert all(later >= earlier - 1e-9 for earlier, later in itertools.pairwise(chances))
 
 
-@settings(deadline=None)
 @given(distributions(2, zeros=False), st.integers(1, 4))
 def test_acceptance_is_concave_in_the_mass_left_on_prepared_tokens(rows, fan_out):
     """So it falls with C below the best C, which is 1 where q fits the target."""

@@ -28,7 +28,7 @@ from vllm_ssd.link.protocol import (
 CUTS = [Truncation(2), Truncation(top_p=0.5), Truncation(min_p=0.3), Truncation(4, 0.7), Truncation(3, 0.9, 0.05)]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(1, 40),
