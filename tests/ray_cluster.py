@@ -11,8 +11,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -119,15 +118,6 @@ def running(fork_server_address: str) -> Iterator[RayCluster]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float) -> float:
-    """The seconds until something holds; fails when it does not in time."""
-    started = time.monotonic()
-    while not holds():
-        assert time.monotonic() - started < timeout_s, f"not within {timeout_s:g} s"
-        time.sleep(0.02)
-    return time.monotonic() - started
 
 
 def reap(*_: object) -> None:

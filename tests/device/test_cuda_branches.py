@@ -16,6 +16,7 @@ from fake_cuda import CudaError, FakeCuda, Stream
 from fake_speculator import batch, built
 from triton.runtime.jit import JITFunction
 from v2_target import Target
+from waiting import wait_until
 
 from vllm_ssd.compat.target import runner_v1
 from vllm_ssd.link.protocol import Push, SpeculationBlock, pack_ids
@@ -40,19 +41,12 @@ def end_of_threads() -> None:
             assert not thread.is_alive()
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    return condition()
-
-
 def decode(target: Target, rounds: int) -> None:
     """Rounds between which the courier has time."""
     for _ in range(rounds):
         target.step()
         target.drain()
-        assert eventually(lambda: not target.courier._tasks)
+        wait_until(lambda: not target.courier._tasks, pause_s=0.002)
         time.sleep(0.01)
         torch.cuda.synchronize(target.device)
 
@@ -80,7 +74,7 @@ def test_a_device_that_fails_ends_drafting_alone(
     target.start([1, 2, 3])
     cuda.failures[call, failing] = CudaError("an illegal memory access was encountered")
     target.launch()
-    assert eventually(lambda: target.link.closed)
+    wait_until(lambda: target.link.closed)
     end_of_threads()
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     for _ in range(4):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +14,7 @@ import torch
 from engine_target import engine_of
 from fake_model import FakePagedModel
 from vllm.v1.worker.gpu_worker import Worker
+from waiting import wait_until
 
 from vllm_ssd.compat.target import worker as seam
 from vllm_ssd.link import process
@@ -47,13 +47,6 @@ def link(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     link.poll()
     yield link
     link.close()
-
-
-def wait_for(done: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    began = time.monotonic()
-    while not done():
-        assert time.monotonic() - began < timeout_s
-        time.sleep(0.01)
 
 
 class Backend:
@@ -102,7 +95,7 @@ def test_a_drafter_on_the_targets_gpu_is_gone_while_it_sleeps(link, monkeypatch,
         time.sleep(5 * process.WATCH_S)
         assert link._process.poll() is not None, "the pages of the target may be another's still"
         Worker.wake_up(worker, ["kv_cache"])
-    wait_for(lambda: link.poll() == [] and link.connected)
+    wait_until(lambda: link.poll() == [] and link.connected)
     assert link.generation == 2
     assert not caplog.records, "nothing was lost"
 
@@ -129,11 +122,11 @@ def test_a_drafter_that_starts_while_it_is_sent_to_rest_ends(link) -> None:
         link.wake()
         time.sleep(pause_s)
     link.rest()
-    wait_for(lambda: link._process.poll() is not None)
+    wait_until(lambda: link._process.poll() is not None)
     time.sleep(5 * process.WATCH_S)
     assert link._process.poll() is not None and link._newcomer is None
     link.wake()
-    wait_for(lambda: link.poll() == [] and link.connected)
+    wait_until(lambda: link.poll() == [] and link.connected)
 
 
 @pytest.mark.parametrize("tree_attention", [False, True])

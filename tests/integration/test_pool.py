@@ -14,7 +14,8 @@ from typing import Any
 import engines
 import pytest
 from listening_drafter import HELLO, OPTIONS, opening
-from ray_cluster import AGENT, RayCluster, running, wait_until
+from ray_cluster import AGENT, RayCluster, running
+from waiting import wait_until
 
 from vllm_ssd.link import placed
 from vllm_ssd.link.handshake import DrafterFailed

@@ -12,7 +12,8 @@ import engines
 import pytest
 from engines import HAS_V2, ON_V2, PAIR, Engine, assert_conclusive, request, texts
 from fleet_watch import assert_bounded
-from ray_cluster import AGENT, GCS_GONE_S, RayCluster, running, wait_until
+from ray_cluster import AGENT, GCS_GONE_S, RayCluster, running
+from waiting import wait_until
 
 pytestmark = pytest.mark.timed
 

@@ -4,10 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
+from waiting import wait_until
 
 from vllm_ssd.planning import engine_host
 from vllm_ssd.planning.engine_host import EngineFailed, EngineProcess, threads_on
@@ -105,7 +105,7 @@ def test_an_idle_engine_and_its_children_are_suspended(start):
     engine = start(idle_stop=True)
     child = psutil.Process(engine.call("start_child"))
     for process in (psutil.Process(engine.process.pid), child):
-        wait_for(lambda process=process: process.status() == psutil.STATUS_STOPPED)
+        wait_until(lambda process=process: process.status() == psutil.STATUS_STOPPED)
     assert engine.call("add", a=1, b=1) == 2
     engine.close()
     assert engine.process.returncode == 0
@@ -119,7 +119,7 @@ def test_an_engine_that_does_not_end_is_killed_with_its_children(start, monkeypa
     engine.call("refuse_to_end")
     engine.close()
     assert engine.process.returncode == -signal.SIGKILL
-    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
 def test_an_engine_dies_with_its_parent(tmp_path):
@@ -134,11 +134,4 @@ def test_an_engine_dies_with_its_parent(tmp_path):
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         engine = psutil.Process(int(process.stdout.readline()))
         process.kill()
-    wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)

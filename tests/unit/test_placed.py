@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 import pytest
 from listening_drafter import HELLO, OPTIONS
-from ray_cluster import wait_until
 from test_fleet import make, open_all
 from test_tenants import Drafter, hits
+from waiting import wait_until
 
 from vllm_ssd.drafter import keeper
 from vllm_ssd.drafter.keeper import Keeper

@@ -16,6 +16,7 @@ import msgspec
 import psutil
 import pytest
 from fake_link import pair
+from waiting import wait_until
 
 from vllm_ssd.link import process as launch
 from vllm_ssd.link.options import DrafterOptions
@@ -198,14 +199,6 @@ def obliging(start, tmp_path):
     return begin
 
 
-def wait_for(condition, timeout_s: float = SOON_S) -> None:
-    """Return once `condition()` holds; fails the test when it does not come."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < timeout_s
-        time.sleep(0.01)
-
-
 def test_a_drafter_that_dies_while_the_target_is_idle_is_replaced(obliging, monkeypatch, caplog):
     monkeypatch.setattr(launch, "BACKOFF_S", (0.01, 0.05))
     link, looks, attend = obliging(), [], launch.DrafterProcess._attend
@@ -213,9 +206,9 @@ def test_a_drafter_that_dies_while_the_target_is_idle_is_replaced(obliging, monk
         link._process.kill()
         link._process.wait()
         monkeypatch.setattr(launch.DrafterProcess, "_attend", lambda link: looks.append(1) or attend(link))
-        wait_for(lambda: caplog.records)
+        wait_until(lambda: caplog.records)
         assert len(looks) <= 2, "noticed at the next look, of which there is one every WATCH_S"
-        wait_for(lambda: link.generation == 2 and link.connected)
+        wait_until(lambda: link.generation == 2 and link.connected)
     (warning,) = caplog.records
     assert "ended with status -9" in warning.getMessage()
 
@@ -223,7 +216,7 @@ def test_a_drafter_that_dies_while_the_target_is_idle_is_replaced(obliging, monk
 def test_a_drafter_that_hangs_up_while_the_target_is_idle_is_replaced(obliging, monkeypatch):
     monkeypatch.setattr(launch, "BACKOFF_S", (0.01, 0.05))
     link = obliging('eval "exec $FD>&-"; exec sleep 100')
-    wait_for(lambda: link.generation >= 2)
+    wait_until(lambda: link.generation >= 2)
 
 
 def test_statistics_arrive_while_the_target_is_idle(link):
@@ -256,8 +249,8 @@ def test_no_new_drafter_is_taken_up_between_two_polls(obliging, monkeypatch):
     link.poll()
     link._process.kill()
     link._process.wait()
-    wait_for(lambda: link.poll() == [] and not link.connected)
-    wait_for(lambda: link._num_started == 2 and link._newcomer)
+    wait_until(lambda: link.poll() == [] and not link.connected)
+    wait_until(lambda: link._num_started == 2 and link._newcomer)
     link.send(STEP)
     assert (link.generation, link.connected) == (1, False)
     link.poll()
@@ -312,7 +305,7 @@ def test_a_process_id_that_is_another_s_by_now_is_no_server(link, monkeypatch):
         patch.setattr(psutil.Process, "is_running", lambda self: False)  # it compares the times of creation
         assert link._server.has_ended()
     child.kill()
-    wait_for(link._server.has_ended)  # a zombie serves nobody
+    wait_until(link._server.has_ended)  # a zombie serves nobody
     child.wait()
     assert link._ends()
 
@@ -360,12 +353,12 @@ def test_an_orphaned_worker_keeps_neither_drafter_nor_port(tmp_path):
     )
     worker = psutil.Process(int(server.stdout.readline()))
     try:
-        wait_for(lambda: (tmp_path / "started").exists() and is_served(), 60.0)
+        wait_until(lambda: (tmp_path / "started").exists() and is_served(), 60.0)
         (drafter,) = worker.children()
         server.kill()
         server.wait()
         assert worker.is_running()
-        wait_for(lambda: not is_served() and not drafter.is_running())
+        wait_until(lambda: not is_served() and not drafter.is_running())
         assert worker.is_running()
     finally:
         worker.kill()

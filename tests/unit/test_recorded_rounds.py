@@ -12,8 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from pair_model import DRAFTER, TARGET, continue_text  # noqa: E402
-from record_rounds import CUTS, PAIR, Recorder, Rounds, load, record  # noqa: E402
+from pair_model import DRAFTER, TARGET, continue_text, load  # noqa: E402
+from record_rounds import CUTS, PAIR, Recorder, Rounds, record  # noqa: E402
 from replay_rounds import POLICIES, levels_of, replay, standard_error  # noqa: E402
 from round_ceilings import accepted_drafts, truncated  # noqa: E402
 
