@@ -44,6 +44,7 @@ from bench_systems import (
     running,
 )
 from bench_worker import Request, System
+from pair_model import write_weakened
 from resize_model import deepen, widen
 
 COST_ROUNDS = 3
@@ -57,6 +58,7 @@ BUNDLED_DEFAULTS = {
     "intermediate_size": 40960,
     "dear_layers": 13,
     "cheap_layers": 2,
+    "drafter_noise": 0.0,
 }
 
 
@@ -192,6 +194,11 @@ def make_parser() -> argparse.ArgumentParser:
     bundled.add_argument("--intermediate-size", type=int, help="of the widened target, default 40960")
     bundled.add_argument("--dear-layers", type=int, help="default 13")
     bundled.add_argument("--cheap-layers", type=int, help="default 2")
+    bundled.add_argument(
+        "--drafter-noise",
+        type=float,
+        help="of its standard deviation is added to each weight matrix of the drafter, which weakens it; default 0",
+    )
     bundled.add_argument("--dtype", choices=("bfloat16", "float32"), help="default bfloat16")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8])
@@ -310,9 +317,13 @@ def bundled_pairs(
 ) -> Iterator[tuple[Pair, Iterator[list[int]]]]:
     """The bundled models in the sizes asked for, and prompts for them."""
     widen(PAIR / "target", folder / "target", args.intermediate_size, dtype=args.dtype)
+    drafter = PAIR / "drafter"
+    if args.drafter_noise:
+        write_weakened(drafter, folder / "weakened", args.drafter_noise)
+        drafter = folder / "weakened"
     for name in args.drafters:
         num_layers = {"dear": args.dear_layers, "cheap": args.cheap_layers}[name]
-        deepen(PAIR / "drafter", folder / name, num_layers, dtype=args.dtype)
+        deepen(drafter, folder / name, num_layers, dtype=args.dtype)
         pair = bundled_pair(name, folder / "target", folder / name, args.dtype, cores)
         yield pair, held_out_prompts(args.seed)
 

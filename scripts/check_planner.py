@@ -32,7 +32,7 @@ from vllm_ssd.planning.measure import Profiler, Subject
 
 def make_systems(pair: Pair, args: argparse.Namespace) -> list[System]:
     """Plain, stock at one K, and SSD at every setting."""
-    systems = [pair.plain(), pair.stock(args.stock_k)]
+    systems = [pair.plain(), pair.stock(args.stock_k, parallel_drafting=drafts_in_parallel(pair.drafter))]
     for num_drafts, budget in args.points:
         options = {
             "num_speculative_tokens": num_drafts,
@@ -42,6 +42,12 @@ def make_systems(pair: Pair, args: argparse.Namespace) -> list[System]:
         }
         systems.append(pair.speculative(options, name=f"SSD K={num_drafts} N={budget}"))
     return systems
+
+
+def drafts_in_parallel(folder: str) -> bool:
+    """Whether the draft model has a mask token."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    return any(key in config for key in ("pard_token", "ptd_token_id"))
 
 
 def predict(profile: Profile, system: System, rows: float) -> Prediction:
@@ -184,6 +190,12 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the profile and check_planner.json")
+    parser.add_argument(
+        "--drafter",
+        type=Path,
+        default=PAIR / "drafter",
+        help="folder of another draft model of the bundled shape, as train_pair.py --parallel writes one",
+    )
     parser.add_argument("--drafter-layers", nargs="+", type=int, default=[2, 8], help="one deepened drafter each")
     parser.add_argument("--intermediate-size", type=int, default=24576, help="of the widened target")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4])
@@ -208,7 +220,7 @@ def parse_arguments() -> argparse.Namespace:
 def check(layers: int, target: Path, folder: Path, args: argparse.Namespace) -> Iterator[tuple[list[dict], Profile]]:
     """Measured and predicted points with a drafter of so many layers, and the profile, after every turn."""
     folder.mkdir()
-    deepen(PAIR / "drafter", folder / "drafter", layers, dtype=args.dtype)
+    deepen(args.drafter, folder / "drafter", layers, dtype=args.dtype)
     cores = choose_cores(args.cores, is_cpu=True)
     pair = bundled_pair("drafter", target, folder / "drafter", args.dtype, cores)
     source = held_out_prompts(args.seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from pair_corpus import END_OF_TEXT, VOCABULARY
+from resize_model import read_model, write_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -234,12 +235,35 @@ def save_model(folder: Path, tokenizer: Tokenizer, model: Llama, **keys: int | s
     os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
 
 
+def load(folder: Path, shape: Shape) -> Llama:
+    """Return a written checkpoint in float32."""
+    model = Llama(shape)
+    model.load_state_dict({key: value.float() for key, value in load_file(folder / "model.safetensors").items()})
+    return model
+
+
+@torch.no_grad()
+def weaken(model: Llama, noise: float) -> None:
+    """Add normal noise to every weight matrix, `noise` times its standard deviation."""
+    generator = torch.Generator().manual_seed(1)
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            weight += noise * weight.std() * torch.randn(weight.shape, generator=generator)
+
+
+def write_weakened(src: Path, dst: Path, noise: float) -> None:
+    """Write the drafter of `src` to `dst` with noise on its weights, as `weaken` adds it."""
+    model = load(src, DRAFTER)
+    weaken(model, noise)
+    config, _ = read_model(src)
+    write_model(src, dst, config, model.state_dict(), "bfloat16")
+
+
 def load_saved(folder: Path, shape: Shape) -> Llama:
     """Return a written checkpoint in float32, after checking that transformers agrees with it."""
     from transformers import AutoModelForCausalLM
 
-    model = Llama(shape)
-    model.load_state_dict({key: value.float() for key, value in load_file(folder / "model.safetensors").items()})
+    model = load(folder, shape)
     tokens = torch.randint(VOCABULARY, (2, 300), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from bench_prompts import held_out_prompts
 from bench_systems import PAIR
-from pair_model import DRAFTER, TARGET, Llama, Shape
-from safetensors.torch import load_file
+from pair_model import DRAFTER, TARGET, Llama, load, weaken
 from torch import Tensor
 
 NUM_CANDIDATES = 16
@@ -186,22 +185,6 @@ class Recorder:
         p = p.gather(-1, order)
         cuts = [(p[..., :m], q[..., :m] / q[..., :m].sum(-1, keepdim=True)) for m in CUTS]
         return torch.stack([torch.minimum(*cut).sum(-1) for cut in cuts], -1)
-
-
-def load(folder: Path, shape: Shape) -> Llama:
-    """A checkpoint in float32."""
-    model = Llama(shape)
-    model.load_state_dict({key: value.float() for key, value in load_file(folder / "model.safetensors").items()})
-    return model
-
-
-@torch.no_grad()
-def weaken(model: Llama, noise: float) -> None:
-    """Add normal noise to every weight matrix, `noise` times its standard deviation."""
-    generator = torch.Generator().manual_seed(1)
-    for weight in model.parameters():
-        if weight.ndim == 2:
-            weight += noise * weight.std() * torch.randn(weight.shape, generator=generator)
 
 
 @torch.no_grad()
