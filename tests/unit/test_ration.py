@@ -7,10 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 
 import fake_model
+import msgspec
 import pytest
 from listening_drafter import HELLO, OPTIONS, SLOTS, WELCOME, K, engine_with
 from test_tenants import LONGEST_STEP
 
+from vllm_ssd.drafter.merging import MAX_MERGED_STEPS, MergedOutcome
 from vllm_ssd.drafter.ration import Ration
 from vllm_ssd.drafter.server import apply
 from vllm_ssd.drafter.tenants import Tenant, Tenants
@@ -108,6 +110,15 @@ def strangers() -> Iterator[Step]:
         yield Step([Outcome(f"{number}-{i}", 1, 5, [1], []) for i in range(8)], K)
 
 
+def echoes() -> Iterator[Step]:
+    """Many outcomes of one request in each message."""
+    length = 1
+    yield Step([Open("0", 1, pack_ids([1]), 0.0)], K)
+    while True:
+        yield Step([Outcome("0", 1, length + i, [1], []) for i in range(1, 51)], K)
+        length += 50
+
+
 def hits(flood: Iterator[Step] | None) -> float:
     """The share of an honest target's rounds that find a block, with or without another one beside it."""
     model = fake_model.FakePagedModel(4000, max_model_len=LONG + 100)
@@ -149,10 +160,10 @@ def alone() -> float:
     return share
 
 
-FLOODS = [lambda: prompts(8), lambda: prompts(LONG), outcomes, strangers]
+FLOODS = [lambda: prompts(8), lambda: prompts(LONG), outcomes, strangers, echoes]
 
 
-@pytest.mark.parametrize("flood", FLOODS, ids=["opens", "prompts", "outcomes", "strangers"])
+@pytest.mark.parametrize("flood", FLOODS, ids=["opens", "prompts", "outcomes", "strangers", "echoes"])
 def test_a_flood_leaves_the_other_its_hits(alone: float, flood: Callable[[], Iterator[Step]]) -> None:
     assert hits(flood()) >= 0.9 * alone
 
@@ -175,7 +186,7 @@ def test_what_follows_an_open_waits_with_it_in_one_outcome() -> None:
     assert not ration.keep(Outcome("a", 0, 13, [8], []), K, is_shared=True), "it is about an earlier opening"
     (first,) = ration.grant(10)
     assert first.opened == opening("a", 10) and first.num_drafts == 2
-    assert first.outcome == Outcome("a", 1, 13, [5, 6, 8], [9, 9])
+    assert first.outcome == MergedOutcome("a", 1, 13, [5, 6, 8], [9, 9], rounds=(2, 1))
     assert not ration.keep(Outcome("a", 1, 14, [1], []), K, is_shared=True)
 
 
@@ -200,3 +211,87 @@ def test_one_target_alone_is_not_rationed() -> None:
     tenants._tenants[0] = Tenant(0, "", Wire(lambda: said), 0.0, HELLO, ration=Ration(1))
     assert sum(len(step.events) for step in tenants.poll(0.0)) == 100 * SLOTS
     os.close(tenants._stop)
+
+
+class Steady:
+    """A target that says rounds of all its requests, so many whenever it is read; follows what is heard of them.
+
+    life: rounds after which a request leaves and another one comes, of one request at a time
+    """
+
+    def __init__(self, rounds: int, life: int = 0) -> None:
+        self.rounds, self.life = rounds, life
+        self.round = 0
+        self.said = {str(i): 5 for i in range(SLOTS)}
+        self.unsaid = [Step([opening(name, 5) for name in self.said], K)]
+        self.heard: dict[str, int] = {}
+        self.num_events = 0
+        self.next_name = SLOTS
+
+    def say(self) -> list[Step]:
+        steps, self.unsaid = self.unsaid, []
+        return steps
+
+    def advance(self) -> None:
+        for _ in range(self.rounds):
+            events: list[Open | Outcome | Close] = []
+            self.round += 1
+            leaves = self.life and self.round % (self.life // SLOTS) == 0
+            if leaves:
+                first = next(iter(self.said))
+                del self.said[first]
+                events = [Close(first), opening(str(self.next_name), 5)]
+            for name in self.said:
+                self.said[name] += 2
+                events.append(Outcome(name, 1, self.said[name], [1, 2], []))
+            if leaves:
+                self.said[str(self.next_name)] = 5
+                self.next_name += 1
+            self.unsaid.append(Step(events, K))
+
+    def hear(self, name: str, event: Open | Outcome | Close) -> None:
+        self.num_events += 1
+        if isinstance(event, Open):
+            self.heard[name] = len(event.token_ids) // 4
+        elif isinstance(event, Close):
+            self.heard.pop(name, None)
+        else:
+            self.heard[name] += len(event.emitted)
+            assert self.heard[name] == event.length, "tokens were lost"
+
+    @property
+    def behind(self) -> int:
+        """Rounds that the drafter has not heard of, of the request that is furthest behind."""
+        return max((length - self.heard.get(name, 5)) // 2 for name, length in self.said.items())
+
+
+def polled(*targets: Steady, polls: int = 200) -> list[list[int]]:
+    """How far each target was behind after each poll of a drafter that they share."""
+    tenants = Tenants(Nobody(), msgspec.structs.replace(OPTIONS, max_num_seqs=4 * SLOTS), lambda _: WELCOME, 1, LOGGER)
+    for number, target in enumerate(targets):
+        tenants._tenants[number] = Tenant(number, "", Wire(target.say), 0.0, HELLO, ration=Ration(SLOTS + 1))
+    behind: list[list[int]] = [[] for _ in targets]
+    for _ in range(polls):
+        for step in tenants.poll(0.0):
+            for event in step.events:
+                number, _, name = event.request_id.partition(":")
+                targets[int(number)].hear(name, event)
+        for target, rounds in zip(targets, behind):
+            rounds.append(target.behind)
+            target.advance()
+    os.close(tenants._stop)
+    return behind
+
+
+@pytest.mark.parametrize("rounds", [2, MAX_MERGED_STEPS // 2])
+def test_a_full_batch_that_is_faster_than_the_drafter_s_polls_does_not_fall_behind(rounds: int) -> None:
+    fast, slow = Steady(rounds), Steady(1)
+    behind, other = polled(fast, slow)
+    assert max(behind[-50:]) <= 4 * rounds and min(behind[-50:]) == 0, behind
+    assert max(other[-50:]) <= 1, "the other one is heard as before"
+    assert fast.num_events <= 200 * (SLOTS + 1) + 8 * SLOTS, "it is no more work than its ration"
+
+
+def test_requests_that_come_and_leave_do_not_end_that() -> None:
+    behind, _ = polled(Steady(2, life=4 * SLOTS), Steady(1, life=4 * SLOTS))
+    assert max(behind[-50:]) <= 6 and min(behind[-50:]) == 0, behind

@@ -147,11 +147,13 @@ class DraftEngine:
         *,
         num_drafts: int,
         jit: int = 0,
+        rounds: SequenceOf[int] = (),
     ) -> None:
         """Commit `emitted`, take `draft_token_ids` as the drafts now under verification, start the next tree.
 
-        `length` is the committed length after `emitted`. A request that is unknown, of another epoch or out of
-        step is reported as evicted: the target then opens it anew.
+        `length` is the committed length after `emitted`; `rounds`, where it is the outcome of several, how many tokens
+        each of them emitted. A request that is unknown, of another epoch or out of step is reported as evicted: the
+        target then opens it anew.
         """
         sequence = self.sequences.get(request_id)
         if sequence is None or sequence.epoch != epoch or sequence.length + len(emitted) != length:
@@ -169,9 +171,10 @@ class DraftEngine:
             now = time.perf_counter()
             self._growing_since = self._growing_since or now
             if sequence.decided_at:
-                self._budget.observe_window(now - sequence.decided_at)
+                num_rounds = max(sum(num_emitted > 0 for num_emitted in rounds), 1)
+                self._budget.observe_window((now - sequence.decided_at) / num_rounds)
             sequence.decided_at = now
-        self._observe(sequence, emitted)
+        self._observe(sequence, emitted[: rounds[0]] if rounds else emitted)
         if jit or emitted:
             sequence.awaited = jit or None
         elif sequence.awaited:

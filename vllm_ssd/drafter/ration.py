@@ -1,7 +1,9 @@
 """How much of the drafter each of several targets gets: deficit round robin (Shreedhar and Varghese, 1995).
 
 Branches are as many for each request, so that a step is shared by itself. What a target can flood are events, each of
-which costs the drafter time before the next step, and prompts, whose tokens ride in the steps of all.
+which costs the drafter time before the next step, and prompts, whose tokens ride in the steps of all. A sound target
+that is faster than the drafter's steps does not fall behind: what it has said beyond its ration is merged with what was
+heard (`vllm_ssd.drafter.merging`), which costs little.
 """
 
 from __future__ import annotations
@@ -9,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import msgspec
-
+from vllm_ssd.drafter.merging import merged
 from vllm_ssd.link.protocol import Close, Open, Outcome
 
 PROMPT_TOKENS = 512
@@ -71,8 +72,7 @@ class Ration:
             return False
         if event.epoch != waiting.opened.epoch:
             return False
-        emitted = event.emitted if waiting.outcome is None else waiting.outcome.emitted + event.emitted
-        waiting.outcome = msgspec.structs.replace(event, emitted=emitted)
+        waiting.outcome = event if waiting.outcome is None else merged(waiting.outcome, event)
         waiting.num_drafts = num_drafts
         return True
 

@@ -23,6 +23,7 @@ from vllm_ssd.drafter.buckets import MAX_BRANCHES
 from vllm_ssd.drafter.device_steps import MAX_TOP_M, DeviceSteps
 from vllm_ssd.drafter.engine import PREFILL_TOKENS_PER_STEP, DraftEngine
 from vllm_ssd.drafter.heartbeat import Heartbeat
+from vllm_ssd.drafter.merging import MergedOutcome
 from vllm_ssd.drafter.pages.device import DevicePages
 from vllm_ssd.drafter.pages.host import HostPages
 from vllm_ssd.drafter.pages.protocol import Pages
@@ -89,6 +90,7 @@ def apply(engine: DraftEngine, event: Open | Outcome | Close, num_drafts: int) -
                 event.draft_token_ids,
                 num_drafts=num_drafts,
                 jit=event.jit,
+                rounds=event.rounds if isinstance(event, MergedOutcome) else (),
             )
         case Open():
             try:

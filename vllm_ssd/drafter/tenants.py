@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from vllm_ssd.drafter.accept import Acceptor
+from vllm_ssd.drafter.merging import MAX_MERGED_STEPS, merge_backlog
 from vllm_ssd.drafter.ration import PROMPT_TOKENS, Ration
 from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import (
@@ -183,11 +184,12 @@ class Tenants(Transport):
             self._refuse(tenant, f"the drafter serves {MAX_TENANTS} targets already")
 
     def _hear(self, tenant: Tenant, steps: list[Step]) -> None:
-        if not tenant.unheard:
-            tenant.unheard = deque(tenant.transport.poll(0.0))
+        if len(tenant.unheard) <= MAX_MERGED_STEPS:
+            tenant.unheard += tenant.transport.poll(0.0)
         is_shared = self._is_shared(tenant)
         tenant.ration.next_poll()
         messages = tenant.unheard
+        heard: list[Step] = []
         if tenant.hello is None and not messages and time.monotonic() > tenant.deadline:
             tenant.lost = f"no Hello within {HELLO_S:g} s"
         while messages and not tenant.lost and not (is_shared and tenant.ration.is_used_up):
@@ -196,9 +198,14 @@ class Tenants(Transport):
                 self._shake_hands(tenant, message)
             elif isinstance(message, Step):
                 tenant.ration.spoke(1 + len(message.events))
-                steps.append(self._translated(tenant, message))
+                heard.append(message)
             else:
                 tenant.lost = "it introduced itself twice"
+        if messages and not tenant.lost:
+            most = 2 * tenant.ration.events_a_poll  # outcomes of all its requests, and some that come and leave
+            heard, num_events = merge_backlog(heard, messages, most)
+            tenant.ration.spoke(num_events)
+        steps += [self._translated(tenant, step) for step in heard]
 
     def _shake_hands(self, tenant: Tenant, hello: Any) -> None:
         if not isinstance(hello, Hello):
