@@ -68,6 +68,16 @@ def test_drafters_of_a_fleet_share_cores(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [cores(*place, "5-7") for place in everywhere] == [[5, 6, 7]] * 4
 
 
+@pytest.mark.parametrize(("cpus", "threads"), [(None, None), ("2,3", "2")])
+def test_a_drafter_that_listens_has_the_memory_that_its_keys_say(cpus: str | None, threads: str | None) -> None:
+    keys = {"model": "x", "kv_cache_memory": "64MiB"} | ({"drafter_cpus": cpus} if cpus else {})
+    options, environment, _ = placement.place_standalone(SSDConfig.from_user(keys), 4, on_cpu=True)
+    assert options.engine_args["kv_cache_memory_bytes"] == 64 << 20
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] is None, "vLLM would take it in place of the bytes"
+    assert environment["TRITON_INTERPRET"] is None and environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert environment.get("OMP_NUM_THREADS") == threads
+
+
 def test_a_drafter_takes_no_longer_requests_than_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
     def lengths(**user: Any) -> tuple[int | None, int]:
         options = place(monkeypatch, target_max_model_len=1000, **user)

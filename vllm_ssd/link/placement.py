@@ -24,6 +24,12 @@ CPU_KV_CACHE_BYTES = 512 << 20
 """KV memory of a drafter on the CPU when the user names none."""
 
 
+ON_CPU: dict[str, str | None] = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TRITON_INTERPRET": None,  # a target on the V2 runner may need it; here it would only be slow
+    "VLLM_CPU_KVCACHE_SPACE": None,  # the target's; it would override kv_cache_memory_bytes
+}
+"""What changes in the environment of a drafter on the CPU, on whatever cores."""
 NO_UTILIZATION = 0.01
 """Share of a GPU that vLLM wants to find free, and else does not use, where the bytes of the KV pages are given."""
 MAX_SHARED_UTILIZATION = 1.0
@@ -105,7 +111,7 @@ def place_standalone(config: SSDConfig, max_num_seqs: int, on_cpu: bool) -> Plac
     cpus = list(parse_cpus(config.drafter_cpus)) if config.drafter_cpus else []
     if on_cpu:
         engine_args["kv_cache_memory_bytes"] = config.kv_cache_memory or CPU_KV_CACHE_BYTES
-        environment |= _on_cores(cpus) if cpus else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        environment |= _on_cores(cpus) if cpus else ON_CPU
     else:
         engine_args |= _gpu_memory(config)
     return Placement(
@@ -161,13 +167,10 @@ def _environment() -> dict[str, str | None]:
 def _on_cores(cpus: Sequence[int]) -> dict[str, str | None]:
     """What changes in the environment of a drafter on these cores."""
     places = ",".join(map(str, cpus))
-    return {
+    return ON_CPU | {
         "OMP_NUM_THREADS": str(len(cpus)),
         "OMP_PLACES": f"{{{places}}}",
         "OMP_PROC_BIND": "true",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "TRITON_INTERPRET": None,  # a target on the V2 runner may need it; here it would only be slow
-        "VLLM_CPU_KVCACHE_SPACE": None,  # the target's; it would override kv_cache_memory_bytes
     }
 
 
