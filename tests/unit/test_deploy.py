@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -159,6 +160,95 @@ def test_the_pod_is_unprivileged_probed_and_limited(manifest):
     startup = container["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 1200
     assert "memory" in container["resources"]["limits"] and all("value" not in entry for entry in container["env"])
+
+
+@pytest.fixture
+def cluster() -> Any:
+    return next(
+        item for item in yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text()) if item["kind"] == "RayCluster"
+    )
+
+
+def is_of(kind: str, value: Any) -> bool:
+    """Whether a value is of a type that Kubernetes' schemas name."""
+    is_integer, is_string = type(value) is int, type(value) is str
+    return {
+        "string": is_string,
+        "integer": is_integer,
+        "boolean": type(value) is bool,
+        "integer or string": is_integer or is_string,
+        "quantity": is_integer or is_string and re.fullmatch(r"\d+(\.\d+)?([numkMGTPE]|[KMGTPE]i)?", value) is not None,
+    }[kind]
+
+
+def misfits(schema: Any, value: Any, path: str = "") -> list[str]:
+    """What of a document its schema lacks, requires, or has as another type (tests/assets/raycluster.yaml)."""
+    if isinstance(schema, str):
+        return [] if is_of(schema, value) else [f"{path}: {value!r} is no {schema}"]
+    if isinstance(schema, list):
+        if not isinstance(value, list):
+            return [f"{path}: no list"]
+        return [reason for i, item in enumerate(value) for reason in misfits(schema[0], item, f"{path}[{i}]")]
+    if not isinstance(value, dict):
+        return [f"{path}: no object"]
+    if schema.keys() == {"any"}:
+        return [reason for key, item in value.items() for reason in misfits(schema["any"], item, f"{path}.{key}")]
+    fields = {name.rstrip("!"): inner for name, inner in schema.items()}
+    found = [f"{path}.{name[:-1]}: missing" for name in schema if name.endswith("!") and name[:-1] not in value]
+    for name, item in value.items():
+        found += misfits(fields[name], item, f"{path}.{name}") if name in fields else [f"{path}.{name}: unknown"]
+    return found
+
+
+SCHEMA = yaml.safe_load((ROOT / "tests" / "assets" / "raycluster.yaml").read_text())
+
+
+def test_kuberay_s_fields_are_those_of_its_crd(cluster: Any):
+    assert misfits(SCHEMA, cluster) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda spec: spec["workerGroupSpecs"][0].pop("groupName"), r".spec.workerGroupSpecs[0].groupName: missing"),
+        (lambda spec: spec.update(workers=2), ".spec.workers: unknown"),
+        (lambda spec: spec["headGroupSpec"]["rayStartParams"].update({"num-gpus": 0}), "num-gpus: 0 is no string"),
+        (lambda spec: spec["workerGroupSpecs"][0].update(replicas="2"), "replicas: '2' is no integer"),
+        (
+            lambda spec: spec["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"].update(
+                limits={"memory": "1 GB"}
+            ),
+            "memory: '1 GB' is no quantity",
+        ),
+        (lambda spec: spec["headGroupSpec"]["template"]["spec"].update(containers={}), "containers: no list"),
+    ],
+)
+def test_a_field_that_the_crd_does_not_have_is_noticed(cluster: Any, change: Any, reason: str):
+    change(cluster["spec"])
+    assert [found for found in misfits(SCHEMA, cluster) if reason in found]
+
+
+def test_kuberay_s_own_additions_find_what_they_need(cluster: Any):
+    """KubeRay names the head's ports in its service and probes a container that has no probes with wget."""
+    head, (workers,) = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
+    (server,), (drafter,) = (group["template"]["spec"]["containers"] for group in (head, workers))
+    ports = {port["name"]: port["containerPort"] for port in server["ports"]}
+    assert ports == {"http": 8000, "gcs-server": int(head["rayStartParams"].get("port", 6379))}
+    assert all(re.fullmatch(r"[a-z][a-z0-9-]{0,14}", name) for name in ports)
+    assert len(cluster["metadata"]["name"]) <= 53
+    assert not drafter.keys() & {"startupProbe"} and server.keys() >= {"readinessProbe", "livenessProbe"}
+    for name in ("readinessProbe", "livenessProbe"):
+        probe = drafter[name]["httpGet"]
+        assert f'"{probe["path"]}"' in ray_source("dashboard/http_server_agent.py"), "Ray answers it without a token"
+        assert f"= {probe['port']}\n" in ray_source("_private/ray_constants.py")
+    assert "ray[default]" in (DEPLOY / "kuberay.yaml").read_text(), "the agent answers HTTP only with its extra"
+
+
+def ray_source(path: str) -> str:
+    """A file of the installed Ray, which is not imported."""
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None and spec.origin is not None
+    return (Path(spec.origin).parent / path).read_text()
 
 
 def test_kuberay_has_a_gpu_for_each_drafter_and_asks_who_comes():
