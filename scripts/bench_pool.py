@@ -5,9 +5,11 @@
     python scripts/bench_pool.py drafters
 
 `links`: round trips of a Step and the Push that answers it, with encoding, checking of sizes and decoding, to a process
-of its own: over a socketpair, plain TCP and mutual TLS on loopback. `drafters`: tokens per second of the bundled target
-with two drafters of its own, and with two of `vllm-ssd drafter` on loopback. Runs of both sides take turns, and each
-pair of neighbours gives one ratio: what else the machine does falls on both.
+of its own: over a socketpair, plain TCP and mutual TLS on loopback. `drafters`: tokens per second of a target with two
+drafters of its own, and with two of `vllm-ssd drafter` on loopback. Both targets have the same cores, and both pairs of
+drafters have the others. The target is the bundled one, widened until two drafters are in time on one core. K and the
+branches are fixed: only the links differ. Runs of both sides take turns, and each pair of neighbours gives one ratio:
+what else the machine does falls on both.
 """
 
 from __future__ import annotations
@@ -30,10 +32,22 @@ from typing import Any
 
 from bench_prompts import held_out_prompts
 from bench_report import environment, spread
-from bench_systems import PAIR, console, run_script, start_pair
+from bench_systems import (
+    MAX_PAIR_LEN,
+    PAIR,
+    add_cores,
+    choose_cores,
+    console,
+    drafter_cores,
+    on_cpu,
+    run_script,
+    start_pair,
+)
+from resize_model import widen
 from rich.table import Table
 
-from vllm_ssd.planning.engine_host import EngineProcess, serve
+from vllm_ssd.link.placement import share
+from vllm_ssd.planning.engine_host import EngineProcess, serve, threads_on
 
 SIZES = {"0.8 kB": 1, "62 kB": 120}
 """Drafts whose proposals of 64 tokens a push carries."""
@@ -41,6 +55,11 @@ SUPPORT = 64
 KINDS = ("socketpair", "TCP", "TLS")
 GOALS = {"TLS / TCP at 62 kB": 2.5, "socketpair / before at 62 kB": 1.05, "own / elsewhere, tokens per second": 1.05}
 """Medians that are not to be exceeded."""
+NUM_DRAFTERS = 2
+SIZES_OF_DRAFTERS = {"dtype": "float32", "kv_cache_memory": "64MiB", "fan_out": 2}
+"""Keys that drafters of both kinds have; a fixed fan-out, so that none learns to do with less."""
+MAX_LATE = 0.1
+"""Of the outcomes of the server's own drafters; where more are late, the machine is what is measured."""
 WORKER, LINK = "--worker", "--link"
 START_S = 300.0
 
@@ -203,16 +222,16 @@ def socketpair_of(checkout: Path, count: int) -> float:
 class PairEngine:
     """The process of one engine."""
 
-    def start(self, speculative: dict[str, Any]) -> None:
-        """Start the bundled pair with keys of speculative_config."""
+    def start(self, target: str, speculative: dict[str, Any]) -> None:
+        """Start a target with the bundled drafter and keys of speculative_config."""
         from vllm_ssd.compat.target import measure
 
         config = {"method": "ssd", "model": str(PAIR / "drafter"), "num_speculative_tokens": 5, "on_miss": "skip"}
-        self._engine = start_pair(config | {"adaptive": False} | speculative)
+        self._engine = start_pair(config | {"adaptive": False} | speculative, Path(target))
         self._counts = measure.proposer(self._engine)._metrics.counts
 
     def decode(self, prompts: list[list[int]], max_tokens: int) -> dict[str, float]:
-        """Tokens per second of all prompts at once, and the share of outcomes that hit."""
+        """Tokens per second of all prompts at once, and the shares of outcomes that hit and that came too early."""
         from vllm import SamplingParams
 
         before, started = dict(self._counts), time.perf_counter()
@@ -223,24 +242,28 @@ class PairEngine:
             self._engine.step()
         seconds = time.perf_counter() - started
         hits, misses, late = (self._counts[name] - before[name] for name in ("hits", "misses", "late"))
-        return {"tokens_per_s": len(prompts) * max_tokens / seconds, "hit_rate": hits / max(hits + misses + late, 1)}
+        outcomes = max(hits + misses + late, 1)
+        rate = len(prompts) * max_tokens / seconds
+        return {"tokens_per_s": rate, "hit_rate": hits / outcomes, "late_rate": late / outcomes}
 
 
 @contextmanager
-def listening(folder: Path, key: Path, num: int) -> Iterator[list[str]]:
-    """The addresses of drafters that `vllm-ssd drafter` runs, which start together."""
-    config = json.dumps({"dtype": "float32", "kv_cache_memory": "64MiB"})
+def listening(folder: Path, key: Path, cores: Sequence[int]) -> Iterator[list[str]]:
+    """The addresses of drafters that `vllm-ssd drafter` runs, which start together and share `cores` as own ones do."""
     command = [str(Path(sys.executable).with_name("vllm-ssd")), "drafter", "--model", str(PAIR / "drafter")]
-    command += ["--key", str(key), "--config", config, "--max-num-seqs", "8", "--listen"]
-    logs = [folder / f"drafter {index}.log" for index in range(num)]
+    command += ["--key", str(key), "--max-num-seqs", "8"]
+    logs = [folder / f"drafter {index}.log" for index in range(NUM_DRAFTERS)]
     with ExitStack() as ports:
         free = [ports.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in logs]
         addresses = [f"127.0.0.1:{sock.getsockname()[1]}" for sock in free]
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for address, log in zip(addresses, logs):
+        for index, (address, log) in enumerate(zip(addresses, logs)):
+            own = drafter_cores([(), share(cores, index, NUM_DRAFTERS)])
+            config = json.dumps(SIZES_OF_DRAFTERS | {"max_model_len": MAX_PAIR_LEN} | own)
+            arguments = [*command, "--config", config, "--listen", address]
             with log.open("w") as file:
-                processes.append(subprocess.Popen([*command, address], stdout=file, stderr=subprocess.STDOUT))
+                processes.append(subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT))
         deadline = time.monotonic() + START_S
         for process, log in zip(processes, logs):
             while "listens on" not in log.read_text():
@@ -262,37 +285,63 @@ def drafters(args: argparse.Namespace) -> dict[str, Any]:
     pieces = held_out_prompts(seed=0)
     prompts = [next(pieces)[:64] for _ in range(args.batch_size)]
     runs: dict[str, list[dict[str, float]]] = {"own": [], "elsewhere": []}
+    cores, others = choose_cores(args.cores, on_cpu())
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         key = folder / "ssd.pem"
         make_credential(key)
-        addresses = stack.enter_context(listening(folder, key, 2))
+        widen(PAIR / "target", folder / "target", args.intermediate_size, dtype="float32")
+        addresses = stack.enter_context(listening(folder, key, others))
         keys = {
-            "own": {"num_drafters": 2, "dtype": "float32", "kv_cache_memory": "64MiB"},
-            "elsewhere": {"drafters": addresses, "drafter_key": str(key), "min_drafters": 2},
+            "own": {"num_drafters": NUM_DRAFTERS} | SIZES_OF_DRAFTERS | drafter_cores([(), others]),
+            "elsewhere": {"drafters": addresses, "drafter_key": str(key), "min_drafters": NUM_DRAFTERS, "fan_out": 2},
         }
         engines: dict[str, EngineProcess] = {}
         for side, speculative in keys.items():
             log = folder / f"{side}.log"
             engines[side] = EngineProcess(
-                [str(Path(__file__)), WORKER], log, environment={"VLLM_LOGGING_LEVEL": "WARNING"}, name=side
+                [str(Path(__file__)), WORKER],
+                log,
+                environment={"VLLM_LOGGING_LEVEL": "WARNING"} | threads_on(cores),
+                name=side,
             )
             stack.callback(engines[side].close)
-            engines[side].send("start", speculative=speculative)
+            engines[side].send("start", target=str(folder / "target"), speculative=speculative)
         for engine in engines.values():
             engine.receive(START_S)
+            engine.pin(cores)
         for run in range(args.blocks + 1):
             for side, engine in engines.items():
                 result = engine.call("decode", prompts=prompts, max_tokens=args.tokens)
                 if run:
                     runs[side].append(result)
-    for side, results in runs.items():
-        rates = {name: spread([result[name] for result in results])["median"] for name in ("tokens_per_s", "hit_rate")}
-        if not rates["hit_rate"]:
-            raise SystemExit(f"bench_pool: inconclusive: no hits with drafters of its {side}")
-        console.print(f"{side:10} {rates['tokens_per_s']:.0f} tokens/s, hit rate {rates['hit_rate']:.2f}")
+    for side, middle in medians(runs).items():
+        rates = f"hit rate {middle['hit_rate']:.2f}, late {middle['late_rate']:.2f}"
+        console.print(f"{side:10} {middle['tokens_per_s']:.0f} tokens/s, {rates}")
+    check_hidden(medians(runs))
     speed = {side: [result["tokens_per_s"] for result in results] for side, results in runs.items()}
     return {"runs": runs, "ratios": {"own / elsewhere, tokens per second": ratios(speed["own"], speed["elsewhere"])}}
+
+
+def medians(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """By side, the median of each number over its runs."""
+    return {
+        side: {name: spread([result[name] for result in results])["median"] for name in results[0]}
+        for side, results in runs.items()
+    }
+
+
+def check_hidden(middle: dict[str, dict[str, float]]) -> None:
+    """Raise SystemExit where drafters of a kind never hit, or the server's own have too little of the machine."""
+    for side, rates in middle.items():
+        if not rates["hit_rate"]:
+            raise SystemExit(f"bench_pool: inconclusive: no hits with drafters of kind {side!r}")
+    late = middle["own"]["late_rate"]
+    if late > MAX_LATE:
+        raise SystemExit(
+            f"bench_pool: inconclusive: {late:.0%} of the outcomes come before a block of the server's own drafters; "
+            "give the target a larger --intermediate-size, or the drafters more --cores"
+        )
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"links": links, "drafters": drafters}
@@ -309,6 +358,8 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--intermediate-size", type=int, default=40960, help="of the widened target")
+    add_cores(parser)
     parser.add_argument("--out", type=Path, help="file for the results, JSON")
     args = parser.parse_args()
     result = {part: PARTS[part](args) for part in args.parts} | {"environment": environment(sys.argv)}

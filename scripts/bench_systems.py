@@ -19,6 +19,8 @@ PAIR = Path(__file__).resolve().parents[1] / "tests" / "assets" / "pair"
 WORKER = Path(__file__).with_name("bench_worker.py")
 PROMPT_TOKENS = 64
 MAX_MODEL_LEN = 1024
+MAX_PAIR_LEN = 512
+"""Of `start_pair`."""
 MAX_NUM_SEQS = 16
 KV_CACHE_BYTES = 192 << 20
 STARTS_AT_ONCE = 2
@@ -27,16 +29,16 @@ STARTUP_TIMEOUT_S = 300
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
-def start_pair(speculative_config: dict[str, Any], **engine_args: Any) -> Any:
-    """vLLM's engine with the bundled target, for short prompts of at most eight requests at once."""
+def start_pair(speculative_config: dict[str, Any], target: Path = PAIR / "target", **engine_args: Any) -> Any:
+    """vLLM's engine with the bundled target, or one made of it, for short prompts of at most eight requests at once."""
     from vllm import EngineArgs, LLMEngine
 
     return LLMEngine.from_engine_args(
         EngineArgs(
-            model=str(PAIR / "target"),
+            model=str(target),
             dtype="float32",
             enforce_eager=True,
-            max_model_len=512,
+            max_model_len=MAX_PAIR_LEN,
             max_num_seqs=8,
             kv_cache_memory_bytes=128 << 20,
             enable_prefix_caching=False,

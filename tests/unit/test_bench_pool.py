@@ -31,6 +31,20 @@ def test_a_goal_is_for_the_median():
     assert bench_pool.verdicts({name: {"median": 2.51, "max": 2.51}}) == {name: False}
 
 
+def test_drafters_that_do_not_hit_or_keep_up_prove_nothing():
+    def side(hit_rate: float, late_rate: float) -> list[dict[str, float]]:
+        return [{"hit_rate": hit_rate, "late_rate": late_rate}] * 3
+
+    def check(own: list[dict[str, float]], elsewhere: list[dict[str, float]]) -> None:
+        bench_pool.check_hidden(bench_pool.medians({"own": own, "elsewhere": elsewhere}))
+
+    check(side(0.6, 0.1), side(0.3, 0.5))  # links that make blocks late are what is measured
+    with pytest.raises(SystemExit, match="no hits with drafters of kind 'elsewhere'"):
+        check(side(0.6, 0.0), side(0.0, 0.0))
+    with pytest.raises(SystemExit, match="20% of the outcomes"):
+        check(side(0.6, 0.2), side(0.6, 0.0))
+
+
 def test_pushes_have_the_sizes_that_they_are_called():
     from vllm_ssd.link.protocol import encode
 
