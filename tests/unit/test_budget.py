@@ -81,6 +81,18 @@ def test_a_tree_is_in_time_despite_one_step_that_took_seconds():
     assert budget.in_time(0.0, 6) and not budget.in_time(0.0, 20)
 
 
+@pytest.mark.parametrize("seconds", [1e-5, 1.0])
+def test_a_first_window_that_began_elsewhere_takes_no_branches_away(seconds):
+    """The drafter had been stopped, or had read a prompt, when it found the outcome before."""
+    budget = BranchBudget(24)
+    for i in range(40):
+        n = 1 + i % 24
+        budget.observe_step(n, 1e-3 + 0.2e-3 * n)
+    for window_s in (seconds, 10e-3, 10e-3):
+        budget.observe_window(window_s)
+    assert budget.branches(3, 1, HIT_CHANCES, SURVIVAL) == 7
+
+
 def test_branches_keep_varying_so_that_their_cost_stays_measurable():
     """Trees of one size alone say nothing about the cost of a branch."""
     budget = BranchBudget(24)

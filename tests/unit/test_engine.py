@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 from engine_target import K, grow, operate, reference_drafts
 from fake_model import FakePagedModel
 from hypothesis import given, settings
@@ -53,6 +56,24 @@ def test_trimmed_round_keeps_the_rest_of_the_speculation(make_target):
     grow(target)
     assert target.model.num_forwards > forwards
     assert {k for k, _ in target.blocks["a"]} == {0, 1}
+
+
+def test_outcomes_found_together_share_the_time_since_the_one_before(make_target, monkeypatch):
+    """A drafter that was busy with a prompt finds them all at once; what covers several rounds tells nothing."""
+    target, windows, now = make_target(), [], 100.0
+    monkeypatch.setattr("vllm_ssd.drafter.engine.time", SimpleNamespace(perf_counter=lambda: now))
+    target.engine._budget.observe_window = windows.append
+    target.open("a", [1, 2, 3])
+    for seconds, outcomes in [(0.5, [[4], [5]]), (0.02, [[6]]), (0.08, [[7], [8], [9], [1]]), (0.3, [[2, 3, 4]])]:
+        now += seconds
+        for emitted in outcomes:
+            target.advance("a", emitted, [])
+        grow(target)
+    assert windows == pytest.approx([0.02, 0.02])
+    now += 0.01
+    target.advance("a", [5], [])
+    grow(target)
+    assert windows == pytest.approx([0.02, 0.02, 0.01])
 
 
 def test_just_in_time_speculation_becomes_the_spine(make_target):

@@ -123,8 +123,10 @@ def test_a_window_is_that_of_one_round_and_the_first_is_learned_from(
     monkeypatch.setattr(engine._outcomes, "observe", lambda sequence, k, token: observed.append((k, token)))
     target.open("a", [1, 2, 3])
     engine.advance("a", 1, 4, [7], [8, 9], num_drafts=K)
+    engine.speculate()
     clock[0] += 6.0
     three = merged(merged(outcome("a", 6, [8, 5], [1]), outcome("a", 7, [2], [], 3)), outcome("a", 7, [], [4]))
     apply(engine, merged(three, outcome("a", 8, [6])), K)
+    engine.speculate()
     assert windows == [2.0], "of three rounds, one of which only named its drafts late"
     assert observed == [(0, 7), (1, 5)]

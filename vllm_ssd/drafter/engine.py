@@ -50,6 +50,7 @@ from vllm_ssd.drafter.sequence import NO_ROWS, Candidates, Sequence
 from vllm_ssd.drafter.step_tokens import StepTokens
 from vllm_ssd.drafter.stepper import Stepper
 from vllm_ssd.drafter.truncation import leaves_tokens, truncation_row
+from vllm_ssd.drafter.windows import Windows
 from vllm_ssd.link.protocol import ALL_TOKENS, DrafterStats, Evicted, Push, Truncation, common_prefix
 from vllm_ssd.policy import BranchBudget, FanOut
 
@@ -82,6 +83,7 @@ class DraftEngine:
         self._fan_out = fan_out
         self._outcomes = OutcomePrediction(fan_out)
         self._budget = budget
+        self._windows = Windows(budget)
         self.branches = branches
         self.pages = pages
         self._stepper = stepper
@@ -168,13 +170,7 @@ class DraftEngine:
             return
         self._stepper.settle()
         if emitted:
-            now = time.perf_counter()
-            self._growing_since = self._growing_since or now
-            if sequence.decided_at:
-                num_rounds = max(sum(num_emitted > 0 for num_emitted in rounds), 1)
-                self._budget.observe_window((now - sequence.decided_at) / num_rounds)
-            sequence.decided_at = now
-        self._observe(sequence, emitted[: rounds[0]] if rounds else emitted)
+            self._observe(sequence, emitted, rounds)
         if jit or emitted:
             sequence.awaited = jit or None
         elif sequence.awaited:
@@ -217,6 +213,7 @@ class DraftEngine:
 
     def speculate(self) -> Push | None:
         """One forward, if any is wanted, and what the target should hear then."""
+        self._windows.learn()
         drawn = self._stepper.step(self._schedule_spines(), self._fan_out_after_hit)
         if drawn is not None:
             self._extend_spines(*drawn)
@@ -258,11 +255,16 @@ class DraftEngine:
         most_drafts = self.branches.num_speculative_tokens
         return num_drafts <= most_drafts and num_tokens + num_drafts + 1 < self._max_model_len
 
-    def _observe(self, sequence: Sequence, emitted: list[int]) -> None:
-        """Tell the policies where the outcome fell, when it was that of one round."""
-        drafts = sequence.tokens[sequence.length :]
-        k = common_prefix(emitted, drafts)
-        if k != len(emitted) - 1:
+    def _observe(self, sequence: Sequence, emitted: list[int], rounds: SequenceOf[int]) -> None:
+        """Tell the policies when the outcome came and where it fell, when it or the first of `rounds` was of one."""
+        now = time.perf_counter()
+        self._growing_since = self._growing_since or now
+        emitted = emitted[: rounds[0]] if rounds else emitted
+        k = common_prefix(emitted, sequence.tokens[sequence.length :])
+        is_round = k == len(emitted) - 1
+        num_rounds = sum(num_emitted > 0 for num_emitted in rounds) if rounds else 1
+        self._windows.outcome(sequence, now, num_rounds if is_round or not emitted else None)
+        if not is_round:
             return
         waited = sequence.awaited is not None
         if waited or not sequence.after_hit:

@@ -46,7 +46,9 @@ class Sequence:
     num_drafts: int = 0
     after_hit: bool = False
     awaited: int | None = None
-    decided_at: float = 0.0  # when its last outcome came
+    decided_at: float = 0.0  # when its last outcome was found
+    window_from: float = 0.0  # when the outcome before those of `num_rounds` was found; 0: that tells nothing
+    num_rounds: int = 0  # whose outcomes were found since the last step
     truncation: tuple[float, float, float] = NOTHING  # see `truncation_row`
     bias: int = UNBIASED  # row of `Biases`
     cache_salt: bytes = b""

@@ -16,6 +16,8 @@ MAX_OUTLIER = 4
 """Multiple at which the duration of a step (of the median of recent ones) or a window (of the mean) is capped."""
 RECENT_STEPS, FIRST_STEPS = 15, 3
 """Steps that the median is of, and those that are waited for before the first is believed."""
+FIRST_WINDOWS = 3
+"""Windows whose median is the first mean: the first may begin where the drafter looked up from a prompt."""
 WINDOW_WEIGHT = 0.05
 """Weight of the newest window in the mean and in the mean deviation."""
 REFRESH_CALLS, REFRESH_CALLS_UNMEASURED = 32, 4
@@ -45,6 +47,7 @@ class BranchBudget:
         self._weight = self._n = self._t = self._nn = self._nt = 0.0
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)  # branches and seconds of the last steps
         self._per_branch_s: float | None = None  # the slope b, None until steps differed
+        self._first_windows: list[float] = []
         self._window_s = self._deviation_s = 0.0
         self._misses = self._miss_accepted = 0.0
         self._cache: dict[tuple[int, int], tuple[int, int]] = {}  # (K, requests) -> (branches, calls left)
@@ -70,8 +73,9 @@ class BranchBudget:
 
     def observe_window(self, seconds: float) -> None:
         """Learn the window, the time between two outcomes of a request."""
-        if not self._window_s:
-            self._window_s = seconds
+        if len(self._first_windows) < FIRST_WINDOWS:
+            self._first_windows.append(seconds)
+            self._window_s = median(self._first_windows)
             return
         difference_s = min(seconds, MAX_OUTLIER * self._window_s) - self._window_s
         self._deviation_s += WINDOW_WEIGHT * (abs(difference_s) - self._deviation_s)
