@@ -22,6 +22,7 @@ from typing import Any
 import fork_server
 import numpy as np
 from lockstep import await_drafter
+from PIL import Image
 
 from vllm_ssd.monitor.scrape import scrape, url_of
 from vllm_ssd.planning.engine_host import serve
@@ -371,6 +372,8 @@ class EngineHost:
             params["structured_outputs"] = StructuredOutputsParams(**structured)
         kind = RequestOutputKind.CUMULATIVE if request["abort_after"] else RequestOutputKind.FINAL_ONLY
         prompt = self._embedded(request["prompt"]) if request["embedded"] else {"prompt_token_ids": request["prompt"]}
+        if request["image"]:
+            prompt["multi_modal_data"] = {"image": Image.new("RGB", (32, 32), request["image"])}
         self._engine.add_request(
             str(index),
             prompt | ({"cache_salt": request["cache_salt"]} if request["cache_salt"] else {}),

@@ -166,14 +166,15 @@ def request(
     lora: str | None = None,
     priority: int = 0,
     embedded: bool = False,
+    image: tuple[int, int, int] | None = None,
     cache_salt: str | None = None,
     temperature: float = 0.0,
     ignore_eos: bool = True,
     **params: Any,
 ) -> dict[str, Any]:
     """A request for `Engine.generate`: token ids, the step at which it joins, the tokens after which it is aborted,
-    its priority (lower goes first), whether the prompt comes as embeddings, its salt in prefix caches, and vLLM's
-    SamplingParams, with `regex` or `json_schema` for structured output."""
+    its priority (lower goes first), whether the prompt comes as embeddings, the colour of an image before the prompt,
+    its salt in prefix caches, and vLLM's SamplingParams, with `regex` or `json_schema` for structured output."""
     params |= {"temperature": temperature, "ignore_eos": ignore_eos}
     return {
         "prompt": prompt,
@@ -183,6 +184,7 @@ def request(
         "lora": lora,
         "priority": priority,
         "embedded": embedded,
+        "image": image,
         "cache_salt": cache_salt,
     }
 

@@ -1,4 +1,4 @@
-"""Random Llamas over a vocabulary of two dozen tokens, and their exact next-token probabilities."""
+"""Random Llamas over a vocabulary of two dozen tokens, and their exact next-token probabilities; one that sees."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 VOCAB_SIZE = 24
 WORDS = [f"t{i}" for i in range(VOCAB_SIZE)]
+SEEING_WORDS = [*WORDS[:-1], "<image>"]
+"""Of a model that sees: the last stands in prompts where an image is."""
 LOGIT_SCALE = 0.2
 """Spread of the output weights: the likeliest token of a context then has a probability of about 0.4."""
 
@@ -75,6 +77,36 @@ def write_with_words(model: Path, folder: Path, words: Sequence[str], num_rows: 
                 if word in WORDS:
                     weight[i] = known[WORDS.index(word)]
     save(copy, folder, words)
+    return folder
+
+
+def write_seeing(model: Path, folder: Path) -> Path:
+    """A BLIP-2 in `folder` whose language model is the Llama of `model`, over `SEEING_WORDS`; the rest is random."""
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    language = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
+    torch.manual_seed(4)
+    seeing = Blip2ForConditionalGeneration(
+        Blip2Config(
+            vision_config={**small, "image_size": 32, "patch_size": 16},
+            qformer_config={**small, "cross_attention_frequency": 1},
+            text_config=language.config.to_dict(),
+            num_query_tokens=4,
+            image_token_index=VOCAB_SIZE - 1,
+        )
+    )
+    with torch.no_grad():
+        for name, weight in seeing.named_parameters():
+            if weight.dim() > 1 and not name.startswith("language_model"):
+                weight.normal_(std=weight[0].numel() ** -0.5)
+        seeing.query_tokens.normal_()
+    seeing.language_model.load_state_dict(language.state_dict())
+    save(seeing, folder, SEEING_WORDS)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    images = BlipImageProcessorPil(size={"height": 32, "width": 32})
+    Blip2Processor(images, tokenizer, num_query_tokens=4).save_pretrained(folder)
     return folder
 
 
