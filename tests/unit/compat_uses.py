@@ -45,6 +45,7 @@ OBJECTS = {
         "params": SAMPLING,
         "structured": "vllm.sampling_params:StructuredOutputsParams",
     },
+    "compat.target.lora": {"runner": V2, "scheduler_output": SCHEDULED},
     "compat.target.measure": {
         "engine": "vllm.v1.engine.llm_engine:LLMEngine",
         "cast('InprocClient', engine.engine_core)": "vllm.v1.engine.core_client:InprocClient",

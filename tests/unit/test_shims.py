@@ -13,9 +13,11 @@ import types
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import vllm
+from engines import HAS_V2
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
@@ -128,3 +130,21 @@ def test_the_oldest_vllm_has_no_ngram_gpu() -> None:
     """The check in `runner.is_v2` can go when every supported vLLM has the method."""
     if FOUND == SUPPORTED[0]:
         assert importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is None
+
+
+@pytest.mark.skipif(not HAS_V2, reason="no V2 runner that SSD uses")
+def test_v2_names_an_adapter_for_each_request_alone() -> None:
+    """`lora.repair_lora_rows` can go when this fails: vLLM names one for every row of logits."""
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+
+    from vllm_ssd.compat.target import lora
+
+    state, original = LoraState(2), patch.original(lora.MAKE_INPUTS)
+    state.add_request("a", 0, LoRARequest("seven", 7, "nowhere"))
+    state.add_request("b", 1, None)
+    step = ["a", "b"], np.array([0, 1]), np.array([4, 1])
+    assert original(state, *step)[0] == (7, 0)
+    drafts = {"a": [1, 2, 3]}
+    lora.note_drafts(SimpleNamespace(lora_state=state), SimpleNamespace(scheduled_spec_decode_tokens=drafts))
+    assert lora._make_lora_inputs(original, state, *step)[0] == (7, 7, 7, 7, 0)

@@ -33,6 +33,7 @@ class Feature:
 
 _V1 = "integration/test_requests.py"
 _V2 = "integration/test_v2_requests.py"
+_ASKED = "integration/test_features.py"
 
 FEATURES = (
     Feature(
@@ -109,7 +110,15 @@ FEATURES = (
         {"V1": ("unit/test_thinking_budget_state.py", "integration/test_random_requests.py")},
         {"v2": "what vLLM does otherwise with speculation stays there: docs/limits.md"},
     ),
-    Feature("logprobs", "yes", "untested", {"V1": (f"{_V1}::test_logprobs",)}),
+    Feature(
+        "logprobs",
+        "yes",
+        "yes",
+        {
+            "V1": (f"{_V1}::test_logprobs",),
+            "V2": (f"{_ASKED}::test_prompt_logprobs_of_prompts_in_pieces",),
+        },
+    ),
     Feature(
         "chunked prefill, prefix caching, preemption",
         "yes",
@@ -120,14 +129,21 @@ FEATURES = (
         "prompt logprobs in pieces, prompt embeddings, priorities, a KV pool for one request, reasoning before "
         "structured output",
         "yes",
-        "untested",
-        {"V1": ("integration/test_features.py",)},
+        "yes",
+        {"V1": (f"{_ASKED}[V1]",), "V2": (f"{_ASKED}[V2]",)},
     ),
     Feature(
-        "beam search, sleep, `reset_prefix_cache`, `reload_weights`, a KV connector",
+        "beam search, sleep, `reset_prefix_cache`, `reload_weights`",
         "yes",
-        "untested",
-        {"V1": ("integration/test_features.py",)},
+        "yes",
+        {"V1": (f"{_ASKED}[V1]",), "V2": (f"{_ASKED}[V2]",)},
+    ),
+    Feature("a KV connector", "yes", "untested", {"V1": (f"{_ASKED}::test_kv_from_a_connector",)}),
+    Feature(
+        "requests with images",
+        "without drafts, beside others with",
+        "without drafts, beside others with",
+        {"V1": ("integration/test_images.py[V1]",), "V2": ("integration/test_images.py[V2]",)},
     ),
     Feature("tool calls, streamed", "yes", "untested", {"V1": ("e2e/test_serve.py",)}),
     Feature("architectures", "[Models](models.md)", "untested", {"V1": ("integration/test_models.py",)}),
@@ -176,7 +192,12 @@ FEATURES = (
             "V2": ("integration/test_pool_chaos.py::test_a_pool_drafts_for_the_v2_runner",),
         },
     ),
-    Feature("LoRA on the target", "yes", "untested", {"V1": ("integration/test_lora.py",)}),
+    Feature(
+        "LoRA on the target",
+        "yes",
+        "yes",
+        {"V1": ("integration/test_lora.py[V1]",), "V2": ("integration/test_lora.py[V2]",)},
+    ),
     Feature(
         "tree attention in the drafter",
         "same drafter",

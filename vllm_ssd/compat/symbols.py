@@ -113,13 +113,14 @@ USED = {
         "num_active_loras num_tokens num_ubatches uniform_token_count"
     ),
     "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor": "np",
+    "vllm.v1.worker.gpu.lora_utils:LoraState": "make_lora_inputs",
     "vllm.v1.worker.gpu.input_batch:InputBatch": (
         "expanded_idx_mapping expanded_local_pos idx_mapping idx_mapping_np num_draft_tokens_per_req num_reqs req_ids"
     ),
     "vllm.v1.worker.gpu.model_runner": "GPUModelRunner init_speculator",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": (
-        "_remove_request add_requests finish_requests load_model rejection_sampler req_states sample_tokens speculator "
-        "vllm_config"
+        "_remove_request add_requests finish_requests load_model lora_state rejection_sampler req_states sample_tokens "
+        "speculator vllm_config"
     ),
     "vllm.v1.worker.gpu.spec_decode": "init_speculator",
     "vllm.v1.worker.gpu.spec_decode.ngram": "",
@@ -234,6 +235,7 @@ EXACT = {
     "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": "scheduler_output model_runner_output",
     "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens": "x cu_num_tokens num_tokens replace_from replace_to",
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates": "",
+    "vllm.v1.worker.gpu.lora_utils:LoraState.make_lora_inputs": "req_ids idx_mapping num_scheduled_tokens",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner._remove_request": "req_id",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests": "scheduler_output",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.finish_requests": "scheduler_output",

@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm_ssd.compat import patch
 from vllm_ssd.compat.target.cache_salt import cache_salt_of
 from vllm_ssd.compat.target.gain import can_gain, last_length
+from vllm_ssd.compat.target.lora import note_drafts, repair_lora_rows
 from vllm_ssd.compat.target.runner import DRAFTER_STATE, DrafterState, has_ssd
 from vllm_ssd.compat.target.truncation import truncation_of
 from vllm_ssd.link.protocol import Truncation
@@ -209,6 +210,7 @@ def install() -> None:
         patch.wrap(f"{runner}._remove_request", _has_our_speculator, _remove_request, parameters=("req_id",))
         patch.wrap(judge, _judges_ours, _judge, parameters=judged)
         patch.wrap(f"{CUDA_GRAPHS}._init_candidates", _is_for_ssd, _init_candidates, parameters=())
+        repair_lora_rows()
 
 
 def _is_for_ssd(manager: Any) -> bool:
@@ -262,6 +264,7 @@ def _add_requests(original, runner, scheduler_output):
 
 def _finish_requests(original, runner, scheduler_output):
     runner.speculator.begin_step(scheduler_output)
+    note_drafts(runner, scheduler_output)
     original(runner, scheduler_output)
 
 
