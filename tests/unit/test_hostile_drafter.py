@@ -198,6 +198,30 @@ def test_a_small_block_is_checked_as_a_large_one_is(outcomes, edge, drafts):
         assert checker.reason(Push([block], [], None)) == reason
 
 
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_each_id_of_small_blocks_is_checked(num_blocks):
+    """One id out of range, at each place in turn, among the largest that are allowed."""
+    checker = PushChecker.of(OPTIONS, hostile.VOCAB_SIZE)
+    sound = np.full((num_blocks, 2, 2 + 3), hostile.VOCAB_SIZE - 1, np.int64)
+    sound[:, :, 0] = hostile.K
+
+    def reason(values):
+        blocks = [
+            SpeculationBlock(str(i), 1, 10, 0, pack_ids(of_block[:, :2]), pack_ids(of_block[:, 2:]))
+            for i, of_block in enumerate(values)
+        ]
+        return checker.reason(Push(blocks, [], None))
+
+    assert reason(sound) is None
+    for at in np.ndindex(sound.shape):
+        for value in (sound[at] + 1, 2**31 - 1, -1, -(2**31)):
+            wrong = sound.copy()
+            wrong[at] = value
+            found = reason(wrong)
+            with mock.patch.object(checks, "SMALL_BYTES", 0):
+                assert found is not None and found == reason(wrong), (at, value)
+
+
 def test_the_target_s_vocabulary_bounds_ids():
     push = decode_to_target(hostile.push(hostile.block(draft_token_ids=[[3, 4, 99], [6, 7, 8]])))
     assert PushChecker.of(OPTIONS, 100).reason(push) is None

@@ -6,12 +6,13 @@ drawn from it, only the drafter can know.
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import numpy as np
 
 from vllm_ssd.link.options import DrafterOptions
-from vllm_ssd.link.protocol import JIT_TOKEN, Push, SpeculationBlock
+from vllm_ssd.link.protocol import JIT_TOKEN, Push
 
 Q_EPSILON = 1e-3
 """How far over 1 rounding may bring the sum of a proposal's probabilities."""
@@ -23,8 +24,8 @@ BYTES_A_REQUEST = 64 << 10
 GROUP_BYTES = 256 << 10
 """Of the token ids of proposals that are checked at once: calls cost more than bytes for few of them, and what does not
 fit into a core's cache costs more than calls."""
-SMALL_BYTES = 1024
-"""Of a greedy push of one request that is looked through without numpy: its calls cost more where caches are cold."""
+SMALL_BYTES = 4096
+"""Of the ids of a push's blocks that are looked through without numpy: its calls cost more where caches are cold."""
 
 _UINT32, _FLOAT32 = np.dtype("<u4"), np.dtype("<f4")
 _largest = np.maximum.reduce
@@ -75,8 +76,13 @@ class PushChecker:
     def _wrong_sizes(self, push: Push) -> str | None:
         blocks = push.blocks
         if len(blocks) > 1:  # most have the sizes of another
-            alike = {(len(block.outcomes), len(block.draft_token_ids), block.offset): block for block in blocks}
-            blocks = list(alike.values())
+            sizes = [len(block.outcomes) for block in blocks]
+            drafts = [len(block.draft_token_ids) for block in blocks]
+            offsets = [block.offset for block in blocks]
+            if sizes.count(sizes[0]) == drafts.count(drafts[0]) == offsets.count(offsets[0]) == len(blocks):
+                blocks = blocks[:1]
+            else:
+                blocks = list(dict(zip(zip(sizes, drafts, offsets), blocks)).values())
         for block in blocks:
             if not block.fits:
                 return "a block whose arrays have different lengths"
@@ -88,15 +94,23 @@ class PushChecker:
         if push.support > self._max_support:
             return f"a proposal of over {self._max_support} tokens"
         num_bytes = sum([len(block.draft_token_ids) for block in push.blocks if block.sampled])
-        if num_bytes and not push.support or {len(push.q_token_ids), len(push.q_probs)} != {num_bytes * push.support}:
+        size = num_bytes * push.support
+        if (num_bytes and not size) or len(push.q_token_ids) != size or len(push.q_probs) != size:
             return "proposals that are more or fewer than the drafts"
         return None
 
     def _wrong_values(self, push: Push) -> str | None:
         blocks = push.blocks
-        if len(blocks) == 1 and self._is_small_and_right(blocks[0]):
-            return None
-        outcomes = _unsigned([block.outcomes for block in blocks])
+        outcomes = _joined([block.outcomes for block in blocks])
+        greedy = _joined([block.draft_token_ids for block in blocks if not block.sampled])
+        if len(outcomes) + len(greedy) > SMALL_BYTES or not self._are_in_range(outcomes, greedy):
+            reason = self._wrong_ids(_unsigned(outcomes), _unsigned(greedy))
+            if reason is not None:
+                return reason
+        return self._wrong_proposals(push) if push.q_probs else None
+
+    def _wrong_ids(self, outcomes: np.ndarray, greedy: np.ndarray) -> str | None:
+        """As `reason`, for outcomes and the drafts of greedy blocks, flat."""
         if _largest(outcomes[0::2]) > self._num_drafts:
             return "an accept length out of range"
         bonus_token_ids = outcomes[1::2]
@@ -104,24 +118,25 @@ class PushChecker:
             wrong = bonus_token_ids >= self._vocab_size
             if (bonus_token_ids[wrong] != _JIT).any() or outcomes[0::2][wrong].any():
                 return "a bonus token that is not in the target's vocabulary"
-        greedy = [block.draft_token_ids for block in blocks if not block.sampled]
-        if greedy and _largest(_unsigned(greedy)) >= self._vocab_size:
+        if len(greedy) and _largest(greedy) >= self._vocab_size:
             return "a draft that is not in the target's vocabulary"
-        return self._wrong_proposals(push) if push.q_probs else None
+        return None
 
-    def _is_small_and_right(self, block: SpeculationBlock) -> bool:
-        """Whether a greedy block is small, and all its values are in range; False says nothing, nor of `JIT_TOKEN`."""
-        outcomes, drafts = block.outcomes, block.draft_token_ids
-        if block.sampled or len(outcomes) + len(drafts) > SMALL_BYTES:
-            return False
-        values = struct.unpack(f"<{len(outcomes) // 4}I", outcomes)
-        if max(values[0::2]) > self._num_drafts or max(values[1::2]) >= self._vocab_size:
-            return False
-        return max(struct.unpack(f"<{len(drafts) // 4}I", drafts)) < self._vocab_size
+    def _are_in_range(self, outcomes: bytes, greedy: bytes) -> bool:
+        """As `_wrong_ids` for few of them; False says nothing, nor of `JIT_TOKEN`.
+
+        All ids are one number, to each of which is added what brings the first that is too large to 2^31: the top bit
+        of each says whether it is in range, or was negative. Where none was, no sum has carried into the next id.
+        """
+        over_outcomes, over_drafts, top_bits = _lanes(
+            self._num_drafts, self._vocab_size, len(outcomes) // 8, len(greedy) // 4
+        )
+        pairs, drafts = int.from_bytes(outcomes, "little"), int.from_bytes(greedy, "little")
+        return not (pairs | pairs + over_outcomes | drafts | drafts + over_drafts) & top_bits
 
     def _wrong_proposals(self, push: Push) -> str | None:
         """As `reason`, for the proposals of a push that has some."""
-        token_ids, bits, support = _unsigned([push.q_token_ids]), _unsigned([push.q_probs]), push.support
+        token_ids, bits, support = _unsigned(push.q_token_ids), _unsigned(push.q_probs), push.support
         drafts = _joined([block.draft_token_ids for block in push.blocks if block.sampled])
         if token_ids[::support].tobytes() != drafts:
             return "a draft that is not the first of its proposal"
@@ -158,9 +173,21 @@ def max_step_bytes(max_model_len: int, max_num_seqs: int) -> int:
     return (1 << 20) + 4 * max_num_seqs * (BYTES_A_REQUEST + 4 * max_model_len)
 
 
-def _unsigned(arrays: list[bytes]) -> np.ndarray:
-    """Arrays of 32-bit items, one after the other, as uint32: a negative id is a large one."""
-    return np.frombuffer(_joined(arrays), _UINT32)
+@functools.lru_cache(maxsize=16)
+def _lanes(num_drafts: int, vocab_size: int, num_outcomes: int, num_ids: int) -> tuple[int, int, int]:
+    """What is added to `num_outcomes` pairs and to `num_ids` drafts of 32 bits an id, and the top bits of all."""
+    limits = struct.pack("<2I", 2**31 - 1 - num_drafts, 2**31 - vocab_size)
+    over_outcomes, over_drafts, top_bits = limits * num_outcomes, limits[4:] * num_ids, b"\0\0\0\x80"
+    return (
+        int.from_bytes(over_outcomes, "little"),
+        int.from_bytes(over_drafts, "little"),
+        int.from_bytes(top_bits * max(2 * num_outcomes, num_ids), "little"),
+    )
+
+
+def _unsigned(array: bytes) -> np.ndarray:
+    """Items of 32 bits as uint32: a negative id is a large one."""
+    return np.frombuffer(array, _UINT32)
 
 
 def _joined(arrays: list[bytes]) -> bytes:
