@@ -80,6 +80,7 @@ class DeviceBlocks:
         branches: np.ndarray,
         keeps_q: np.ndarray,
         entries: np.ndarray,
+        owners: np.ndarray,
         q_token_ids: Sequence[np.ndarray],
         q_probs: Sequence[np.ndarray],
     ) -> None:
@@ -88,29 +89,31 @@ class DeviceBlocks:
         slots [n] int64, distinct; rounds [n, 2] int64, epoch and length; branches [n, R, N] int32, R rows of N numbers:
         two for outcomes [N, 2], one for depths [N], K for drafts [N, K], and one unused where R would be odd; keeps_q
         [n] bool: the proposals of the newer block stand, new ones come to them. Only the new ones are given, E drafts
-        of all requests together, in pieces: entries [E] int64, (slot * N + branch) * K + draft; q_token_ids [E, M]
-        int32, q_probs [E, M] float32. Arrays of the host.
+        of all requests together, in pieces: entries [E] int64, (slot * N + branch) * K + draft; owners [E] int64, the
+        slot again; q_token_ids [E, M] int32, q_probs [E, M] float32. Arrays of the host.
         One copy to the device and the stores run in order on the current stream, which may be another than the
         readers'; there is one writer.
         """
         num_halves, (num_branches, num_drafts, top_m) = 2 * len(self._versions), self.q_probs.shape[2:]
-        version = self._versions[slots]
-        odd = (version >> 1 & 1) ^ 1  # half of each block
-        self._versions[slots] = version + 2
+        self._versions[slots] = version = self._versions[slots] + 2
+        odd = version >> 1 & 1  # half of each block
         halves = 2 * slots + odd
         header = np.empty((2, len(slots), 3), np.int64)
         header[:, :, 1:] = rounds
-        header[0, :, 0], header[1, :, 0] = version + 1, version + 2
+        header[0, :, 0], header[1, :, 0] = version - 1, version
+        longs = [header, halves, self._branch_rows[halves]]
         kept = halves[keeps_q]
-        kept = np.concatenate((kept, kept + num_halves))
-        shift = np.zeros(len(self._versions), np.int64)
-        shift[slots] = (slots + odd) * (num_branches * num_drafts)
-        q_rows = entries + shift[entries // (num_branches * num_drafts)]
-        longs = [header, halves, self._branch_rows[halves], kept, kept ^ 1]
-        longs += [q_rows, q_rows + num_halves * num_branches * num_drafts]
+        if len(kept):
+            kept = np.concatenate((kept, kept + num_halves))
+            longs += [kept, kept ^ 1]
+        if len(entries):
+            shift = np.empty(len(self._versions), np.int64)
+            shift[slots] = (slots + odd) * (num_branches * num_drafts)
+            q_rows = entries + shift[owners]
+            longs += [q_rows, q_rows + num_halves * num_branches * num_drafts]
         numbers, words = to_device(self.headers.device, longs, [branches, *q_token_ids, *q_probs])
-        sizes = [3 * len(slots), 3 * len(slots), *map(np.size, longs[1:5]), 2 * len(entries)]
-        begin, end, rows, branch_rows, kept_rows, kept_from, entry_rows = numbers.split(sizes)
+        sizes = [3 * len(slots), 3 * len(slots), len(slots), longs[2].size, len(kept), len(kept), 2 * len(entries)]
+        begin, end, rows, branch_rows, kept_rows, kept_from, entry_rows = numbers.split_with_sizes(sizes)
         headers = self.headers.view(-1, 3)
         _store(headers, rows, begin.view(-1, 3))
         _store(self._branches, branch_rows, words[: branches.size].view(-1, num_branches))

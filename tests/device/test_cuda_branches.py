@@ -107,7 +107,7 @@ def test_a_block_is_not_cleared_after_it_was_written(
         monkeypatch.setattr(Stream, "wait_stream", lambda stream, other: None)
     cache = SpeculationCache(2, 4, 3, 2, "cuda:0")
     block = SpeculationBlock("0", 1, 10, 0, pack_ids([0, 5]), pack_ids([7, 8, 9]))
-    cache.put(1, 0, block, Push([block], [], None))
+    cache.put(Push([block], [], None), [1], [0], [block], [0])
     cache.flush()
     for stream in reversed(cuda.streams):
         stream.synchronize()

@@ -67,6 +67,7 @@ def write(
         on_host(blocks, [(outcomes, depths, draft_token_ids)]),
         np.zeros(1, bool),
         (K * (slot * N + np.arange(n)[:, None]) + np.arange(depth)).flatten(),
+        np.full(n * depth, slot),
         [q_token_ids.numpy()] if n else [],
         [q_probs.numpy()] if n else [],
     )
@@ -274,6 +275,7 @@ def test_a_reader_between_any_two_stores_sees_whole_blocks(monkeypatch):
             on_host(blocks, list(zip(*contents[:3]))),
             np.zeros(len(slots), bool),
             (N * K * np.array(slots)[:, None] + np.arange(N * K)).flatten(),
+            np.array(slots).repeat(N * K),
             *([value.numpy() for value in values] for values in contents[3:]),
         )
         for slot, written in writing.items():

@@ -63,7 +63,7 @@ def make(num_drafters: int) -> tuple[list[FleetLink], DrafterClient, list[Specul
     links, kept = [FleetLink() for _ in range(num_drafters)], []
     config = SSDConfig.from_user({"model": "x", "num_speculative_tokens": K})
     client = DrafterClient(
-        config, Fleet(links), Metrics(K, logging.getLogger("test")), lambda block, push, first: kept.append(block)
+        config, Fleet(links), Metrics(K, logging.getLogger("test")), lambda push, blocks, firsts: kept.extend(blocks)
     )
     client._members._random.seed(0)
     return links, client, kept

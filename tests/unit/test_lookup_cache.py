@@ -38,7 +38,7 @@ def put(
         q_token_ids = drafts[:, :, None] + np.arange(support, dtype=np.int32)
         q_probs = np.broadcast_to(PROBS[:support], q_token_ids.shape).astype("<f4")
         push = Push([block], [], None, support, pack_ids(q_token_ids), q_probs.tobytes())
-    cache.put(slot, serial, block, push, 0)
+    cache.put(push, [slot], [serial], [block], [0])
 
 
 def look_up(
@@ -204,10 +204,11 @@ def test_random_pushes_of_several_requests_against_a_dictionary() -> None:
             drafts = np.concatenate([*drafts_of, np.zeros(0, np.int32)])
             q_probs = np.broadcast_to(PROBS, (len(drafts), M)).astype("<f4")
             push = Push(blocks, [], None, M, pack_ids(drafts[:, None] + np.arange(M)), q_probs.tobytes())
-            for slot, pushed_block in zip(kept, push.each()):
-                skipped += slot is None
-                if slot is not None:
-                    cache.put(slot, slot, *pushed_block)
+            taken = [(slot, *pushed) for slot, pushed in zip(kept, push.each()) if slot is not None]
+            skipped += len(kept) - len(taken)
+            if taken:
+                slots, blocks, _, firsts = map(list, zip(*taken))
+                cache.put(push, slots, slots, blocks, firsts)
         cache.flush()
         for slot, known in enumerate(pushed):
             for outcome, drafts in known.items():
@@ -220,3 +221,73 @@ def test_random_pushes_of_several_requests_against_a_dictionary() -> None:
                     assert (found.q_probs[slot, : len(drafts)] == torch.from_numpy(PROBS)).all()
                 hits += 1
     assert hits > 1000 and skipped > 100
+
+
+def test_branches_that_only_lengthen_are_not_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, arranged = make_cache(), []
+    arrange = SpeculationCache._arrange
+    monkeypatch.setattr(SpeculationCache, "_arrange", lambda *args: arranged.append(args) or arrange(*args))
+    outcomes = [(k, token) for k in range(2) for token in range(3)]
+    for length in (10, 12):
+        for offset in range(K):
+            branches = {outcome: [offset + i] for i, outcome in enumerate(outcomes)}
+            put(cache, 3, 1, length, offset, branches, sampled=True)
+            cache.flush()
+        assert look_up(cache, 3, 1, length, 1, 1, temperature=0.7)[1] == [4, 5, 6, 7]
+    assert len(arranged) == 2, "once a round"
+
+
+def test_lengthened_branches_against_a_dictionary() -> None:
+    """A depth a push of all requests, but now and then others, in another order, too deep, again, or of a new round."""
+    rng, cache = random.Random(2), make_cache()
+    serials, lengths = list(range(SLOTS)), [10] * SLOTS
+    known: list[dict[tuple[int, int], list[int]]] = [{} for _ in range(SLOTS)]
+    held = [(-1, -1)] * SLOTS
+    orders = [[(k, token) for k in range(2) for token in range(N // 2)] for _ in range(SLOTS)]
+    offset = deep = ignored = 0
+    for step in range(1500):
+        pushed = offset
+        if rng.random() < 0.15:
+            pushed = max(offset + rng.choice((-1, 1)), 0)
+        slots = list(range(SLOTS)) if rng.random() < 0.8 else rng.sample(range(SLOTS), rng.randint(1, SLOTS))
+        for slot in slots:
+            if rng.random() < 0.02:
+                serials[slot] += SLOTS
+            elif rng.random() < 0.02:
+                lengths[slot] += 1
+            if rng.random() < 0.03:
+                rng.shuffle(orders[slot])
+            elif rng.random() < 0.02:
+                orders[slot][rng.randrange(N)] = 2, step
+        blocks, drafts_of = [], []
+        for slot in slots:
+            drafts = np.array([[rng.randrange(50)] for _ in range(N)], np.int32)
+            packed = pack_ids(orders[slot]), pack_ids(drafts)
+            blocks.append(SpeculationBlock("r", 0, lengths[slot], pushed, *packed, True))
+            drafts_of.append(drafts)
+        drafts = np.concatenate(drafts_of)
+        q_probs = np.broadcast_to(PROBS, (len(drafts), M)).astype("<f4")
+        push = Push(blocks, [], None, M, pack_ids(drafts + np.arange(M)), q_probs.tobytes())
+        cache.put(push, slots, [serials[slot] for slot in slots], blocks, [N * i for i in range(len(slots))])
+        cache.flush()
+        for slot, drafts in zip(slots, drafts_of):
+            if held[slot] != (serials[slot], lengths[slot]):
+                held[slot], known[slot] = (serials[slot], lengths[slot]), {}
+            for outcome, (token,) in zip(orders[slot], drafts.tolist()):
+                has_row = outcome in known[slot] or (not pushed and len(known[slot]) < N)
+                if has_row and len(known[slot].get(outcome, [])) == pushed:
+                    known[slot].setdefault(outcome, []).append(token)
+                else:
+                    ignored += 1
+        offset = offset + 1 if pushed == offset else offset
+        if offset == K:
+            offset, lengths = 0, [length + 1 for length in lengths]
+        slot = rng.randrange(SLOTS)
+        for outcome in rng.sample(orders[slot], 2):
+            expected = known[slot].get(outcome, [])
+            found = DeviceSpeculation.empty(SLOTS, K, M, "cpu")
+            assert look_up(cache, slot, *held[slot], *outcome, found, 0.7)[1] == expected
+            ids = [list(range(draft, draft + M)) for draft in expected]
+            assert found.q_token_ids[slot, : len(expected)].tolist() == ids
+            deep += len(expected) == K
+    assert deep > 100 and ignored > 1000

@@ -114,7 +114,7 @@ def block(request_id: str, epoch: int, length: int, drafts: bytes = pack_ids([2]
 def make() -> tuple[ModelLink, DrafterClient, Metrics, list[SpeculationBlock]]:
     link, metrics, kept = ModelLink(), Metrics(K, logging.getLogger("test")), []
     config = SSDConfig.from_user({"model": "x", "num_speculative_tokens": K})
-    client = DrafterClient(config, Fleet([link]), metrics, lambda block, push, first: kept.append(block))
+    client = DrafterClient(config, Fleet([link]), metrics, lambda push, blocks, firsts: kept.extend(blocks))
     return link, client, metrics, kept
 
 

@@ -58,7 +58,8 @@ class Member:
 
     def enqueue(self, event: Open | Outcome | Close) -> None:
         """Queue an event for `send`."""
-        self.catch_up()
+        if self.generation != self.link.generation:
+            self.catch_up()
         self.events.append(event)
 
     def send(self, num_drafts: int) -> None:
@@ -79,35 +80,36 @@ class Members:
     def __init__(self, fleet: Fleet, reserve: int) -> None:
         self._fleet = fleet
         self._reserve = reserve
-        self._members: list[Member] = []
+        self.joined: list[Member] = []
+        """Those that have joined, by index; what is asked several times a request and round goes without a call."""
         self._welcome()
         self._random = random.Random()
         self._prefixes: OrderedDict[bytes, int] = OrderedDict()  # first tokens: index of the member, last used last
 
     def __getitem__(self, index: int) -> Member:
-        if index >= len(self._members):
+        if index >= len(self.joined):
             self._welcome()
-        return self._members[index]
+        return self.joined[index]
 
     def __iter__(self) -> Iterator[Member]:
-        return iter(self._members)
+        return iter(self.joined)
 
     @property
     def max_length(self) -> int:
         """Committed tokens that a request may have anywhere; drafters that are gone may come back."""
         self._welcome()  # a target that was idle has not polled since they joined
-        return max((member.max_length for member in self._members), default=0)
+        return max((member.max_length for member in self.joined), default=0)
 
     def _welcome(self) -> None:
-        for index in range(len(self._members), len(self._fleet)):
-            self._members.append(Member(index, self._fleet.links[index], self._reserve))
+        for index in range(len(self.joined), len(self._fleet)):
+            self.joined.append(Member(index, self._fleet.links[index], self._reserve))
 
     def look_around(self) -> None:
         """After each poll, and before a choice: abandon drafters that are gone or silent while there is another one."""
         self._welcome()
-        if len(self._members) > 1:
-            sound = [member.link.connected and not member.link.suspect for member in self._members]
-            for member, is_sound in zip(self._members, sound):
+        if len(self.joined) > 1:
+            sound = [member.link.connected and not member.link.suspect for member in self.joined]
+            for member, is_sound in zip(self.joined, sound):
                 if member.abandoned and is_sound:
                     member.late_share = 0.0  # that was its silence
                 member.abandoned = not is_sound and any(sound)
@@ -118,7 +120,7 @@ class Members:
         held_by: index of the member that holds the request, which keeps it while it answers
         reopened: whether another drafter had read the request before
         """
-        members = self._members
+        members = self.joined
         if len(members) == 1 and not members[0].link.leaving:
             return members[0] if members[0].link.connected else None
         self.look_around()  # a target that was idle has not polled since

@@ -97,8 +97,8 @@ class RemoteRequest:
 class DrafterClient:
     """Open, outcome, close and poll: the target's side of the conversation with its drafters.
 
-    `keep_block` gets each accepted block, from `poll`, with its push and its first proposal there; others are counted
-    as stale.
+    `keep_blocks` gets a push, from `poll`, its accepted blocks, and the first proposal of each there; other blocks are
+    counted as stale.
     """
 
     def __init__(
@@ -106,12 +106,13 @@ class DrafterClient:
         config: SSDConfig,
         fleet: Fleet,
         metrics: Metrics,
-        keep_block: Callable[[SpeculationBlock, Push, int], None],
+        keep_blocks: Callable[[Push, list[SpeculationBlock], list[int]], None],
     ) -> None:
         self._fleet = fleet
         self._members = Members(fleet, reserve=2 * config.num_speculative_tokens + 2)
+        self._joined = self._members.joined
         self._metrics = metrics
-        self._keep_block = keep_block
+        self._keep_blocks = keep_blocks
         self._requests: dict[str, RemoteRequest] = {}
         self._behind: dict[str, RemoteRequest] = {}
         self._most_emitted = config.num_speculative_tokens + 1  # in one round
@@ -129,30 +130,36 @@ class DrafterClient:
 
         While one is, rounds say nothing about what its drafts are worth.
         """
-        if not self._fleet.connected or any(member.silent_rounds >= SILENT_ROUNDS for member in self._members):
+        if not self._fleet.connected:
             return False
-        return not any(map(self._is_known, self._behind.values()))
+        for member in self._joined:
+            if member.silent_rounds >= SILENT_ROUNDS:
+                return False
+        return not self._behind or not any(map(self._is_known, self._behind.values()))
 
     def holds(self, request: RemoteRequest) -> bool:
         """Whether a drafter holds the request, as far as the target was told, and is not abandoned for another."""
-        return self._is_known(request) and not self._members[request.member].abandoned
+        if request.generation == NOT_HELD:
+            return False
+        member = self._joined[request.member]
+        return request.generation == member.link.generation and not member.abandoned
 
     def reaches(self, request: RemoteRequest) -> bool:
         """Whether the drafter that holds the request is there."""
-        return self.holds(request) and self._members[request.member].link.connected
+        return self.holds(request) and self._joined[request.member].link.connected
 
     def may_wait(self, request: RemoteRequest, length: int) -> bool:
         """Whether its drafter can be asked to hurry with a request of `length` committed tokens; not while it still
         owes what was waited for."""
         if not self.reaches(request):
             return False
-        member = self._members[request.member]
+        member = self._joined[request.member]
         return not member.awaiting_push and length <= member.max_length
 
     def begin_round(self) -> None:
         """A round of the target passes; back-off is counted in them."""
         self._round += 1
-        for member in self._members:
+        for member in self._joined:
             member.silent_rounds = member.silent_rounds + 1 if member.was_told else 0
             member.was_told = False
 
@@ -205,11 +212,14 @@ class DrafterClient:
 
     def outcome(self, request: RemoteRequest, emitted: list[int], draft_token_ids: list[int], jit: int = 0) -> None:
         """Tell what was emitted since `request.length`, and the drafts now under verification (`protocol.Outcome`)."""
-        if not self._is_known(request):
+        if request.generation == NOT_HELD:
             return
-        member = self._members[request.member]
+        member = self._joined[request.member]
+        link = member.link
+        if request.generation != link.generation:
+            return
         length = request.length + len(emitted)
-        if length > member.max_length:
+        if length > link.max_model_len - member.reserve:  # its `max_length`, without a call
             (self._retire if length > self._members.max_length else self._release)(request)
             return
         request.length = length
@@ -221,7 +231,7 @@ class DrafterClient:
     def looked_up(self, request: RemoteRequest, *, hit: bool, block: bool) -> None:
         """The outcome of a held request was found in its block, was not in it, or there was no block yet."""
         self._metrics.outcome(hit=hit, block=block, index=request.member)
-        self._members[request.member].looked_up(not hit and not block)
+        self._joined[request.member].looked_up(not hit and not block)
 
     def close(self, request_id: str) -> None:
         """Forget a request; unknown ones are ignored."""
@@ -232,7 +242,7 @@ class DrafterClient:
 
     def send(self, num_drafts: int) -> None:
         """Send what was queued, if anything; `num_drafts` are wanted for each coming round."""
-        for member in self._members:
+        for member in self._joined:
             member.send(num_drafts)
 
     def _await(self, request: RemoteRequest) -> None:
@@ -243,7 +253,7 @@ class DrafterClient:
     def _is_known(self, request: RemoteRequest) -> bool:
         """Whether the drafter process that it was opened on is still the one there, answering or not."""
         generation = request.generation
-        return generation != NOT_HELD and generation == self._members[request.member].link.generation
+        return generation != NOT_HELD and generation == self._joined[request.member].link.generation
 
     def _retire(self, request: RemoteRequest) -> None:
         self._release(request)
@@ -252,7 +262,7 @@ class DrafterClient:
 
     def _release(self, request: RemoteRequest) -> None:
         if self._is_known(request):
-            member = self._members[request.member]
+            member = self._joined[request.member]
             member.enqueue(Close(request.request_id))
             self._left(request, member)
         request.generation = NOT_HELD
@@ -271,36 +281,48 @@ class DrafterClient:
         waiting: the requests that the wait is for.
         """
         pushes = self._fleet.poll(timeout_s)
-        for index in {request.member for request in waiting}:
-            self._members[index].awaiting_push = True
+        for request in waiting:
+            self._joined[request.member].awaiting_push = True
         for index, push in pushes:
             member = self._members[index]
             member.awaiting_push = False
             if push.blocks or push.evicted or push.stats is not None:  # else it only says that it compiles
                 member.silent_rounds, member.was_told = 0, False
-            first = 0
-            for block in push.blocks:
-                self._take_block(block, index, push, first)
-                first += block.num_proposals
+            if push.blocks:
+                self._take_blocks(push, member)
             for evicted in push.evicted:
                 self._take_eviction(evicted, index)
             if push.stats is not None:
                 self._metrics.drafter(push.stats, member.link.generation, index)
         self._members.look_around()
 
-    def _take_block(self, block: SpeculationBlock, index: int, push: Push, first: int) -> None:
-        request = self._requests.get(block.request_id)
-        if request is None or request.member != index or block.epoch != request.epoch or not self._is_known(request):
-            self._metrics.stale_block()
-            return
-        if request.behind_until and block.length >= request.behind_until:
-            request.behind_until = 0
-            self._behind.pop(block.request_id, None)
-            self._members[index].reading.pop(block.request_id, None)
-        if block.length != request.length or not block.fits:
-            self._metrics.stale_block()
-            return
-        self._keep_block(block, push, first)
+    def _take_blocks(self, push: Push, member: Member) -> None:
+        requests, index, generation, first = self._requests, member.index, member.link.generation, 0
+        kept: list[SpeculationBlock] = []
+        firsts: list[int] = []
+        for block in push.blocks:
+            request = requests.get(block.request_id)
+            if (
+                request is None
+                or request.member != index
+                or request.generation != generation  # as NOT_HELD does, too
+                or block.epoch != request.epoch
+            ):
+                self._metrics.stale_block()
+            else:
+                if request.behind_until and block.length >= request.behind_until:
+                    request.behind_until = 0
+                    self._behind.pop(block.request_id, None)
+                    member.reading.pop(block.request_id, None)
+                if block.length == request.length and block.fits:
+                    kept.append(block)
+                    firsts.append(first)
+                else:
+                    self._metrics.stale_block()
+            if block.sampled:
+                first += len(block.draft_token_ids) // 4  # num_proposals, without a call
+        if kept:
+            self._keep_blocks(push, kept, firsts)
 
     def _take_eviction(self, evicted: Evicted, index: int) -> None:
         request = self._requests.get(evicted.request_id)

@@ -33,15 +33,16 @@ class Request:
 
     def lookup(self, accept_length: int, bonus_token_id: int) -> Speculation:
         """What was pushed for one outcome so far; empty when it was not predicted."""
-        found = Speculation()
+        token_ids: list[int] = []
+        proposals: list[Proposal | None] = []
         for pushed in self.blocks:
             block = pushed.block
             branch = block.find(accept_length, bonus_token_id)
-            if branch >= 0 and block.offset == len(found.token_ids):
+            if branch >= 0 and block.offset == len(token_ids):
                 drafts = block.drafts(branch)
-                found.token_ids += drafts
-                found.proposals += pushed.proposals(branch) if block.sampled else [None] * len(drafts)
-        return found
+                token_ids += drafts
+                proposals += pushed.proposals(branch) if block.sampled else [None] * len(drafts)
+        return Speculation(token_ids, proposals)
 
     def follow(self, emitted: list[int]) -> Speculation:
         """What was speculated after `emitted`, the tokens since `drafts_length`; empty when nothing was.
@@ -54,6 +55,8 @@ class Request:
         if k == len(emitted):
             return self.drafts.since(k)
         branch = self.lookup(k, emitted[k])
+        if k + 1 == len(emitted):
+            return branch
         rest = emitted[k + 1 :]
         return branch.since(len(rest)) if branch.token_ids[: len(rest)] == rest else Speculation()
 

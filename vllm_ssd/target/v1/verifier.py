@@ -27,7 +27,7 @@ class Verifier:
         self._config = config
         self._metrics = metrics
         self._requests: dict[str, Request] = {}
-        self._client = DrafterClient(config, fleet, metrics, self._keep_block)
+        self._client = DrafterClient(config, fleet, metrics, self._keep_blocks)
         self._adaptation = Adaptation(config.num_speculative_tokens)
         self._fallback = Fallback(config, self._adaptation)
         self._last_round: Round | None = None
@@ -89,8 +89,9 @@ class Verifier:
     def _num_drafts(self, batch_size: int) -> int:
         return self._adaptation.choose(batch_size) if self._config.adaptive else self._config.num_speculative_tokens
 
-    def _keep_block(self, block: SpeculationBlock, push: Push, first: int) -> None:
-        self._requests[block.request_id].blocks.append(PushedBlock(block, push, first))
+    def _keep_blocks(self, push: Push, blocks: list[SpeculationBlock], firsts: list[int]) -> None:
+        for block, first in zip(blocks, firsts):
+            self._requests[block.request_id].blocks.append(PushedBlock(block, push, first))
 
     def _observe(self, batch: Batch, now_s: float) -> None:
         """Count what was accepted, and learn from rounds of pure decoding that followed directly on another."""

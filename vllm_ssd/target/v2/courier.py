@@ -6,7 +6,6 @@ for drafts, so it only says where they will appear. Everything that takes time h
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -35,6 +34,9 @@ NUM_BUFFERS = 4
 
 NGRAM_LOSS = 0.1
 """Tokens that an n-gram draft costs in later hits, the drafter having more places to fork at (a guess)."""
+
+HIT, LATE = int(Found.HIT), int(Found.LATE)
+"""As plain numbers: every row is compared with them, and members of an enum are slow to look up."""
 
 HEARTBEAT_S = 0.25
 """How often a drafter is looked at that says nothing, so that its death or hang is noticed."""
@@ -95,7 +97,7 @@ class Courier:
         self._metrics = metrics
         self._cache = cache
         self._logger = logger
-        self._client = DrafterClient(config, fleet, metrics, self._keep_block)
+        self._client = DrafterClient(config, fleet, metrics, self._keep_blocks)
         self._requests: dict[int, SlotRequest] = {}  # by serial number
         self._verified = VerifiedDrafts(metrics, num_batches)
         self._tasks: deque[Callable[[], None]] = deque()
@@ -225,8 +227,10 @@ class Courier:
 
     def work(self) -> None:
         """Bring the blocks that have arrived to the device, then tell the drafter all that was left to tell."""
-        with contextlib.suppress(BlockingIOError):
+        try:
             os.eventfd_read(self._wakeup)
+        except BlockingIOError:  # it was a push that woke the thread
+            pass
         self._client.poll()
         self._cache.flush()
         while self._tasks:
@@ -240,9 +244,9 @@ class Courier:
             return DrafterState.AWAY
         return DrafterState.BEHIND if self._untold or not self._client.in_time else DrafterState.IN_TIME
 
-    def _keep_block(self, block: SpeculationBlock, push: Push, first: int) -> None:
-        serial = int(block.request_id)
-        self._cache.put(self._requests[serial].slot, serial, block, push, first)
+    def _keep_blocks(self, push: Push, blocks: list[SpeculationBlock], firsts: list[int]) -> None:
+        requests, serials = self._requests, [int(block.request_id) for block in blocks]
+        self._cache.put(push, [requests[serial].slot for serial in serials], serials, blocks, firsts)
 
     def _start(
         self,
@@ -288,28 +292,31 @@ class Courier:
         rows = round_.buffer.rows[: len(round_.serials)].tolist()
         self._buffers.append(round_.buffer)
         self._verified.take(round_.step, round_.serials, round_.num_scheduled, rows)
+        requests = self._requests
         for serial, (num_emitted, last, found, _, num_drafts, *drafts) in zip(round_.serials, rows):
-            request = self._requests.get(serial)
+            request = requests.get(serial)
             if request is None or not num_emitted:  # it has left since, or its prompt is not through
                 continue
             if request.by_ngram:
                 self._ngram_gain.observe(len(request.verifying), num_emitted - 1)
-            any_missed = any_missed or found != Found.HIT
-            request.by_ngram = num_drafts > 0 and found != Found.HIT
+            is_hit = found == HIT
+            any_missed = any_missed or not is_hit
+            request.by_ngram = num_drafts > 0 and not is_hit
             request.token_ids += [*request.verifying[: num_emitted - 1], last]
             request.verifying = drafts[:num_drafts]
             if self._num_drafts:
-                self._tell(request, found)
+                self._tell(serial, request, found)
         if any_missed and self._config.on_miss == "auto":
             self.wants_ngram = self._ngram_gain.drafts(self._config.num_speculative_tokens, NGRAM_LOSS)[0] > 0
 
-    def _tell(self, request: SlotRequest, found: int) -> None:
-        remote = request.remote
-        self._untold.discard(int(remote.request_id))
-        if len(request.token_ids) + 2 > request.last_length:  # its next round only emits
-            self._client.close(remote.request_id)
-        elif self._client.holds(remote):
-            self._client.looked_up(remote, hit=found == Found.HIT, block=found != Found.LATE)
-            self._client.outcome(remote, request.token_ids[remote.length :], request.verifying)
+    def _tell(self, serial: int, request: SlotRequest, found: int) -> None:
+        client, remote, token_ids = self._client, request.remote, request.token_ids
+        if self._untold:
+            self._untold.discard(serial)
+        if len(token_ids) + 2 > request.last_length:  # its next round only emits
+            client.close(remote.request_id)
+        elif client.holds(remote):
+            client.looked_up(remote, hit=found == HIT, block=found != LATE)
+            client.outcome(remote, token_ids[remote.length :], request.verifying)
         else:
-            self._client.open(remote, request.token_ids, request.verifying)
+            client.open(remote, token_ids, request.verifying)

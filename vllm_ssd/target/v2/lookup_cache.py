@@ -8,6 +8,7 @@ tells which.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +17,6 @@ import torch
 from vllm_ssd.kernels import DeviceBlocks
 from vllm_ssd.kernels.blocks import num_rows
 from vllm_ssd.link.protocol import Push, SpeculationBlock
-
-Put = tuple[int, int, SpeculationBlock, Push, int]
-"""Slot, serial number, block, the push that it came in and its first proposal there."""
 
 NO_OUTCOME = -1
 """Accept length and bonus token -1: what no outcome is."""
@@ -41,7 +39,10 @@ class SpeculationCache:
         self._num_branches = np.zeros(num_slots, np.int64)
         self._keeps_q = np.zeros(num_slots, np.bool_)  # the device has proposals of the newest block
         self._shape = max_branches, num_drafts, top_m
-        self._put: list[Put] = []
+        self._put: list[Group] = []
+        # What the last group left, where all its branches have a place: layout, serial numbers, lengths, depth and
+        # outcomes. The blocks that lengthen just those are not searched for.
+        self._expected: tuple[Layout, list[int], list[int], int, bytes] | None = None
 
         self.blocks = DeviceBlocks.empty(num_slots, max_branches, num_drafts, top_m, self.device)
         self._branches = self.blocks.host_branches()
@@ -52,13 +53,15 @@ class SpeculationCache:
             self._stream = torch.cuda.Stream(self.device, priority=-1)
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
-    def put(self, slot: int, serial: int, block: SpeculationBlock, push: Push, first: int = 0) -> None:
-        """Keep a block of `push` for request `serial` in `slot`; readers see it after `flush`.
+    def put(
+        self, push: Push, slots: list[int], serials: list[int], blocks: list[SpeculationBlock], firsts: list[int]
+    ) -> None:
+        """Keep blocks of `push` for requests `serials` in `slots`; readers see them after `flush`.
 
-        first: of the block's proposals in the push. Branches that do not continue what was pushed before, or exceed N,
-        are left out.
+        firsts: of each block's proposals in the push. Branches that do not continue what was pushed before, or exceed
+        N, are left out.
         """
-        self._put.append((slot, serial, block, push, first))
+        self._put.append(Group(push, slots, serials, blocks, firsts))
 
     def flush(self) -> None:
         """Bring what was put to the device, in the order of the cache's own stream; returns before it is there."""
@@ -67,8 +70,11 @@ class SpeculationCache:
         put, self._put = self._put, []
         groups = _alike(put)
         taken = [self._take(group) for group in groups]
-        slots = groups[0].slots if len(groups) == 1 else np.unique([slot for slot, *_ in put])
-        entries = taken[0][0] if len(taken) == 1 else np.concatenate([entries for entries, _, _ in taken])
+        slots, entries, owners = taken[0].slots, taken[0].entries, taken[0].owners
+        if len(taken) > 1:
+            slots = np.unique(np.concatenate([part.slots for part in taken]))
+            entries = np.concatenate([part.entries for part in taken])
+            owners = np.concatenate([part.owners for part in taken])
         with torch.cuda.stream(self._stream):  # None changes nothing
             self.blocks.write(
                 slots,
@@ -76,55 +82,69 @@ class SpeculationCache:
                 self._branches[slots],
                 self._keeps_q[slots],
                 entries,
-                [q_token_ids for _, q_token_ids, _ in taken],
-                [q_probs for _, _, q_probs in taken],
+                owners,
+                [part.q_token_ids for part in taken],
+                [part.q_probs for part in taken],
             )
-        for group in groups:
+        for group, part in zip(groups, taken):
             if group.blocks[0].sampled:
-                self._keeps_q[group.slots] = True
+                self._keeps_q[part.slots] = True
 
-    def _take(self, group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Note the blocks of a group.
+    def _take(self, group: Group) -> Taken:
+        """Note the blocks of a group."""
+        blocks, top_m = group.blocks, self._shape[2]
+        of_outcomes, lengths = [block.outcomes for block in blocks], [block.length for block in blocks]
+        outcomes, drafts = b"".join(of_outcomes), b"".join([block.draft_token_ids for block in blocks])
+        offset, depth = blocks[0].offset, 2 * len(drafts) // len(outcomes)
+        layout = _layout(tuple(group.slots), tuple(map(len, of_outcomes)), tuple(group.firsts), depth, self._shape)
+        token_ids = np.frombuffer(drafts, "<i4").reshape(-1, depth)
 
-        -> the places of their drafts with a proposal, [E] int64 as `DeviceBlocks.write` takes them, the ids [E, M]
-        int32 and the probabilities [E, M] float32.
+        places, fits = layout.places, None
+        if (layout, group.serials, lengths, offset, outcomes) != self._expected:
+            places, fits = self._arrange(layout, group.serials, lengths, offset, np.frombuffer(outcomes, "<i8"))
+            token_ids = token_ids if fits is None else token_ids[fits]
+        steps = np.arange(offset, offset + depth)
+        self._words[places.depths] = offset + depth
+        self._words[_each(places.drafts, steps)] = token_ids.reshape(-1)
+        self._expected = (layout, group.serials, lengths, offset + depth, outcomes) if fits is None else None
+        if not blocks[0].sampled or not top_m:
+            return Taken(layout.slots, NOTHING, NOTHING, NO_IDS, NO_PROBS)
+        entries = _each(places.entries, steps)
+        owners = places.slots if depth == 1 else places.slots.repeat(depth)
+        return Taken(layout.slots, entries, owners, *self._proposals(group, layout, fits, depth))
+
+    def _arrange(
+        self, layout: Layout, serials: list[int], lengths: list[int], offset: int, outcomes: np.ndarray
+    ) -> tuple[Places, np.ndarray | None]:
+        """Where blocks have their branches, and which branches have a place, [B] bool or None for all.
+
+        A drafter names the branches of a request in one order, and mostly all of them.
         """
-        slots, blocks, (max_branches, _, top_m) = group.slots, group.blocks, self._shape
-        sizes = [len(block.outcomes) for block in blocks]
-        counts = np.array(sizes) // 8
-        outcomes = np.frombuffer(b"".join([block.outcomes for block in blocks]), "<i8")
-        drafts = np.frombuffer(b"".join([block.draft_token_ids for block in blocks]), "<i4").reshape(len(outcomes), -1)
-        offset, depth = blocks[0].offset, drafts.shape[1]
-
-        answers = np.array([group.serials, [block.length for block in blocks]]).T
+        slots, counts, places = layout.slots, layout.counts, layout.places
+        max_branches = self._shape[0]
+        answers = np.array([serials, lengths]).T
         starts = slots[(self._answers[slots] != answers).any(1)]
         if len(starts):
             self._answers[slots] = answers
             self._branches[starts, :2], self._branches[starts, 2] = NO_OUTCOME, 0
             self._num_branches[starts], self._keeps_q[starts] = 0, False
 
-        # A drafter names the branches of a request in one order, and mostly all of them.
-        places, fits = _in_order(tuple(slots.tolist()), tuple(sizes), self._shape), None
-        if max(sizes) <= 8 * max_branches and not offset and not self._num_branches[slots].any():
-            self._outcomes.put(places.outcomes, outcomes)
-            self._num_branches[slots] = counts
-        elif max(sizes) > 8 * max_branches or not (
-            (self._outcomes.take(places.outcomes) == outcomes).all()
-            and (self._words.take(places.depths) == offset).all()
-        ):
-            at = places.slots
-            rows, is_new = self._rows(at, counts, outcomes)
-            fits = rows < max_branches
-            fits[fits] = self._branches[at[fits], 2, rows[fits]] == offset
-            places, outcomes, drafts = _places(at[fits], rows[fits], self._shape), outcomes[fits], drafts[fits]
-            self._outcomes.put(places.outcomes, outcomes)
-            np.add.at(self._num_branches, at[is_new & fits], 1)
-        span = np.arange(offset, offset + depth)
-        self._words.put(places.depths, offset + depth)
-        self._words.put(places.drafts[:, None] + span, drafts)
-        if not blocks[0].sampled or not top_m:
-            return NOTHING, NO_IDS, NO_PROBS
-        return (places.entries[:, None] + span).reshape(-1), *self._proposals(group, counts, fits, depth)
+        if layout.most <= max_branches:
+            if not offset and not self._num_branches[slots].any():
+                self._outcomes[places.outcomes] = outcomes
+                self._num_branches[slots] = counts
+                return places, None
+            is_next = (self._outcomes.take(places.outcomes) == outcomes) & (self._words.take(places.depths) == offset)
+            if is_next.all():
+                return places, None
+        at = places.slots
+        rows, is_new = self._rows(at, counts, outcomes)
+        fits = rows < max_branches
+        fits[fits] = self._branches[at[fits], 2, rows[fits]] == offset
+        places = _places(at[fits], rows[fits], self._shape)
+        self._outcomes[places.outcomes] = outcomes[fits]
+        np.add.at(self._num_branches, at[is_new & fits], 1)
+        return places, fits
 
     def _rows(self, at: np.ndarray, counts: np.ndarray, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The row of each branch of slots `at` among their branches, new ones after those there, and which are new."""
@@ -135,23 +155,34 @@ class SpeculationCache:
         return np.where(is_new, self._num_branches[at] + number[:-1] - before, rows), is_new
 
     def _proposals(
-        self, group: Group, counts: np.ndarray, fits: np.ndarray | None, depth: int
+        self, group: Group, layout: Layout, fits: np.ndarray | None, depth: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids and probabilities [E, M] of blocks of `counts` branches and `depth`, of the branches that fit."""
-        push, firsts, sizes = group.push, np.array(group.firsts), counts * depth
+        """The ids and probabilities [E, M] of blocks `depth` drafts deep, of the branches that fit."""
+        push, counts = group.push, layout.counts
         arrays = [
             np.frombuffer(array, dtype).reshape(-1, push.support)
             for array, dtype in ((push.q_token_ids, "<i4"), (push.q_probs, "<f4"))
         ]
-        if fits is None and (firsts[1:] == (firsts + sizes)[:-1]).all():  # they lie together, as mostly
-            arrays = [array[firsts[0] : firsts[-1] + sizes[-1]] for array in arrays]
+        if fits is None and layout.together is not None:
+            arrays = [array[layout.together] for array in arrays]
         else:
+            firsts, sizes = np.array(group.firsts), counts * depth
             branches = np.repeat(firsts - np.cumsum(sizes) + sizes, counts) + np.arange(counts.sum()) * depth
-            drafts = (branches if fits is None else branches[fits])[:, None] + np.arange(depth)
-            arrays = [array[drafts.reshape(-1)] for array in arrays]
+            drafts = _each(branches if fits is None else branches[fits], np.arange(depth))
+            arrays = [array[drafts] for array in arrays]
         if push.support < self._shape[2]:
             arrays = [np.pad(array, ((0, 0), (0, self._shape[2] - push.support))) for array in arrays]
         return arrays[0], arrays[1]
+
+
+class Taken(NamedTuple):
+    """What came with a group for `DeviceBlocks.write`: its slots, and the proposals of its drafts."""
+
+    slots: np.ndarray
+    entries: np.ndarray
+    owners: np.ndarray
+    q_token_ids: np.ndarray
+    q_probs: np.ndarray
 
 
 class Places(NamedTuple):
@@ -178,46 +209,80 @@ def _places(slots: np.ndarray, rows: np.ndarray, shape: tuple[int, int, int]) ->
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """How the branches of some blocks lie that are kept in their order, all of each block."""
+
+    slots: np.ndarray  # [n] int64, of the blocks
+    counts: np.ndarray  # [n] int64, branches of each
+    most: int  # of these
+    places: Places
+    together: slice | None  # of the push's proposals; None where others lie between them
+
+
 @functools.lru_cache(maxsize=4)  # from push to push and from round to round, most are the same
-def _in_order(slots: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, int, int]) -> Places:
-    """Of all branches of blocks whose outcomes have `sizes` bytes, in their order."""
-    counts = np.array(sizes) // 8
+def _layout(
+    slots: tuple[int, ...],
+    sizes: tuple[int, ...],
+    firsts: tuple[int, ...],
+    depth: int,
+    shape: tuple[int, int, int],
+) -> Layout:
+    """Of blocks `depth` drafts deep whose outcomes have `sizes` bytes, and whose proposals begin at `firsts`."""
+    at, counts, first = np.array(slots), np.array(sizes) // 8, np.array(firsts)
+    ends = first + counts * depth
+    together = slice(firsts[0], int(ends[-1])) if (first[1:] == ends[:-1]).all() else None
     rows = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return _places(np.repeat(np.array(slots), counts), rows, shape)
+    return Layout(at, counts, int(counts.max()), _places(np.repeat(at, counts), rows, shape), together)
 
 
-class Group(NamedTuple):
-    """Blocks that one pass can take: of one push, offset and depth, all sampled or none, each of another slot."""
+def _each(firsts: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Every step from every first, flat."""
+    return (firsts[:, None] + steps).reshape(-1)
 
-    slots: np.ndarray
-    serials: tuple[int, ...]
-    blocks: tuple[SpeculationBlock, ...]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Blocks of one push, in its order; `SpeculationCache._take` takes those that are alike in one pass."""
+
     push: Push
-    firsts: tuple[int, ...]  # of each block's proposals in the push
+    slots: list[int]
+    serials: list[int]
+    blocks: list[SpeculationBlock]
+    firsts: list[int]  # of each block's proposals in the push
+
+    def is_alike(self) -> bool:
+        """Whether the blocks are of one offset and depth, all sampled or none, each of another slot."""
+        blocks, number = self.blocks, len(self.blocks)
+        offsets, sampled = [block.offset for block in blocks], [block.sampled for block in blocks]
+        if not len(set(self.slots)) == offsets.count(offsets[0]) == sampled.count(sampled[0]) == number:
+            return False
+        sizes = [len(block.outcomes) for block in blocks]
+        drafts = [len(block.draft_token_ids) for block in blocks]
+        if sizes.count(sizes[0]) == drafts.count(drafts[0]) == number:
+            return True
+        return len({2 * num_bytes // size for size, num_bytes in zip(sizes, drafts)}) == 1
 
 
-def _alike(put: list[Put]) -> list[Group]:
-    """What was put in as few groups as can be; blocks of one slot stay in their order."""
-    kinds = [
-        (id(push), block.offset, 2 * len(block.draft_token_ids) // len(block.outcomes), block.sampled)
-        for _, _, block, push, _ in put
-    ]
-    if len(set(kinds)) == 1 and len({slot for slot, *_ in put}) == len(put):
-        return [_group(put)]
-    groups: list[list[Put]] = []
+def _alike(put: list[Group]) -> list[Group]:
+    """What was put in as few groups as can be, each alike; blocks of one slot stay in their order."""
+    if len(put) == 1 and put[0].is_alike():
+        return put
+    groups: list[Group] = []
     last: dict[tuple[int, int, int, bool], int] = {}  # group of each kind
     newest: dict[int, int] = {}  # group of each slot's newest block
-    for item, kind in zip(put, kinds):
-        slot = item[0]
-        group = last.get(kind, -1)
-        if group <= newest.get(slot, -1):
-            group = last[kind] = len(groups)
-            groups.append([])
-        groups[group].append(item)
-        newest[slot] = group
-    return [_group(group) for group in groups]
-
-
-def _group(put: list[Put]) -> Group:
-    slots, serials, blocks, pushes, firsts = zip(*put)
-    return Group(np.array(slots), serials, blocks, pushes[0], firsts)
+    for part in put:
+        for slot, serial, block, first in zip(part.slots, part.serials, part.blocks, part.firsts):
+            depth = 2 * len(block.draft_token_ids) // len(block.outcomes)
+            kind = id(part.push), block.offset, depth, block.sampled
+            group = last.get(kind, -1)
+            if group <= newest.get(slot, -1):
+                group = last[kind] = len(groups)
+                groups.append(Group(part.push, [], [], [], []))
+            to = groups[group]
+            to.slots.append(slot)
+            to.serials.append(serial)
+            to.blocks.append(block)
+            to.firsts.append(first)
+            newest[slot] = group
+    return groups
