@@ -1,4 +1,4 @@
-"""`python compile_all.py CAPABILITY`: compile every kernel as the ops launch it, without a GPU; JSON lines on stdout.
+"""`python compile_all.py CAPABILITY...`: compile all kernels as the ops launch them, without a GPU; prints JSON lines.
 
 A driver that only names its target stands in for CUDA's; Triton then compiles to a cubin and stops short of the launch.
 """
@@ -6,6 +6,7 @@ A driver that only names its target stands in for CUDA's; Triton then compiles t
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def compile_all(capability: int) -> None:
             size, shared = len(kernel.asm["cubin"]), kernel.metadata.shared
             constants = {name: kwargs[name] for name in ("HEAD", "BLOCK_M", "BLOCK_T", "M") if name in kwargs}
             usage = {"cubin": size, "shared": shared, "stack": stack_bytes(kernel.asm["cubin"])}
-            print(json.dumps({"kernel": self.__name__, **usage, "constants": constants}))
+            print(json.dumps({"capability": capability, "kernel": self.__name__, **usage, "constants": constants}))
         return kernel
 
     triton.JITFunction.run = compile_only
@@ -153,4 +154,9 @@ def step_of_the_target(top_m: int, batch: int = 1, start: int = 0, wanted: int =
 
 
 if __name__ == "__main__":
-    compile_all(int(sys.argv[1]))
+    for capability in map(int, sys.argv[1:]):
+        if (child := os.fork()) == 0:  # Triton keeps to the device that it has met first
+            compile_all(capability)
+            sys.exit()
+        if os.waitpid(child, 0)[1]:
+            sys.exit(1)
