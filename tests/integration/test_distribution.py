@@ -40,7 +40,7 @@ def engine(
     engine = shared_engine(
         model=str(tiny_pair[0]),
         max_model_len=64,
-        max_num_seqs=16,
+        max_num_seqs=64,
         speculative={
             "model": str(tiny_pair[1]),
             "on_miss": request.param,

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 from engines import Engine, assert_conclusive, request, texts
 
-pytestmark = pytest.mark.timed
-
 ROUND_S = 0.05
 HANG_S = 3.0
 RESTART_S = 90.0
@@ -80,6 +78,7 @@ def test_killed(engine: Engine, requests: list[dict[str, Any]], expected: Any, s
     assert_recovers(engine, before, requests, expected)
 
 
+@pytest.mark.timed
 def test_hung(engine: Engine, requests: list[dict[str, Any]], expected: Any) -> None:
     before = engine.call("drafter")
     run = engine.generate(requests, signals={25: signal.SIGSTOP}, min_seconds=ROUND_S)
@@ -89,6 +88,7 @@ def test_hung(engine: Engine, requests: list[dict[str, Any]], expected: Any) -> 
     assert_recovers(engine, before, requests, expected)
 
 
+@pytest.mark.timed
 def test_slow(engine: Engine, requests: list[dict[str, Any]], expected: Any) -> None:
     """A drafter that runs a tenth of the time is neither waited for nor given up."""
     before = engine.call("drafter")

@@ -42,7 +42,7 @@ def test_samples_have_the_distribution_of_the_target(
     engine = start_engine(
         model=str(pair[0]),
         max_model_len=64,
-        max_num_seqs=32,
+        max_num_seqs=96,
         speculative={"model": str(pair[1]), "on_miss": "wait", "fan_out": 2, "top_m": 8},
         patches=FORKED_WORKERS,
         **parallelism,

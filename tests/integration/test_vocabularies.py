@@ -44,7 +44,7 @@ def engine(
     engine = start_engine(
         model=str(tiny_pair[0]),
         max_model_len=64,
-        max_num_seqs=16,
+        max_num_seqs=48,
         speculative={
             "model": str(drafters[name]),
             "heterogeneous_vocab": name == "heterogeneous",
