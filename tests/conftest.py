@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import random
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from engines import PAIR, Engine
+from engines import ON_GPU, PAIR, Engine, share_servers
 
 CORPUS = ("argparse", "ast", "collections", "configparser", "csv", "dataclasses", "decimal", "difflib")
 
@@ -23,6 +24,14 @@ def pytest_configure(config: pytest.Config) -> None:
     slow = [hypothesis.HealthCheck.too_slow]
     hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=slow)
     hypothesis.settings.load_profile("any machine")
+    if config.getoption("numprocesses", None) and not ON_GPU and "tests" in config.args:
+        share_servers()  # for all test processes, which this one starts
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector, which vLLM calls at each start, leave alone what collection has imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

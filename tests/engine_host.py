@@ -12,6 +12,7 @@ import itertools
 import os
 import select
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -47,6 +48,7 @@ class EngineHost:
         self._seen = {"known_q": 0, "cut_q": 0, "ngram_drafts": 0}
         self._launched_at_start: list[str] = []
         self._adapters: dict[str, int] = {}  # number of each folder: vLLM tells adapters apart by it
+        fork_server.fork_drafters()
 
     def start(self, *, patches: dict[str, Any] | None = None, imports: Sequence[str] = (), **engine_args: Any) -> None:
         """Start the engine with module attributes such as "vllm_ssd.link.process.HANG_S" replaced by `patches`, and
@@ -56,18 +58,17 @@ class EngineHost:
         """
         from vllm import LLM
 
-        fork_server.fork_drafters()
         self.patch(**(patches or {}))
         for module in imports:
             importlib.import_module(module)
         with watched_kernels(self._launched_at_start) if V2 else contextlib.nullcontext():
             llm = LLM(**engine_args)
         self._llm, self._engine = llm, llm.llm_engine
-        from vllm_ssd.compat.target import measure  # once the engine has set vLLM up
+        if (speculative := engine_args.get("speculative_config", {})).get("method") == "ssd":
+            from vllm_ssd.compat.target import measure  # once the engine has set vLLM up
 
-        if "speculative_config" in engine_args:
             self._proposer = measure.proposer(self._engine)
-            self._metrics_port = engine_args["speculative_config"].get("metrics_port")
+            self._metrics_port = speculative.get("metrics_port")
         if self._proposer is not None:
             if V2:
                 self._see_lookups()
@@ -84,6 +85,17 @@ class EngineHost:
             before[path] = getattr(module, name)
             setattr(module, name, value)
         return before
+
+    def patched(self) -> list[str]:
+        """Symbols of vLLM that the plugin has replaced in this process."""
+        ours = sys.modules.get("vllm_ssd.compat.patch")
+        return [] if ours is None else list(ours.patched())
+
+    def start_own_drafters(self) -> None:
+        """Start drafters from now on as a server does, not as forks."""
+        from vllm_ssd.link import process
+
+        process.subprocess = subprocess
 
     def set_config(self, **values: Any) -> None:
         """On V1, change keys of the running speculative_config that only the target reads, such as `on_miss`."""

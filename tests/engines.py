@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import multiprocessing
 import os
 import random
 import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import fork_server
 
@@ -29,6 +33,8 @@ __all__ = [
     "assert_conclusive",
     "cached_tokens",
     "request",
+    "run_program",
+    "start_program",
     "texts",
 ]
 
@@ -55,14 +61,71 @@ ANSWER_S = 240
 BASE = ENVIRONMENT | ({"VLLM_USE_V2_MODEL_RUNNER": "0"} if ON_GPU else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
 FORKED = () if ON_GPU else (BASE, BASE | ON_V2)
 """Environments whose engines are forked; what else they may ask for could matter to vLLM's import."""
-_servers: dict[bool, fork_server.ForkServer] = {}
+READ_LATER = {
+    "PYTHONPATH",
+    "PYTHONSAFEPATH",
+    "TMPDIR",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_PLUGINS",
+    "VLLM_SSD_HOSTILE",
+}
+"""Variables that do not matter to it."""
+SERVERS = "TESTS_FORK_SERVERS"
+"""Environment variable of a test process: address and process of the servers that it shares with others, as JSON."""
 
 
-def server(*, v2: bool = False) -> fork_server.ForkServer:
+class SharedServer(NamedTuple):
+    """A `ForkServer` that another process has started."""
+
+    address: str
+    pid: int
+
+
+_servers: dict[bool, fork_server.ForkServer | SharedServer] = {}
+
+
+def server(*, v2: bool = False) -> fork_server.ForkServer | SharedServer:
     """The server that forks engines, or on V2 interpreted ones, and drafters of both, started when first asked for."""
     if v2 not in _servers:
-        _servers[v2] = fork_server.ForkServer({**os.environ, **FORKED[v2]})
+        shared = json.loads(os.environ.get(SERVERS, "[]"))[v2:]
+        _servers[v2] = SharedServer(*shared[0]) if shared else fork_server.ForkServer({**os.environ, **FORKED[v2]})
     return _servers[v2]
+
+
+def share_servers() -> None:
+    """Start the servers now, for this process and those that it starts."""
+    servers = [server(v2=v2) for v2 in ((False, True) if HAS_V2 else (False,))]
+    os.environ[SERVERS] = json.dumps([[one.address, one.pid] for one in servers])
+
+
+def start_program(
+    program: Path, *arguments: str, output: int, environment: Mapping[str, str] | None = None
+) -> fork_server.ForkedProcess | subprocess.Popen:
+    """Start a Python program in a fork of a process that has imported vLLM; its drafters are forked, too.
+
+    output: the descriptor of what it prints, errors included; environment: variables to set.
+    """
+    variables = {**os.environ, **BASE, **(environment or {})}
+    command = [str(program), *arguments]
+    if ON_GPU:
+        return subprocess.Popen([sys.executable, *command], env=variables, stdout=output, stderr=output)
+    variables[fork_server.ADDRESS] = address = server().address
+    return fork_server.fork(address, "script", command, output, variables, output)
+
+
+def run_program(program: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """What a program prints that `start_program` starts; fails where it does."""
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environment or {})}
+    with tempfile.TemporaryFile("w+") as output:
+        process = start_program(program, *arguments, output=output.fileno(), environment=variables)
+        try:
+            status = process.wait(ANSWER_S)
+        finally:
+            process.kill()
+        output.seek(0)
+        printed = output.read()
+    assert status == 0, printed[-4000:]
+    return printed
 
 
 def own_cores() -> list[int]:
@@ -100,7 +163,7 @@ class Engine(EngineProcess):
         *self._cores, drafter_core = own_cores()
         self._variables = BASE | (environment or {})
         self.on_v2 = self._variables.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
-        self._forked = forked and {k: v for k, v in self._variables.items() if k != "TMPDIR"} in FORKED
+        self._forked = forked and {k: v for k, v in self._variables.items() if k not in READ_LATER} in FORKED
         self._own_drafters = own_drafters
         super().__init__(
             [str(HOST)],

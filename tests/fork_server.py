@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import random
+import runpy
 import select
 import selectors
 import signal
@@ -94,7 +95,7 @@ class ForkedProcess:
 def fork(
     address: str, program: str, arguments: Sequence[str], fd: int, environment: Mapping[str, str], output: int = 1
 ) -> ForkedProcess:
-    """Have the server at `address` fork a process that runs `program`: "engine", "drafter" or "listener".
+    """Have the server at `address` fork a process that runs `program`, one of `PROGRAMS`.
 
     arguments: of its command line, the last but `fd`, which follows them where `program` wants it; output: the
     descriptor of what it prints.
@@ -116,7 +117,7 @@ def fork_drafters() -> None:
 
     def start(command: list[str], *, pass_fds: Sequence[int], env: Mapping[str, str], **arguments: Any) -> Any:
         if command[1:3] != ["-m", "vllm_ssd.drafter"]:  # a test's own
-            return subprocess.Popen(command, pass_fds=pass_fds, env=env, **arguments)
+            return subprocess.Popen(command, pass_fds=pass_fds, env={**env, ADDRESS: address}, **arguments)
         return fork(address, "drafter", command[4:], *pass_fds, env)
 
     process.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": start})
@@ -137,6 +138,11 @@ class ForkServer:
                 env={**environment},
                 stdin=subprocess.DEVNULL,
             )
+
+    @property
+    def pid(self) -> int:
+        """The parent of all that it forks."""
+        return self._process.pid
 
 
 class Server:
@@ -197,9 +203,9 @@ class Server:
         tempfile.tempdir = None  # as `environment` has it
         status = 1
         try:
-            status = {"engine": run_engine, "drafter": run_drafter, "listener": run_listener}[program](arguments, fd)
+            status = PROGRAMS[program](arguments, fd)
         except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else 1
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         except BaseException:
             sys.excepthook(*sys.exc_info())
         atexit._run_exitfuncs()
@@ -241,6 +247,32 @@ def run_listener(arguments: list[str], fd: int) -> int:
     place, options = arguments
     return main(place, msgspec.structs.replace(msgspec.json.decode(options, type=DrafterOptions), keeper=fd))
 
+
+def run_host(arguments: list[str], fd: int) -> int:
+    """Be `python ARGUMENTS... FD`, the process of an `EngineProcess`; returns its exit status."""
+    return run_script([*arguments, str(fd)], fd)
+
+
+def run_script(arguments: list[str], fd: int) -> int:
+    """Be `python ARGUMENTS...`, a script or with "-m" a module, whose drafters are forked; returns its exit status."""
+    fork_drafters()
+    is_module = arguments[0] == "-m"
+    name, *_ = sys.argv = arguments[is_module:]
+    if is_module:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(name).parent))
+        runpy.run_path(name, run_name="__main__")
+    return 0
+
+
+PROGRAMS = {
+    "engine": run_engine,
+    "drafter": run_drafter,
+    "listener": run_listener,
+    "host": run_host,
+    "script": run_script,
+}
 
 if __name__ == "__main__":
     from vllm_ssd.link.lifetime import die_with

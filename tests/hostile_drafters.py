@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
+import fork_server
 import msgspec
 import numpy as np
 from hostile_drafter import UNSOUND, Sampled, act, block, framed, push, sampled, send_all
@@ -48,12 +50,21 @@ def aimed(event: Open | Outcome, content: dict, max_branches: int) -> list[Specu
     return [make(**where, outcomes=[[0, token]], **content) for token in tokens]
 
 
+def be_real(fd: int) -> NoReturn:
+    """Be vllm-ssd's drafter, or the parent of one that is forked."""
+    if (address := os.environ.get(fork_server.ADDRESS)) is None:
+        os.execv(sys.executable, [sys.executable, "-m", "vllm_ssd.drafter", *sys.argv[1:]])
+    drafter = fork_server.fork(address, "drafter", sys.argv[2:], fd, os.environ)
+    os.close(fd)
+    sys.exit(drafter.wait())
+
+
 def main(fd: int, options: DrafterOptions) -> None:
     """Shake hands, then answer every step as the first unused line says."""
     path = Path(os.environ["VLLM_SSD_HOSTILE"])
     ways = path.read_text().splitlines()
     if not ways:
-        os.execv(sys.executable, [sys.executable, "-m", "vllm_ssd.drafter", *sys.argv[1:]])
+        be_real(fd)
     path.write_text("\n".join(ways[1:]))
     transport = ProcessTransport.from_fd(fd, "drafter")
     (hello,) = transport.poll(None)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import re
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from drafter_processes import is_drafter
-from engines import PAIR, Engine, EngineFailed, free_port, request
+from engines import ON_GPU, PAIR, Engine, EngineFailed, free_port, request, server
 from tiny_models import random_llama, save
 
 GONE_S = 5.0
@@ -28,7 +32,17 @@ def engine(start_engine: Callable[..., Engine], tmp_path: Path) -> Iterator[Engi
 
 
 def drafters_of(engine: Engine) -> list[psutil.Process]:
-    return [p for p in psutil.Process(engine.process.pid).children() if is_drafter(p)]
+    """Its children, and those forked drafters whose options name it as their parent."""
+    parents = [engine.process.pid, *([] if ON_GPU else [server().pid])]
+    children = [child for parent in parents for child in psutil.Process(parent).children()]
+    return [process for process in children if is_drafter(process) and started_by(process) == engine.process.pid]
+
+
+def started_by(drafter: psutil.Process) -> int | None:
+    with suppress(psutil.Error):
+        if named := re.search(r'"parent_pid":(\d+)', " ".join(drafter.cmdline())):
+            return int(named[1])
+    return None
 
 
 def wait_for_drafter(engine: Engine) -> list[psutil.Process]:
@@ -72,7 +86,12 @@ def test_drafter_dies_with_a_server_killed_at_start(engine: Engine) -> None:
 def test_a_killed_server_frees_its_metrics_port(start_engine: Callable[..., Engine]) -> None:
     """The engine's process, a child of the killed one, may live on; drafter and port go."""
     port = free_port()
-    engine = start_engine(speculative={"metrics_port": port}, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    engine = start_engine(
+        speculative={"metrics_port": port},
+        environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        patches={"vllm.v1.engine.utils.get_mp_context": partial(multiprocessing.get_context, "fork")},
+        own_drafters=True,
+    )
     try:
         deadline = time.monotonic() + 120
         drafters: list[psutil.Process] = []
@@ -99,7 +118,7 @@ def is_served(port: int) -> bool:
 @pytest.fixture(scope="module")
 def failing(start_engine: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A process in which one start after the other fails; the first, of a drafter without a model, is under way."""
-    engine = start_engine(speculative={"model": str(tmp_path_factory.mktemp("empty"))}, forked=False)
+    engine = start_engine(speculative={"model": str(tmp_path_factory.mktemp("empty"))})
     yield engine
     engine.close()
 
@@ -138,10 +157,6 @@ def test_drafter_with_another_tokenizer(failing: Engine, tmp_path: Path) -> None
     assert "only 1,948 of the target's 2,048 tokens (95.1%)" in start_with(failing, model=str(folder))
 
 
-def test_drafter_that_takes_too_long(failing: Engine) -> None:
-    assert "startup_timeout_s=0.5" in start_with(failing, model=str(PAIR / "drafter"), startup_timeout_s=0.5)
-
-
 def test_drafter_without_memory(failing: Engine) -> None:
     """2 KiB a token: the whole of the target's length takes 4 MiB."""
     speculative = failing.arguments["speculative_config"] | {"model": str(PAIR / "drafter")}
@@ -163,12 +178,23 @@ def test_the_memory_that_is_advised_suffices(start_engine: Callable[..., Engine]
         engine.close()
 
 
-def test_drafter_that_is_killed_while_it_boots(failing: Engine) -> None:
-    config = failing.arguments["speculative_config"] | {"model": str(PAIR / "drafter")}
-    failing.send("start", **failing.arguments | {"speculative_config": config})
-    wait_for_drafter(failing)[0].kill()
+@pytest.fixture
+def booting(failing: Engine) -> Engine:
+    """The same process, whose drafters are no forks from now on: they take seconds to boot."""
+    failing.call("start_own_drafters")
+    return failing
+
+
+def test_drafter_that_takes_too_long(booting: Engine) -> None:
+    assert "startup_timeout_s=0.5" in start_with(booting, model=str(PAIR / "drafter"), startup_timeout_s=0.5)
+
+
+def test_drafter_that_is_killed_while_it_boots(booting: Engine) -> None:
+    config = booting.arguments["speculative_config"] | {"model": str(PAIR / "drafter")}
+    booting.send("start", **booting.arguments | {"speculative_config": config})
+    wait_for_drafter(booting)[0].kill()
     with pytest.raises(EngineFailed, match="the SSD drafter ended with status -9 before it was ready"):
-        failing.receive()
+        booting.receive()
 
 
 def test_key_that_does_not_exist(failing: Engine) -> None:

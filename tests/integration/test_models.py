@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import ANSWER_S
+from engines import run_program
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_models.py"
 NO_TREES = {"gpt_oss": "attention sinks"}
@@ -23,10 +21,8 @@ DRAFTERS = [*WITH_TREES, "llama_yarn", "gpt2", "phi3", "falcon", "bloom", "gemma
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What the script found, by the name of the model."""
     out = tmp_path_factory.mktemp("models") / "models.json"
-    command = [sys.executable, str(SCRIPT), "--out", str(out), "--jobs", "2"]
-    command += ["--only", *DRAFTERS, *RECURRENT, "--trees", *WITH_TREES]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=2 * ANSWER_S)
-    assert out.exists(), run.stderr[-4000:]
+    only = ["--only", *DRAFTERS, *RECURRENT, "--trees", *WITH_TREES]
+    run_program(SCRIPT, "--out", str(out), "--jobs", "2", *only)
     return json.loads(out.read_text())
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import fork_server
 import pytest
-from engines import ENVIRONMENT, PAIR
+from engines import ENVIRONMENT, PAIR, server
+from typer.testing import CliRunner
 
+from vllm_ssd.cli import app
 from vllm_ssd.planning import Profile
+from vllm_ssd.planning.engine_host import EngineProcess
 from vllm_ssd.planning.measure import BRANCHES
 
 ENGINE_ARGS = {
@@ -23,11 +23,23 @@ ENGINE_ARGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the engines and their drafters from a process that has imported vLLM."""
+
+    def start(self, program, connection, environment, output):
+        assert program == ["-m", "vllm_ssd.planning"]
+        return fork_server.fork(server().address, "host", program, connection, environment, output)
+
+    monkeypatch.setattr(EngineProcess, "_start", start)
+    for name, value in (ENVIRONMENT | {fork_server.ADDRESS: server().address}).items():
+        monkeypatch.setenv(name, value)
+
+
 def vllm_ssd(*arguments: object) -> str:
     """What the command prints; fails the test when it fails."""
-    command = [Path(sys.executable).with_name("vllm-ssd"), *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
     return done.stdout
 
 

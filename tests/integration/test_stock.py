@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import ENVIRONMENT, HAS_V2, ON_V2, PAIR
+from engines import HAS_V2, ON_V2, PAIR, Engine, request, texts
 
-SCRIPT = Path(__file__).with_name("stock_texts.py")
 NGRAM = {"prompt_lookup_min": 1, "prompt_lookup_max": 3, "num_speculative_tokens": 3}
 DRAFT_MODEL = {"method": "draft_model", "model": str(PAIR / "drafter"), "num_speculative_tokens": 3}
-ON_V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-
-
-def run(speculative: dict[str, Any], prompts: list[list[int]], environment: dict[str, str]) -> list[dict[str, Any]]:
-    """What `stock_texts.py` prints."""
-    path = os.pathsep.join(filter(None, [str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH")]))
-    ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), json.dumps(speculative), json.dumps(prompts)],
-        env=os.environ | ENVIRONMENT | ours | environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=SCRIPT.parent,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"patched"')]
 
 
 @pytest.mark.parametrize(
     ("speculative", "environment"),
     [
-        pytest.param({"method": "ngram"} | NGRAM, ON_V1, id="ngram-V1", marks=pytest.mark.compat),
-        pytest.param(DRAFT_MODEL, ON_V1, id="draft_model-V1", marks=pytest.mark.compat),
+        pytest.param({"method": "ngram"} | NGRAM, {}, id="ngram-V1", marks=pytest.mark.compat),
+        pytest.param(DRAFT_MODEL, {}, id="draft_model-V1", marks=pytest.mark.compat),
         pytest.param(
             {"method": "ngram_gpu"} | NGRAM,
             ON_V2,
@@ -49,10 +26,25 @@ def run(speculative: dict[str, Any], prompts: list[list[int]], environment: dict
     ],
 )
 def test_text_is_the_same_with_the_plugin(
-    prompts: Callable[..., list[list[int]]], speculative: dict[str, Any], environment: dict[str, str]
+    start_engine: Callable[..., Engine],
+    prompts: Callable[..., list[list[int]]],
+    speculative: dict[str, Any],
+    environment: dict[str, str],
 ) -> None:
-    pieces = prompts(4, 20, 60, seed=7)
-    plain, patched = run(speculative, pieces, environment)
-    assert not plain["patched"] and len(patched["patched"]) >= 4, "inconclusive: the plugin was in both, or in neither"
-    assert plain["accepted"] > 0, "inconclusive: nothing was accepted"
-    assert patched["texts"] == plain["texts"] and patched["accepted"] == plain["accepted"]
+    engines = [
+        start_engine(speculative_config=speculative, max_model_len=256, environment=environment | plugins)
+        for plugins in ({"VLLM_PLUGINS": "none"}, {})
+    ]
+    requests = [request(prompt, max_tokens=16) for prompt in prompts(4, 20, 60, seed=7)]
+    try:
+        for engine in engines:
+            engine.send("generate", requests=requests)
+        plain, patched = (engine.receive() for engine in engines)
+        replaced = [engine.call("patched") for engine in engines]
+    finally:
+        for engine in engines:
+            engine.close()
+    assert not replaced[0] and len(replaced[1]) >= 4, "inconclusive: the plugin was in both, or in neither"
+    accepted = [run.counts["vllm:spec_decode_num_accepted_tokens"] for run in (plain, patched)]
+    assert accepted[0] > 0, "inconclusive: nothing was accepted"
+    assert texts(patched) == texts(plain) and accepted[1] == accepted[0]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import ENVIRONMENT, PAIR
+from engines import PAIR, run_program
 
 SCRIPT = Path(__file__).with_name("grow_trees.py")
 
@@ -18,20 +15,13 @@ SCRIPT = Path(__file__).with_name("grow_trees.py")
 @pytest.fixture(scope="module")
 def grow_trees(tmp_path_factory: pytest.TempPathFactory):
     """What a drafter of some kind says: `grow_trees(kind)`, or with a mask token `grow_trees(kind, mask)`."""
-    environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    environment["VLLM_CACHE_ROOT"] = str(tmp_path_factory.mktemp("cache"))  # what is compiled is compiled here
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("cache"))}  # what is compiled is compiled here
     results: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def grow(*kind: str) -> dict[str, Any]:
         if kind not in results:
-            run = subprocess.run(
-                [sys.executable, str(SCRIPT), str(PAIR / "drafter"), *kind],
-                env=environment,
-                capture_output=True,
-                text=True,
-            )
-            assert run.returncode == 0, run.stderr[-4000:]
-            results[kind] = json.loads(run.stdout.splitlines()[-1])
+            printed = run_program(SCRIPT, str(PAIR / "drafter"), *kind, environment=cache)
+            results[kind] = json.loads(printed.splitlines()[-1])
         return results[kind]
 
     return grow

@@ -112,6 +112,15 @@ def test_an_engine_that_does_not_start_is_reported_with_its_log(tmp_path, monkey
         measure.Engine(Task("verify", {}), tmp_path / "verify.log", idle_stop=True)
 
 
+def test_an_engine_that_is_measured_has_a_process_of_its_own(tmp_path):
+    engine = engine_host.EngineProcess(["-m", "vllm_ssd.planning"], tmp_path / "log")
+    try:
+        with pytest.raises(EngineFailed, match="'Worker' object has no attribute '_engine'"):
+            engine.call("run", request=Steps(1, 1, 1))
+    finally:
+        engine.close()
+
+
 def test_every_tree_of_a_drafter_gives_a_time():
     drafter = DrafterEngine.__new__(DrafterEngine)
     drafter._model = FakePagedModel(num_pages=4096)

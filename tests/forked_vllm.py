@@ -1,0 +1,16 @@
+"""The command line `vllm` for `engines.start_program`: its engine is forked, too, which vLLM on a CPU spawns."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from functools import partial
+
+from vllm.v1.engine import utils
+
+if __name__ == "__main__":
+    utils.get_mp_context = partial(multiprocessing.get_context, "fork")
+    from vllm.entrypoints.cli.main import main
+
+    sys.argv[0] = "vllm"
+    sys.exit(main())
