@@ -35,7 +35,7 @@ PROMPTS = (
 
 
 class Server:
-    """One `vllm serve` of the bundled target on a free loopback port; `forked`, it starts in a tenth of the time."""
+    """One `vllm serve` of the bundled target on a free loopback port, which is a fork or starts as a user starts it."""
 
     def __init__(self, log: Path, arguments: Sequence[str], *, forked: bool = False) -> None:
         self.log = log
