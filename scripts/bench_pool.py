@@ -315,10 +315,11 @@ def drafters(args: argparse.Namespace) -> dict[str, Any]:
                 result = engine.call("decode", prompts=prompts, max_tokens=args.tokens)
                 if run:
                     runs[side].append(result)
-    for side, middle in medians(runs).items():
+    middles = medians(runs)
+    for side, middle in middles.items():
         rates = f"hit rate {middle['hit_rate']:.2f}, late {middle['late_rate']:.2f}"
         console.print(f"{side:10} {middle['tokens_per_s']:.0f} tokens/s, {rates}")
-    check_hidden(medians(runs))
+    check_hidden(middles)
     speed = {side: [result["tokens_per_s"] for result in results] for side, results in runs.items()}
     return {"runs": runs, "ratios": {"own / elsewhere, tokens per second": ratios(speed["own"], speed["elsewhere"])}}
 
