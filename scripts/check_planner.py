@@ -26,7 +26,7 @@ from resize_model import deepen, widen
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vllm_ssd.planning import Prediction, Profile, Setting, predict_plain, predict_sd, predict_ssd
+from vllm_ssd.planning import Prediction, Profile, Setting, Shape, predict_plain, predict_sd, predict_ssd
 from vllm_ssd.planning.measure import Profiler, Subject
 
 
@@ -46,8 +46,7 @@ def make_systems(pair: Pair, args: argparse.Namespace) -> list[System]:
 
 def drafts_in_parallel(folder: str) -> bool:
     """Whether the draft model has a mask token."""
-    config = json.loads((Path(folder) / "config.json").read_text())
-    return any(key in config for key in ("pard_token", "ptd_token_id"))
+    return Shape.from_config(json.loads((Path(folder) / "config.json").read_text())).parallel
 
 
 def predict(profile: Profile, system: System, rows: float) -> Prediction:
