@@ -21,17 +21,16 @@ def repair_lora_rows() -> None:
 
 def note_drafts(runner: Any, scheduler_output: Any) -> None:
     """The step of vLLM's `SchedulerOutput` is next on the V2 runner `runner`."""
-    drafts = scheduler_output.scheduled_spec_decode_tokens
-    runner.lora_state._ssd_num_drafts = {request_id: len(token_ids) for request_id, token_ids in drafts.items()}
+    runner.lora_state._ssd_drafts = scheduler_output.scheduled_spec_decode_tokens  # counted where there are adapters
 
 
 def _knows_drafts(state: Any, *args: Any, **kwargs: Any) -> bool:
-    return hasattr(state, "_ssd_num_drafts")
+    return hasattr(state, "_ssd_drafts")
 
 
 def _make_lora_inputs(original, state, req_ids, *args, **kwargs):
     of_rows, of_tokens, adapters = original(state, req_ids, *args, **kwargs)
     if len(of_rows) == len(req_ids):
-        num_rows = [1 + state._ssd_num_drafts.get(request_id, 0) for request_id in req_ids]
+        num_rows = [1 + len(state._ssd_drafts.get(request_id, ())) for request_id in req_ids]
         of_rows = tuple(adapter for adapter, number in zip(of_rows, num_rows) for _ in range(number))
     return of_rows, of_tokens, adapters
