@@ -118,7 +118,7 @@ class Server:
         environment = {**os.environ, "VLLM_PLUGINS": plugins, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
             )
 
     def ready(self) -> bool:

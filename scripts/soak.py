@@ -38,8 +38,10 @@ from soak_faults import KINDS, Injector, gone, is_alive, schedule
 from soak_load import MAX_MODEL_LEN, PAIR, Load, Requests, expected_answers
 from soak_verdicts import (
     ORPHAN_S,
+    STALL_S,
     Verdict,
     at_least,
+    events,
     memory_verdict,
     rest_verdict,
     stall_verdicts,
@@ -114,7 +116,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                process_group=0,
             )
 
     async def wait_until_ready(self) -> None:
@@ -151,9 +153,11 @@ class Found:
     started: Counter[str] = field(default_factory=Counter)
     hit: Counter[str] = field(default_factory=Counter)
     hangs: int = 0
-    windows: list[tuple[float, float]] = field(default_factory=list)
+    windows: list[tuple[float, float]] = field(default_factory=list)  # of each fault that was started
+    kinds: list[str] = field(default_factory=list)  # and its kind
     not_back: list[str] = field(default_factory=list)
     hits: float = 0.0  # rounds with drafts of the drafter's, since faults began
+    begun: float = 0.0
     seconds: float = 0.0
     rest: list[dict[str, tuple[int, int]]] = field(default_factory=list)
     left_pages: list[str] = field(default_factory=list)
@@ -221,7 +225,7 @@ async def _run(options: argparse.Namespace, found: Found, load: Load, watch: Wat
     load.go()
     looking = asyncio.create_task(_look(load, watch))
     hits = watch.page.get("hits_total")
-    begun = time.monotonic()
+    begun = found.begun = time.monotonic()
     watch.gaps.clear()
     for fault in schedule(options.seed, options.faults, options.longest_hang):
         last = found.windows[-1][1] - found.windows[-1][0] if found.windows else 0.0
@@ -240,6 +244,7 @@ async def _run(options: argparse.Namespace, found: Found, load: Load, watch: Wat
         elif lost and fault.kind in ("kill", "segv"):
             injector.learn(time.monotonic() - after)
         found.windows.append((start, time.monotonic() + SETTLE_S))
+        found.kinds.append(fault.kind)
         if options.verbose:
             took = time.monotonic() - start
             console.print(f"{start - begun:7.1f} s {fault.kind:7} {'hit' if hit else 'no hit'}, {took:.1f} s")
@@ -269,6 +274,7 @@ async def _rest(load: Load, watch: Watch, found: Found) -> None:
     if pages:
         found.left_pages.append(f"{pages:.0f} pages in use 5 s after the last request")
     await asyncio.sleep(1.0)
+    await watch.account_all()
     found.rest.append(watch.at_rest())
 
 
@@ -276,7 +282,8 @@ async def _end(options: argparse.Namespace, watch: Watch, found: Found) -> None:
     """Kill one process of the server, with a drafter that runs or is stopped: no drafter may outlive it for long."""
     rng = random.Random(f"{options.seed}/end")
     drafter = watch.drafter()
-    if rng.random() < 0.5 and drafter is not None:
+    # A stopped one is killed by the kernel when its parent ends, which is not the worker where it was forked.
+    if rng.random() < 0.5 and drafter is not None and not options.forked:
         drafter.send_signal(signal.SIGSTOP)
         found.ended_by = "stopped drafter, "
     name = rng.choice(sorted(watch.processes))
@@ -323,8 +330,8 @@ def verdicts(options: argparse.Namespace, found: Found, load: Load, watch: Watch
     return lines
 
 
-def show(found: Found, load: Load, lines: list[Verdict]) -> None:
-    """The table, and what the load and the faults were."""
+def show(found: Found, load: Load, watch: Watch, lines: list[Verdict]) -> None:
+    """The table, what the load and the faults were, and where the time of each stall went."""
     table = Table("what", "found", "bound", "", title=f"{found.seconds:.0f} s under load")
     for line in lines:
         mark = {True: "[green]holds" if line.bound else "", False: "[red]BREACH", None: "too short to tell"}[line.holds]
@@ -332,6 +339,9 @@ def show(found: Found, load: Load, lines: list[Verdict]) -> None:
     console.print(table)
     console.print("load: " + ", ".join(f"{number} {kind}" for kind, number in sorted(load.answered.items())))
     console.print("faults: " + ", ".join(f"{kind} {found.hit[kind]} of {n}" for kind, n in found.started.items()))
+    for gap in events([gap for gap in watch.gaps if gap.served_s > STALL_S]):
+        under = [kind for kind, window in zip(found.kinds, found.windows) if gap.overlaps([window])]
+        console.print(f"stall at {gap.start - found.begun:.1f} s, {' and '.join(under) or 'no fault'}: {gap}")
 
 
 def report(options: argparse.Namespace, found: Found, load: Load, watch: Watch, lines: list[Verdict]) -> dict[str, Any]:
@@ -347,7 +357,9 @@ def report(options: argparse.Namespace, found: Found, load: Load, watch: Watch, 
         "wrong": load.wrong,
         "failed": load.failed,
         "gaps": [asdict(gap) for gap in watch.gaps],
+        "begun": found.begun,
         "windows": found.windows,
+        "kinds": found.kinds,
         "memory": watch.memory,
         "lines": [asdict(line) for line in lines],
     }
@@ -406,7 +418,7 @@ def main() -> int:
         except asyncio.CancelledError:
             return 1
     lines = verdicts(options, found, load, watch)
-    show(found, load, lines)
+    show(found, load, watch, lines)
     if options.json:
         options.json.write_text(json.dumps(report(options, found, load, watch, lines), indent=1))
     return int(any(line.holds is False for line in lines))

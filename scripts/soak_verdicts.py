@@ -1,19 +1,22 @@
 """What a soak may conclude from what it has seen: pure functions of samples and counts.
 
 A stall is a gap between two pieces of one stream. Part of a gap is *starved*: a thread that the stream needs was ready
-to run and no core was free (the run delay of /proc/PID/schedstat), or the client itself came late. In another part the
-server computed. In what is left it *waited* for somebody, and that is the drafter where it happens under a fault and
-not without one. Pauses of several streams at the same time are one stall.
+to run and no core was free (the run delay of /proc/PID/schedstat), it read or wrote a disk, or the client itself came
+late. In another part the server computed. In what is left it *waited* for somebody, and that is the drafter where it
+happens under a fault and not without one. Pauses of several streams at the same time are one stall.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+CLIENT = "client"
+"""This process, among those of the server."""
 STALL_S = 0.25
 MB_PER_1000 = 1.0
 """Growth of the server's resident memory per 1,000 requests, after warm-up."""
@@ -40,15 +43,19 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Time between two pieces of one stream, on the monotonic clock; `starved_s` of it no core was free.
+    """Time between two pieces of one stream, on the monotonic clock, in seconds.
 
-    spent: of it by each process, seconds on a core and seconds ready without one
+    starved_s: of it, a thread of the server or the client was kept from running; computed_s: of the rest, a process of
+    the server ran; late_s: the client's event loop was late; spent: by each process, seconds on a core, ready without
+    one, and at the disk
     """
 
     start: float
     end: float
     starved_s: float = 0.0
-    spent: dict[str, tuple[float, float]] = field(default_factory=dict)
+    computed_s: float = 0.0
+    late_s: float = 0.0
+    spent: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     @property
     def served_s(self) -> float:
@@ -58,7 +65,13 @@ class Gap:
     @property
     def waited_s(self) -> float:
         """What no process of the server ran in."""
-        return self.served_s - max((ran for ran, _ in self.spent.values()), default=0.0)
+        return self.served_s - self.computed_s
+
+    def __str__(self) -> str:
+        parts = [f"{name} {' + '.join(f'{1e3 * t:.0f}' for t in times)}" for name, times in self.spent.items()]
+        text = f"{1e3 * (self.end - self.start):.0f} ms: {1e3 * self.waited_s:.0f} waited, "
+        text += f"{1e3 * self.computed_s:.0f} computed, {1e3 * self.starved_s:.0f} starved, client {1e3 * self.late_s:.0f} late"
+        return text + (f" (ran + ready + disk: {', '.join(parts)})" if parts else "")
 
     def overlaps(self, windows: Sequence[tuple[float, float]]) -> bool:
         """Whether part of it lies in one of the windows."""
@@ -113,6 +126,44 @@ def _stalls(gaps: list[Gap], windows: Sequence[tuple[float, float]], seconds: fl
     calm = [gap for gap in gaps if not gap.overlaps(windows)]
     fault_s = sum(end - start for start, end in windows)
     return Stalls(under_fault, calm, len(calm) * fault_s / max(seconds - fault_s, 1e-9))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What main threads of the server have done until `at`; `times` are those of `Gap.spent`, since each was started."""
+
+    at: float
+    times: dict[str, tuple[float, float, float]]
+
+
+def account(start: float, end: float, samples: Sequence[Sample], late: Sequence[tuple[float, float]]) -> Gap:
+    """Account for a pause by samples in order of time, the first of them before it; `late` are times of a late client.
+
+    Each interval between samples is accounted for by itself: processes of the server take turns, so that what two of
+    them ran in a pause may be added, while in one interval the longest counts.
+    """
+    starved, computed = 0.0, 0.0
+    spent: dict[str, list[float]] = {}
+    for first, second in itertools.pairwise(samples):
+        begins, ends = max(first.at, start), min(second.at, end)
+        if ends <= begins:
+            continue
+        share = (ends - begins) / (second.at - first.at)
+        kept_from, ran = _overlap(begins, ends, late), 0.0
+        for name in first.times.keys() & second.times.keys():
+            times = [share * (b - a) for a, b in zip(first.times[name], second.times[name])]
+            spent[name] = [a + b for a, b in zip(spent.get(name, [0.0] * 3), times)]
+            kept_from += times[1] + times[2]
+            ran = max(ran, times[0] if name != CLIENT else 0.0)
+        kept_from = min(kept_from, ends - begins)
+        starved += kept_from
+        computed += min(ran, ends - begins - kept_from)
+    whole = {name: (ran, ready, disk) for name, (ran, ready, disk) in sorted(spent.items())}
+    return Gap(start, end, starved, computed, _overlap(start, end, late), whole)
+
+
+def _overlap(start: float, end: float, spans: Sequence[tuple[float, float]]) -> float:
+    return sum(max(0.0, min(end, b) - max(start, a)) for a, b in spans)
 
 
 def slope_per_1000(samples: Sequence[tuple[int, int]]) -> float:

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import os
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.request import urlopen
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from soak_faults import drafters_of, is_alive, worker_of
-from soak_verdicts import ORPHAN_S, STALL_S, Gap, fallen
+from soak_verdicts import CLIENT, ORPHAN_S, STALL_S, Gap, Sample, account, fallen
 
 TICK_S = 0.02
 KEPT_S = 120.0
 """Longer than a request may take."""
+SETTLED_S = 0.1
+"""So long after a pause the client knows how late it was itself."""
 
 
 class RunDelay:
-    """How long main threads of the server ran, and were ready to run while no core was free; how late this client was.
+    """How long main threads of the server ran, were ready while no core was free, and were at the disk; and how late
+    this client was.
 
-    A thread samples /proc/PID/schedstat, which counts nanoseconds, while the context lasts.
+    A thread samples /proc/PID/schedstat, which counts nanoseconds, and the state, while the context lasts.
     """
 
     def __init__(self, processes: dict[str, psutil.Process]) -> None:
-        self._pids = {name: process.pid for name, process in processes.items()}
-        self._samples: deque[tuple[float, dict[str, tuple[float, float]]]] = deque(maxlen=round(KEPT_S / TICK_S))
+        self._pids = {name: process.pid for name, process in processes.items()} | {CLIENT: os.getpid()}
+        self._samples: deque[Sample] = deque(maxlen=round(KEPT_S / TICK_S))
         self._late: deque[tuple[float, float]] = deque(maxlen=round(KEPT_S / TICK_S))
+        self._at_disk = dict.fromkeys(self._pids, 0.0)
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -41,37 +48,39 @@ class RunDelay:
         self._ends.set()
         self._thread.join()
 
+    @property
+    def sampled_until(self) -> float:
+        """When the last sample was taken."""
+        return self._samples[-1].at if self._samples else -math.inf
+
     def gap(self, start: float, end: float) -> Gap:
-        """A pause of a stream that has just ended, and what the processes did meanwhile."""
-        before = next((times for at, times in reversed(self._samples.copy()) if at <= start), None)
-        after = self._times()
-        spent = {}
-        for name in (before or {}).keys() & after.keys():
-            spent[name] = tuple(b - a for a, b in zip(before[name], after[name])) if before else (0.0, 0.0)
-        late = sum(late for at, late in self._late.copy() if start < at <= end)
-        starved = late + sum(delay for _, delay in spent.values())
-        return Gap(start, end, min(starved, end - start), spent | {"client": (0.0, late)})
+        """A pause of a stream before that, and what the processes did meanwhile."""
+        return account(start, end, self._samples.copy(), self._late.copy())
 
     async def watch_client(self) -> None:
         """Measure how late the client's event loop is, for as long as the task lives."""
         while True:
             due = time.monotonic() + TICK_S
             await asyncio.sleep(TICK_S)
-            now = time.monotonic()
-            if now - due > TICK_S:
-                self._late.append((now, now - due))
+            if (now := time.monotonic()) - due > TICK_S:
+                self._late.append((due, now))
 
     def _sample(self) -> None:
+        last = time.monotonic()
         while not self._ends.wait(TICK_S):
-            self._samples.append((time.monotonic(), self._times()))
+            now = time.monotonic()
+            self._samples.append(Sample(now, self._times(now - last)))
+            last = now
 
-    def _times(self) -> dict[str, tuple[float, float]]:
-        """Seconds on a core and seconds without one, since each process started."""
+    def _times(self, passed_s: float) -> dict[str, tuple[float, float, float]]:
+        """Seconds on a core, without one, and at the disk, since each process started."""
         times = {}
         for name, pid in self._pids.items():
-            with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/schedstat") as file:
-                ran, waited, _ = map(int, file.read().split())
-                times[name] = (ran / 1e9, waited / 1e9)
+            with contextlib.suppress(OSError, ValueError):
+                ran, waited, _ = map(int, Path(f"/proc/{pid}/schedstat").read_text().split())
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "D":
+                    self._at_disk[name] += passed_s
+                times[name] = (ran / 1e9, waited / 1e9, self._at_disk[name])
         return times
 
 
@@ -119,6 +128,7 @@ class Watch:
         self.page = read_page(url)
         self.memory: dict[str, list[tuple[int, int]]] = {name: [] for name in processes}
         self.gaps: list[Gap] = []
+        self._pauses: list[tuple[float, float]] = []
         self.fell: list[str] = []
         self.orphans: dict[int, str] = {}
         self.dead: list[int] = []  # process ids of drafters
@@ -128,9 +138,22 @@ class Watch:
         self._seen: dict[int, float | None] = {}  # drafters, and since when each should be gone
 
     def gap(self, start: float, end: float) -> None:
-        """A pause between two pieces of a stream; only long ones are kept."""
+        """Take note of a pause between two pieces of a stream; only long ones are kept."""
         if end - start > STALL_S:
-            self.gaps.append(self._delay.gap(start, end))
+            self._pauses.append((start, end))
+
+    def account(self) -> None:
+        """Account for the pauses noted so far, but for those that ended after the last sample."""
+        until = self._delay.sampled_until - SETTLED_S
+        self.gaps += [self._delay.gap(start, end) for start, end in self._pauses if end < until]
+        self._pauses = [pause for pause in self._pauses if pause[1] >= until]
+
+    async def account_all(self) -> None:
+        """Account for all pauses noted so far."""
+        self.account()
+        while self._pauses:
+            await asyncio.sleep(TICK_S)
+            self.account()
 
     async def look(self, requests: int | None = None) -> Page:
         """Read the page and the processes; memory is kept under the number of requests answered, if given."""
@@ -139,6 +162,7 @@ class Watch:
             for name, (before, after) in fallen(self.page.counters, page.counters).items():
                 self.fell.append(f"{name}: {before:g} → {after:g}")
             self.page = page
+        self.account()
         self.peak_pages = max(self.peak_pages, page.get("drafter_pages_in_use"))
         if requests is not None:
             for name, process in self.processes.items():

@@ -22,7 +22,7 @@ import soak_faults as faults
 import soak_verdicts as verdicts
 from soak_faults import KINDS, Fault, Injector, gone, schedule
 from soak_load import CHECKED, INVALID, UNCHECKED, Answer, Asked, Expected, Requests, faults_of
-from soak_verdicts import Gap, events, fallen, memory_verdict, rest_verdict, slope_per_1000, stall_verdicts
+from soak_verdicts import Gap, Sample, account, events, fallen, memory_verdict, rest_verdict, slope_per_1000, stall_verdicts
 
 from vllm_ssd.link.process import HANG_S
 
@@ -95,12 +95,54 @@ def test_a_stall_for_want_of_a_core_is_not():
 
 def test_stalls_in_which_the_server_computed_are_counted_apart():
     def computed(at: float) -> Gap:
-        return Gap(at, at + 0.5, spent={"worker": (0.4, 0.0), "API server": (0.1, 0.0)})
+        return Gap(at, at + 0.5, computed_s=0.4)
 
     assert not stalled([computed(15.0)])
-    assert stalled([Gap(15.0, 15.5, spent={"worker": (0.2, 0.0)})]), "it computed for a part only"
+    assert stalled([Gap(15.0, 15.5, computed_s=0.2)]), "it computed for a part only"
     waited, busy = stall_verdicts([computed(11.0 + i) for i in range(9)], WINDOWS, 100.0)
     assert waited.holds and not busy.holds
+
+
+def samples(*intervals: dict[str, tuple[float, float, float]]) -> list[Sample]:
+    """One every 100 ms from 10 s on; what each process spent in each interval."""
+    found = [Sample(10.0, dict.fromkeys(("worker", "engine core"), (0.0, 0.0, 0.0)))]
+    for spent in intervals:
+        times = {
+            name: tuple(a + b for a, b in zip(before, spent.get(name, (0.0,) * 3)))
+            for name, before in found[-1].times.items()
+        }
+        found.append(Sample(found[-1].at + 0.1, times))
+    return found
+
+
+def test_processes_that_take_turns_have_computed_all_along():
+    worker, core = {"worker": (0.1, 0.0, 0.0)}, {"engine core": (0.1, 0.0, 0.0)}
+    gap = account(10.0, 10.4, samples(worker, worker, core, core), [])
+    assert gap.computed_s == pytest.approx(0.4) and gap.waited_s == pytest.approx(0.0)
+    gap = account(10.0, 10.2, samples(worker | core, worker | core), [])
+    assert gap.computed_s == pytest.approx(0.2), "not twice, at the same time"
+
+
+def test_what_came_before_and_after_a_pause_does_not_count():
+    busy, idle = {"worker": (0.1, 0.0, 0.0)}, {}
+    gap = account(10.1, 10.3, samples(busy, idle, idle, busy, busy), [])
+    assert gap.waited_s == pytest.approx(0.2) and gap.spent["worker"] == pytest.approx((0.0, 0.0, 0.0))
+    gap = account(10.05, 10.15, samples(busy, idle), [])
+    assert gap.computed_s == pytest.approx(0.05) and gap.waited_s == pytest.approx(0.05)
+
+
+def test_no_core_a_disk_and_a_late_client_are_no_waiting():
+    ready, disk = {"engine core": (0.0, 0.1, 0.0)}, {"worker": (0.0, 0.0, 0.1)}
+    gap = account(10.0, 10.5, samples(ready, disk, {}, {}, {}), [(10.2, 10.3)])
+    assert gap.starved_s == pytest.approx(0.3) and gap.waited_s == pytest.approx(0.2)
+    both = {"engine core": (0.0, 0.1, 0.0), "worker": (0.1, 0.0, 0.0)}
+    gap = account(10.0, 10.1, samples(both), [(9.0, 11.0)])
+    assert gap.starved_s == pytest.approx(0.1) and gap.computed_s == pytest.approx(0.0), "no more than there was"
+    assert "100 ms: 0 waited, 0 computed, 100 starved" in str(gap)
+
+
+def test_a_pause_that_nobody_sampled_is_waiting():
+    assert account(10.0, 10.5, [], []).waited_s == pytest.approx(0.5)
 
 
 def test_stalls_that_also_come_without_faults_are_compared():
