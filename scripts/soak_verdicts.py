@@ -20,9 +20,9 @@ CLIENT = "client"
 STALL_S = 0.25
 MB_PER_1000 = 1.0
 """Growth of the server's resident memory per 1,000 requests, after warm-up."""
-WARM_REQUESTS = 500
+WARM_REQUESTS = 1500
 """Memory is looked at after these: until then kernels are made for sizes of batches that had not come before."""
-MIN_REQUESTS = 1000
+MIN_REQUESTS = 2000
 """Fewer requests than these, after warm-up, tell no leak from steps of an allocator."""
 ORPHAN_S = 5.0
 SPARE_STALLS = 6
@@ -70,7 +70,8 @@ class Gap:
     def __str__(self) -> str:
         parts = [f"{name} {' + '.join(f'{1e3 * t:.0f}' for t in times)}" for name, times in self.spent.items()]
         text = f"{1e3 * (self.end - self.start):.0f} ms: {1e3 * self.waited_s:.0f} waited, "
-        text += f"{1e3 * self.computed_s:.0f} computed, {1e3 * self.starved_s:.0f} starved, client {1e3 * self.late_s:.0f} late"
+        text += f"{1e3 * self.computed_s:.0f} computed, {1e3 * self.starved_s:.0f} starved, "
+        text += f"client {1e3 * self.late_s:.0f} late"
         return text + (f" (ran + ready + disk: {', '.join(parts)})" if parts else "")
 
     def overlaps(self, windows: Sequence[tuple[float, float]]) -> bool:
@@ -130,7 +131,7 @@ def _stalls(gaps: list[Gap], windows: Sequence[tuple[float, float]], seconds: fl
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What main threads of the server have done until `at`; `times` are those of `Gap.spent`, since each was started."""
+    """What main threads have done until `at`; `times` are those of `Gap.spent`, since each process was started."""
 
     at: float
     times: dict[str, tuple[float, float, float]]

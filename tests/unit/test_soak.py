@@ -22,7 +22,18 @@ import soak_faults as faults
 import soak_verdicts as verdicts
 from soak_faults import KINDS, Fault, Injector, gone, schedule
 from soak_load import CHECKED, INVALID, UNCHECKED, Answer, Asked, Expected, Requests, faults_of
-from soak_verdicts import Gap, Sample, account, events, fallen, memory_verdict, rest_verdict, slope_per_1000, stall_verdicts
+from soak_verdicts import (
+    WARM_REQUESTS,
+    Gap,
+    Sample,
+    account,
+    events,
+    fallen,
+    memory_verdict,
+    rest_verdict,
+    slope_per_1000,
+    stall_verdicts,
+)
 
 from vllm_ssd.link.process import HANG_S
 
@@ -49,16 +60,15 @@ def test_peaks_and_noise_are_no_leak(slope):
 
 
 def test_memory_is_judged_once_the_server_is_warm():
-    warming = [(done, 700_000_000 + 400_000 * done) for done in range(0, 490, 10)]
-    flat = [(done + 500, resident) for done, resident in memory(0.0)]
+    warming = [(done, 700_000_000 + 400_000 * done) for done in range(0, WARM_REQUESTS - 10, 10)]
+    flat = [(done + WARM_REQUESTS, resident) for done, resident in memory(0.0)]
     assert memory_verdict("worker", warming + flat).holds is True
-    assert (
-        memory_verdict("worker", warming + [(done, 1_000_000 * done) for done in range(500, 3000, 10)]).holds is False
-    )
+    growing = [(done + WARM_REQUESTS, 1_000_000 * done) for done in range(0, 3000, 10)]
+    assert memory_verdict("worker", warming + growing).holds is False
 
 
 def test_a_short_run_does_not_judge_memory():
-    assert memory_verdict("worker", memory(50.0, requests=1400)).holds is None
+    assert memory_verdict("worker", memory(50.0, requests=WARM_REQUESTS + 1900)).holds is None
     assert memory_verdict("worker", []).holds is None
     assert memory_verdict("worker", [(5, 1), (5, 2)]).holds is None
 
