@@ -101,6 +101,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads of the target would run on the drafter's core
     from vllm import EngineArgs, LLMEngine
 
     from vllm_ssd.compat.target import measure
