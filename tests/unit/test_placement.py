@@ -10,6 +10,7 @@ import pytest
 from vllm_ssd.config import REPLICAS_ENV, SSDConfig
 from vllm_ssd.link import placement
 from vllm_ssd.link.options import DrafterOptions
+from vllm_ssd.target import start
 
 
 def place(
@@ -46,6 +47,16 @@ def test_cores_that_no_worker_is_bound_to(monkeypatch: pytest.MonkeyPatch) -> No
     assert cores(OMP_PLACES="{0,1,2,3,4}") == [5, 6, 7]
     assert cores(OMP_PLACES="{0,1}", VLLM_CPU_OMP_THREADS_BIND="0-1|2-3|4,5") == [6, 7]
     assert cores(OMP_PLACES="{0,1,2,3,4,5,6,7}", VLLM_CPU_OMP_THREADS_BIND="auto") == [7]
+
+
+@pytest.mark.parametrize(("bound", "named"), [("{0,1}", "1"), ("{0,1,2,3}", "1, 3"), ("{0}", ""), ("", "")])
+def test_cores_that_threads_of_the_target_keep_are_named(monkeypatch: pytest.MonkeyPatch, bound, named) -> None:
+    said: list[str] = []
+    monkeypatch.setenv("OMP_PLACES", bound)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setattr(start.logger, "warning", lambda text, *values: said.append(text % values))
+    start.warn_of_crowded_cores({1, 3})
+    assert len(said) == bool(named) and all(f"core {named}, too" in line for line in said)
 
 
 def test_replicas_share_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,12 +215,17 @@ def default_cpus() -> list[int]:
     vLLM's workers name their own cores in OMP_PLACES, and a user may name those of all in VLLM_CPU_OMP_THREADS_BIND;
     where neither says anything, the last core is taken.
     """
-    allowed = sorted(_allowed_cpus())
+    allowed, bound = sorted(_allowed_cpus()), bound_cpus()
+    return [core for core in allowed if core not in bound] if bound and not bound >= set(allowed) else allowed[-1:]
+
+
+def bound_cpus() -> set[int]:
+    """Cores to which vLLM has bound threads of its workers, or will, as far as the environment says."""
     bound = {int(core) for core in re.findall(r"\d+", os.environ.get("OMP_PLACES", ""))}
     for part in os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "").split("|"):
         with contextlib.suppress(ValueError):  # "auto", "nobind" or nothing
             bound |= set(parse_cpus(part))
-    return [core for core in allowed if core not in bound] if bound and not bound >= set(allowed) else allowed[-1:]
+    return bound
 
 
 def _allowed_cpus() -> set[int]:

@@ -21,7 +21,7 @@ from vllm_ssd.link.credential import tls_context
 from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.link.metrics_socket import METRICS_ENV
 from vllm_ssd.link.placed import PlacedFleet
-from vllm_ssd.link.placement import place_drafter, target_limits
+from vllm_ssd.link.placement import bound_cpus, place_drafter, target_limits
 from vllm_ssd.link.process import DrafterProcess
 from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, fingerprint
 from vllm_ssd.link.remote import RemoteDrafter
@@ -62,6 +62,8 @@ def start_drafters(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics,
         traced = functools.partial(TracedDrafterProcess, timeline=Timeline(trace, "target"))
         starts = [functools.partial(traced, index=index) for index in range(config.num_drafters)]
     hello = _hello(config, vllm_config)
+    if gpus is None:
+        warn_of_crowded_cores({core for placement in placements for core in placement.options.cpus})
     drafters, hooks = [], []
     for index, (start, (options, environment, beside_target)) in enumerate(zip(starts, placements)):
         free_before = torch.accelerator.get_memory_info()[0] if beside_target else 0
@@ -192,6 +194,16 @@ def load_before_target(drafter: DrafterProcess, vllm_config: VllmConfig, free_be
         min(wanted, left) / GIB,
     )
     return taken
+
+
+def warn_of_crowded_cores(drafter_cpus: set[int]) -> None:
+    """Say which cores of drafters vLLM's own threads are bound to."""
+    if crowded := sorted(bound_cpus() & drafter_cpus):
+        logger.warning(
+            "SSD: vLLM's threads are bound to the drafter's core %s, too, and each slows the other: name the other "
+            "cores in VLLM_CPU_OMP_THREADS_BIND",
+            ", ".join(map(str, crowded)),
+        )
 
 
 def sleep_hooks(drafter: DrafterProcess, beside_target: bool, taken: int) -> worker.WorkerHooks:
