@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from vllm_ssd.compat.target import refused
+from vllm_ssd.compat.target import configuration, refused
 
 PARAMETERS = [{"min_p": 0.1}, {"logit_bias": {1: 2.0}}]
 
@@ -31,3 +32,19 @@ def test_min_p_among_the_targets_defaults_is_said_at_start(
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     refused.warn(SimpleNamespace(get_diff_sampling_param=lambda: defaults))
     assert ("generation config sets min_p 0.1" in caplog.text) == is_said
+
+
+@pytest.mark.parametrize(("method", "allowed"), [("custom_class", False), ("ngram_gpu", True)], ids=["V1", "V2"])
+def test_a_configuration_is_warned_of_or_allowed_by_its_runner(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, method: str, allowed: bool
+) -> None:
+    wrapped: dict[str, Any] = {}
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(configuration.patch, "wrap", lambda symbol, guard, ours, **_: wrapped.update({symbol: ours}))
+    monkeypatch.setattr(configuration.cache_salt, "carry", lambda: None)
+    configuration.install(lambda *args: None)
+    create = wrapped[configuration.SPECULATIVE_CONFIG]
+    target = SimpleNamespace(get_diff_sampling_param=lambda: {"min_p": 0.1})
+    config = create(lambda *args: SimpleNamespace(method=method), SimpleNamespace(), target, SimpleNamespace())
+    assert getattr(config, refused.ALLOWED, False) == allowed == (refused.VALIDATE in wrapped)
+    assert ("generation config sets min_p 0.1" in caplog.text) != allowed

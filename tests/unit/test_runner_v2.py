@@ -11,6 +11,7 @@ import pytest
 import torch
 from vllm.config import VllmConfig
 from vllm.config.speculative import NgramGPUTypes
+from vllm.sampling_params import SamplingParams
 
 from vllm_ssd.compat.target import runner
 
@@ -24,7 +25,7 @@ from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_ssd.compat.target.runner_v2 import V2Speculator
+from vllm_ssd.compat.target.runner_v2 import V2Speculator, _add_requests
 
 
 def parameters(function: Any) -> list[str]:
@@ -76,6 +77,44 @@ def test_a_dummy_run_drafts_nothing() -> None:
     batch = SimpleNamespace(num_reqs=3)
     drafts = speculator.propose(**arguments | {"input_batch": batch, "num_sampled": torch.ones(4), "dummy_run": True})
     assert drafts.shape == (3, 5) and drafts.dtype == torch.int64 and not drafts.any()
+
+
+def test_requests_that_cannot_gain_are_left_alone_and_others_say_when_they_end() -> None:
+    """The drafter gets no tokens of the first; a bounded one is told of the length with which it ends."""
+    limits = {"one token": 1, "two tokens": 2, "bounded": 10, "unbounded": None, "_warmup_0": 10}
+    requests = [
+        SimpleNamespace(
+            req_id=name,
+            sampling_params=SamplingParams(max_tokens=limit),
+            prompt_token_ids=[1, 2, 3],
+            prefill_token_ids=[1, 2, 3],
+            prompt_embeds=None,
+            mm_features=[],
+        )
+        for name, limit in limits.items()
+    ]
+    opened: dict[str, tuple[int, list[int]]] = {}
+    ends: dict[str, int] = {}
+    speculator = SimpleNamespace(
+        add_request=lambda name, slot, tokens, *_: opened.update({name: (slot, list(tokens))}),
+        end_at=lambda name, length: ends.update({name: length}),
+    )
+    target = SimpleNamespace(
+        speculator=speculator,
+        req_states=SimpleNamespace(req_id_to_index={name: slot for slot, name in enumerate(limits)}),
+        vllm_config=SimpleNamespace(structured_outputs_config=SimpleNamespace(reasoning_parser="")),
+    )
+    seen: list[Any] = []
+    output = SimpleNamespace(scheduled_new_reqs=requests)
+    _add_requests(lambda *args: seen.extend(args), target, output)
+    assert seen == [target, output]
+    assert opened == {
+        "one token": (0, []),
+        "two tokens": (1, []),
+        "bounded": (2, [1, 2, 3]),
+        "unbounded": (3, [1, 2, 3]),
+    }
+    assert ends == {"bounded": 13}
 
 
 @pytest.mark.parametrize(
