@@ -6,19 +6,26 @@ test_distribution.
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engines import HAS_V2, ON_V2, Engine, assert_conclusive
+import torch
+from engines import HAS_V2, ON_V2, PAIR, Engine, assert_conclusive, request, texts
+from safetensors.torch import load_file, save_file
 from sampling import p_value, sample
 from tiny_models import VOCAB_SIZE, WORDS, write_with_words
 
 SAMPLING = [{"temperature": 1.0}, {"temperature": 1.0, "top_k": 12, "top_p": 0.8}]
-RUN = dict(prompts=[[3, 7, 1], [20, 2, 5]], num_samples=640, num_tokens=6, lockstep=1.0)
+RUN = dict(prompts=[[3, 7, 1], [20, 2, 5]], num_tokens=6, lockstep=1.0)
+NUM_SAMPLES = {"V1": 640, "V2": 400}
 OTHER_WORDS = [*random.Random(0).sample(WORDS, VOCAB_SIZE - 4), *"abcdef"]
 """All but four of the target's tokens under other ids, and six of its own."""
+on_v2 = pytest.mark.skipif(not HAS_V2, reason="0.31: ssd uses the V1 runner")
 DRAFTERS = {"heterogeneous": (OTHER_WORDS, 32), "padded": (WORDS, 40)}
 
 
@@ -31,7 +38,9 @@ def drafters(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(
     params=[
         "heterogeneous on V1",
-        pytest.param("padded on V2", marks=pytest.mark.skipif(not HAS_V2, reason="0.31: ssd uses the V1 runner")),
+        "padded on V1",
+        pytest.param("heterogeneous on V2", marks=on_v2),
+        pytest.param("padded on V2", marks=on_v2),
     ]
 )
 def engine(
@@ -63,11 +72,66 @@ def engine(
 def test_text_is_the_targets_whatever_the_drafter_calls_its_tokens(
     engine: Engine, tiny_pair: tuple[Path, Path]
 ) -> None:
-    greedy, samples = sample(engine, tiny_pair[0], [{"temperature": 0.0}], **RUN | {"num_samples": 80})
+    greedy, samples = sample(engine, tiny_pair[0], [{"temperature": 0.0}], num_samples=80, **RUN)
     assert_conclusive(greedy, hits=5, accepted=20)
     assert samples.probs.gather(1, samples.tokens[:, None]).min() == 1, "not the target's likeliest token"
-    run, samples = sample(engine, tiny_pair[0], SAMPLING, **RUN | ({"num_samples": 400} if engine.on_v2 else {}))
+    number = NUM_SAMPLES["V2" if engine.on_v2 else "V1"]
+    run, samples = sample(engine, tiny_pair[0], SAMPLING, num_samples=number, **RUN)
     assert_conclusive(run, hits=50, misses=50, accepted=100)
     assert run.counts["known_q"] >= 200 and run.counts["cut_q"] >= 50, f"inconclusive: {run.counts}"
     assert samples.probs.gather(1, samples.tokens[:, None]).min() > 0, "a token that the target never samples"
     assert p_value(samples, min_degrees=40) > 1e-5
+
+
+ADDED = ("<|call|>", "<|result|>", "<|user|>")
+"""Tokens that a target was given when it was fine-tuned."""
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def write_with_added(folder: Path, like: list[int]) -> int:
+    """The bundled target in `folder` with a row more for each of `ADDED`: it says the i-th wherever it would have said
+    token `like[i]`, and reads it as that; -> the first one's id."""
+    shutil.copytree(PAIR / "target", folder)
+    weights = load_file(folder / "model.safetensors")
+    size = len(weights[EMBEDDING])
+    weights[EMBEDDING] = torch.cat([weights[EMBEDDING], 1.05 * weights[EMBEDDING][like]])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": size + len(ADDED)}))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    special = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"] += [special | {"id": size + i, "content": word} for i, word in enumerate(ADDED)]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return size
+
+
+def test_a_target_with_added_tokens(
+    start_engine: Callable[..., Engine],
+    prompts: Callable[..., list[list[int]]],
+    corpus: list[int],
+    tmp_path: Path,
+) -> None:
+    """The draft model's embedding has fewer rows than the target's. Prompts and answers contain each added token, and
+    none is beyond its end."""
+    like = [token for token, _ in Counter(corpus).most_common(12)[9:]]
+    first = write_with_added(tmp_path / "target", like)
+    added = range(first, first + len(ADDED))
+    names = dict(zip(like, added))
+    requests = [
+        request([names.get(token, token) for token in prompt], max_tokens=60, join_step=2 * i)
+        for i, prompt in enumerate(prompts(8, 30, 100, seed=90))
+    ]
+    target = start_engine(model=str(tmp_path / "target"))
+    engine = start_engine(
+        model=str(tmp_path / "target"), speculative={"branch_budget": 12, "on_miss": "wait", "wait_ms": 1000}
+    )
+    try:
+        target.send("generate", requests=requests)
+        run, expected = engine.generate(requests, lockstep=1.0), texts(target.receive())
+    finally:
+        engine.close()
+        target.close()
+    for tokens in ([asked["prompt"] for asked in requests], [tokens for (tokens,) in expected]):
+        assert set(added) <= set().union(*tokens), "inconclusive: an added token is missing"
+    assert texts(run) == expected
+    assert_conclusive(run, hits=20, accepted=50)
