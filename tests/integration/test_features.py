@@ -31,18 +31,14 @@ FEATURES: dict[str, Any] = {
     "enable_prompt_embeds": True,
     "max_num_batched_tokens": 64,
 }
+on_v2 = pytest.mark.skipif(not HAS_V2, reason="this vLLM's V2 runner has no method for a CPU")
 ANSWER = r"[0-9]{3}-[a-z]{2,8}\."
 """What structured outputs are to match."""
 
 
 @pytest.fixture(
     scope="module",
-    params=[
-        "V1",
-        pytest.param(
-            "V2", marks=pytest.mark.skipif(not HAS_V2, reason="this vLLM's V2 runner has no method for a CPU")
-        ),
-    ],
+    params=["V1", pytest.param("V2", marks=on_v2)],
 )
 def engine(request: pytest.FixtureRequest, start_engine: Callable[..., Engine]) -> Iterator[Engine]:
     environment = ON_V2 if request.param == "V2" else {}
@@ -184,11 +180,12 @@ def test_reloaded_weights(engine: Engine, reference: Engine, prompts: Prompts, f
     assert "drafter keeps the weights" in engine.log.read_text()
 
 
+@pytest.mark.parametrize("runner", ["V1", pytest.param("V2", marks=on_v2)])
 def test_kv_from_a_connector(
-    start_engine: Callable[..., Engine], target_alone: Engine, prompts: Prompts, tmp_path: Path
+    start_engine: Callable[..., Engine], target_alone: Engine, prompts: Prompts, tmp_path: Path, runner: str
 ) -> None:
     """Prompts whose KV another request left in shared storage: the drafter reads them, the target does not."""
-    requests = [request(prompt, max_tokens=40) for prompt in prompts(3, 80, 150, seed=89)]
+    requests = [request(prompt, max_tokens=40 if runner == "V1" else 20) for prompt in prompts(3, 80, 150, seed=89)]
     engine = start_engine(
         speculative={"branch_budget": 12},
         block_size=PAGE,
@@ -198,6 +195,7 @@ def test_kv_from_a_connector(
             "kv_role": "kv_both",
             "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
         },
+        environment=ON_V2 if runner == "V2" else {},
     )
     try:
         stored, loaded = (engine.generate(requests, lockstep=1.0) for _ in range(2))

@@ -72,3 +72,28 @@ def test_logprobs_of_named_tokens(
 
 def test_random_requests_on_v2(start_engine: Callable[..., Engine], corpus: list[int]) -> None:
     compare(start_engine, corpus, "processed_logprobs", range(1000, 1025), environment=ON_V2)
+
+
+@pytest.mark.parametrize("mode", ["raw_logits", "processed_logits"])
+def test_logits_on_v2(start_engine: Callable[..., Engine], prompts: Callable[..., list[list[int]]], mode: str) -> None:
+    """Instead of logprobs, of every token of a round; a penalty sets the modes apart."""
+    requests = [
+        request(p, max_tokens=20, logprobs=1 + i, prompt_logprobs=i, repetition_penalty=1.2, join_step=i)
+        for i, p in enumerate(prompts(3, 20, 40, seed=53))
+    ]
+    target = start_engine(logprobs_mode=mode)
+    engine = start_engine(logprobs_mode=mode, speculative={"branch_budget": 12}, environment=ON_V2)
+    try:
+        target.send("generate", requests=requests)
+        run, expected = engine.generate(requests, lockstep=1.0), target.receive()
+    finally:
+        engine.close()
+        target.close()
+    assert texts(run) == texts(expected)
+    for asked, output, plain in zip(requests, run.outputs, expected.outputs):
+        found = output.prompt_logprobs + output.samples[0].logprobs
+        wanted = plain.prompt_logprobs + plain.samples[0].logprobs
+        assert len(found) == len(wanted) == len(asked["prompt"]) - 1 + 20
+        assert all(map(same_logprobs, found, wanted))
+        assert max(max(step.values()) for step in wanted) > 0, "inconclusive: no logits"
+    assert_conclusive(run, hits=5, accepted=10)

@@ -111,12 +111,15 @@ FEATURES = (
         {"v2": "what vLLM does otherwise with speculation stays there: docs/limits.md"},
     ),
     Feature(
-        "logprobs",
+        "logprobs, in each `logprobs_mode`",
         "yes",
         "yes",
         {
-            "V1": (f"{_V1}::test_logprobs",),
-            "V2": (f"{_ASKED}::test_prompt_logprobs_of_prompts_in_pieces",),
+            "V1": (f"{_V1}::test_logprobs", "integration/test_random_requests.py::test_random_requests"),
+            "V2": (
+                f"{_ASKED}::test_prompt_logprobs_of_prompts_in_pieces",
+                "integration/test_random_requests.py::test_logits_on_v2",
+            ),
         },
     ),
     Feature(
@@ -138,7 +141,15 @@ FEATURES = (
         "yes",
         {"V1": (f"{_ASKED}[V1]",), "V2": (f"{_ASKED}[V2]",)},
     ),
-    Feature("a KV connector", "yes", "untested", {"V1": (f"{_ASKED}::test_kv_from_a_connector",)}),
+    Feature(
+        "a KV connector",
+        "yes",
+        "yes",
+        {
+            "V1": (f"{_ASKED}::test_kv_from_a_connector",),
+            "V2": (f"{_ASKED}::test_kv_from_a_connector",),
+        },
+    ),
     Feature(
         "requests with images",
         "without drafts, beside others with",
