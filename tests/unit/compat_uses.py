@@ -137,6 +137,8 @@ OBJECTS = {
         "batch": COMMON,
         "common_attn_metadata": COMMON,
         "layer": "vllm.v1.attention.backend:AttentionLayer",
+        "vllm_config": CONFIG,
+        "model": "vllm.config.model:ModelConfig",
     },
     "target.start": {
         "vllm_config": CONFIG,

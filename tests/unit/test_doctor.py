@@ -63,6 +63,7 @@ def test_the_bundled_pair_starts_here():
     assert "by file size" in found["memory"]["text"] and "for the drafter's KV" in found["memory"]["text"]
     assert found["runner"]["text"].startswith("V1: ") and found["asynchronous scheduling"]["fix"]
     assert found["target's attention"]["text"] == "CPU_ATTN"
+    assert "generation config" not in found
 
 
 def test_keys_and_dotted_flags_reach_the_plugin():
@@ -109,6 +110,35 @@ def test_a_short_context_is_said(tmp_path):
     assert "requests over 244 tokens run without its drafts" in found["context"]["text"]
 
 
+def test_prefix_caches_of_both_sides():
+    for flag, status in (("--enable-prefix-caching", "on"), ("--no-enable-prefix-caching", "off")):
+        _, found = doctor(flag)
+        assert found["target's prefix cache"]["text"] == status
+        assert found["drafter's prefix cache"]["text"].startswith("on, whatever the target's is")
+
+
+RECURRENT = {"architectures": ["MambaForCausalLM"], "model_type": "mamba", "state_size": 16}
+
+
+def test_a_recurrent_draft_model_is_refused_before_it_is_loaded(tmp_path):
+    status, found = doctor(drafter=altered(DRAFTER, tmp_path / "drafter", **RECURRENT))
+    assert status == 1 and found["draft model"]["status"] == "fails"
+    assert "recurrent or linear-attention layers, whose state branches cannot share" in found["draft model"]["text"]
+    assert "a draft model is a decoder with attention in every layer" in found["draft model"]["text"]
+
+
+@pytest.mark.parametrize(("flags", "is_said"), [((), True), (("--generation-config", "vllm"), False)])
+def test_min_p_among_the_target_s_defaults_is_said(tmp_path, flags, is_said):
+    target = Path(altered(TARGET, tmp_path / "target"))
+    (target / "generation_config.json").write_text('{"min_p": 0.05}')
+    status, found = doctor(*flags, target=str(target))
+    assert status == 0 and ("generation config" in found) == is_said
+    if is_said:
+        said = found["generation config"]
+        assert said["status"] == "note" and "min_p is 0.05" in said["text"] and "will fail" in said["text"]
+        assert "--override-generation-config" in said["fix"]
+
+
 def test_cores_that_are_not_here():
     status, found = doctor("--speculative-config.drafter_cpus", "4000-4001")
     assert status == 1 and "may not use [4000, 4001]" in found["drafter's device"]["text"]
@@ -145,8 +175,10 @@ def ask() -> Iterator[Any]:
         [sys.executable, str(HOST)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
 
-    def answer(gpus: int, *flags: str, **changes: str) -> tuple[bool, dict[str, Any]]:
-        case = {"gpus": gpus, "flags": flags, "target": TARGET, "drafter": DRAFTER, "environment": changes}
+    def answer(
+        gpus: int, *flags: str, target: str = TARGET, drafter: str = DRAFTER, **changes: str
+    ) -> tuple[bool, dict[str, Any]]:
+        case = {"gpus": gpus, "flags": flags, "target": target, "drafter": drafter, "environment": changes}
         host.stdin.write(json.dumps(case) + "\n")
         host.stdin.flush()
         found = json.loads(host.stdout.readline())
@@ -167,6 +199,32 @@ def test_the_drafter_takes_the_first_gpu_that_the_target_leaves(ask):
     starts, found = ask(5, "-tp", "4")
     assert starts and found["target's devices"]["text"].startswith("GPU 0, 1, 2, 3 (TP 4")
     assert found["drafter's device"]["text"] == "GPU 4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "feature"),
+    [
+        ({"head_dim": 512}, "a head size of 512"),
+        ({"attention_sinks": True}, "attention sinks"),
+        ({"alibi": True}, "ALiBi"),
+        ({"attention_chunk_size": 64}, "chunked attention"),
+    ],
+)
+def test_what_tree_attention_cannot_do_is_said(ask, tmp_path, changes, feature):
+    starts, found = ask(2, drafter=altered(DRAFTER, tmp_path / "drafter", **changes))
+    assert starts, found
+    said = found["drafter's attention"]
+    assert said["status"] == "note" and said["text"] == f"vLLM's: the drafter's own does not support {feature}"
+
+
+@pytest.mark.skipif(not HAS_V2, reason="vLLM before 0.32 has no V2 runner that SSD can use")
+def test_the_v2_runner_takes_min_p_among_the_target_s_defaults(ask, tmp_path):
+    target = Path(altered(TARGET, tmp_path / "target"))
+    (target / "generation_config.json").write_text('{"min_p": 0.05}')
+    starts, found = ask(2, target=str(target))
+    assert starts and found["runner"]["text"].startswith("V2") and "generation config" not in found
+    _, found = ask(2, target=str(target), VLLM_USE_V2_MODEL_RUNNER="0")
+    assert found["generation config"]["status"] == "note"
 
 
 def test_a_machine_with_one_gpu_too_few(ask):

@@ -5,10 +5,17 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vllm_ssd.compat.drafter.draft_model import mask_token_id, refuse_state
 from vllm_ssd.compat.drafter.paged import UnsupportedDraftModel
-from vllm_ssd.compat.drafter.tree_backend import TreeAttentionMetadataBuilder, check_builders
+from vllm_ssd.compat.drafter.tree_backend import (
+    TreeAttentionBackend,
+    TreeAttentionImpl,
+    TreeAttentionMetadataBuilder,
+    check_builders,
+    unsupported_by_config,
+)
 
 DECODER = {"is_hybrid": False, "is_attention_free": False, "is_encoder_decoder": False, "runner_type": "generate"}
 
@@ -73,3 +80,46 @@ def test_a_backend_in_the_place_of_tree_attention_is_noticed(name: str, feature:
     kind = type(name, (TreeAttentionMetadataBuilder,), {"__init__": lambda self: None})
     with pytest.raises(NotImplementedError, match=f"does not support {feature}$"):
         check_builders([plain, kind()])
+
+
+def attends(
+    architecture: str = "LlamaForCausalLM", cache_dtype: str = "auto", **differences: object
+) -> SimpleNamespace:
+    keys = {key: differences.pop(key) for key in list(differences) if key.startswith(("attention_sinks", "add_"))}
+    traits = {"uses_alibi": False, "attention_chunk_size": None, "use_mla": False, "head_size": 128} | differences
+    head_size = traits.pop("head_size")
+    text = SimpleNamespace(**keys)
+    model = SimpleNamespace(architecture=architecture, hf_text_config=text, get_head_size=lambda: head_size, **traits)
+    return SimpleNamespace(model_config=model, cache_config=SimpleNamespace(cache_dtype=cache_dtype))
+
+
+@pytest.mark.parametrize(
+    ("config", "lacking"),
+    [
+        (attends(), []),
+        (attends(head_size=256), []),
+        (attends(head_size=257), ["a head size of 257"]),
+        (attends(uses_alibi=True), ["ALiBi"]),
+        (attends(attention_chunk_size=64), ["chunked attention"]),
+        (attends(use_mla=True, head_size=576), ["latent keys", "a head size of 576"]),
+        (attends(cache_dtype="fp8"), ["a fp8 KV cache"]),
+        (attends("GptOssForCausalLM"), ["attention sinks"]),
+        (attends("GraniteSWAForCausalLM"), ["attention sinks"]),
+        (attends("GraniteSWAForCausalLM", attention_sinks=False), []),
+        (attends("MiMoV2ForCausalLM", add_swa_attention_sink_bias=True), ["attention sinks"]),
+    ],
+)
+def test_what_tree_attention_lacks_is_known_from_the_configuration(config: SimpleNamespace, lacking: list[str]) -> None:
+    assert unsupported_by_config(config) == lacking
+
+
+def test_what_is_said_of_a_configuration_is_what_a_layer_refuses() -> None:
+    assert TreeAttentionBackend.supports_head_size(256) and not TreeAttentionBackend.supports_head_size(257)
+    for given, feature in (
+        ({"alibi_slopes": [1.0]}, "ALiBi"),
+        ({"sinks": torch.zeros(1)}, "attention sinks"),
+        ({"kv_cache_dtype": "fp8"}, "a fp8 KV cache"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"does not support {feature}$"):
+            TreeAttentionImpl(4, 64, 1.0, 2, **given)
+    TreeAttentionImpl(4, 64, 1.0, 2)

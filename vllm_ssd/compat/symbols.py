@@ -23,9 +23,9 @@ USED = {
     "vllm.config.cache:CacheConfig": "cache_dtype gpu_memory_utilization kv_cache_memory_bytes",
     "vllm.config.device:DeviceConfig": "device_type",
     "vllm.config.model:ModelConfig": (
-        "architecture dtype get_diff_sampling_param get_head_size get_hidden_size get_num_kv_heads get_num_layers "
-        "get_vocab_size hf_config hf_text_config is_attention_free is_encoder_decoder is_hybrid is_multimodal_model "
-        "max_model_len model runner_type use_mla uses_mrope"
+        "architecture attention_chunk_size dtype get_diff_sampling_param get_head_size get_hidden_size "
+        "get_num_kv_heads get_num_layers get_vocab_size hf_config hf_text_config is_attention_free is_encoder_decoder "
+        "is_hybrid is_multimodal_model max_model_len model runner_type use_mla uses_alibi uses_mrope"
     ),
     "vllm.config.parallel:ParallelConfig": "data_parallel_index data_parallel_size pipeline_parallel_size",
     "vllm.config.scheduler:SchedulerConfig": "async_scheduling max_num_batched_tokens max_num_seqs",

@@ -15,8 +15,9 @@ from vllm.config import VllmConfig
 
 from vllm_ssd.compat.drafter.draft_model import draft_config
 from vllm_ssd.compat.drafter.memory import bytes_a_token
+from vllm_ssd.compat.drafter.tree_backend import unsupported_by_config
 from vllm_ssd.compat.features import FEATURES
-from vllm_ssd.compat.target import runner, serve_flags
+from vllm_ssd.compat.target import refused, runner, serve_flags
 from vllm_ssd.compat.version import UnsupportedVLLM, check_vllm_version, supported_range
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.doctor.findings import Findings
@@ -49,6 +50,7 @@ def examine(target: str, drafter: str, flags: list[str], machine: Machine) -> Fi
         found.note("flags", f"not the engine's, and not looked at: {' '.join(others)}")
     found.ok("configuration", f"K = {config.num_speculative_tokens}, {_branches(config)}, on_miss {config.on_miss}")
     _runner(found, vllm_config)
+    _defaults(found, vllm_config)
     _adaptive(found, config, asked, vllm_config)
     _attention_of_target(found, vllm_config, machine)
     placed = _places(found, config, vllm_config, machine)
@@ -74,6 +76,13 @@ def _runner(found: Findings, config: VllmConfig) -> None:
     found.ok("scheduling", "asynchronous" if asynchronous else "synchronous, as vLLM does with V1's `custom_class`")
     caching = config.cache_config.enable_prefix_caching
     found.ok("target's prefix cache", "on" if caching else "off")
+
+
+def _defaults(found: Findings, config: VllmConfig) -> None:
+    """The target's defaults of sampling parameters, where they make requests fail."""
+    min_p = 0.0 if runner.is_v2() else refused.default_min_p(config.model_config)
+    if min_p:
+        found.note("generation config", f"min_p is {min_p:g}, {refused.CONSEQUENCE}", refused.REMEDY)
 
 
 def _adaptive(found: Findings, config: SSDConfig, engine_args: Any, vllm_config: VllmConfig) -> None:
@@ -177,14 +186,7 @@ def _drafter(found: Findings, config: SSDConfig, target: VllmConfig, placed: Pla
         found.fails("draft model", *_advised(error))
         return
     model, target_len = drafter.model_config, target.model_config.max_model_len
-    if model.is_hybrid or model.is_attention_free or model.is_encoder_decoder or model.runner_type == "pooling":
-        found.fails(
-            "draft model",
-            f"{model.model} is no decoder with one kind of KV pages",
-            "choose a Llama-like decoder as the draft model",
-        )
-    else:
-        found.ok("draft model", f"{model.architecture}, {str(model.dtype).removeprefix('torch.')}")
+    found.ok("draft model", f"{model.architecture}, {str(model.dtype).removeprefix('torch.')}")
     most = model.max_model_len - 2 * config.num_speculative_tokens - 2
     if model.max_model_len < target_len:
         found.note(
@@ -206,9 +208,17 @@ def _drafter(found: Findings, config: SSDConfig, target: VllmConfig, placed: Pla
             found.note("vocabulary", said)
         else:
             found.ok("vocabulary", f"{model.get_vocab_size()} tokens, the same tokenizer")
-    attention = "tree attention, checked at start" if options.tree_attention else "vLLM's"
-    found.ok("drafter's attention", attention)
+    _attention_of_drafter(found, options.tree_attention, drafter)
+    found.ok("drafter's prefix cache", "on, whatever the target's is: idle KV pages are kept until they are needed")
     _memory(found, config, target, drafter, placed, machine)
+
+
+def _attention_of_drafter(found: Findings, tree_attention: bool, drafter: VllmConfig) -> None:
+    lacking = unsupported_by_config(drafter) if tree_attention else []
+    if lacking:
+        found.note("drafter's attention", f"vLLM's: the drafter's own does not support {', '.join(lacking)}")
+    else:
+        found.ok("drafter's attention", "tree attention, checked at start" if tree_attention else "vLLM's")
 
 
 def _draft_config(tree_attention: bool, engine_args: dict[str, Any]) -> VllmConfig:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -92,8 +93,51 @@ class TreeAttentionMetadataBuilder(AttentionMetadataBuilder[TreeAttentionMetadat
         )
 
 
-OTHERS = {"ChunkedLocal": "chunked attention", "MLA": "latent keys"}
+CHUNKED, LATENT = "chunked attention", "latent keys"
+OTHERS = {"ChunkedLocal": CHUNKED, "MLA": LATENT}
 """What a layer with another backend has, by how the class of its metadata builder begins."""
+MAX_HEAD_SIZE = 256
+SINK_KEYS = ("attention_sinks", "add_swa_attention_sink_bias", "swa_attention_sink_enabled")
+"""Keys of a config.json that give layers attention sinks; models of `ALWAYS_SINKS` have them without a key."""
+ALWAYS_SINKS = {"GptOssForCausalLM", "GraniteSWAForCausalLM", "GraniteMoeSWAForCausalLM"}
+
+
+def unsupported(
+    *,
+    alibi: bool = False,
+    sinks: bool = False,
+    kv_cache_dtype: str = "auto",
+    attn_type: str = AttentionType.DECODER,
+    chunked: bool = False,
+    latent: bool = False,
+    head_size: int = 1,
+) -> list[str]:
+    """What of an attention with these features this backend cannot do, in words; [] where it can do all."""
+    features = {
+        "ALiBi": alibi,
+        "attention sinks": sinks,
+        f"a {kv_cache_dtype} KV cache": kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+        f"{attn_type} attention": attn_type != AttentionType.DECODER,
+        CHUNKED: chunked,
+        LATENT: latent,
+        f"a head size of {head_size}": head_size > MAX_HEAD_SIZE,
+    }
+    return [feature for feature, wanted in features.items() if wanted]
+
+
+def unsupported_by_config(vllm_config: VllmConfig) -> list[str]:
+    """As `unsupported`, of a draft model that is not loaded, as far as its configuration tells."""
+    model = vllm_config.model_config
+    keys = [getattr(model.hf_text_config, key, None) for key in SINK_KEYS]
+    has_key = any(key is not None for key in keys)
+    return unsupported(
+        alibi=model.uses_alibi,
+        sinks=any(keys) if has_key else model.architecture in ALWAYS_SINKS,
+        kv_cache_dtype=vllm_config.cache_config.cache_dtype,
+        chunked=bool(model.attention_chunk_size),
+        latent=model.use_mla,
+        head_size=model.get_head_size(),
+    )
 
 
 def check_builders(builders: list[AttentionMetadataBuilder]) -> None:
@@ -122,15 +166,14 @@ class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        refused = {
-            "ALiBi": alibi_slopes is not None,
-            "attention sinks": sinks is not None,
-            f"a {kv_cache_dtype} KV cache": kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
-            f"{attn_type} attention": attn_type != AttentionType.DECODER,
-        }
-        for feature, wanted in refused.items():
-            if wanted:
-                raise NotImplementedError(f"the drafter's tree attention does not support {feature}")
+        refused = unsupported(
+            alibi=alibi_slopes is not None,
+            sinks=sinks is not None,
+            kv_cache_dtype=kv_cache_dtype,
+            attn_type=attn_type,
+        )
+        if refused:
+            raise NotImplementedError(f"the drafter's tree attention does not support {refused[0]}")
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_size = head_size
@@ -212,7 +255,7 @@ class TreeAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return head_size <= 256
+        return not unsupported(head_size=head_size)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

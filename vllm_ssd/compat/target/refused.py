@@ -20,6 +20,8 @@ logger = logging.getLogger("vllm.vllm_ssd")
 VALIDATE = "vllm.sampling_params:SamplingParams._validate_spec_decode"
 ALLOWED = "_ssd_applies_all"
 """Attribute of a `SpeculativeConfig` with which nothing is refused."""
+CONSEQUENCE = "which vLLM's V1 runner refuses with any speculation: requests that do not set min_p to 0 will fail"
+REMEDY = "Start with --override-generation-config '{\"min_p\": 0}'"
 
 
 def allow(config: SpeculativeConfig) -> None:
@@ -28,15 +30,16 @@ def allow(config: SpeculativeConfig) -> None:
     patch.wrap(VALIDATE, _is_allowed, _accept, parameters=("speculative_config",))
 
 
+def default_min_p(model_config: ModelConfig) -> float:
+    """`min_p` among the target's defaults, 0 where there is none; vLLM's V1 runner refuses requests that keep it."""
+    return model_config.get_diff_sampling_param().get("min_p") or 0.0
+
+
 def warn(model_config: ModelConfig) -> None:
     """Say at start what would otherwise be said to every request: the target's defaults contain `min_p`."""
-    min_p = model_config.get_diff_sampling_param().get("min_p")
+    min_p = default_min_p(model_config)
     if min_p:
-        logger.warning(
-            "SSD: the target's generation config sets min_p %g, which vLLM's V1 runner refuses with any speculation: "
-            "requests that do not set min_p to 0 will fail. Start with --override-generation-config '{\"min_p\": 0}'",
-            min_p,
-        )
+        logger.warning("SSD: the target's generation config sets min_p %g, %s. %s", min_p, CONSEQUENCE, REMEDY)
 
 
 def _is_allowed(params: Any, speculative_config: SpeculativeConfig | None) -> bool:
