@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import HAS_V2, ON_V2, Engine, assert_conclusive, assert_counts_agree, request, texts
+from engines import ON_V2, Engine, assert_conclusive, assert_counts_agree, request, texts
+from marks import needs_v2
 from random_requests import WITH_REASONING, same_logprobs
 
 Prompts = Callable[..., list[list[int]]]
@@ -31,14 +32,13 @@ FEATURES: dict[str, Any] = {
     "enable_prompt_embeds": True,
     "max_num_batched_tokens": 64,
 }
-on_v2 = pytest.mark.skipif(not HAS_V2, reason="this vLLM's V2 runner has no method for a CPU")
 ANSWER = r"[0-9]{3}-[a-z]{2,8}\."
 """What structured outputs are to match."""
 
 
 @pytest.fixture(
     scope="module",
-    params=["V1", pytest.param("V2", marks=on_v2)],
+    params=["V1", pytest.param("V2", marks=needs_v2)],
 )
 def engine(request: pytest.FixtureRequest, start_engine: Callable[..., Engine]) -> Iterator[Engine]:
     environment = ON_V2 if request.param == "V2" else {}
@@ -180,7 +180,7 @@ def test_reloaded_weights(engine: Engine, reference: Engine, prompts: Prompts, f
     assert "drafter keeps the weights" in engine.log.read_text()
 
 
-@pytest.mark.parametrize("runner", ["V1", pytest.param("V2", marks=on_v2)])
+@pytest.mark.parametrize("runner", ["V1", pytest.param("V2", marks=needs_v2)])
 def test_kv_from_a_connector(
     start_engine: Callable[..., Engine], target_alone: Engine, prompts: Prompts, tmp_path: Path, runner: str
 ) -> None:

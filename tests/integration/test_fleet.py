@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import HAS_V2, ON_V2, Engine, assert_conclusive, request, texts
+from engines import ON_V2, Engine, assert_conclusive, request, texts
 from fleet_watch import assert_bounded
+from marks import needs_v2
 
 pytestmark = pytest.mark.timed
 
@@ -29,7 +30,7 @@ RESTART_S = 90.0
 
 @pytest.fixture(
     scope="module",
-    params=["v1", pytest.param("v2", marks=pytest.mark.skipif(not HAS_V2, reason="no ngram_gpu on this vLLM's V2"))],
+    params=["v1", pytest.param("v2", marks=needs_v2)],
 )
 def engine(request: pytest.FixtureRequest, start_engine: Callable[..., Engine]) -> Engine:
     """An engine with two drafters, on either runner; on V1 a miss waits."""

@@ -7,13 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from engines import HAS_V2
+from marks import needs_v2
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check.py"
 
 
-@pytest.mark.skipif(not HAS_V2, reason="this vLLM's V2 runner has no method that SSD can pass for")
+@needs_v2
 def test_the_dry_run_of_its_engines(tmp_path):
     """The other parts take longer here than on a GPU; `tests/unit/test_gpu_check.py` runs what they are made of."""
     command = [sys.executable, str(SCRIPT), "--dry-run", "--out", str(tmp_path), "--parts", "end_to_end", "--time", "2"]

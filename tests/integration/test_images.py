@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import HAS_V2, ON_V2, Engine, assert_conclusive, assert_counts_agree, request, texts
+from engines import ON_V2, Engine, assert_conclusive, assert_counts_agree, request, texts
+from marks import needs_v2
 from tiny_models import SEEING_WORDS, VOCAB_SIZE, write_seeing, write_with_words
 
 COLOURS = [(250, 20, 20), (10, 40, 240)]
@@ -34,9 +35,7 @@ def reference(start_engine: Callable[..., Engine], seeing_pair: tuple[Path, Path
 @pytest.fixture(
     params=[
         "V1",
-        pytest.param(
-            "V2", marks=pytest.mark.skipif(not HAS_V2, reason="this vLLM's V2 runner has no method for a CPU")
-        ),
+        pytest.param("V2", marks=needs_v2),
     ],
 )
 def engine(

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from engines import HAS_V2, ON_V2, PAIR, Engine, assert_conclusive, request, texts
+from engines import ON_V2, PAIR, Engine, assert_conclusive, request, texts
+from marks import needs_v2
 from safetensors.torch import save_file
 
 RANK = 8
@@ -60,9 +61,7 @@ def reference(start_engine: Callable[..., Engine]) -> Iterator[Engine]:
     "runner",
     [
         "V1",
-        pytest.param(
-            "V2", marks=pytest.mark.skipif(not HAS_V2, reason="this vLLM's V2 runner has no method for a CPU")
-        ),
+        pytest.param("V2", marks=needs_v2),
     ],
 )
 def test_two_adapters_in_one_batch(

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engines import HAS_V2, ON_V2, PAIR, Engine, assert_conclusive, request, texts
+from engines import ON_V2, PAIR, Engine, assert_conclusive, request, texts
+from marks import needs_v2
 from sampling import p_value, sample
 
 MASK = 23
@@ -55,7 +56,7 @@ def test_greedy_text_is_that_of_the_target_alone(
 @pytest.fixture(
     params=[
         "V1",
-        pytest.param("V2", marks=pytest.mark.skipif(not HAS_V2, reason="0.31: ssd uses the V1 runner")),
+        pytest.param("V2", marks=needs_v2),
     ]
 )
 def sampling_engine(

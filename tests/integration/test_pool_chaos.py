@@ -10,8 +10,9 @@ from typing import Any
 
 import engines
 import pytest
-from engines import HAS_V2, ON_V2, PAIR, Engine, assert_conclusive, request, texts
+from engines import ON_V2, PAIR, Engine, assert_conclusive, request, texts
 from fleet_watch import assert_bounded
+from marks import needs_v2
 from ray_cluster import AGENT, GCS_GONE_S, RayCluster, running
 from waiting import wait_until
 
@@ -108,7 +109,7 @@ def test_the_target_s_workers_are_ray_s_too(
     wait_until(lambda: not cluster.of(WORKER) and not cluster.of(ACTOR), GONE_S)
 
 
-@pytest.mark.skipif(not HAS_V2, reason="no ngram_gpu on this vLLM's V2")
+@needs_v2
 def test_a_pool_drafts_for_the_v2_runner(
     cluster: RayCluster, start_engine: Callable[..., Engine], requests: list[dict[str, Any]], expected: Any
 ) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from engines import (
     ENVIRONMENT,
-    HAS_V2,
     ON_V2,
     PAIR,
     Engine,
@@ -27,6 +26,7 @@ from engines import (
     texts,
 )
 from fleet_watch import assert_bounded
+from marks import needs_v2
 
 pytestmark = pytest.mark.timed
 
@@ -106,7 +106,7 @@ def expected(target_alone: Engine, requests: list[dict[str, Any]]) -> list[list[
     return texts(target_alone.generate(requests))
 
 
-@pytest.mark.skipif(not HAS_V2, reason="no ngram_gpu on this vLLM's V2")
+@needs_v2
 def test_two_targets_share_it_until_one_is_killed(
     engine: Engine, start: Callable[..., Engine], drafter: Drafter, requests: list[dict[str, Any]], expected: Any
 ) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engines import HAS_V2, ON_V2, PAIR, Engine, request, texts
+from engines import ON_V2, PAIR, Engine, request, texts
+from marks import needs_v2
 
 NGRAM = {"prompt_lookup_min": 1, "prompt_lookup_max": 3, "num_speculative_tokens": 3}
 DRAFT_MODEL = {"method": "draft_model", "model": str(PAIR / "drafter"), "num_speculative_tokens": 3}
@@ -21,7 +22,7 @@ DRAFT_MODEL = {"method": "draft_model", "model": str(PAIR / "drafter"), "num_spe
             {"method": "ngram_gpu"} | NGRAM,
             ON_V2,
             id="ngram_gpu-V2",
-            marks=pytest.mark.skipif(not HAS_V2, reason="this vLLM has no V2 method that runs on a CPU"),
+            marks=needs_v2,
         ),
     ],
 )

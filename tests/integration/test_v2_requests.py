@@ -14,17 +14,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import FORKED_WORKERS, HAS_V2, ON_V2, Engine, assert_conclusive, cached_tokens, request, texts
+from engines import FORKED_WORKERS, ON_V2, Engine, assert_conclusive, cached_tokens, request, texts
 from host_reads import HostReads
+from marks import needs_v2
 
 Prompts = Callable[..., list[list[int]]]
 
 HANG_S = 3.0
 RESTART_S = 90.0
-needs_v2 = pytest.mark.skipif(
-    not HAS_V2,
-    reason="this vLLM has no V2 method for a CPU",
-)
 CODE = r"def [a-z_]{3,8}\(self, [a-z]{1,8}\):\n    return [a-z]{1,8}\n"
 
 

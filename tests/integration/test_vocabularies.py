@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import HAS_V2, ON_V2, PAIR, Engine, assert_conclusive, request, texts
+from engines import ON_V2, PAIR, Engine, assert_conclusive, request, texts
+from marks import needs_v2
 from safetensors.torch import load_file, save_file
 from sampling import p_value, sample
 from tiny_models import VOCAB_SIZE, WORDS, write_with_words
@@ -25,7 +26,6 @@ RUN = dict(prompts=[[3, 7, 1], [20, 2, 5]], num_tokens=6, lockstep=1.0)
 NUM_SAMPLES = {"V1": 640, "V2": 400}
 OTHER_WORDS = [*random.Random(0).sample(WORDS, VOCAB_SIZE - 4), *"abcdef"]
 """All but four of the target's tokens under other ids, and six of its own."""
-on_v2 = pytest.mark.skipif(not HAS_V2, reason="0.31: ssd uses the V1 runner")
 DRAFTERS = {"heterogeneous": (OTHER_WORDS, 32), "padded": (WORDS, 40)}
 
 
@@ -39,8 +39,8 @@ def drafters(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
     params=[
         "heterogeneous on V1",
         "padded on V1",
-        pytest.param("heterogeneous on V2", marks=on_v2),
-        pytest.param("padded on V2", marks=on_v2),
+        pytest.param("heterogeneous on V2", marks=needs_v2),
+        pytest.param("padded on V2", marks=needs_v2),
     ]
 )
 def engine(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from engines import HAS_V2, PAIR
+from marks import needs_v2
 from typer.testing import CliRunner
 
 from vllm_ssd.cli import app
@@ -217,7 +218,7 @@ def test_what_tree_attention_cannot_do_is_said(ask, tmp_path, changes, feature):
     assert said["status"] == "note" and said["text"] == f"vLLM's: the drafter's own does not support {feature}"
 
 
-@pytest.mark.skipif(not HAS_V2, reason="vLLM before 0.32 has no V2 runner that SSD can use")
+@needs_v2
 def test_the_v2_runner_takes_min_p_among_the_target_s_defaults(ask, tmp_path):
     target = Path(altered(TARGET, tmp_path / "target"))
     (target / "generation_config.json").write_text('{"min_p": 0.05}')

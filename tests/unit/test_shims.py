@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import vllm
-from engines import HAS_V2
+from marks import needs_v2
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
@@ -132,7 +132,7 @@ def test_the_oldest_vllm_has_no_ngram_gpu() -> None:
         assert importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is None
 
 
-@pytest.mark.skipif(not HAS_V2, reason="no V2 runner that SSD uses")
+@needs_v2
 def test_v2_names_an_adapter_for_each_request_alone() -> None:
     """`lora.repair_lora_rows` can go when this fails: vLLM names one for every row of logits."""
     from vllm.lora.request import LoRARequest
