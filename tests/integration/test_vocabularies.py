@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from altered_models import altered
 from engines import ON_V2, PAIR, Engine, assert_conclusive, request, texts
 from marks import needs_v2
-from safetensors.torch import load_file, save_file
 from sampling import p_value, sample
 from tiny_models import VOCAB_SIZE, WORDS, write_with_words
 
@@ -91,13 +90,13 @@ EMBEDDING = "model.embed_tokens.weight"
 def write_with_added(folder: Path, like: list[int]) -> int:
     """The bundled target in `folder` with a row more for each of `ADDED`: it says the i-th wherever it would have said
     token `like[i]`, and reads it as that; -> the first one's id."""
-    shutil.copytree(PAIR / "target", folder)
-    weights = load_file(folder / "model.safetensors")
-    size = len(weights[EMBEDDING])
-    weights[EMBEDDING] = torch.cat([weights[EMBEDDING], 1.05 * weights[EMBEDDING][like]])
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": size + len(ADDED)}))
+    size = json.loads((PAIR / "target" / "config.json").read_text())["vocab_size"]
+
+    def with_rows(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        embedding = weights[EMBEDDING]
+        return weights | {EMBEDDING: torch.cat([embedding, 1.05 * embedding[like]])}
+
+    altered(PAIR / "target", folder, with_rows, vocab_size=size + len(ADDED))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     special = tokenizer["added_tokens"][0]
     tokenizer["added_tokens"] += [special | {"id": size + i, "content": word} for i, word in enumerate(ADDED)]

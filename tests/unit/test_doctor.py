@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from altered_models import altered
 from engines import HAS_V2, PAIR
 from marks import needs_v2
 from typer.testing import CliRunner
@@ -45,14 +45,6 @@ def doctor(*flags: str, target: str = TARGET, drafter: str = DRAFTER) -> tuple[i
     found = json.loads(done.stdout)
     assert found["starts"] == (done.exit_code == 0)
     return done.exit_code, {finding["subject"]: finding for finding in found["findings"]}
-
-
-def altered(source: str, folder: Path, **changes: Any) -> str:
-    """A copy of a model without weights and with another config.json: the doctor does not need more."""
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-    return str(folder)
 
 
 def test_the_bundled_pair_starts_here():
@@ -93,7 +85,7 @@ def test_a_draft_model_that_is_not_there():
 
 
 def test_another_vocabulary_is_refused_in_the_drafter_s_words(tmp_path):
-    folder = Path(altered(DRAFTER, tmp_path / "drafter"))
+    folder = altered(DRAFTER, tmp_path / "drafter")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = dict(zip(vocab, reversed(list(vocab.values()))))
@@ -105,7 +97,7 @@ def test_another_vocabulary_is_refused_in_the_drafter_s_words(tmp_path):
 
 
 def test_a_short_context_is_said(tmp_path):
-    short = altered(DRAFTER, tmp_path / "drafter", max_position_embeddings=256)
+    short = str(altered(DRAFTER, tmp_path / "drafter", max_position_embeddings=256))
     status, found = doctor(drafter=short)
     assert status == 0 and found["context"]["status"] == "note"
     assert "requests over 244 tokens run without its drafts" in found["context"]["text"]
@@ -122,7 +114,7 @@ RECURRENT = {"architectures": ["MambaForCausalLM"], "model_type": "mamba", "stat
 
 
 def test_a_recurrent_draft_model_is_refused_before_it_is_loaded(tmp_path):
-    status, found = doctor(drafter=altered(DRAFTER, tmp_path / "drafter", **RECURRENT))
+    status, found = doctor(drafter=str(altered(DRAFTER, tmp_path / "drafter", **RECURRENT)))
     assert status == 1 and found["draft model"]["status"] == "fails"
     assert "recurrent or linear-attention layers, whose state branches cannot share" in found["draft model"]["text"]
     assert "a draft model is a decoder with attention in every layer" in found["draft model"]["text"]
@@ -130,7 +122,7 @@ def test_a_recurrent_draft_model_is_refused_before_it_is_loaded(tmp_path):
 
 @pytest.mark.parametrize(("flags", "is_said"), [((), True), (("--generation-config", "vllm"), False)])
 def test_min_p_among_the_target_s_defaults_is_said(tmp_path, flags, is_said):
-    target = Path(altered(TARGET, tmp_path / "target"))
+    target = altered(TARGET, tmp_path / "target")
     (target / "generation_config.json").write_text('{"min_p": 0.05}')
     status, found = doctor(*flags, target=str(target))
     assert status == 0 and ("generation config" in found) == is_said
@@ -212,7 +204,7 @@ def test_the_drafter_takes_the_first_gpu_that_the_target_leaves(ask):
     ],
 )
 def test_what_tree_attention_cannot_do_is_said(ask, tmp_path, changes, feature):
-    starts, found = ask(2, drafter=altered(DRAFTER, tmp_path / "drafter", **changes))
+    starts, found = ask(2, drafter=str(altered(DRAFTER, tmp_path / "drafter", **changes)))
     assert starts, found
     said = found["drafter's attention"]
     assert said["status"] == "note" and said["text"] == f"vLLM's: the drafter's own does not support {feature}"
@@ -220,7 +212,7 @@ def test_what_tree_attention_cannot_do_is_said(ask, tmp_path, changes, feature):
 
 @needs_v2
 def test_the_v2_runner_takes_min_p_among_the_target_s_defaults(ask, tmp_path):
-    target = Path(altered(TARGET, tmp_path / "target"))
+    target = altered(TARGET, tmp_path / "target")
     (target / "generation_config.json").write_text('{"min_p": 0.05}')
     starts, found = ask(2, target=str(target))
     assert starts and found["runner"]["text"].startswith("V2") and "generation config" not in found
