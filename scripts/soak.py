@@ -41,10 +41,10 @@ from soak_verdicts import (
     STALL_S,
     Verdict,
     at_least,
-    events,
     memory_verdict,
     rest_verdict,
     stall_verdicts,
+    stalls,
     zero,
 )
 from soak_watch import RunDelay, Watch, server_processes
@@ -90,7 +90,7 @@ class Inconclusive(RuntimeError):
 
 
 class Server:
-    """One `vllm serve` of the bundled target, in a session of its own, with a log."""
+    """One `vllm serve` of the bundled target, in a process group of its own, with a log."""
 
     def __init__(self, folder: Path, name: str, options: argparse.Namespace, speculates: bool) -> None:
         self.log = folder / f"{name}.log"
@@ -225,12 +225,12 @@ async def _run(options: argparse.Namespace, found: Found, load: Load, watch: Wat
     load.go()
     looking = asyncio.create_task(_look(load, watch))
     hits = watch.page.get("hits_total")
-    begun = found.begun = time.monotonic()
+    found.begun = time.monotonic()
     watch.gaps.clear()
     for fault in schedule(options.seed, options.faults, options.longest_hang):
         last = found.windows[-1][1] - found.windows[-1][0] if found.windows else 0.0
         await asyncio.sleep(min(max(fault.pause_s, CALM * last), options.longest_pause))
-        over = (time.monotonic() - begun) / max(60 * options.minutes, 1e-9)
+        over = (time.monotonic() - found.begun) / max(60 * options.minutes, 1e-9)
         if over > 1 and (kinds_hit(options, found) >= options.kinds or over > MOST) or looking.done():
             break
         drafter, start = watch.drafter(), time.monotonic()
@@ -247,8 +247,8 @@ async def _run(options: argparse.Namespace, found: Found, load: Load, watch: Wat
         found.kinds.append(fault.kind)
         if options.verbose:
             took = time.monotonic() - start
-            console.print(f"{start - begun:7.1f} s {fault.kind:7} {'hit' if hit else 'no hit'}, {took:.1f} s")
-    found.seconds = time.monotonic() - begun
+            console.print(f"{start - found.begun:7.1f} s {fault.kind:7} {'hit' if hit else 'no hit'}, {took:.1f} s")
+    found.seconds = time.monotonic() - found.begun
     looking.cancel()
     with suppress(asyncio.CancelledError):
         await looking
@@ -339,7 +339,7 @@ def show(found: Found, load: Load, watch: Watch, lines: list[Verdict]) -> None:
     console.print(table)
     console.print("load: " + ", ".join(f"{number} {kind}" for kind, number in sorted(load.answered.items())))
     console.print("faults: " + ", ".join(f"{kind} {found.hit[kind]} of {n}" for kind, n in found.started.items()))
-    for gap in events([gap for gap in watch.gaps if gap.served_s > STALL_S]):
+    for gap in (gap for gap in stalls(watch.gaps) if gap.served_s > STALL_S):
         under = [kind for kind, window in zip(found.kinds, found.windows) if gap.overlaps([window])]
         console.print(f"stall at {gap.start - found.begun:.1f} s, {' and '.join(under) or 'no fault'}: {gap}")
 

@@ -98,7 +98,7 @@ class Stalls:
 
 def stall_verdicts(gaps: Sequence[Gap], windows: Sequence[tuple[float, float]], seconds: float) -> list[Verdict]:
     """Judge the gaps of a run of `seconds`, of which `windows` were under a fault."""
-    long = events([gap for gap in gaps if gap.end - gap.start > STALL_S])
+    long = stalls(gaps)
     own = [gap for gap in long if gap.served_s > STALL_S]
     waited = _stalls([gap for gap in own if gap.waited_s > STALL_S], windows, seconds)
     busy = _stalls([gap for gap in own if gap.waited_s <= STALL_S], windows, seconds)
@@ -107,6 +107,11 @@ def stall_verdicts(gaps: Sequence[Gap], windows: Sequence[tuple[float, float]], 
         waited.verdict("stalls in which the server waited", 0),
         busy.verdict("stalls in which the server computed", SPARE_STALLS, note),
     ]
+
+
+def stalls(gaps: Sequence[Gap]) -> list[Gap]:
+    """The long gaps, of those that overlap one: of whatever cause."""
+    return events([gap for gap in gaps if gap.end - gap.start > STALL_S])
 
 
 def events(gaps: Sequence[Gap]) -> list[Gap]:
