@@ -313,7 +313,7 @@ def verdicts(options: argparse.Namespace, found: Found, load: Load, watch: Watch
         zero("wrong answers", load.wrong),
         Verdict("ties broken differently", f"{load.ties}", "", True),
         zero("requests that failed", load.failed),
-        *stall_verdicts(watch.gaps, found.windows, found.seconds),
+        *stall_verdicts(watch.gaps, found.windows, found.seconds, options.longest_stall),
         Verdict("longest time to a first piece", f"{load.first_piece_s:.2f} s", "", True),
         zero("drafters that did not come back", found.not_back),
         zero("drafters that outlived their death", list(watch.orphans.values())),
@@ -373,6 +373,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kinds", type=int, default=5, help="fail unless so many kinds have hit, or all there are")
     parser.add_argument("--longest-hang", type=float, default=30.0, help="longest SIGSTOP in seconds")
     parser.add_argument("--longest-pause", type=float, default=30.0, help="longest rest before a fault in seconds")
+    parser.add_argument("--longest-stall", type=float, default=STALL_S, help="longest pause of a stream in seconds")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner; v2 is interpreted")
     parser.add_argument(
@@ -391,6 +392,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"no kind of fault: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     if options.forked and "disk" in options.faults:
         parser.error("--forked: a drafter that is forked does not inherit the server's limits; leave out disk")
+    if options.longest_stall < STALL_S:
+        parser.error(f"--longest-stall: pauses below {STALL_S} s are not looked at")
     options.kinds = min(options.kinds, len(set(options.faults)))
     return options
 

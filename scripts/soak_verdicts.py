@@ -23,7 +23,9 @@ MB_PER_1000 = 1.0
 WARM_REQUESTS = 1500
 """Memory is looked at after these: until then kernels are made for sizes of batches that had not come before."""
 MIN_REQUESTS = 2000
-"""Fewer requests than these, after warm-up, tell no leak from steps of an allocator."""
+"""Fewer requests than these, after warm-up, tell nothing."""
+STEP_MB = 8.0
+"""Growth in all that an allocator's steps explain, as where one more thread gets an arena."""
 ORPHAN_S = 5.0
 SPARE_STALLS = 6
 """Collections of garbage and kernels compiled on first use stop a server, too, and a short run has little calm time."""
@@ -87,31 +89,33 @@ class Stalls:
     calm: list[Gap]
     expected: float
 
-    def verdict(self, what: str, spare: int, note: str = "") -> Verdict:
+    def verdict(self, what: str, spare: int, bound_s: float, note: str = "") -> Verdict:
         """No more than are expected, but for their deviation and `spare`."""
         allowed = math.floor(self.expected + 2 * math.sqrt(self.expected)) + spare
         longest = max((gap.served_s for gap in self.under_fault), default=0.0)
         text = f"{len(self.under_fault)} under faults" + (f", longest {1e3 * longest:.0f} ms" if longest else "")
         text += f"; {len(self.calm)} without{note}"
-        return Verdict(what, text, f"{allowed} above {1e3 * STALL_S:.0f} ms", len(self.under_fault) <= allowed)
+        return Verdict(what, text, f"{allowed} above {1e3 * bound_s:.0f} ms", len(self.under_fault) <= allowed)
 
 
-def stall_verdicts(gaps: Sequence[Gap], windows: Sequence[tuple[float, float]], seconds: float) -> list[Verdict]:
-    """Judge the gaps of a run of `seconds`, of which `windows` were under a fault."""
-    long = stalls(gaps)
-    own = [gap for gap in long if gap.served_s > STALL_S]
-    waited = _stalls([gap for gap in own if gap.waited_s > STALL_S], windows, seconds)
-    busy = _stalls([gap for gap in own if gap.waited_s <= STALL_S], windows, seconds)
+def stall_verdicts(
+    gaps: Sequence[Gap], windows: Sequence[tuple[float, float]], seconds: float, bound_s: float = STALL_S
+) -> list[Verdict]:
+    """Judge the gaps of a run of `seconds`, of which `windows` were under a fault, that are longer than the bound."""
+    long = stalls(gaps, bound_s)
+    own = [gap for gap in long if gap.served_s > bound_s]
+    waited = _stalls([gap for gap in own if gap.waited_s > bound_s], windows, seconds)
+    busy = _stalls([gap for gap in own if gap.waited_s <= bound_s], windows, seconds)
     note = f"; {len(long) - len(own)} for want of a core"
     return [
-        waited.verdict("stalls in which the server waited", 0),
-        busy.verdict("stalls in which the server computed", SPARE_STALLS, note),
+        waited.verdict("stalls in which the server waited", 0, bound_s),
+        busy.verdict("stalls in which the server computed", SPARE_STALLS, bound_s, note),
     ]
 
 
-def stalls(gaps: Sequence[Gap]) -> list[Gap]:
-    """The long gaps, of those that overlap one: of whatever cause."""
-    return events([gap for gap in gaps if gap.end - gap.start > STALL_S])
+def stalls(gaps: Sequence[Gap], bound_s: float = STALL_S) -> list[Gap]:
+    """The gaps longer than the bound, one of those that overlap: of whatever cause."""
+    return events([gap for gap in gaps if gap.end - gap.start > bound_s])
 
 
 def events(gaps: Sequence[Gap]) -> list[Gap]:
@@ -192,9 +196,10 @@ def memory_verdict(name: str, samples: Sequence[tuple[int, int]]) -> Verdict:
     samples = [sample for sample in samples if sample[0] >= samples[0][0] + WARM_REQUESTS]
     covered = samples[-1][0] - samples[0][0] if samples else 0
     slope = slope_per_1000(samples) if covered else 0.0
-    holds = slope < MB_PER_1000 if covered >= MIN_REQUESTS else None
+    bound = max(MB_PER_1000, 1000 * STEP_MB / max(covered, 1))
+    holds = slope < bound if covered >= MIN_REQUESTS else None
     text = f"{slope:+.2f} MB per 1,000 requests, over {covered:,}"
-    return Verdict(f"memory of {name}", text, f"{MB_PER_1000:g} MB, from {MIN_REQUESTS:,} requests", holds)
+    return Verdict(f"memory of {name}", text, f"{bound:.2g} MB, from {MIN_REQUESTS:,} requests", holds)
 
 
 def rest_verdict(what: str, name: str, before: int, after: int) -> Verdict:

@@ -38,7 +38,7 @@ from soak_verdicts import (
 from vllm_ssd.link.process import HANG_S
 
 
-def memory(slope_mb: float, requests: int = 5000, seed: int = 0) -> list[tuple[int, int]]:
+def memory(slope_mb: float, requests: int = 20_000, seed: int = 0) -> list[tuple[int, int]]:
     """Resident bytes of a process that grows by `slope_mb` per 1,000 requests, with peaks and noise."""
     rng = random.Random(seed)
     samples = []
@@ -57,6 +57,11 @@ def test_a_leak_of_memory_is_found(slope):
 @pytest.mark.parametrize("slope", [-3.0, 0.0, 0.5])
 def test_peaks_and_noise_are_no_leak(slope):
     assert memory_verdict("worker", memory(slope)).holds is True
+
+
+@pytest.mark.parametrize("slope, holds", [(1.5, True), (6.0, False)])
+def test_in_a_short_run_steps_of_an_allocator_are_no_leak(slope, holds):
+    assert memory_verdict("worker", memory(slope, requests=WARM_REQUESTS + 2100)).holds is holds
 
 
 def test_memory_is_judged_once_the_server_is_warm():
@@ -95,6 +100,13 @@ def test_a_stall_under_a_fault_is_the_drafter_s():
     assert stalled([Gap(19.9, 20.4)]) and stalled([Gap(9.8, 10.1)]), "it need only overlap"
     assert not stalled([Gap(15.0, 15.2)]), "short"
     assert not stalled([Gap(30.0, 31.0)]), "no fault was active"
+
+
+def test_the_bound_of_a_stall_may_be_longer():
+    gaps = [Gap(15.0, 15.9), Gap(45.0, 46.5)]
+    for bound_s, found in ((0.25, 2), (1.0, 1), (2.0, 0)):
+        waited, _ = stall_verdicts(gaps, WINDOWS, 100.0, bound_s)
+        assert waited.found.startswith(f"{found} under faults") and waited.holds == (found == 0)
 
 
 def test_a_stall_for_want_of_a_core_is_not():
