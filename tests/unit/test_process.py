@@ -377,13 +377,14 @@ def test_the_drafter_is_told_no_secrets(start, monkeypatch, tmp_path):
         "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_CLIENT_SECRET", "GITHUB_TOKEN", "DATABASE_URL", "WANDB_API_KEY",
         "KUBECONFIG", "SSH_AUTH_SOCK",
     }  # fmt: skip
-    for name in kept | secret:
+    for_workers = {"VLLM_SSD_RUNTIME", "VLLM_SSD_SERVER_PID", "VLLM_SSD_REPLICAS", "VLLM_SSD_METRICS"}
+    for name in kept | secret | for_workers:
         monkeypatch.setenv(name, os.environ.get(name, "x"))
     with pytest.raises(launch.DrafterFailed):
         start(f"compgen -e >{tmp_path}/names; exit 1").wait_until_ready()
     names = set((tmp_path / "names").read_text().split())
     assert kept - names == set()
-    assert names & secret == set()
+    assert names & (secret | for_workers) == set()
 
 
 def test_a_closed_socket_is_a_lost_drafter(link):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, MutableMapping
 
+from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV
+from vllm_ssd.link.metrics_socket import METRICS_ENV
+
 NAMES = frozenset(
     """
     PATH HOME USER LOGNAME USERNAME SHELL PWD TERM TZ LANG LANGUAGE TMPDIR TEMP TMP NO_COLOR FORCE_COLOR DO_NOT_TRACK
@@ -24,6 +27,8 @@ PREFIXES = tuple(
 )
 TOPOLOGY = re.compile(r"VLLM_(DP|RAY|ELASTIC_EP)_|VLLM_(PP_LAYER_PARTITION|PORT)$|TORCH_?ELASTIC_")
 """The target's ranks, ports and layers a rank; `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and the like are on no list."""
+FOR_WORKERS = frozenset((RUNTIME_ENV, SERVER_PID_ENV, REPLICAS_ENV, METRICS_ENV))
+"""What a server tells its workers."""
 LOADING = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
 """What a drafter needs until its model and tokenizer are loaded, and no longer."""
 SECRET = re.compile(r"API_?KEY|ACCESS_KEY|SECRET|PASSWORD|CREDENTIAL|_TOKEN$|_AUTH$")
@@ -36,8 +41,11 @@ def is_passed_on(name: str) -> bool:
     MKL and oneDNN; CUDA, ROCm, oneAPI and their collectives; PyTorch, Triton and other compilers with their caches;
     proxies and certificates for downloads; the Hugging Face and ModelScope caches and tokens; vLLM's own variables.
     Anything else stays with the server, and so does what is named like a secret (`VLLM_API_KEY`, `NVIDIA_API_KEY`) and
-    what says which part of the target a process is (`VLLM_DP_RANK`): a drafter is whole, and alone.
+    what says which part of the target a process is (`VLLM_DP_RANK`): a drafter is whole, and alone. What the server
+    tells its workers stays with them: the drafter's vLLM would warn of each variable.
     """
+    if name in FOR_WORKERS:
+        return False
     if name in NAMES or name.upper() in NAMES and name.lower().endswith("_proxy"):
         return True
     return name.startswith(PREFIXES) and SECRET.search(name) is None and TOPOLOGY.match(name) is None
