@@ -70,6 +70,13 @@ def test_the_image_runs_as_nobody_special(dockerfile):
     assert json.loads(entry) == ["vllm", "serve"]  # the exec form: signals reach the server
 
 
+def test_a_new_volume_belongs_to_the_user(dockerfile, services):
+    """Docker gives it the owner of what the image has at its place, and root where there is nothing."""
+    (made,) = re.findall(r"install --directory --owner vllm --group vllm ([\w/. ]+)", dict(dockerfile)["RUN"])
+    volumes = (volume.split(":") for volume in services["server"]["volumes"])
+    assert [place for source, place in volumes if not source.startswith(".")] == made.split()
+
+
 def test_the_image_keeps_hadolint_s_rules(dockerfile):
     for name, value in dockerfile:
         assert name in INSTRUCTIONS, f"DL3020, DL4000: {name}"
