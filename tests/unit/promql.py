@@ -66,8 +66,8 @@ class Parser:
         self._vector(found, "the expression")
         return found
 
-    def parse_label_values(self) -> str:
-        """The metric of Grafana's `label_values(metric{…}, label)`; raises PromQLError."""
+    def parse_label_values(self) -> None:
+        """Accept Grafana's `label_values(metric{…}, label)`; raises PromQLError for anything else."""
         self._expect("label_values", "(")
         name = self._peek()
         found = self._selector()
@@ -75,7 +75,6 @@ class Parser:
         self._known([self._take("name")], found.labels, name)
         self._expect(")")
         self._end()
-        return name
 
     def _end(self) -> None:
         if self._tokens:
