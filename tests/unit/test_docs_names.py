@@ -23,6 +23,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "doc
 FILES = [*PAGES, *sorted(path for path in (ROOT / "deploy").rglob("*") if path.is_file())]
 OF_VLLM = {"method", "model"}
 """Keys of speculative_config that are vLLM's."""
+ON_VLLM = {"benchmarks.md", "compatibility.md", "decisions.md", "gpu.md", "limits.md"}
+"""Pages that name what is in vLLM's sources, and not in ours."""
 OF_THE_USER = "deploy/.env"
 """A file that is named, and that whoever uses it writes."""
 OF_THE_API_SERVER = {"--api-key", "--api-server-count", "--host", "--port"}
@@ -111,6 +113,12 @@ def unknown_variables(path: Path) -> list[str]:
     return [name for name in re.findall(r"\bVLLM_SSD_[A-Z_]+\b", path.read_text()) if name not in sources()]
 
 
+def unknown_words(path: Path) -> list[str]:
+    """Keys, counters and the like of several words that no source has."""
+    found = re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)(?:[:=][^`]*)?`", path.read_text())
+    return [] if path.name in ON_VLLM else [name for name in found if not re.search(rf"\b{name}\b", sources())]
+
+
 @cache
 def sources() -> str:
     folders = ("vllm_ssd", "kernels", "scripts", "tests")
@@ -125,6 +133,7 @@ def test_what_is_named_is_there(path: Path):
     assert unknown_metrics(path) == []
     assert unknown_files(path) == []
     assert unknown_variables(path) == []
+    assert unknown_words(path) == []
 
 
 @pytest.mark.parametrize(
@@ -139,6 +148,7 @@ def test_what_is_named_is_there(path: Path):
         ('--speculative-config \'{"method": "ssd",\n "drafter": 1}\'', unknown_keys, ["drafter"]),
         ("`vllm_ssd:hits` and `vllm_ssd:late_total`", unknown_metrics, ["vllm_ssd:hits"]),
         ("[x](../deploy/compose.yml), `scripts/soak.py`", unknown_files, ["deploy/compose.yml"]),
+        ("`kv_cache_bytes: 1`, `kv_cache_memory`", unknown_words, ["kv_cache_bytes"]),
         ("`VLLM_SSD_TRACES` and `VLLM_SSD_TRACE`", unknown_variables, ["VLLM_SSD_TRACES"]),
     ],
 )
