@@ -49,7 +49,7 @@ def _shown(feature: Feature) -> str:
 
 def main() -> int:
     """Write the page, or compare it."""
-    return write_or_check(PAGE, page, __doc__)
+    return write_or_check({PAGE: page}, __doc__)
 
 
 if __name__ == "__main__":

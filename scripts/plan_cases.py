@@ -46,6 +46,7 @@ def _config(vocab: int, hidden: int, columns: int, layers: int, heads: int, head
 
 QWEN3_8B = _config(151936, 4096, 12288, 36, 32, 128)
 QWEN3_32B = _config(151936, 5120, 25600, 64, 64, 128)
+LLAMA_8B = _config(128256, 4096, 14336, 32, 32, 128)
 LLAMA_70B = _config(128256, 8192, 28672, 80, 64, 128)
 MIXTURE = _config(128256, 6144, 16384, 60, 64, 128)
 QWEN3_06B = _config(151936, 1024, 3072, 28, 16, 128, tied=True)

@@ -318,7 +318,7 @@ def page(text: str) -> str:
 
 def main() -> int:
     """Write the page, or compare it."""
-    return write_or_check(PAGE, page, __doc__)
+    return write_or_check({PAGE: page}, __doc__)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ this package; uniform, push with one fan-out for all accept lengths; adaptive, p
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def shared(costs: Costs, args: argparse.Namespace) -> Costs:
     """The costs as one of `--replicas` sees them that share the drafters: a step carries as many rows of each."""
     steps = tuple((rows / args.replicas, seconds) for rows, seconds in costs.draft_step)
     latency_s = costs.latency_s if args.latency_ms is None else args.latency_ms / 1e3
-    return replace(costs, draft_step=steps, latency_s=latency_s)
+    sync_step = costs.sync_step or costs.draft_step  # stock speculation drafts on each replica's own devices
+    return replace(costs, draft_step=steps, sync_step=sync_step, latency_s=latency_s)
 
 
 def plot(reports: list[dict], title: str, path: Path) -> None:
@@ -92,8 +94,8 @@ def plot(reports: list[dict], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, or the arguments given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", type=Path, help="JSON of `vllm-ssd profile` (default: published 70B/1B inputs)")
     parser.add_argument("--trace", type=Path, help="recorded outcomes, as JSON lines")
@@ -114,7 +116,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     parser.add_argument("--plot", type=Path, help="also plot tok/s relative to plain decoding over batch size")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main() -> None:

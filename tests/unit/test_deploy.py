@@ -1,4 +1,7 @@
-"""The image, the compose file and the Kubernetes manifest keep the rules of their linters, and fit each other."""
+"""The image keeps the rules of its linter, and the files of deploy/ fit each other and the plugin.
+
+What their formats ask of them is in `test_deploy_schemas.py`.
+"""
 
 from __future__ import annotations
 
@@ -67,15 +70,19 @@ def test_the_image_runs_as_nobody_special(dockerfile):
     assert json.loads(entry) == ["vllm", "serve"]  # the exec form: signals reach the server
 
 
+def test_a_new_volume_belongs_to_the_user(dockerfile, services):
+    """Docker gives it the owner of what the image has at its place, and root where there is nothing."""
+    (made,) = re.findall(r"install --directory --owner vllm --group vllm ([\w/. ]+)", dict(dockerfile)["RUN"])
+    volumes = (volume.split(":") for volume in services["server"]["volumes"])
+    assert [place for source, place in volumes if not source.startswith(".")] == made.split()
+
+
 def test_the_image_keeps_hadolint_s_rules(dockerfile):
     for name, value in dockerfile:
-        assert name in "FROM ARG WORKDIR COPY RUN USER ENV EXPOSE HEALTHCHECK ENTRYPOINT".split(), (
-            f"DL3020, DL4000: {name}"
-        )
+        assert name in INSTRUCTIONS, f"DL3020, DL4000: {name}"
         if name == "RUN":
-            assert (
-                "sudo" not in value and "apt-get upgrade" not in value and "cd " not in value
-            )  # DL3004, DL3005, DL3003
+            for words, rule in (("sudo", "DL3004"), ("apt-get upgrade", "DL3005"), ("cd ", "DL3003")):
+                assert words not in value, rule
             for part in value.split("&&"):
                 if part.strip().startswith("pip "):
                     assert "--no-cache-dir" in part, f"DL3042: {part}"
@@ -131,11 +138,9 @@ def test_prometheus_and_grafana_find_each_other(services):
     assert f"{provider['options']['path']}/ssd.json" in mounted
 
 
-def test_the_manifest_has_what_kubernetes_requires(manifest):
+def test_the_parts_of_the_manifest_find_each_other(manifest):
     assert set(manifest) == {"Deployment", "Service", "PersistentVolumeClaim"}
-    for kind, document in manifest.items():
-        assert document["apiVersion"] == ("apps/v1" if kind == "Deployment" else "v1")
-        assert re.fullmatch(r"[a-z0-9-]+", document["metadata"]["name"]) and document["spec"]
+    assert all(re.fullmatch(r"[a-z0-9-]+", document["metadata"]["name"]) for document in manifest.values())
     spec = manifest["Deployment"]["spec"]
     labels = spec["template"]["metadata"]["labels"]
     assert spec["selector"]["matchLabels"].items() <= labels.items()
@@ -169,65 +174,6 @@ def cluster() -> Any:
     )
 
 
-def is_of(kind: str, value: Any) -> bool:
-    """Whether a value is of a type that Kubernetes' schemas name."""
-    is_integer, is_string = type(value) is int, type(value) is str
-    return {
-        "string": is_string,
-        "integer": is_integer,
-        "boolean": type(value) is bool,
-        "integer or string": is_integer or is_string,
-        "quantity": is_integer or is_string and re.fullmatch(r"\d+(\.\d+)?([numkMGTPE]|[KMGTPE]i)?", value) is not None,
-    }[kind]
-
-
-def misfits(schema: Any, value: Any, path: str = "") -> list[str]:
-    """What of a document its schema lacks, requires, or has as another type (tests/assets/raycluster.yaml)."""
-    if isinstance(schema, str):
-        return [] if is_of(schema, value) else [f"{path}: {value!r} is no {schema}"]
-    if isinstance(schema, list):
-        if not isinstance(value, list):
-            return [f"{path}: no list"]
-        return [reason for i, item in enumerate(value) for reason in misfits(schema[0], item, f"{path}[{i}]")]
-    if not isinstance(value, dict):
-        return [f"{path}: no object"]
-    if schema.keys() == {"any"}:
-        return [reason for key, item in value.items() for reason in misfits(schema["any"], item, f"{path}.{key}")]
-    fields = {name.rstrip("!"): inner for name, inner in schema.items()}
-    found = [f"{path}.{name[:-1]}: missing" for name in schema if name.endswith("!") and name[:-1] not in value]
-    for name, item in value.items():
-        found += misfits(fields[name], item, f"{path}.{name}") if name in fields else [f"{path}.{name}: unknown"]
-    return found
-
-
-SCHEMA = yaml.safe_load((ROOT / "tests" / "assets" / "raycluster.yaml").read_text())
-
-
-def test_kuberay_s_fields_are_those_of_its_crd(cluster: Any):
-    assert misfits(SCHEMA, cluster) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda spec: spec["workerGroupSpecs"][0].pop("groupName"), r".spec.workerGroupSpecs[0].groupName: missing"),
-        (lambda spec: spec.update(workers=2), ".spec.workers: unknown"),
-        (lambda spec: spec["headGroupSpec"]["rayStartParams"].update({"num-gpus": 0}), "num-gpus: 0 is no string"),
-        (lambda spec: spec["workerGroupSpecs"][0].update(replicas="2"), "replicas: '2' is no integer"),
-        (
-            lambda spec: spec["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"].update(
-                limits={"memory": "1 GB"}
-            ),
-            "memory: '1 GB' is no quantity",
-        ),
-        (lambda spec: spec["headGroupSpec"]["template"]["spec"].update(containers={}), "containers: no list"),
-    ],
-)
-def test_a_field_that_the_crd_does_not_have_is_noticed(cluster: Any, change: Any, reason: str):
-    change(cluster["spec"])
-    assert [found for found in misfits(SCHEMA, cluster) if reason in found]
-
-
 def test_kuberay_s_own_additions_find_what_they_need(cluster: Any):
     """KubeRay names the head's ports in its service and probes a container that has no probes with wget."""
     head, (workers,) = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
@@ -255,7 +201,6 @@ def test_kuberay_has_a_gpu_for_each_drafter_and_asks_who_comes():
     documents = {item["kind"]: item for item in yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())}
     assert set(documents) == {"RayCluster", "Service"}
     cluster = documents["RayCluster"]
-    assert cluster["apiVersion"] == "ray.io/v1"
     assert cluster["metadata"]["annotations"]["ray.io/overwrite-container-cmd"] == "true"
     head, (workers,) = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
     for group in (head, workers):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import socket
-from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -107,10 +107,77 @@ def test_a_server_that_started_again_is_shown_since_its_start():
 
 
 @pytest.mark.parametrize("page", ["<html>", "vllm:generation_tokens_total 5\n"])
-def test_pages_of_others(page: str, tmp_path: Path):
+def test_pages_of_others(page: str):
     try:
         engines, error = parse(page), ""
     except ValueError as failure:
         engines, error = {}, str(failure)
     found = shown([Snapshot("http://127.0.0.1:1/metrics", 1.0, engines, error)], [None])
     assert ("no SSD metrics" in found) == (not error)
+
+
+def server_page(hits: int, misses: int, tokens: int) -> str:
+    metrics = Metrics(3, logging.getLogger("test_top"))
+    for hit in [True] * hits + [False] * misses:
+        metrics.outcome(hit=hit, block=True)
+    metrics.drafter(DrafterStats(10, 30, 4.0, 100, 0), generation=1)
+    return text(metrics) + f"vllm:generation_tokens_total {tokens}\n"
+
+
+def looks(monkeypatch: pytest.MonkeyPatch, *options: str, **pages: list[str | None]) -> list[list[str]]:
+    """The rows that `vllm-ssd top` draws at each of its looks. pages: of a port at each look, None: nobody answers."""
+    screen, drawn, slept = io.StringIO(), [], []
+    monkeypatch.setattr(
+        "vllm_ssd.cli.top.console", Console(file=screen, width=160, force_terminal=True, color_system=None)
+    )
+
+    def look(url: str) -> Snapshot:
+        page, at_s = pages[f"port{url.split(':')[2].split('/')[0]}"][len(slept)], 100.0 + sum(slept)
+        return Snapshot(url, at_s, error="gone") if page is None else Snapshot(url, at_s, parse(page))
+
+    def sleep(seconds: float) -> None:
+        drawn.append([line.strip() for line in screen.getvalue().splitlines() if line.strip().startswith(":")])
+        screen.truncate(screen.seek(0))
+        slept.append(seconds)
+        if len(slept) == max(map(len, pages.values())):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("vllm_ssd.cli.top.scrape", look)
+    monkeypatch.setattr("vllm_ssd.cli.top.time.sleep", sleep)
+    done = CliRunner().invoke(app, ["top", *(name.removeprefix("port") for name in pages), *options])
+    assert done.exit_code == 0, done.output
+    return drawn
+
+
+def test_each_look_shows_what_is_new_since_the_last(monkeypatch):
+    first, second, third = looks(
+        monkeypatch,
+        "--interval=4",
+        port8000=[server_page(1, 3, 1000), server_page(7, 5, 1600), server_page(7, 15, 1640)],
+        port8001=[server_page(1, 0, 0)] * 3,
+    )
+    assert [row.split()[0] for row in first] == [":8000", ":8001"]
+    assert [look[0].split()[1] for look in (first, second, third)] == ["25%", "75%", "0%"]
+    assert [look[0].split()[5] for look in (first, second, third)] == ["–", "150", "10"]
+    assert second[1].split()[1:6] == ["–", "–", "–", "–", "0"]  # nothing new
+
+
+def test_a_server_that_vanishes_and_comes_back_is_shown_since_it_was_last_seen(monkeypatch):
+    _, gone, back = looks(monkeypatch, port8000=[server_page(1, 3, 1000), None, server_page(4, 4, 1800)])
+    assert gone[0].split() == [":8000", *"–––––––––", "gone"]
+    assert back[0].split()[1] == "75%" and back[0].split()[5] == "200"  # 4 s since it answered
+
+
+def test_a_server_that_was_not_there_is_shown_since_its_start(monkeypatch):
+    none, first, second = looks(monkeypatch, port8000=[None, server_page(1, 3, 1000), server_page(2, 3, 1100)])
+    assert none[0].endswith("gone")
+    assert first[0].split()[1] == "25%" and first[0].split()[5] == "–"
+    assert second[0].split()[1] == "100%" and second[0].split()[5] == "50"
+
+
+def test_counters_that_start_again_are_shown_since_their_start(monkeypatch):
+    _, again, after = looks(
+        monkeypatch, port8000=[server_page(9, 1, 1000), server_page(1, 1, 80), server_page(1, 2, 180)]
+    )
+    assert again[0].split()[1] == "50%" and again[0].split()[5] == "40"
+    assert after[0].split()[1] == "0%" and after[0].split()[5] == "50"

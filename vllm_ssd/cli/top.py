@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -24,7 +23,7 @@ def top_command(
 ) -> None:
     """Show hits, accepted drafts, tokens per second and the drafters of running servers, live."""
     urls = [url_of(source) for source in sources or ["8000"]]
-    before: Sequence[Snapshot | None] = [None] * len(urls)
+    before: list[Snapshot | None] = [None] * len(urls)
     now = [scrape(url) for url in urls]
     if once:
         console.print(frame(now, before))
@@ -33,7 +32,9 @@ def top_command(
         with Live(frame(now, before), console=console, auto_refresh=False) as live:
             while True:
                 time.sleep(interval)
-                before, now = [*now], [scrape(url) for url in urls]
+                # A server that did not answer is compared with its last answer.
+                before = [last if new.error else new for new, last in zip(now, before)]
+                now = [scrape(url) for url in urls]
                 live.update(frame(now, before), refresh=True)
     except KeyboardInterrupt:
         pass
