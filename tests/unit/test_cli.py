@@ -207,7 +207,7 @@ def test_a_credential_is_made_once_and_a_drafter_wants_one(tmp_path, monkeypatch
     [
         (("--config", '{"drafter_args": {"seed": 3}}'), "seed is no key for drafter_args"),
         (("--config", '{"drafter_device": "cpu"}'), "Ray places the drafters of a pool"),
-        (("--resources", '{"GPU": 1.5}'), "a part of one, or whole ones"),
+        (("--resources", '{"GPU": 1.5}'), "a fraction of one GPU or whole GPUs"),
     ],
 )
 def test_a_pool_is_not_started_with_keys_that_no_drafter_takes(arguments, reason):
