@@ -1,4 +1,4 @@
-"""Everything a user may say about SSD, checked before anything starts."""
+"""The user's SSD configuration, validated before anything starts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from typing import Any, Literal
 RUNTIME_ENV = "VLLM_SSD_RUNTIME"
 """Environment variable that carries `runtime_json()` to the workers: vLLM copies its VLLM_ variables to them."""
 SERVER_PID_ENV = "VLLM_SSD_SERVER_PID"
-"""Environment variable with the process id of the server, whose end the drafter must not outlive."""
+"""Environment variable with the server's process id: the drafter exits when that process ends."""
 REPLICAS_ENV = "VLLM_SSD_REPLICAS"
-"""Environment variable with the number of data-parallel replicas on this node, which vLLM's workers are not told; 0
-where other servers may run some there, of which this one does not know."""
+"""Environment variable with the number of data-parallel replicas on this node, which vLLM does not tell its workers;
+0 if other servers may run replicas here that this one does not know of."""
 
 TARGET_FIELDS = ("num_speculative_tokens",)
-"""Fields in `to_json()`, whose result enters vLLM's compile-cache key: those that change the target's forward.
+"""Fields that change the target's forward.
 
-The others are about the drafter, or about what the target does between two forwards.
+Only these are in `to_json()`, whose result is part of vLLM's compile-cache key. The others affect the drafter, or what
+the target does between two forwards.
 """
 
 MAX_CPUS = 4096
@@ -34,7 +35,7 @@ SIZE_UNITS = {"B": 1} | {
 
 
 def parse_cpus(text: str) -> tuple[int, ...]:
-    """The CPU numbers that a list such as "2-5,7" names, ascending; raises ValueError when it is no such list."""
+    """Parse a CPU list such as "2-5,7" into ascending CPU numbers; raises ValueError if it is malformed."""
     cpus: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part, re.ASCII)
@@ -46,7 +47,7 @@ def parse_cpus(text: str) -> tuple[int, ...]:
 
 
 def parse_size(text: str) -> int:
-    """The bytes of a size such as "512MiB" (binary units) or "1.5GB" (decimal); raises ValueError for anything else."""
+    """Parse a size such as "512MiB" (binary) or "1.5GB" (decimal) into bytes; raises ValueError for anything else."""
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]+)\s*", text, re.ASCII)
     if match is None or match[2] not in SIZE_UNITS:
         raise ValueError(f"{text!r} is no number with one of the units {', '.join(SIZE_UNITS)}")
@@ -54,7 +55,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of "HOST:PORT" or "[IPv6]:PORT"; raises ValueError for anything else."""
+    """Split "HOST:PORT" or "[IPv6]:PORT" into host and port; raises ValueError for anything else."""
     host, colon, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
     bracketed = host.startswith("[") and host.endswith("]")
     host = host[1:-1] if bracketed else host
@@ -69,12 +70,12 @@ POOL_PREFIX = "ray:"
 
 
 def is_pool_name(text: str) -> bool:
-    """Whether a pool of drafters on Ray may be called so."""
+    """Whether `text` is a valid name for a pool of drafters on Ray."""
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", text, re.ASCII) is not None
 
 
 def check_resources(resources: Mapping[str, Any], given: SSDConfig) -> None:
-    """Raise ValueError unless Ray can reserve `resources` for a drafter, which the keys of `given` fit into."""
+    """Raise ValueError unless Ray can reserve `resources` for a drafter and the other keys of `given` suit them."""
     amounts = resources.values()
     if not resources or not all(
         isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < math.inf for x in amounts
@@ -84,17 +85,20 @@ def check_resources(resources: Mapping[str, Any], given: SSDConfig) -> None:
         )
     if resources.get("GPU", 1) > 1 and resources["GPU"] % 1:
         raise ValueError(
-            f"ssd: drafter_resources: of GPUs Ray reserves a part of one, or whole ones, not {resources['GPU']:g}"
+            f"ssd: drafter_resources: Ray reserves either a fraction of one GPU or whole GPUs, not {resources['GPU']:g}"
         )
     if resources.get("GPU", 1) % 1 and given.kv_cache_memory is None and given.gpu_memory_utilization is None:
         raise ValueError(
-            f"ssd: a drafter that has {resources['GPU']:g} of a GPU cannot tell how much memory is its own: set "
+            f"ssd: a drafter with {resources['GPU']:g} of a GPU cannot tell how much of its memory it may use: set "
             "kv_cache_memory"
         )
 
 
 def _field(what: str, allows: Callable[[Any], bool], default: Any = MISSING) -> Any:
-    """A field whose values are `what`, as `allows` decides; None is a value where it is the default."""
+    """A field that accepts the values `allows` returns true for, and None if that is the default.
+
+    what: describes these values in error messages
+    """
     accepts = (lambda value: value is None or allows(value)) if default is None else allows
     return field(default=default, metadata={"what": what, "accepts": accepts})
 
@@ -119,7 +123,7 @@ def _name(what: str, default: Any = None) -> Any:
 
 
 def _object() -> Any:
-    """A JSON object, or None; it takes no part in the hash."""
+    """A field for a JSON object or None, excluded from the hash because dicts are not hashable."""
     metadata = {"what": "a JSON object", "accepts": lambda value: value is None or _is_json_object(value)}
     return field(default=None, hash=False, metadata=metadata)
 
@@ -169,27 +173,28 @@ def _is_json_object(value: Any) -> bool:
 class SSDConfig:
     """The user's choices; every instance is valid.
 
-    num_speculative_tokens: K, the most drafts a round may carry
-    fan_out: bonus tokens predicted per accept length 0..K, one number for all or one each
-    branch_budget: branches a request, divided by measured hit rates; with neither given, 4 * (K + 1)
-    on_miss: decode plainly, wait for just-in-time drafts up to `wait_ms`, draft by n-gram match, or decide by gain
-    adaptive: let the drafts a round carries follow the load, down to none where speculation does not pay
-    drafter_device: None leaves the choice to the platform; of several numbers, each drafter gets one
-    num_drafters: drafters of each data-parallel replica, which share its requests
-    drafters: "local" for those that the server starts, the addresses of `vllm-ssd drafter`, "ray" for those that Ray
-        places for this server, or "ray:POOL" for those of `vllm-ssd pool up POOL`
-    min_drafters: of drafters that the server does not start itself, how many it waits for as it starts; 1 by default
-    drafter_resources: what Ray reserves for each drafter, by Ray's names of resources
-    ray_unauthenticated: use a Ray cluster in which everybody who reaches its ports may run code
-    drafter_key: the credential that targets and those drafters share
-    tokenizer: of the draft model, where its own folder has none
-    hf_overrides: settings of the draft model's configuration to replace
-    drafter_args: vLLM's other engine arguments for the draft model, by their names in `EngineArgs`
+    num_speculative_tokens: K, the largest number of drafts per round
+    fan_out: bonus tokens predicted per accept length 0..K: one number for all, or a list with one entry each
+    branch_budget: branches per request, split by measured hit rates; 4 * (K + 1) if fan_out is not given either
+    on_miss: decode plainly ("skip"), wait up to `wait_ms` for just-in-time drafts ("wait"), draft by n-gram match
+        ("ngram"), or choose whichever gains most ("auto")
+    adaptive: adapt the number of drafts per round to the load, down to none where speculation does not pay
+    drafter_device: None lets the platform choose; several device numbers are distributed over the drafters
+    num_drafters: drafters per data-parallel replica, which share its requests
+    drafters: "local" for drafters that the server starts, a list of addresses of `vllm-ssd drafter`, "ray" for drafters
+        that Ray places for this server, or "ray:POOL" for those of `vllm-ssd pool up POOL`
+    min_drafters: number of drafters that the server waits for at startup if it does not start them itself; 1 by default
+    drafter_resources: Ray resources to reserve for each drafter, by Ray's resource names
+    ray_unauthenticated: allow a Ray cluster in which anyone who reaches its ports may run code
+    drafter_key: credential file shared by targets and the drafters at these addresses
+    tokenizer: the draft model's tokenizer, if its own folder has none
+    hf_overrides: values to override in the draft model's Hugging Face config
+    drafter_args: other vLLM engine arguments for the draft model, by their names in `EngineArgs`
     kv_cache_memory: bytes for the drafter's KV pages
     top_m: support of the proposal distribution when sampling
-    heterogeneous_vocab: let the draft model have another tokenizer, whose tokens are matched by their strings
-    saguaro_c: weight of the predicted bonus tokens in the proposal when sampling; 1 leaves it as it is
-    tree_attention: on a GPU, read each trunk once for all branches, with pages kept on the device
+    heterogeneous_vocab: allow a draft model with another tokenizer; tokens are matched by their strings
+    saguaro_c: weight of the predicted bonus tokens in the proposal when sampling; 1 leaves the proposal unchanged
+    tree_attention: on a GPU, read each trunk once for all its branches, with page tables on the device
     metrics_port: None serves no metrics; each further data-parallel replica takes the next port
     """
 
@@ -252,8 +257,8 @@ class SSDConfig:
             )
         if isinstance(self.fan_out, tuple) and not self.fan_out[-1] and self.on_miss == "skip":
             raise ValueError(
-                "ssd: with on_miss = 'skip' the last entry of fan_out, which serves rounds without drafts too, must be "
-                f"over 0, or there never are any, got {_shown(self.fan_out)}"
+                "ssd: with on_miss = 'skip' the last entry of fan_out must be over 0: it also serves rounds without "
+                f"drafts, so with 0 there would never be any drafts, got {_shown(self.fan_out)}"
             )
         shortest = 2 * self.num_speculative_tokens + 3
         if self.max_model_len is not None and self.max_model_len < shortest:
@@ -263,7 +268,7 @@ class SSDConfig:
             )
         self._check_drafters()
         if self.fan_out is not None and self.branch_budget is not None:
-            raise ValueError("ssd: give fan_out or branch_budget, not both: the budget is what fan_out divides")
+            raise ValueError("ssd: give fan_out or branch_budget, not both: fan_out already sets the branches")
         if self.ngram_min > self.ngram_max:
             raise ValueError(f"ssd: ngram_min must be at most ngram_max = {self.ngram_max}, got {self.ngram_min}")
 
@@ -271,12 +276,12 @@ class SSDConfig:
         if not isinstance(self.drafters, str) and self.drafter_key is None:
             raise ValueError("ssd: drafters at addresses need drafter_key, the file that `vllm-ssd key` made")
         if isinstance(self.drafters, str) and self.drafter_key is not None:
-            raise ValueError("ssd: drafter_key is for drafters at addresses; all others need none")
+            raise ValueError("ssd: drafter_key is only for drafters at addresses")
         if self.num_drafters != 1 and self.drafters not in ("local", "ray"):
-            what = "the addresses in drafters" if self.pool is None else "a pool, which has a number of its own"
+            what = "the addresses in drafters" if self.pool is None else "a pool, which sets its own number"
             raise ValueError(f"ssd: give num_drafters or {what}, not both")
         if self.drafters == "local" and self.min_drafters is not None:
-            raise ValueError("ssd: min_drafters is for drafters that others start; a server waits for all of its own")
+            raise ValueError("ssd: min_drafters is not for local drafters: a server waits for all it starts itself")
         if self.drafters != "ray" and self.drafter_resources is not None:
             raise ValueError('ssd: drafter_resources is for "drafters": "ray"')
         if self.pool is None and self.ray_unauthenticated:
@@ -291,10 +296,10 @@ class SSDConfig:
 
     @classmethod
     def from_user(cls, speculative_config: Mapping[str, Any]) -> SSDConfig:
-        """The configuration that the user's `speculative_config` describes.
+        """Build the configuration from the user's `speculative_config`.
 
-        Keys may have dashes for underscores. Raises ValueError for an unknown key, naming the nearest valid one, for a
-        value out of range, naming the range, and for a verification other than vLLM's standard one.
+        Keys may use dashes instead of underscores. Raises ValueError for an unknown key (naming the closest valid one),
+        a value out of range (naming the range), and any rejection_sample_method but "standard".
         """
         values: dict[str, Any] = {}
         for key, value in speculative_config.items():
@@ -309,15 +314,15 @@ class SSDConfig:
         if verification != "standard":
             raise ValueError(
                 f"ssd: rejection_sample_method must be 'standard', got {_shown(verification)}: with 'fly' and "
-                "'synthetic' vLLM accepts drafts that the target would not choose, and 'block' was not tested with ssd"
+                "'synthetic' vLLM accepts drafts that the target would not choose, and 'block' is untested with ssd"
             )
         return cls._from_values(values)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> SSDConfig:
-        """The configuration that `to_json` described, and `runtime_json` in the environment variable RUNTIME_ENV.
+        """Rebuild the configuration in a worker from `to_json()` and the RUNTIME_ENV variable.
 
-        Raises ValueError when that did not reach this process.
+        Raises ValueError if the variable did not reach this process.
         """
         if RUNTIME_ENV not in environment:
             raise ValueError(
@@ -327,15 +332,15 @@ class SSDConfig:
         return cls._from_values({**json.loads(environment[RUNTIME_ENV]), **values})
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that change what the target computes, as JSON types."""
+        """The fields in TARGET_FIELDS, as JSON types."""
         return {name: getattr(self, name) for name in TARGET_FIELDS}
 
     def runtime_json(self) -> str:
-        """All other fields as a JSON text."""
+        """All fields but TARGET_FIELDS, as JSON text."""
         return json.dumps({name: value for name, value in asdict(self).items() if name not in TARGET_FIELDS})
 
     def drafter_keys(self) -> dict[str, Any]:
-        """The user's keys that a drafter is started with where somebody else starts it; folders by their whole path."""
+        """The non-default keys to start a drafter with outside this server, local paths made absolute."""
         own = {"drafters", "num_drafters", "min_drafters", "drafter_resources", "ray_unauthenticated", "metrics_port"}
         defaults = SSDConfig(self.model)
         keys = {k: v for k, v in asdict(self).items() if k not in own and v != getattr(defaults, k)}
@@ -347,12 +352,12 @@ class SSDConfig:
 
     @property
     def num_awaited(self) -> int:
-        """Drafters that a server waits for as it starts, of those that it does not start itself."""
+        """Number of drafters to wait for at startup if the server does not start them itself."""
         return 1 if self.min_drafters is None else self.min_drafters
 
     @property
     def pool(self) -> str | None:
-        """The pool on Ray that drafters belong to: "" for this server's own, None where Ray places none."""
+        """Name of the Ray pool that provides the drafters; "" if it is this server's own, None without Ray."""
         if isinstance(self.drafters, str) and self.drafters.partition(":")[0] == "ray":
             return self.drafters.partition(":")[2]
         return None
@@ -398,7 +403,7 @@ class SSDConfig:
 
 
 def _misspells(name: str, key: str) -> bool:
-    """Whether `name` may be meant as `key`: nearly the same letters, and no word that is another one altogether."""
+    """Whether `name` is probably a misspelling of `key`: similar overall, and no word is a different one entirely."""
 
     def alike(a: str, b: str, ratio: float) -> bool:
         return difflib.SequenceMatcher(None, a, b).ratio() >= ratio

@@ -1,4 +1,4 @@
-"""Where vLLM meets this package: the entry point, and the translation of a user's configuration."""
+"""The plugin's entry point, and the translation of a user's configuration into vLLM's."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _failed = False
 def register() -> None:
     """Teach vLLM the speculative method "ssd".
 
-    vLLM calls this in every process, unguarded, and for users who never ask for ssd: it is idempotent, never raises,
-    and leaves vLLM as it was where it fails. Then ssd is refused with the reason when asked for.
+    vLLM calls this unguarded in every process, also for users who never use ssd. So it is idempotent, never raises, and
+    leaves vLLM unchanged if it fails; a user who then asks for ssd gets an error with the reason.
     """
     global _failed
     if _failed:
@@ -46,7 +46,7 @@ def register() -> None:
 
 
 def build_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
-    """What the V2 runner drafts with."""
+    """Build the V2 runner's speculator."""
     from vllm_ssd.compat.target.weights import warn_of_new_weights
     from vllm_ssd.target.v2.speculator import SSDSpeculator
 
@@ -55,11 +55,11 @@ def build_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
 
 
 def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
-    """Check the user's ssd configuration and put it into the form that vLLM carries to its workers.
+    """Validate the user's ssd configuration and rewrite `engine_args` so that vLLM carries it to its workers.
 
-    vLLM is left with a method of its own, behind which the runner that it will choose finds us. Keys that change the
-    target's forward travel in `additional_config["ssd"]`, which enters vLLM's compile-cache key, all others in an
-    environment variable, which does not.
+    `speculative_config` becomes one of vLLM's own methods: "custom_class" on the V1 runner, METHOD_ON_V2 on the V2
+    runner. Keys that change the target's forward travel in `additional_config["ssd"]`, which is part of vLLM's
+    compile-cache key; all others travel in an environment variable, which is not.
     """
     import vllm
 
@@ -70,7 +70,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
 
     check_vllm_version(vllm.__version__)
     if model_config.runner_type == "pooling":
-        raise ValueError("ssd: the target is a pooling model, which generates no tokens to speculate about")
+        raise ValueError("ssd: the target is a pooling model, which generates no tokens")
     recurrent.check_target(model_config)
     user = dict(engine_args.speculative_config or {})
     for field, key in (("spec_method", "method"), ("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
@@ -99,7 +99,10 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
 
 
 def settle_drafter(config: SSDConfig, engine_args: Any, model_config: Any) -> SSDConfig:
-    """`config` with what the draft model takes from the target, and paths in full; raises ValueError."""
+    """Complete `config` with what the draft model inherits from the target, and expand `~` in paths.
+
+    Raises ValueError for a local model path that does not exist and for unknown names in drafter_args.
+    """
     from vllm_ssd.compat.target import configuration
     from vllm_ssd.link.drafter_args import check_names, has_no_tokenizer, inherited_scaling, overridden_positions
 
@@ -114,7 +117,7 @@ def settle_drafter(config: SSDConfig, engine_args: Any, model_config: Any) -> SS
     if config.download_dir is None:
         config = replace(config, download_dir=getattr(engine_args, "download_dir", None))
     if config.tokenizer is None and has_no_tokenizer(config.model):
-        logger.info("SSD: the draft model's folder has no tokenizer; it is taken to have the target's")
+        logger.info("SSD: the draft model's folder has no tokenizer; using the target's")
         config = replace(config, tokenizer=model_config.tokenizer)
     hf_overrides = getattr(engine_args, "hf_overrides", None)
     overridden = overridden_positions(hf_overrides)
@@ -122,30 +125,33 @@ def settle_drafter(config: SSDConfig, engine_args: Any, model_config: Any) -> SS
         return config
     scaling = inherited_scaling(hf_overrides, lambda: configuration.positions_of(config.model, config.revision))
     if scaling is not None:
-        logger.info("SSD: the draft model has the target's rope scaling: %s", scaling)
+        logger.info("SSD: the draft model inherits the target's rope scaling: %s", scaling)
         config = replace(config, hf_overrides=scaling)
     else:
         logger.warning(
-            "SSD: the target's hf_overrides (%s) are not the drafter's; give hf_overrides in speculative_config if it "
-            "needs them for contexts of the same length",
+            "SSD: the target's hf_overrides (%s) do not apply to the drafter; give hf_overrides in speculative_config "
+            "if the draft model needs them for contexts of the same length",
             overridden,
         )
     return config
 
 
 def replicas_here(parallel_config: Any) -> int:
-    """Data-parallel replicas that run on this node; 0 where other servers may run some beside those of this one."""
+    """Number of data-parallel replicas on this node; 0 if other servers may run more of them here."""
     if parallel_config.data_parallel_size == 1:
         return 1
     apart = bool(os.environ.get("CUDA_VISIBLE_DEVICES")) and parallel_config.assigned_physical_gpu_ids is None
-    if parallel_config.data_parallel_external_lb:  # each replica is a server, with GPUs of its own or among all
+    if parallel_config.data_parallel_external_lb:  # each replica is its own server
         return int(apart)
-    alone = parallel_config.data_parallel_rank_local is not None  # offline, one process a replica
+    alone = parallel_config.data_parallel_rank_local is not None  # offline, one process per replica
     return 0 if alone or parallel_config.data_parallel_backend == "ray" else parallel_config.data_parallel_size_local
 
 
 def on_v2(config: SSDConfig, engine_args: Any, parallel_config: Any) -> dict[str, Any]:
-    """What vLLM takes us for on the V2 runner; with `adaptive` its scheduler becomes ours where that can be."""
+    """The speculative_config that selects our speculator on the V2 runner.
+
+    With `adaptive`, also replaces the scheduler class in `engine_args`, unless something prevents it.
+    """
     from vllm_ssd.compat.target import runner
 
     disguise = {
@@ -158,7 +164,7 @@ def on_v2(config: SSDConfig, engine_args: Any, parallel_config: Any) -> dict[str
     num_drafts = config.num_speculative_tokens
     obstacle = runner.why_not_adaptive(engine_args, parallel_config)
     if obstacle is not None:
-        logger.warning("SSD: `adaptive` has no effect, every round carries %d drafts: %s", num_drafts, obstacle)
+        logger.warning("SSD: `adaptive` has no effect; every round carries %d drafts: %s", num_drafts, obstacle)
         return disguise
     engine_args.scheduler_cls = runner.SCHEDULER
     table = runner.drafts_by_batch_size(num_drafts, engine_args.max_num_seqs)

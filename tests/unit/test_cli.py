@@ -195,7 +195,7 @@ def test_a_credential_is_made_once_and_a_drafter_wants_one(tmp_path, monkeypatch
         (("--listen", "127.0.0.1:1", "--config", "[]"), "must be a JSON object"),
         (("--listen", "127.0.0.1:1", "--config", '{"fanout": 3}'), "did you mean 'fan_out'?"),
         (("--listen", "127.0.0.1:1", "--config", '{"drafter_device": "cpu"}'), "drafter_device is for drafters that a"),
-        (("--listen", "127.0.0.1:1", "--config", '{"drafter_args": {"seed": 3}}'), "seed is no key for drafter_args"),
+        (("--listen", "127.0.0.1:1", "--config", '{"drafter_args": {"seed": 3}}'), "seed is not allowed in"),
         (("--listen", "127.0.0.1:1", "--config", '{"drafter_args": {"sed": 3}}'), "did you mean 'seed'?"),
     ):
         done = run(*drafter, *arguments)
@@ -205,9 +205,9 @@ def test_a_credential_is_made_once_and_a_drafter_wants_one(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("--config", '{"drafter_args": {"seed": 3}}'), "seed is no key for drafter_args"),
+        (("--config", '{"drafter_args": {"seed": 3}}'), "seed is not allowed in drafter_args"),
         (("--config", '{"drafter_device": "cpu"}'), "Ray places the drafters of a pool"),
-        (("--resources", '{"GPU": 1.5}'), "a part of one, or whole ones"),
+        (("--resources", '{"GPU": 1.5}'), "a fraction of one GPU or whole GPUs"),
     ],
 )
 def test_a_pool_is_not_started_with_keys_that_no_drafter_takes(arguments, reason):

@@ -42,10 +42,10 @@ def test_the_refused_are_arguments_of_this_vllm() -> None:
     ("name", "message"),
     [
         ("kv_cache_dtyp", "unknown key 'kv_cache_dtyp' in drafter_args; did you mean 'kv_cache_dtype'"),
-        ("zzzzzz", "unknown key 'zzzzzz' in drafter_args; names are those of vLLM's EngineArgs"),
-        ("dtype", "dtype is no key for drafter_args: give dtype in speculative_config"),
+        ("zzzzzz", "unknown key 'zzzzzz' in drafter_args; valid names are those of vLLM's EngineArgs"),
+        ("dtype", "dtype is not allowed in drafter_args: give dtype in speculative_config"),
         ("kv_cache_memory_bytes", "give kv_cache_memory in speculative_config"),
-        ("block_size", "block_size is no key for drafter_args: ssd assigns a drafter's KV pages"),
+        ("block_size", "block_size is not allowed in drafter_args: ssd assigns a drafter's KV pages"),
         ("tensor_parallel_size", "a drafter is one process on one device"),
         ("data_parallel_rank", "a drafter is one process on one device"),
         ("speculative_config", "a drafter does not speculate itself"),

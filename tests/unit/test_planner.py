@@ -102,7 +102,7 @@ def test_profile_round_trips_through_json():
         (lambda p: p["costs"].update(verify=[]), "at least one verification"),
         (lambda p: p["costs"].update(draft_step=[[2, 1.0], [1, 1.0]]), "draft_step must be sorted"),
         (lambda p: p["costs"].update(draft_step=[[1, 0]]), "over 0"),
-        (lambda p: p["acceptance"][0].update(rejected=[0.5, 0.4]), "cannot cover less"),
+        (lambda p: p["acceptance"][0].update(rejected=[0.5, 0.4]), "undrafted must not decrease"),
         (lambda p: p["acceptance"][0].update(after_hit=[1.2]), "after_hit must hold probabilities"),
         (lambda p: p["costs"].update(verify="soon"), "costs.verify"),
         (lambda p: p.pop("costs"), "costs"),

@@ -1,1 +1,1 @@
-"""Every private vLLM symbol that this package touches, and nothing else touches vLLM's insides."""
+"""All uses of private vLLM symbols; no other part of the package touches vLLM's internals."""

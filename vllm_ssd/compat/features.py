@@ -1,7 +1,7 @@
-"""What works on which of vLLM's model runners, and the test that shows it.
+"""The features that work on each of vLLM's model runners, and the tests that show it.
 
-`scripts/compatibility_table.py` writes the table of `docs/compatibility.md` from it, and `vllm-ssd doctor` says what is
-different on the runner that it finds. No vLLM needed.
+`scripts/compatibility_table.py` writes the table of `docs/compatibility.md` from this, and `vllm-ssd doctor` reports
+the differences of the runner in use. Does not import vLLM.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 from vllm_ssd.compat.version import SUPPORTED
 
 V2_SINCE = (0, 32)
-"""The first vLLM whose V2 runner has a method that ssd can pass for."""
+"""First vLLM minor whose V2 runner ssd supports."""
 
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """One row. v1, v2: what it does there; shown_by: tests by runner, below tests/.
+    """A row of the table.
 
-    why: by runner, what to know where it is not as on the other
-    asked: the key and value that ask for it, None for what every server has
+    v1, v2: support on each runner
+    shown_by: tests by runner, relative to tests/
+    why: explanation of a difference, by runner
+    asked: configuration key and value that use the feature, None if every server does
     """
 
     name: str

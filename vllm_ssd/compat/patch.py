@@ -1,9 +1,8 @@
-"""The one way in which this package patches vLLM.
+"""How this package patches vLLM.
 
-A patch names its symbol as "package.module:Class.attribute" and the parameters it relies on. `wrap` puts a guard in
-front of a function: a call that the guard does not claim reaches vLLM's function with the same arguments. `replace`
-repairs a function for the whole process. Both mark what they install, do nothing the second time, and raise
-`UnsupportedVLLM` for a vLLM that lacks the symbol.
+A patch names its symbol as "package.module:Class.attribute", and the parameters that it relies on. `wrap` adds a guard:
+calls that the guard does not claim go to vLLM's function unchanged. `replace` fixes a function for the whole process.
+Both mark what they install, are idempotent, and raise `UnsupportedVLLM` if vLLM lacks the symbol.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ MARK = "_vllm_ssd_patch"
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """One attribute of vLLM that was replaced.
+    """A replaced attribute of vLLM.
 
-    original: the function vLLM had there, a property's getter included; ours: the guard, None for a repair that serves
-    the whole process; parameters: those of the original that we rely on.
+    original: vLLM's function, or a property's getter; ours: the guard, None for a replacement that serves the whole
+    process; parameters: those of the original that we rely on.
     """
 
     symbol: str
@@ -35,11 +34,11 @@ class Patch:
     ours: Callable[..., Any] | None
     parameters: tuple[str, ...]
     _owner: Any
-    _found: Any  # what stood in the owner's namespace, if anything did
+    _found: Any  # previous value in the owner's own namespace, None if it was inherited
     _installed: Any
 
     def is_active(self) -> bool:
-        """Whether a call of the symbol still goes through this patch."""
+        """Whether calls of the symbol still go through this patch."""
         current = inspect.getattr_static(self._owner, _name(self.symbol), None)
         return current is self._installed or _mark(current) is self
 
@@ -50,9 +49,9 @@ _patches: list[Patch] = []
 def wrap(
     symbol: str, ours: Callable[..., Any], wrapper: Callable[..., Any], *, parameters: tuple[str, ...] = ()
 ) -> None:
-    """Let calls for which `ours(*args, **kwargs)` is true return `wrapper(original, *args, **kwargs)`.
+    """Route calls for which `ours(*args, **kwargs)` is true to `wrapper(original, *args, **kwargs)`.
 
-    All other calls are vLLM's. For a method, and for a property's getter, the first argument is the object.
+    All other calls go to vLLM's function. For methods and property getters the first argument is the object.
     """
     owner, found = _resolve(symbol)
     if _mark(found) is not None:
@@ -71,7 +70,7 @@ def wrap(
 
 
 def replace(symbol: str, replacement: Callable[..., Any], *, parameters: tuple[str, ...] = ()) -> None:
-    """Put `replacement` in the symbol's place for every caller in this process: for repairs that all may have."""
+    """Replace the symbol for every caller in this process; only for fixes that are safe for all of them."""
     owner, found = _resolve(symbol)
     if _mark(found) is not None or found is replacement:
         return
@@ -80,7 +79,7 @@ def replace(symbol: str, replacement: Callable[..., Any], *, parameters: tuple[s
 
 
 def assume(symbol: str, value: Any) -> None:
-    """Set a module's constant, in a process that runs no engine: it is neither marked nor undone."""
+    """Set a module's constant in a process that runs no engine; not marked, and never undone."""
     owner, _ = _resolve(symbol)
     setattr(owner, _name(symbol), value)
 
@@ -100,7 +99,7 @@ def patched() -> dict[str, Patch]:
 
 
 def undo(patch: Patch) -> None:
-    """Restore what the patch replaced, unless someone else has replaced the patch since."""
+    """Restore the original, unless someone else has replaced the patch since."""
     if inspect.getattr_static(patch._owner, _name(patch.symbol), None) is patch._installed:
         if patch._found is None:
             delattr(patch._owner, _name(patch.symbol))
@@ -122,7 +121,7 @@ def all_or_nothing() -> Iterator[None]:
 
 
 def _resolve(symbol: str) -> tuple[Any, Any]:
-    """The object whose namespace is patched, and what is found there without binding it."""
+    """The object whose namespace is patched, and the unbound attribute found there."""
     module, _, path = symbol.partition(":")
     try:
         owner = importlib.import_module(module)
@@ -145,7 +144,7 @@ def _name(symbol: str) -> str:
 
 
 def _function(found: Any) -> Any:
-    """What was found, or the getter of a property."""
+    """`found` itself, or its getter if it is a property."""
     return found.fget if isinstance(found, property) else found
 
 
@@ -154,7 +153,7 @@ def _mark(found: Any) -> Patch | None:
 
 
 def _check(symbol: str, function: Any, parameters: tuple[str, ...]) -> None:
-    """Raise unless `function` can be patched and has `parameters`; one that takes any arguments may have them."""
+    """Raise unless `function` can be patched and accepts `parameters`."""
     if not callable(function) or isinstance(function, (staticmethod, classmethod)):
         raise unsupported(symbol, f"is a {type(function).__name__}, not a plain function")
     if not parameters:
@@ -169,7 +168,7 @@ def _check(symbol: str, function: Any, parameters: tuple[str, ...]) -> None:
 
 def _install(patch: Patch) -> None:
     installed = patch._installed
-    with suppress(AttributeError, TypeError):  # a builtin takes no attributes
+    with suppress(AttributeError, TypeError):  # builtins have no writable attributes
         setattr(_function(installed), MARK, patch)
     setattr(patch._owner, _name(patch.symbol), installed)
     _patches.append(patch)

@@ -1,7 +1,7 @@
-"""Everything of vLLM that `compat` uses: names, attributes of objects, and how functions are called.
+"""Everything of vLLM that `compat` uses: names, attributes, and how functions are called.
 
-`scripts/check_vllm.py` looks these up in a release; `tests/unit/test_check_vllm.py` holds the tables equal to what the
-source of `compat` reaches, and to what is patched. No vLLM needed.
+`scripts/check_vllm.py` checks a vLLM release against these tables; `tests/unit/test_check_vllm.py` checks that they
+match the source of `compat` and its patches. Does not import vLLM.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ USED = {
     "vllm.v1.worker.utils:AttentionGroup": "get_metadata_builder layer_names",
     "vllm.v1.worker.worker_base:WorkerWrapperBase": "worker",
 }
-"""Names in modules, and attributes of classes: what a class, one of its bases, or a method on `self` sets."""
+"""Names in modules, and attributes of classes, including those set by base classes or in methods on `self`."""
 
 CALLED = {
     "vllm._custom_ops:reshape_and_cache_flash": (
@@ -211,7 +211,7 @@ CALLED = {
         "spec_decode_metadata common_attn_metadata slot_mappings"
     ),
 }
-"""Parameters that calls of ours give, or that a wrapper of ours passes on: all are there, and no other is required."""
+"""Parameters that our calls or wrappers pass: all of them must exist, and no other may be required."""
 
 EXACT = {
     "vllm.config.vllm:VllmConfig.max_concurrent_batches": "",
@@ -268,7 +268,7 @@ EXACT = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample": "logits spec_decode_metadata",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states": "scheduler_output",
 }
-"""All parameters but `self` of functions that ours stand in for: vLLM calls ours with these."""
+"""All parameters but `self` of functions that ours replace, which vLLM calls with these."""
 
 SUBCLASSED = {
     "vllm.v1.attention.backend:AttentionBackend": "get_builder_cls get_impl_cls get_name",
@@ -276,7 +276,7 @@ SUBCLASSED = {
     "vllm.v1.attention.backend:AttentionMetadataBuilder": "__init__ build",
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator": "capture init_cudagraph_manager propose",
 }
-"""Abstract methods of classes that ours are subclasses of, all of which ours have: no other may be abstract."""
+"""Abstract methods of base classes that our subclasses implement; no others may be abstract."""
 
 FROM_0_32 = (
     "vllm.v1.core.sched.output:GrammarOutput",
@@ -287,20 +287,20 @@ FROM_0_32 = (
     "vllm.v1.outputs:",
     "vllm.v1.worker.gpu.",
 )
-"""Beginnings of symbols that are used from 0.32 on, where the V2 runner is."""
+"""Prefixes of symbols that are only used from 0.32 on, with the V2 runner."""
 UP_TO_0_31 = {
     "vllm.v1.worker.gpu.model_runner:init_speculator": "vllm_config device",
     "vllm.v1.worker.gpu.spec_decode:init_speculator": "vllm_config device",
 }
-"""Parameters of symbols that are used before 0.32, too, but have fewer there."""
+"""Parameters before 0.32 of symbols that gained some in 0.32."""
 
 
 @dataclass(frozen=True)
 class Symbol:
-    """One of vLLM's: "module:Class.attribute", "module:name", or a module.
+    """A symbol of vLLM: "module:Class.attribute", "module:name", or a module.
 
-    parameters: those of a function, None where they do not matter; exact: whether it may have no others, required or
-    not; implemented: the abstract methods of a class that a subclass of ours has, None where there is no such subclass.
+    parameters: of a function, None if they do not matter; exact: whether the function must have no others; implemented:
+    abstract methods that our subclass implements, None without a subclass.
     """
 
     name: str
@@ -310,7 +310,7 @@ class Symbol:
 
 
 def symbols(minor: Minor = SUPPORTED[1]) -> Iterator[Symbol]:
-    """The symbols that are used with vLLM of this minor, in the order of the tables."""
+    """The symbols that are used with this vLLM minor, in the order of the tables."""
     names = [
         f"{owner}{'.' if ':' in owner else ':'}{name}" if name else owner
         for owner, found in USED.items()

@@ -1,4 +1,4 @@
-"""The vLLM minors this package was tested with, and one clear error for all others."""
+"""The supported vLLM minors, and the error for all others."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ SUPPORTED = ((0, 29), (0, 33))
 """First and last supported vLLM minor, inclusive."""
 
 ANY_VLLM_ENV = "VLLM_SSD_ANY_VLLM"
-"""Set to 1, it lets ssd try a vLLM outside the supported range."""
+"""Environment variable that, set to 1, lets ssd try a vLLM outside the supported range."""
 
 ISSUES = "https://github.com/vllm-ssd/vllm-ssd/issues"
 
 
 class UnsupportedVLLM(RuntimeError):
-    """The installed vLLM is outside the supported range, or lacks a symbol that we replace."""
+    """Raised if the installed vLLM is outside the supported range, or lacks a symbol that we need."""
 
 
 def supported_range() -> str:
@@ -26,7 +26,7 @@ def supported_range() -> str:
 
 
 def minor_of(version: str) -> tuple[int, ...]:
-    """`(0, 33)` of a version such as "0.33.0" or "0.33.0+cpu"; empty where it begins with no two numbers."""
+    """`(0, 33)` for a version such as "0.33.0" or "0.33.0+cpu"; empty if it does not start with two numbers."""
     try:
         major, minor = (int(part) for part in version.split("+")[0].split(".")[:2])
     except ValueError:
@@ -35,7 +35,7 @@ def minor_of(version: str) -> tuple[int, ...]:
 
 
 def unsupported(symbol: str, problem: str) -> UnsupportedVLLM:
-    """The error to raise where the installed vLLM lacks what we rely on: its symbol, and what is wrong with it."""
+    """Build the error for a symbol of the installed vLLM; problem: what is wrong with it, such as "is missing"."""
     import vllm
 
     found = getattr(vllm, "__version__", "of unknown version")
@@ -48,7 +48,7 @@ def unsupported(symbol: str, problem: str) -> UnsupportedVLLM:
 def check_vllm_version(found: str) -> None:
     """Raise `UnsupportedVLLM` unless `found`, such as "0.32.0" or "0.32.0+cpu", is in the supported range.
 
-    With `VLLM_SSD_ANY_VLLM=1` in the environment, warn instead: a symbol that is missing is still refused.
+    With `VLLM_SSD_ANY_VLLM=1` in the environment this only warns; missing symbols still raise later.
     """
     if SUPPORTED[0] <= minor_of(found) <= SUPPORTED[1]:
         return

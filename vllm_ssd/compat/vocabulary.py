@@ -1,4 +1,4 @@
-"""What vLLM's tokenizers call their tokens."""
+"""Read the vocabulary of a model's tokenizer through vLLM."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 
 def read_vocabulary(model_config: ModelConfig) -> tuple[list[str], int]:
-    """The string of each token id, "" for ids without one, and the id that stands in for text the model does not know.
+    """The string of each token id, "" for ids without one, and the id of a stand-in for unknown tokens.
 
-    The strings are [] for a model that is loaded without a tokenizer. The id is that of the unknown token, or else of
-    the end of the text. Raises whatever the tokenizer does where its files are missing.
+    The strings are [] for a model without a tokenizer. The stand-in is the unknown token or, without one, the
+    end-of-text token. Raises whatever the tokenizer raises if its files are missing.
     """
     tokenizer = cached_tokenizer_from_config(model_config)
     end = getattr(model_config.hf_text_config, "eos_token_id", None)
@@ -24,7 +24,7 @@ def read_vocabulary(model_config: ModelConfig) -> tuple[list[str], int]:
     names = tokenizer.get_vocab()
     token_ids = sorted(set(names.values()))
     strings: list[Any] = list(tokenizer.convert_ids_to_tokens(token_ids))
-    if len(strings) != len(token_ids):  # a tokenizer that leaves some out
+    if len(strings) != len(token_ids):  # this tokenizer omits some ids
         by_id = {token_id: name for name, token_id in names.items()}
         strings = [by_id[token_id] for token_id in token_ids]
     tokens = [""] * (token_ids[-1] + 1 if token_ids else 0)
@@ -34,6 +34,6 @@ def read_vocabulary(model_config: ModelConfig) -> tuple[list[str], int]:
 
 
 def _as_text(token: str | bytes | None) -> str:
-    """A token as UTF-8 can carry it."""
+    """A token's string, restricted to valid UTF-8."""
     text = token.decode("latin-1") if isinstance(token, bytes) else token or ""
     return text.encode("utf-8", "replace").decode()

@@ -13,7 +13,7 @@ from vllm_ssd.link.options import DrafterOptions
 
 
 def main(place: int | str, options: DrafterOptions) -> int:
-    """Boot and serve: the parent alone, to which this process is tied, or all who connect."""
+    """Boot and serve: on a descriptor the parent, with which this process dies; on an address all who connect."""
     if isinstance(place, str):
         if options.keeper >= 0:
             detach()
@@ -21,14 +21,14 @@ def main(place: int | str, options: DrafterOptions) -> int:
 
         return listen(place, options)
     die_with(options.parent_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the target closes us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the target shuts us down
     from vllm_ssd.drafter.server import run
 
     return run(place, options)
 
 
 def detach() -> None:
-    """Go on as nobody's child: Ray's processes kill their children when they end."""
+    """Continue in a child of init, because Ray's processes kill their children when they end."""
     if os.fork():
         os._exit(0)
     os.setsid()

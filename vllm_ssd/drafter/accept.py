@@ -1,4 +1,4 @@
-"""Take connections of targets on other hosts: a thread shakes hands with them, so that nobody who is silent delays."""
+"""Accept connections of targets on other hosts; a thread does the TLS handshakes, so that slow peers delay nobody."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from vllm_ssd.link.tcp import CONNECT_TIMEOUT_S, TlsStream, tuned
 
 MAX_HANDSHAKES = 128
-"""Connections that shake hands at a time; one more pushes the oldest out."""
+"""Most concurrent handshakes; one more drops the oldest."""
 TICK_S = 0.2
 
 
 @dataclass(slots=True, eq=False)
 class Handshake:
-    """A connection that has not proven who it is."""
+    """A connection that is not authenticated yet."""
 
     stream: TlsStream
     peer: str
@@ -31,9 +31,9 @@ class Handshake:
 
 
 class Acceptor:
-    """Listens on one address; `take` returns the connections that have shaken hands since.
+    """Listens on an address; `take` returns the connections that have completed their handshake since the last call.
 
-    Raises OSError where the address cannot be listened on.
+    Raises OSError if the address cannot be bound.
     """
 
     def __init__(self, address: tuple[str, int], context: ssl.SSLContext, logger: logging.Logger) -> None:
@@ -53,15 +53,15 @@ class Acceptor:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens; with port 0 the system has chosen one."""
+        """The address it listens on, with the actual port if 0 was asked for."""
         return self._listener.getsockname()[:2]
 
     def fileno(self) -> int:
-        """A descriptor that is readable when `take` has something."""
+        """A descriptor that is readable when `take` has connections."""
         return self._wakeup
 
     def take(self) -> list[tuple[TlsStream, str]]:
-        """Connections whose other end has proven that it holds the credential, each with its address."""
+        """Connections that have authenticated with the credential, each with the peer's address."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wakeup)
         taken = []
@@ -71,7 +71,7 @@ class Acceptor:
         return taken
 
     def close(self) -> None:
-        """Listen no longer, and drop what has not been taken."""
+        """Stop listening and close the connections that were not taken."""
         self._closed = True
         self._thread.join()
         for stream, _ in self.take():
@@ -97,7 +97,7 @@ class Acceptor:
         try:
             sock, address = self._listener.accept()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # it stays in the queue, and those that are used go on
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # no descriptors left: it stays queued, retry later
                 time.sleep(TICK_S)
             return
         try:
@@ -114,11 +114,11 @@ class Acceptor:
 
     def _advance(self, handshake: Handshake) -> None:
         stream = handshake.stream
-        if self._handshakes.get(stream.fileno()) is not handshake:  # it was pushed out just now
+        if self._handshakes.get(stream.fileno()) is not handshake:  # dropped in the meantime
             return
         try:
             is_over = stream.shake_hands()
-        except OSError as error:  # of TLS too
+        except OSError as error:  # includes TLS errors
             self._refuse(handshake, getattr(error, "reason", None) or str(error))
             return
         if is_over:

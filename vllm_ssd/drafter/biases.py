@@ -1,4 +1,4 @@
-"""What requests add to their logits before anything is drawn from them: `allowed_token_ids` and `logit_bias`."""
+"""Logit biases of requests (`allowed_token_ids` and `logit_bias`), as rows of one table on the device."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from vllm_ssd.link.protocol import NO_BIAS, Bias
 
 NUM_BIASES = 16
-"""Different ones at a time. Requests beyond them are drafted for without, which costs acceptance alone."""
+"""Most distinct biases at a time. Further requests are drafted without their bias, which only costs acceptance."""
 UNBIASED = 0
-"""The row of requests that add nothing."""
+"""Row of requests without a bias."""
 FORBIDDEN = -1e4
-"""Added where a token is not allowed: its probability is 0 in float32. Finite, so that a request which allows only
-tokens that the draft model lacks still has something to draw from."""
+"""Bias of tokens that are not allowed; makes their probability 0 in float32. Finite, so that drawing still works for a
+request that allows only tokens which the draft model lacks."""
 
 
 class Biases:
-    """A table of biases, one row however many requests have it."""
+    """A table of biases, in which requests with equal biases share a row."""
 
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self._vocab_size, self._device = vocab_size, device
@@ -29,13 +29,13 @@ class Biases:
 
     @functools.cached_property
     def table(self) -> torch.Tensor:
-        """[1 + NUM_BIASES, V] float32, on the device; row `UNBIASED` is zero. Made when it is first asked for."""
+        """[1 + NUM_BIASES, V] float32, on the device; row `UNBIASED` is zero. Allocated on first use."""
         return torch.zeros(1 + NUM_BIASES, self._vocab_size, device=self._device)
 
     def hold(self, bias: Bias) -> int:
-        """The row of `bias`, until it is released; `UNBIASED` where it does not fit the vocabulary, or no row is left.
+        """Acquire the row of `bias`; `UNBIASED` if it does not fit the vocabulary or no row is left.
 
-        Nothing that was launched may read the table any more.
+        No launched step may still be reading the table.
         """
         if bias == NO_BIAS:
             return UNBIASED
@@ -53,12 +53,12 @@ class Biases:
         return row
 
     def release(self, row: int) -> None:
-        """One request fewer has `row`; it is kept for the next until the room is needed."""
+        """Release `row` once; an unused row keeps its bias until another one needs the space."""
         if row != UNBIASED:
             self._holders[row] -= 1
 
     def allowed(self, row: int, token_ids: np.ndarray) -> np.ndarray:
-        """Those of `token_ids` [n] that a request with `row` may sample."""
+        """The subset of `token_ids` [n] that a request with `row` may sample."""
         return token_ids if row == UNBIASED else token_ids[~self._forbidden[row, token_ids]]
 
     @torch.inference_mode()
@@ -72,7 +72,7 @@ class Biases:
 
 
 def dense_bias(bias: Bias, vocab_size: int) -> np.ndarray | None:
-    """What `bias` adds to each logit, [vocab_size] float32; None if it is no bias over such a vocabulary."""
+    """`bias` as a [vocab_size] float32 array to add to logits; None if it is invalid for this vocabulary."""
     if len(bias.token_ids) % 4 or len(bias.token_ids) != len(bias.values):
         return None
     token_ids, values = np.frombuffer(bias.token_ids, "<i4"), np.frombuffer(bias.values, "<f4")

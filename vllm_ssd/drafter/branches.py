@@ -1,4 +1,4 @@
-"""The branches of all requests, as a struct of arrays that one batched step reads and writes."""
+"""The branches of all requests, as a struct of arrays for batched steps."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from vllm_ssd.drafter.sampler import Draw
 from vllm_ssd.drafter.truncation import NOTHING
 
 JIT_ACCEPT_LENGTH = -1
-"""Accept length of the just-in-time branch: its base is the last committed token, one before the first fork point.
-The protocol names its outcome (0, JIT_TOKEN)."""
+"""Accept length of the just-in-time branch, whose base is the last committed token, one before the first fork point.
+In the protocol its outcome is (0, JIT_TOKEN)."""
 
 
 class Branches:
     """Up to `per_request` branches for each of `max_num_seqs` requests; row `i` of every array belongs to branch `i`.
 
-    A branch starts at KV position `base` with its first token, a predicted bonus token, and holds up to `num_drafts`
-    draft tokens after it. Where its KV lies is told by `Pages`.
+    A branch starts at KV position `base` with its first token, a predicted bonus token, followed by up to `num_drafts`
+    draft tokens. `Pages` knows where its KV is.
 
-    tokens [capacity, K + 1] int32: first token, then drafts; the first `computed` were forwarded, and one more is
-    drawn while `computed <= num_drafts`; the first `sent` drafts were pushed. candidates [capacity, K + 1, C]
+    tokens [capacity, K + 1] int32: first token, then drafts; the first `computed` have been forwarded, and one more has
+    been drawn while `computed <= num_drafts`; the first `sent` drafts have been pushed. candidates [capacity, K + 1, C]
     int32: likeliest tokens after each computed one; candidate_probs, float32: their softmax. q_token_ids, q_probs
-    [capacity, K, M]: the proposal each draft was drawn from. temperature [capacity] float32: 0 for greedy branches.
-    truncation [capacity, 3] float32: see `truncate`. bias [capacity] int32: rows of `biases`.
+    [capacity, K, M]: the proposal of each draft. temperature [capacity] float32: 0 for greedy branches. truncation
+    [capacity, 3] float32: see `truncate`. bias [capacity] int32: rows of `biases`.
 
     With a mask_token_id the draft model drafts in parallel: one step forwards the next token of a branch and a mask for
-    each further draft, and draws all drafts that are missing. KV of a mask is not that of the draft in its place: only
-    the first `num_kept` tokens have KV of their own.
+    each further draft, and draws all missing drafts. A mask's KV cannot serve as that of the draft in its place, so
+    only the first `num_kept` tokens have valid KV.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Branches:
 
     @property
     def num_free(self) -> int:
-        """Branches that can still be added."""
+        """Number of branches that can still be added."""
         return len(self._free)
 
     @property
@@ -78,25 +78,25 @@ class Branches:
 
     @property
     def tokens_per_step(self) -> int:
-        """The most tokens of one branch in a step."""
+        """Most tokens of one branch in a step."""
         return self.num_speculative_tokens if self.is_parallel else 1
 
     @property
     def growing(self) -> np.ndarray:
-        """Which branches want another draft, [capacity] bool."""
+        """Which branches still lack drafts, [capacity] bool."""
         return self.alive & (self.computed < self.num_drafts)
 
     @property
     def finished(self) -> np.ndarray:
-        """Which branches have all their drafts, but not what may follow the last one, [capacity] bool.
+        """Which branches have all drafts but lack the candidates after the last one, [capacity] bool.
 
-        None that drafts in parallel: what follows its last draft is known when the spine is forwarded.
+        Always false with parallel drafting, where the forward of the spine provides these candidates.
         """
         return self.alive & (self.computed == self.num_drafts) & (not self.is_parallel)
 
     @property
     def want_steps(self) -> bool:
-        """Whether a branch is growing or finished."""
+        """Whether any branch is growing or finished."""
         return bool((self.growing | self.finished).any())
 
     def steps_left(self, rows: np.ndarray) -> int:
@@ -105,7 +105,7 @@ class Branches:
         return min(missing, 1) if self.is_parallel else missing
 
     def due(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each token in the next step of `rows` [n], branch by branch: the row, and its place in it, [m] int64."""
+        """The tokens in the next step of `rows` [n], branch by branch: row and place in the branch, both [m] int64."""
         first = self.computed[rows]
         if not self.is_parallel:
             return rows, first
@@ -124,7 +124,7 @@ class Branches:
         truncation: tuple[float, float, float] = NOTHING,
         bias: int = UNBIASED,
     ) -> np.ndarray:
-        """Rows `[n]` int64 of new branches, one for each of `first_tokens` `[n]`."""
+        """Add a branch for each of `first_tokens` `[n]`; returns their rows `[n]` int64."""
         rows = np.array([self._free.pop() for _ in first_tokens], np.int64)
         self.owner[rows] = owner
         self.accept_length[rows] = accept_length
@@ -143,19 +143,19 @@ class Branches:
         return rows
 
     def extend(self, rows: np.ndarray, draw: Draw, first: int = 0) -> None:
-        """Store what a step drew after `rows` [n], whose logits rows start at `first`: all growing, or all finished."""
+        """Store a step's draw for `rows` [n], all growing or all finished; first: index of the first one in `draw`."""
         token_rows, places = self.due(rows)
         self.num_kept[rows] = self.computed[rows] + 1
         self.computed[rows] = self.num_drafts[rows] if self.is_parallel else self.num_kept[rows]
         self._store(token_rows, places, draw, first)
 
     def begin(self, rows: np.ndarray, draw: Draw, first: int) -> None:
-        """Store what was drawn after the first token of new branches in `rows` [n], whose KV is there already."""
+        """Store the draw after the first token of new branches `rows` [n], whose KV exists already."""
         self.num_kept[rows] = self.computed[rows] = 1
         self._store(rows, np.zeros(len(rows), np.int64), draw, first)
 
     def _store(self, rows: np.ndarray, places: np.ndarray, draw: Draw, first: int) -> None:
-        """Store what was drawn after the tokens at `places` [m] of `rows` [m]."""
+        """Store the draw after the tokens at `places` [m] of `rows` [m]."""
         drawn = slice(first, first + len(rows))
         self.candidates[rows, places] = draw.candidates[drawn]
         self.candidate_probs[rows, places] = draw.candidate_probs[drawn]

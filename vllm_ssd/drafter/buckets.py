@@ -1,4 +1,4 @@
-"""The batch sizes that steps are captured for."""
+"""The batch sizes for which steps are captured."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import bisect
 from dataclasses import dataclass
 
 MAX_ROWS = 1024
-"""Rows of the largest bucket. A step of more takes longer than its launches, and its logits hundreds of megabytes."""
+"""Rows of the largest bucket. Larger steps take longer than their launches anyway, and need hundreds of megabytes for
+logits."""
 MAX_BRANCHES = 3 * MAX_ROWS // 4
-"""Branches of all requests together; the spine tokens that ride with their steps fill the largest bucket."""
+"""Most branches of all requests; the rest of the largest bucket is for spine tokens in the same step."""
 FINE_ROWS = 256
-"""Padding is free while weights take longer to read than to use, about to so many rows; beyond, sizes lie closer."""
+"""Up to about this many rows a step is bound by reading weights and padding is free; above, sizes are spaced closer."""
 ROWS_PER_REQUEST = 4
-"""Rows for which a bucket has room at least for each of its requests: fewer are padded."""
+"""Smallest number of rows per request that a bucket has."""
 
 
 @dataclass(frozen=True, slots=True)
 class BucketSize:
-    """Room for `rows` of `requests`, of which none has more than `rows_per_request`."""
+    """Room for `rows` rows of `requests` requests, none of which has more than `rows_per_request`."""
 
     rows: int
     requests: int
@@ -27,10 +28,10 @@ class BucketSize:
 class Buckets:
     """Sizes for up to `max_num_seqs` requests of up to `rows_per_request` rows each, in ascending order.
 
-    most_rows: what memory for logits was kept for; no size but the smallest has more
+    most_rows: limit on the rows of all sizes but the smallest, for which memory for logits is reserved
 
-    Requests are rounded up to a power of two; rows to multiples of it by 1 or 1.5 up to `FINE_ROWS`, of 1, 1.25, 1.5 or
-    1.75 above. Contexts of any length share them.
+    Requests are rounded up to a power of two. Rows are rounded up to a power of two times 1 or 1.5 up to `FINE_ROWS`,
+    and times 1, 1.25, 1.5 or 1.75 above. Sizes do not depend on context lengths.
     """
 
     def __init__(self, max_num_seqs: int, rows_per_request: int, most_rows: int = MAX_ROWS) -> None:
@@ -49,17 +50,17 @@ class Buckets:
 
     @property
     def all(self) -> list[BucketSize]:
-        """Every size, smaller ones of a kind first."""
+        """All sizes, in ascending order of rows, then requests."""
         sizes = (self._size(rows, requests) for requests, of_requests in self._rows.items() for rows in of_requests)
         return sorted(sizes, key=lambda size: (size.rows, size.requests))
 
     @property
     def largest(self) -> BucketSize:
-        """A size that is as large as any in rows and in requests."""
+        """A size with the largest number of rows and the largest number of requests, for allocating buffers."""
         return self._size(max(rows[-1] for rows in self._rows.values()), max(self._rows))
 
     def find(self, num_rows: int, num_requests: int) -> BucketSize | None:
-        """The smallest size that holds so many rows of so many requests, if any does."""
+        """The smallest size with room for `num_rows` rows of `num_requests` requests; None if there is none."""
         requests = 1 << max(num_requests - 1, 0).bit_length()
         of_requests = self._rows.get(requests, [])
         at = bisect.bisect_left(of_requests, num_rows)
@@ -70,7 +71,7 @@ class Buckets:
 
 
 def row_sizes(most: int) -> list[int]:
-    """Numbers of rows up to the first that holds `most`."""
+    """Row counts in ascending order, up to the first that is at least `most`."""
     sizes, unit = [8], 8
     while sizes[-1] < most:
         quarters = (5, 6, 7, 8) if unit >= FINE_ROWS else (6, 8)

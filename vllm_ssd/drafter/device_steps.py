@@ -1,4 +1,4 @@
-"""Steps of the branches launched ahead of what is read of them; on a GPU, replayed from CUDA graphs."""
+"""Branch steps that are launched before the host has read the previous one; on a GPU, replayed from CUDA graphs."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from vllm_ssd.kernels import Trees, sample
 from vllm_ssd.kernels.tree_attention import MAX_TILE
 
 MAX_TOP_M = 256
-"""Widest proposal that `kernels.sample` keeps in registers; wider ones are drawn by the host, step by step."""
+"""Widest proposal that `kernels.sample` keeps in registers; wider ones are drawn on the host, step by step."""
 WAIT_S = 2e-4
-"""Time for which a step is waited for before the target is listened to again."""
+"""Longest wait for a step before the target's messages are polled again."""
 
 
 class DeviceSteps:
-    """Feeds every drawn token back on the device: forward, sample, next token, next slot.
+    """Runs steps entirely on the device: forward, sample, next token, next slot.
 
-    The host copies what a step drew while the next one runs, so that nothing of its own lies between two steps.
+    The host copies a step's draws while the next step runs, so no host work lies between two steps.
 
-    Batches are padded to buckets of rows and requests (`Buckets`). A row is a token of a branch, one in a step or, with
-    drafts in parallel, several; or, in the first step of a run, a token of a spine. All buckets share buffers that
-    never move, so that on a GPU one step of each bucket is captured when the drafter starts, and replayed as often as
-    steps are wanted. Elsewhere the same step is called.
+    Batches are padded to buckets of rows and requests (`Buckets`). A row is a token of a branch (one per step, or
+    several with parallel drafting) or, in a run with spines, a token of a spine. All buckets share buffers with fixed
+    addresses, so on a GPU one step of each bucket is captured when the drafter starts and replayed for every step.
+    Elsewhere the same function is called.
     """
 
     def __init__(
@@ -61,36 +61,36 @@ class DeviceSteps:
 
     @property
     def num_captured(self) -> int:
-        """Buckets whose step was captured, or would be on a GPU."""
+        """Number of buckets whose step has been captured, or would have been on a GPU."""
         return len(self._replays)
 
     def warm_up(self) -> int:
-        """Compile and capture all that later steps launch, without touching any KV; the number of buckets."""
+        """Compile and capture everything that later steps launch, without touching any KV; returns the bucket count."""
         warm_up_attention(self._model, self._pages.trees)
-        for size in reversed(self.sizes.all):  # later ones fit into the memory of earlier ones
+        for size in reversed(self.sizes.all):  # largest first, so that later graphs reuse its memory
             self._replay_of(size)
         return self.num_captured
 
     def carries(self, num_tokens: int, num_requests: int, spine_tokens: int = 0) -> bool:
-        """Whether a bucket holds so many tokens of so many requests, of none a prompt."""
+        """Whether a bucket has room for the tokens and requests, and no spine has more than K + 1 tokens."""
         most = self._branches.num_speculative_tokens + 1
         return spine_tokens <= most and self.sizes.find(num_tokens, num_requests) is not None
 
     def start(self, rows: np.ndarray, num_steps: int, fan_out: np.ndarray | None) -> DeviceRun:
-        """As `Runner.start`: until the run is done no other may start, and nothing may be asked of the pages.
+        """See `Runner.start`: until the run is done, no other may start and the pages must not be used.
 
-        Every call seeds the noise of each row anew: draws are independent between branches and rounds.
+        Every call draws new noise seeds for all rows, so draws are independent between branches and rounds.
         """
         return self._start(StepTokens.gather(self._branches, (), rows), num_steps, fan_out)
 
     def forward(
         self, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray, fan_out: np.ndarray | None
     ) -> tuple[StepTokens, Draw]:
-        """As `EagerRunner.forward`."""
+        """See `Runner.forward`."""
         tokens = StepTokens.gather(self._branches, spines, rows)
         run = self._start(tokens, 1, None if fan_out is None else fan_out[None])
         draw = run.take()
-        kept = tokens.logit_indices  # the others are tokens that somebody has drawn before
+        kept = tokens.logit_indices  # after all other spine tokens the next token is known already
         return tokens, Draw(
             draw.candidates[kept],
             draw.candidate_probs[kept],
@@ -100,7 +100,7 @@ class DeviceSteps:
         )
 
     def _start(self, tokens: StepTokens, num_steps: int, fan_out: np.ndarray | None) -> DeviceRun:
-        """`num_steps` steps of the rows of `tokens`: its spines' tokens, then its branches; of one step with spines."""
+        """Start `num_steps` steps over `tokens`, spine tokens first; num_steps must be 1 if there are spines."""
         began = time.perf_counter()
         pages, branches, rows, spines = self._pages, self._branches, tokens.token_rows, tokens.spines
         pages.carry_out()
@@ -119,7 +119,7 @@ class DeviceSteps:
         shared[n - m :] = branches.base[rows] // pages.page_size * pages.page_size
         indices = np.zeros(n, np.int64)
         indices[n - m :] = pages.index(rows)
-        order = np.argsort(owners, kind="stable")  # the tokens of a request side by side
+        order = np.argsort(owners, kind="stable")  # group tokens by request
         place = np.empty_like(order)
         place[order] = np.arange(n)
         requests, counts = np.unique(owners, return_counts=True)
@@ -170,10 +170,10 @@ class DeviceSteps:
 
 
 class DeviceRun:
-    """Steps of `rows` under way, since `began`: `take` them one after the other, until it `is_done`.
+    """Steps of `rows` in progress; call `take` for each until `is_done`.
 
-    The device works between two takes, too: a step's time is that since the step before it was taken. `began` None: the
-    first step was compiled or captured just now, and its time says nothing.
+    Since the device also works between two calls of `take`, a step's time is measured from the previous `take`.
+    began: start of the first step, None if it was just compiled or captured, so that its time is not representative
     """
 
     def __init__(
@@ -192,23 +192,23 @@ class DeviceRun:
         self.step_s: float | None = None
         self._began = began
         self._buffers, self._replay, self._size = buffers, replay, size
-        self._place = place  # of each token in the bucket
+        self._place = place  # index of each token in the bucket
         self._num_steps, self._num_launched, self._num_taken = num_steps, 0, 0
         self._num_candidates = num_candidates
         self._sampled = sampled
 
     @property
     def is_done(self) -> bool:
-        """Whether every step was taken."""
+        """Whether every step has been taken."""
         return self._num_taken == self._num_steps
 
     def is_ready(self) -> bool:
-        """Whether the next step is done, which is launched if it was not; waits for it a little."""
+        """Launch the next step if needed, wait for it up to WAIT_S, and return whether it is done."""
         self._launch(self._num_taken)
         return self._buffers.is_drawn(self._num_taken, WAIT_S)
 
     def take(self) -> Draw:
-        """What the next step drew after `rows`, once it is done; the step after it runs meanwhile."""
+        """Wait for the next step and return its draw for `rows`; launches the step after it first."""
         step = self._num_taken
         self._launch(step)
         self._buffers.wait(step)
@@ -227,7 +227,7 @@ class DeviceRun:
         )
 
     def stop(self) -> None:
-        """Launch no more steps; the one that was launched is still to be taken."""
+        """Launch no more steps; a step that has been launched must still be taken."""
         self._num_steps = self._num_launched
 
     def _launch(self, step: int) -> None:
@@ -237,7 +237,7 @@ class DeviceRun:
 
 
 def warm_up_attention(model: PagedModel, trees: Trees) -> None:
-    """Forwards of padding that launch tree attention with tiles of every size."""
+    """Run forwards over padding that launch tree attention with every tile size."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=model.device)
@@ -263,7 +263,7 @@ def warm_up_attention(model: PagedModel, trees: Trees) -> None:
 
 
 class _Buffers:
-    """Device tensors for the rows and requests of the largest bucket, and one step over the first of them."""
+    """Device buffers for the largest bucket, and the step that runs over a prefix of them."""
 
     def __init__(self, model: PagedModel, pages: DevicePages, largest: BucketSize, sampling: dict) -> None:
         self._model, self._trees, self._sampling = model, pages.trees, sampling
@@ -302,16 +302,16 @@ class _Buffers:
         self._on_host = [torch.empty_like(drawn, device="cpu", pin_memory=self._on_gpu) for drawn in self._drawn]
         self._copied = [torch.cuda.Event() for _ in range(most_steps)] if self._on_gpu else []
         self._copies = torch.cuda.Stream(device) if self._on_gpu else None
-        self._down_weighted = False  # whether `_fan_out` holds anything
+        self._down_weighted = False  # whether `_fan_out` is nonzero
 
     def load(self, size: BucketSize, *, fan_out: np.ndarray | None, **inputs: np.ndarray) -> None:
-        """Fill a bucket's part of the buffers; rows and requests beyond the given ones read and write no KV."""
+        """Fill a bucket's part of the buffers; padding rows and requests read and write no KV."""
         num_rows = len(inputs["token_ids"])
         for name, values in inputs.items():
             buffer = self._part(name, size)
             padded = np.zeros(buffer.shape, values.dtype)
             padded[: len(values)] = values
-            if name == "starts":  # the requests after the given ones are empty
+            if name == "starts":  # padding requests are empty
                 padded[len(values) :] = num_rows
             self._fill(buffer, padded)
         if fan_out is not None or self._down_weighted:
@@ -337,7 +337,7 @@ class _Buffers:
         buffer.copy_(host.pin_memory() if self._on_gpu else host, non_blocking=True)
 
     def launch(self, step: int, replay: Replay, size: BucketSize, sampled: bool) -> None:
-        """The next step of what was loaded, number `step`, and the copy of what it draws, beside the step after it."""
+        """Launch step number `step` of the loaded batch, and the copy of its draws, which overlaps the next step."""
         replay()
         buffers = [(drawn[step, : size.rows], on_host[step, : size.rows]) for drawn, on_host in self._drawn_on_host()]
         if self._copies is None:
@@ -354,7 +354,7 @@ class _Buffers:
         return list(zip(self._drawn, self._on_host))
 
     def is_drawn(self, step: int, timeout_s: float) -> bool:
-        """Whether what a launched step drew is on the host, after waiting for it a little."""
+        """Whether a launched step's draws are on the host, after waiting for up to `timeout_s`."""
         if not self._copied:
             return True
         deadline = time.perf_counter() + timeout_s
@@ -364,21 +364,20 @@ class _Buffers:
         return True
 
     def wait(self, step: int) -> None:
-        """Wait until what a launched step drew is on the host."""
+        """Wait until a launched step's draws are on the host."""
         if self._copied:
             self._copied[step].synchronize()
 
     def drawn(self, step: int) -> tuple[np.ndarray, ...]:
-        """Token ids [B], q's token ids [B, M], probabilities of the candidates [B, C] and of q [B, M] of a step that
-        was waited for; those of q only where rows sample.
+        """A step's draws after `wait`: token ids [B], q's ids [B, M], probabilities of candidates [B, C] and q [B, M].
 
-        The arrays are views that a later run overwrites.
+        q's probabilities are valid only if any row samples. The arrays are views that a later run overwrites.
         """
         return tuple(on_host[step].numpy() for on_host in self._on_host)
 
     @torch.inference_mode()
     def step(self, size: BucketSize) -> None:
-        """One step over the rows of a bucket; a row that owns nothing is a token of a spine."""
+        """One step over the rows of a bucket; rows with `own_lens` 0 are spine tokens or padding."""
         trees = self._trees
         inputs = {name: self._part(name, size) for name in self._inputs}
         owners, indices, steps = inputs["owners"], inputs["indices"], inputs["steps"]

@@ -4,8 +4,8 @@ Theory of operation
 -------------------
 Each request has a *spine*: its committed tokens, the *trunk*, followed by the drafts now under verification. An outcome
 (k, t*) accepts k of these drafts and emits the bonus token t* after them. The token that t* follows is *fork point* k.
-There a *branch* starts for each of the likeliest bonus tokens, except the draft that stands there already: its bonus
-token, then the drafts that follow it.
+At each fork point a *branch* starts for each of the likeliest bonus tokens, except the draft that is already there. A
+branch is its bonus token and the drafts after it.
 
     trunk        drafts under verification
     a  b  c      d1     d2     d3
@@ -15,23 +15,23 @@ token, then the drafts that follow it.
           ..     ..     ..     ..          their drafts
 
 The target reports an outcome as tokens: those emitted since its last report, then the drafts that it verifies next,
-whatever proposed them. Together they are a *path* from the trunk, and `advance` is one walk along it: down the spine as
-far as the tokens match, then into the branch that starts at this fork point with the next token, if there is one.
+whatever proposed them. Together they form a *path* from the trunk. `advance` walks along it: down the spine as far as
+the tokens match, then into the branch that starts at this fork point with the next token, if there is one.
 
-- Hit: the whole path matches. The pages of the branch become the spine's, nothing is computed again, and the candidates
-  of the next fork points were seen when the branch was grown.
+- Hit: the whole path matches. The branch's pages become the spine's, nothing is computed again, and the candidates of
+  the next fork points are known from growing the branch.
 - Miss: the walk ends before t*, which is forwarded; the next tree forks there.
-- Late, trimmed and skipped rounds, drafts by n-gram: the same walk, which matches less.
-- Just in time: the target waits for drafts after a miss. One branch, from the last committed token, repeats the trunk's
-  end; the report that names its drafts emits nothing, and its path is followed from there.
-- Drafts in parallel: a draft model with a mask token draws all drafts of a branch from one forward, each from what its
-  own place may hold, whatever the drafts before it are. Of a hit only the KV of the bonus token is kept: the drafts
-  overwrite that of the masks when the spine is forwarded, which reveals the candidates of their fork points.
+- Late, trimmed and skipped rounds, n-gram drafts: the same walk, with a shorter match.
+- Just in time: the target waits for drafts after a miss. A single branch starts from the last committed token. The
+  report that names its drafts emits nothing, and its path is followed from there.
+- Parallel drafting: a draft model with a mask token draws all drafts of a branch in one forward, each independently of
+  the drafts before it. After a hit only the KV of the bonus token is kept. The forward of the spine overwrites the
+  masks' KV with that of the drafts and yields the candidates at their fork points.
 
-All other branches return their pages. What the walk left uncomputed of the spine is forwarded, and every fork point
-whose candidates are known starts its branches; which forward comes next is the business of `Stepper`.
+All other branches are freed. Uncomputed tokens of the spine are forwarded, and every fork point whose candidates are
+known starts its branches; `Stepper` decides which forward comes next.
 
-When pages run out, requests are evicted whole, the least recently advanced first; the target opens them anew.
+If pages run out, whole requests are evicted, the least recently advanced first; the target reopens them.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ from vllm_ssd.link.protocol import ALL_TOKENS, DrafterStats, Evicted, Push, Trun
 from vllm_ssd.policy import BranchBudget, FanOut
 
 PREFILL_TOKENS_PER_STEP = {"cpu": 256, "cuda": 2048}
-"""Prompt tokens forwarded beside one step of the branches, so that a long prompt delays nobody for long. A GPU needs
-many to be busy: fewer take as long, and the steps of the branches beside them are launched kernel by kernel."""
+"""Most prompt tokens per step, so that a long prompt does not delay other requests for long. On a GPU fewer tokens
+would take just as long, and branches in the same step do not run from a CUDA graph."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e5
-"""Of requests that sample. vLLM takes lower ones for 0; beyond them, logits divided by one are not finite, or all 0."""
+"""Range of temperatures of sampled requests. vLLM treats lower ones as 0; outside, scaled logits overflow or vanish."""
 
 
 class DraftEngine:
-    """Grow the speculation of every open request, one batched forward at a time.
+    """Grows the token trees of all open requests, one batched forward at a time.
 
-    `open`, `advance` and `close` only move tokens and pages; `speculate` runs one forward and returns what
-    the target should hear of it. What a sound target would not say is answered with an eviction.
+    `open`, `advance` and `close` only update tokens and pages; `speculate` runs one forward and returns what to push to
+    the target. Invalid input from a target is answered with an eviction.
     """
 
     def __init__(
@@ -93,17 +93,17 @@ class DraftEngine:
         self.sequences: dict[str, Sequence] = {}  # least recently advanced first
         self._by_slot: list[Sequence | None] = [None] * branches.max_num_seqs
         self._free_slots = list(range(branches.max_num_seqs - 1, -1, -1))
-        self._unfinished: dict[str, Sequence] = {}  # spine not wholly computed
+        self._unfinished: dict[str, Sequence] = {}  # requests whose spine is not fully computed
         self._evicted: list[Evicted] = []
-        self._num_branches = branches.per_request - 1  # a request grows now
+        self._num_branches = branches.per_request - 1  # current number of branches per request
         self.num_evictions = 0  # for lack of pages
-        self.num_prompt_tokens = 0  # of requests that were opened
-        self.num_cached_tokens = 0  # of those, whose KV was there already
-        self.build_s = 0.0  # from an outcome to the whole tree after it, last seen
+        self.num_prompt_tokens = 0  # total over opened requests
+        self.num_cached_tokens = 0  # the part of them found in the prefix cache
+        self.build_s = 0.0  # latest time from an outcome to the complete next tree
         self._growing_since = 0.0
 
     def warm_up(self) -> int:
-        """Compile and capture all that serving will need; how many sizes of batches were captured."""
+        """Compile and capture everything that serving needs; returns the number of captured batch sizes."""
         return self._stepper.warm_up()
 
     # ---- the verbs -------------------------------------------------------------------------------------
@@ -151,11 +151,11 @@ class DraftEngine:
         jit: int = 0,
         rounds: SequenceOf[int] = (),
     ) -> None:
-        """Commit `emitted`, take `draft_token_ids` as the drafts now under verification, start the next tree.
+        """Commit `emitted`, take `draft_token_ids` as the drafts now under verification, and start the next tree.
 
-        `length` is the committed length after `emitted`; `rounds`, where it is the outcome of several, how many tokens
-        each of them emitted. A request that is unknown, of another epoch or out of step is reported as evicted: the
-        target then opens it anew.
+        length: committed length, including `emitted`; rounds: if the outcome covers several rounds, the tokens that
+        each of them emitted. A request that is unknown, of another epoch or out of step is reported as evicted, so that
+        the target reopens it.
         """
         sequence = self.sequences.get(request_id)
         if sequence is None or sequence.epoch != epoch or sequence.length + len(emitted) != length:
@@ -174,7 +174,7 @@ class DraftEngine:
         if jit or emitted:
             sequence.awaited = jit or None
         elif sequence.awaited:
-            sequence.awaited = 0  # the drafts that were taken are named now
+            sequence.awaited = 0  # this report names the just-in-time drafts that were used
         self._follow(sequence, path)
         sequence.length = length
         sequence.candidates = {i: c for i, c in sequence.candidates.items() if i >= length - 1}
@@ -182,19 +182,19 @@ class DraftEngine:
             if position not in sequence.candidates:
                 sequence.computed = position
                 break
-        if jit:  # the logits of the last token are needed, and only its candidates may be there
+        if jit:  # recompute the last token: its logits are needed, but only its candidates may be stored
             sequence.computed = min(sequence.computed, length - 1)
         self._publish_pages(sequence)
         self.sequences[request_id] = self.sequences.pop(request_id)
         self._begin_round(sequence, num_drafts)
 
     def refuse(self, request_id: str, epoch: int) -> None:
-        """Report a request as evicted that can have no drafts now, and forget it."""
+        """Close a request that cannot be drafted for now, and report it as evicted."""
         self.close(request_id)
         self._evicted.append(Evicted(request_id, epoch))
 
     def close(self, request_id: str) -> None:
-        """Forget a request and free its pages; unknown requests are fine."""
+        """Close a request and free its pages; unknown requests are ignored."""
         sequence = self.sequences.pop(request_id, None)
         if sequence is None:
             return
@@ -212,7 +212,7 @@ class DraftEngine:
         return bool(self._unfinished or self._evicted or self.branches.want_steps)
 
     def speculate(self) -> Push | None:
-        """One forward, if any is wanted, and what the target should hear then."""
+        """Run one forward, if any is wanted, and return what to push to the target."""
         self._windows.learn()
         drawn = self._stepper.step(self._schedule_spines(), self._fan_out_after_hit)
         if drawn is not None:
@@ -222,11 +222,11 @@ class DraftEngine:
     # ---- outcomes --------------------------------------------------------------------------------------
 
     def _follow(self, sequence: Sequence, path: list[int]) -> None:
-        """Make `path` the spine after the trunk, keeping the KV of every token already computed on it."""
+        """Replace the spine after the trunk by `path`, keeping the KV of every token on it that is computed."""
         branches, length = self.branches, sequence.length
         k = common_prefix(path, sequence.tokens[length:])
         row = branches.find(sequence.rows, k, path[k]) if k < len(path) else -1
-        skipped = 0  # leading tokens of the branch that are trunk
+        skipped = 0  # leading tokens of the branch that belong to the trunk
         if row < 0 and k == 0 and path:
             row = branches.find(sequence.rows, JIT_ACCEPT_LENGTH, sequence.tokens[length - 1])
             if row >= 0 and (branches.computed[row] < 1 or branches.tokens[row, 1] != path[0]):
@@ -256,7 +256,10 @@ class DraftEngine:
         return num_drafts <= most_drafts and num_tokens + num_drafts + 1 < self._max_model_len
 
     def _observe(self, sequence: Sequence, emitted: list[int], rounds: SequenceOf[int]) -> None:
-        """Tell the policies when the outcome came and where it fell, when it or the first of `rounds` was of one."""
+        """Let the policies learn from an outcome, or from the first of `rounds` if it covers several.
+
+        Tokens that are not the outcome of a single round, accepted drafts and a bonus token, only count as a break.
+        """
         now = time.perf_counter()
         self._growing_since = self._growing_since or now
         emitted = emitted[: rounds[0]] if rounds else emitted
@@ -288,7 +291,7 @@ class DraftEngine:
         self._fork(sequence)
 
     def _fan_out_after_hit(self, num_drafts: int) -> SequenceOf[int]:
-        """Branches by accept length of the round after one that is hit with so many drafts."""
+        """Branches by accept length in the round after a hit with `num_drafts` drafts."""
         return self._fan_out.counts(num_drafts, True, self._num_branches)
 
     def _fork(self, sequence: Sequence) -> None:
@@ -313,7 +316,7 @@ class DraftEngine:
     def _add_branches(
         self, sequence: Sequence, accept_length: int, num_drafts: int, first_tokens: np.ndarray
     ) -> np.ndarray:
-        """Rows of the branches that start after `accept_length` drafts; none if even evicting all others is no help."""
+        """Add branches after `accept_length` drafts; returns their rows, none if evicting all others is not enough."""
         base = sequence.length + accept_length
         rows = self.branches.add(
             sequence.slot,
@@ -338,7 +341,7 @@ class DraftEngine:
     # ---- spines ----------------------------------------------------------------------------------------
 
     def _adopt_pages(self, sequence: Sequence) -> None:
-        """Read full pages that another request has computed, of which only the last token must be computed again."""
+        """Adopt cached full pages of the prompt, leaving at least its last token to compute."""
         size = self.pages.page_size
         first, end = sequence.computed // size, (sequence.length - 1) // size
         if first >= end or sequence.computed % size or not self.pages.missing(sequence.slot, sequence.computed + 1):
@@ -349,7 +352,7 @@ class DraftEngine:
         self.num_cached_tokens += num_pages * size
 
     def _publish_pages(self, sequence: Sequence) -> None:
-        """Let others read the full pages of the trunk before its last token, which is never computed again there."""
+        """Publish the trunk's full pages before its last token, which will not be computed again."""
         size = self.pages.page_size
         first, end = sequence.num_published, min(sequence.computed, sequence.length - 1) // size
         if first < end:
@@ -357,13 +360,13 @@ class DraftEngine:
             sequence.num_published = end
 
     def _schedule_spines(self) -> list[tuple[Sequence, int]]:
-        """Uncomputed spines and how many of their tokens ride in the next step; they have the pages for these."""
+        """Choose unfinished spines and their number of tokens for the next step, and reserve the pages for them."""
         budget, spines = self._prefill_tokens, []
         for sequence in list(self._unfinished.values()):
             if not budget:
                 break
             if not self._is_open(sequence):
-                continue  # evicted just now, for one before it
+                continue  # evicted for a spine earlier in this loop
             self._adopt_pages(sequence)
             num_tokens = self._chunk(sequence, budget, alone=not spines)
             if num_tokens and self._reserve(sequence, sequence.computed + num_tokens):
@@ -372,7 +375,7 @@ class DraftEngine:
         return [(sequence, n) for sequence, n in spines if self._is_open(sequence)]
 
     def _chunk(self, sequence: Sequence, budget: int, *, alone: bool) -> int:
-        """Tokens of a spine for the next step: all, or as many as end a page, where pages of others can follow."""
+        """Number of a spine's tokens for the next step: all, or up to a page's end, where cached pages may follow."""
         num_left = len(sequence.tokens) - sequence.computed
         if num_left <= budget:
             return num_left
@@ -390,21 +393,21 @@ class DraftEngine:
         return True
 
     def _evict(self, sequence: Sequence) -> None:
-        """Forget a request for lack of pages."""
+        """Evict a request for lack of pages."""
         self.refuse(sequence.request_id, sequence.epoch)
         self.num_evictions += 1
 
     def _is_open(self, sequence: Sequence) -> bool:
-        """Whether it was not evicted meanwhile."""
+        """Whether the request is still open and not evicted."""
         return self.sequences.get(sequence.request_id) is sequence
 
     def _extend_spines(self, tokens: StepTokens, draw: Draw) -> None:
-        """Count what was computed of the spines, and start the branches that this allows."""
+        """Store the spines' candidates, advance their computed lengths, and start the branches this allows."""
         for i, (sequence, position) in enumerate(tokens.spine_logits):
             sequence.candidates[position] = Candidates(draw.candidates[i], draw.candidate_probs[i])
         for sequence, n in tokens.spines:
             if not self._is_open(sequence):
-                continue  # evicted just now, for the branches of one before it
+                continue  # evicted for the branches of a spine earlier in this loop
             sequence.computed += n
             self._publish_pages(sequence)
             if sequence.is_computed:
@@ -415,16 +418,16 @@ class DraftEngine:
                 self._start_jit(sequence, sequence.awaited, draw, i)
 
     def _start_jit(self, sequence: Sequence, num_drafts: int, draw: Draw, i: int) -> None:
-        """One branch for the very round that waits, from the token just drawn after the trunk."""
+        """Start the just-in-time branch, whose first draft is the token just drawn after the trunk."""
         last_token = np.array(sequence.tokens[sequence.length - 1 : sequence.length])
         rows = self._add_branches(sequence, JIT_ACCEPT_LENGTH, num_drafts, last_token)
         if len(rows):
             self.branches.begin(rows, draw, i)
 
-    # ---- news ------------------------------------------------------------------------------------------
+    # ---- pushes ----------------------------------------------------------------------------------------
 
     def _report(self) -> Push | None:
-        """What the target should hear now."""
+        """Collect the new drafts and evictions that are due; None if there are none."""
         branches = self.branches
         if self._growing_since and not (self._unfinished or branches.growing.any()):
             self.build_s = time.perf_counter() - self._growing_since
@@ -435,7 +438,7 @@ class DraftEngine:
 
     @property
     def num_steps(self) -> int:
-        """Forwards run so far."""
+        """Number of forwards so far."""
         return self._stepper.num_steps
 
     def stats(self) -> DrafterStats:

@@ -1,4 +1,4 @@
-"""A sign of life while the drafter compiles: else a target that waits for an answer takes it for hung."""
+"""Heartbeats while the drafter compiles, which a target that waits for an answer would otherwise take for a hang."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from vllm_ssd.link.protocol import Push
 from vllm_ssd.link.transport import Transport, TransportClosed
 
 COMPILERS = ("triton.compiler.", "torch._dynamo.convert_frame", "torch._inductor.compile_fx")
-"""Modules that are on the stack while something compiles, and not while what they made runs."""
+"""Modules that are on the stack during compilation, but not while compiled code runs."""
 CAPTURES = {("torch.cuda.graphs", name) for name in ("capture_begin", "capture_end", "instantiate")}
-"""Functions that are while a CUDA graph is made, and not while one is replayed."""
+"""Functions that are on the stack while a CUDA graph is captured, but not while it is replayed."""
 INTERVAL_S = 2.0
-"""How often the drafter says so."""
+"""Interval of heartbeats."""
 MAX_COMPILE_S = 300.0
-"""A compilation that takes longer is taken for hung."""
+"""Heartbeats stop after so long, so that a hung compilation is noticed."""
 
 
 class Heartbeat(Transport):
-    """A transport for the thread that makes it, on which another thread pushes nothing, in so many words, while that
-    thread compiles. Whoever hangs in anything else stays silent. Close it to end the thread."""
+    """Wraps the transport of the creating thread; a watcher thread sends empty pushes while that thread compiles.
+
+    A hang in anything but compilation stays silent. `close` ends the watcher thread, but leaves the transport open.
+    """
 
     def __init__(self, transport: Transport, interval_s: float = INTERVAL_S) -> None:
         self._transport = transport
         self._interval_s = interval_s
-        self._lock = threading.Lock()  # a transport is for one thread at a time
+        self._lock = threading.Lock()  # transports are not thread-safe
         self._owner = threading.get_ident()
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="ssd-heartbeat", daemon=True).start()
@@ -59,7 +61,7 @@ class Heartbeat(Transport):
                 continue
             since = since or time.monotonic()
             if time.monotonic() - since > MAX_COMPILE_S or not self._lock.acquire(blocking=False):
-                continue  # a thread that holds the lock is about to be heard by itself
+                continue  # whoever holds the lock is using the transport itself
             try:
                 self._transport.send(Push([], [], None))
             except TransportClosed:
@@ -69,7 +71,7 @@ class Heartbeat(Transport):
 
 
 def is_compiling(frame: FrameType | None) -> bool:
-    """Whether a thread whose innermost frame is `frame` compiles a kernel or makes a graph."""
+    """Whether the thread with the innermost frame `frame` is compiling a kernel or capturing a CUDA graph."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module.startswith(COMPILERS) or (module, frame.f_code.co_name) in CAPTURES:

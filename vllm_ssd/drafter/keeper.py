@@ -1,8 +1,8 @@
-"""A drafter that listens and whoever keeps it running, such as an actor of Ray.
+"""The connection of a listening drafter to its keeper, the process that keeps it running, such as a Ray actor.
 
-Its keeper reads what it reports. When the keeper ends, the drafter ends too, for its GPU is given to another; unless
-Ray as a whole is gone, which is seen by its registry, the GCS: then nobody places another, and the drafter serves until
-its last target has left.
+The drafter reports its state to the keeper. When the keeper ends, the drafter ends too, because Ray will assign its GPU
+to another. The exception is the end of Ray as a whole, noticed by its GCS (the registry) not answering: then the GPU
+will not be reassigned, and the drafter serves until its last target has left.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class Keeper:
         threading.Thread(target=self._run, name="ssd-keeper", daemon=True).start()
 
     def fail(self, error: Exception) -> None:
-        """Say why the drafter will not serve."""
+        """Report why the drafter will not serve."""
         self._report(f"{type(error).__name__}: {error}")
 
     def serve(self, address: str, tenants: Tenants, end: Callable[[], None]) -> None:
-        """Say from now on that it listens at `address`, and what for; `end` ends it."""
+        """Report from now on that the drafter listens at `address`, and its load; end: called to end the drafter."""
         self._end, self._tenants, self._address = end, tenants, address
         self._report()
 
     def _report(self, problem: str = "") -> None:
         targets, requests = self._tenants.load if self._tenants else (0, 0)
         report = Report(os.getpid(), self._address, targets, requests, problem[:1000])
-        with contextlib.suppress(OSError):  # it is gone, which `_run` sees, or does not read, which is its own affair
+        with contextlib.suppress(OSError):  # the keeper is gone, which `_run` notices, or does not read its reports
             self._socket.send(msgspec.json.encode(report) + b"\n")
 
     def _run(self) -> None:
@@ -65,7 +65,7 @@ class Keeper:
         self._end()
 
     def _has_left(self) -> bool:
-        """Waits for REPORT_S; the keeper says nothing, so that all there is to read is its end."""
+        """Wait up to REPORT_S for the keeper to close the socket; it never sends anything."""
         if not select.select([self._socket], [], [], REPORT_S)[0]:
             return False
         try:
@@ -85,7 +85,7 @@ class Keeper:
 
 
 def _end_while_it_loads(key: Path) -> None:
-    """Whoever wrote the credential, into a folder of its own, removes it no more."""
+    """Remove the credential and its folder, since the keeper that wrote them is gone, and exit."""
     with contextlib.suppress(OSError):
         key.unlink()
         key.parent.rmdir()

@@ -1,7 +1,7 @@
-"""Outcomes of several rounds as one, for a drafter that is slower than its target.
+"""Merge the outcomes of several rounds into one, for a drafter that is slower than its target.
 
-What counts is where a request is now: its tokens, and the drafts that are being verified. A drafter that heard of each
-round by itself would draft for rounds that are over.
+Only a request's current state matters: its tokens, and the drafts under verification. Without merging, the drafter
+would draft for rounds that are already over.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any
 from vllm_ssd.link.protocol import Close, Open, Outcome, Step
 
 MAX_MERGED_STEPS = 8
-"""Steps that are merged in one poll: with about so many rounds between two polls a target does not fall behind."""
+"""Most steps that are merged per poll, enough for a target that runs about so many rounds between two polls."""
 
 Event = Open | Outcome | Close
 Place = tuple[list[Event | None], int]
-"""Where an outcome is: the events of its step, and its index."""
+"""Location of an outcome: the events of its step, and its index there."""
 
 
 class MergedOutcome(Outcome, frozen=True):
-    """Outcomes of a request that follow each other; `rounds` is how many tokens each of them emitted."""
+    """Consecutive outcomes of a request as one; rounds: tokens emitted by each of them."""
 
     rounds: tuple[int, ...] = ()
 
 
 def merged(first: Outcome, second: Outcome) -> MergedOutcome:
-    """Two outcomes of one request, of which the second follows the first, as one."""
+    """Merge two consecutive outcomes of a request."""
     rounds = first.rounds if isinstance(first, MergedOutcome) else (len(first.emitted),)
     return MergedOutcome(
         second.request_id,
@@ -40,11 +40,11 @@ def merged(first: Outcome, second: Outcome) -> MergedOutcome:
 
 
 def merge_backlog(heard: list[Step], behind: deque[Any], max_events: int) -> tuple[list[Step], int]:
-    """The steps `heard` of a target, and those that wait `behind` while most of their events can be merged with them.
+    """Merge waiting steps of a target into the steps `heard`, as long as most of their events can be merged.
 
-    An outcome that follows another one takes its place. What is merged leaves `behind`: MAX_MERGED_STEPS at most, each
-    of `max_events` at most.
-    -> the steps; and what was heard beyond `heard`: one for each step, and one for each event that was not merged.
+    An outcome that continues an earlier one replaces it. Merged steps are removed from `behind`: at most
+    MAX_MERGED_STEPS, each with at most `max_events` events.
+    -> the steps; and their cost beyond `heard`: one per merged step plus one per event that could not be merged
     """
     steps: list[tuple[list[Event | None], int]] = [([*step.events], step.num_speculative_tokens) for step in heard]
     latest: dict[str, Place] = {}
@@ -69,7 +69,7 @@ def merge_backlog(heard: list[Step], behind: deque[Any], max_events: int) -> tup
 
 
 def _note(events: list[Event | None], latest: dict[str, Place]) -> None:
-    """Write down where the last outcomes are."""
+    """Record the location of each request's latest outcome."""
     for index, event in enumerate(events):
         if isinstance(event, Outcome):
             latest[event.request_id] = events, index
@@ -78,7 +78,10 @@ def _note(events: list[Event | None], latest: dict[str, Place]) -> None:
 
 
 def _followed(step: Step, latest: dict[str, Place]) -> list[Place | None]:
-    """Where the outcomes are that the events of a step follow; of the events of one request only the first can."""
+    """The location of the outcome that each event continues, None if it continues none.
+
+    Only the first event of each request in a step can continue an earlier outcome.
+    """
     named: set[str] = set()
     places: list[Place | None] = []
     for event in step.events:
@@ -97,7 +100,7 @@ def _follows(event: Event, place: Place) -> bool:
 
 
 def _take(place: Place, event: Event) -> MergedOutcome:
-    """The outcome at `place`, which is gone from there, and the one that follows it."""
+    """Remove the outcome at `place` and merge it with `event`, which continues it."""
     events, index = place
     first, events[index] = events[index], None
     assert isinstance(first, Outcome) and isinstance(event, Outcome)

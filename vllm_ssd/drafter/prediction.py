@@ -1,4 +1,4 @@
-"""Which outcomes of a round are predicted."""
+"""Choose which outcomes of a round to predict."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from vllm_ssd.drafter.sequence import Sequence
 from vllm_ssd.policy import Confidence, FanOut, confidence_levels
 
 MAX_REQUESTS = 16
-"""Most requests at which each is split by the probabilities of its round, which takes 41 µs: all wait for that before
-the first step."""
+"""Most requests for which branches are split by the round's own probabilities. This takes 41 µs per request, for which
+the next step has to wait."""
 
 
 class OutcomePrediction:
-    """Splits a request's branches over its fork points, and learns from the outcomes.
+    """Splits a request's branches over its fork points, and learns from outcomes.
 
-    By what the drafter gave its drafts and the candidates of this round, where that is known and the requests are few;
-    else by `fan_out`.
+    With few requests the split follows the drafter's probabilities of this round's drafts and candidates, as far as
+    they are known; otherwise `fan_out` decides.
     """
 
     def __init__(self, fan_out: FanOut) -> None:
@@ -27,7 +27,7 @@ class OutcomePrediction:
         self._by_confidence = not fan_out.is_fixed
 
     def observe(self, sequence: Sequence, accept_length: int, bonus_token: int) -> None:
-        """Learn from the outcome of a round, before the spine follows it; not where its fork point is not computed."""
+        """Learn from an outcome before the spine follows it; ignored if its fork point is not computed yet."""
         candidates = sequence.candidates.get(sequence.length - 1 + accept_length)
         if candidates is None:
             return
@@ -38,7 +38,7 @@ class OutcomePrediction:
         self._fan_out.observe(len(drafts), accept_length, rank, sequence.after_hit, len(others))
         if self._by_confidence:
             of_drafts, levels = sequence.levels or _levels(sequence, accept_length + 1)
-            if levels[accept_length].max() < 0:  # computed after the branches were split
+            if levels[accept_length].max() < 0:  # its candidates were computed after the split
                 of_drafts, levels = _levels(sequence, accept_length + 1)
             sampled = sequence.temperature > 0
             self._confidence.observe(sampled, len(drafts), of_drafts, accept_length, levels[accept_length], rank)
@@ -50,10 +50,13 @@ class OutcomePrediction:
         return self._confidence.hit_chances(num_drafts)
 
     def counts(self, sequence: Sequence, budget: int, num_requests: int) -> SequenceOf[int]:
-        """Branches by accept length of the round that begins, one of `num_requests`; at most `budget` in all."""
+        """Branches by accept length for the round that begins, at most `budget` in total.
+
+        num_requests: number of open requests
+        """
         self._by_confidence = not self._fan_out.is_fixed and num_requests <= MAX_REQUESTS
         num_drafts = len(sequence.tokens) - sequence.length
-        if not self._by_confidence or sequence.length - 1 not in sequence.candidates:  # nothing is known of a draft
+        if not self._by_confidence or sequence.length - 1 not in sequence.candidates:  # no probabilities known yet
             sequence.levels = None
             return self._fan_out.counts(num_drafts, sequence.after_hit, budget)
         sequence.levels = _levels(sequence, num_drafts + 1)
@@ -61,10 +64,11 @@ class OutcomePrediction:
 
 
 def _levels(sequence: Sequence, num_forks: int) -> tuple[list[int | None], np.ndarray]:
-    """Classes of the drafts at the first `num_forks` fork points, and of the other candidates there.
+    """Confidence levels of the drafts at the first `num_forks` fork points, and of the other candidates there.
 
-    -> drafts, None where nothing is known; candidates [num_forks, C] int64, -1 in the place of the draft and where
-    nothing is known. A draft that is no candidate counts as the last of them; the chances of others are without it.
+    -> levels of drafts, None if unknown; levels of candidates [num_forks, C] int64, -1 in the draft's place and where
+    unknown. A draft that is not a candidate gets the last candidate's probability. The other candidates' probabilities
+    are renormalised without the draft's.
     """
     first, length = sequence.length - 1, sequence.length
     drafts: list[int | None] = [None] * min(num_forks, len(sequence.tokens) - length)

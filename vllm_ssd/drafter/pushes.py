@@ -1,4 +1,4 @@
-"""Which new drafts the target should have now, and the push that carries them."""
+"""Choose the new drafts that are due to be pushed, and build the push."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from vllm_ssd.policy import BranchBudget
 
 
 def due_rows(branches: Branches, by_slot: SequenceOf[Sequence | None], budget: BranchBudget) -> np.ndarray:
-    """Branches whose new drafts the target should have now, [n] int64.
+    """Branches whose new drafts should be pushed now, [n] int64.
 
-    A tree that will be whole before its outcome is expected travels in one message, one that may be late with
-    every step.
+    A tree that will be complete before its outcome is expected is pushed once it is complete; one that may be late is
+    pushed after every step.
     """
     depth = np.minimum(branches.computed, branches.num_drafts)
     rows = np.flatnonzero(branches.alive & (depth > branches.sent))
@@ -37,7 +37,7 @@ def due_rows(branches: Branches, by_slot: SequenceOf[Sequence | None], budget: B
 def take_push(
     branches: Branches, by_slot: SequenceOf[Sequence | None], rows: np.ndarray, evicted: list[Evicted]
 ) -> Push:
-    """What `rows` have grown since they were last pushed, which now they are; one block for rows that grew alike."""
+    """Build a push of the unsent drafts of `rows` and mark them as sent; branches of equal depths share a block."""
     depths = np.minimum(branches.computed[rows], branches.num_drafts[rows])
     groups: dict[tuple[int, int, int], list[int]] = {}
     for row, slot, offset, depth in zip(rows, branches.owner[rows], branches.sent[rows], depths):
@@ -73,7 +73,7 @@ def _block(branches: Branches, sequence: Sequence, rows: list[int], offset: int,
 
 
 def _put_drafts_first(drafts: np.ndarray, token_ids: np.ndarray, probs: np.ndarray) -> None:
-    """Let each of `drafts` [n, d] change places with the first of its proposal, ids and probabilities [n, d, M]."""
+    """Swap each of `drafts` [n, d] to the front of its proposal in `token_ids` and `probs` [n, d, M], in place."""
     row = np.arange(drafts.size)
     for_draft = token_ids.reshape(len(row), -1)
     place = (for_draft == drafts.reshape(-1, 1)).argmax(1)

@@ -1,9 +1,9 @@
-"""How much of the drafter each of several targets gets: deficit round robin (Shreedhar and Varghese, 1995).
+"""Share the drafter fairly between targets: deficit round robin (Shreedhar and Varghese, 1995).
 
-Branches are as many for each request, so that a step is shared by itself. What a target can flood are events, each of
-which costs the drafter time before the next step, and prompts, whose tokens ride in the steps of all. A sound target
-that is faster than the drafter's steps does not fall behind: what it has said beyond its ration is merged with what was
-heard (`vllm_ssd.drafter.merging`), which costs little.
+Steps are shared fairly already, as every request has equally many branches. But a target can flood the drafter with
+events, each of which delays the next step, and with prompts, whose tokens make everybody's steps longer. A correct
+target that is faster than the drafter does not fall behind: events beyond its ration are merged at little cost
+(`vllm_ssd.drafter.merging`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from vllm_ssd.drafter.merging import merged
 from vllm_ssd.link.protocol import Close, Open, Outcome
 
 PROMPT_TOKENS = 512
-"""Tokens of prompts that targets which have some open between two steps, together; one alone opens all at once."""
+"""Prompt tokens that all targets together may open per poll; a target without competition opens all at once."""
 TOKEN_BYTES = 4
 MAX_SAVED_POLLS = 8
-"""A target that was silent may say at once what it could have said in so many polls."""
+"""Polls whose unused ration a silent target can save up."""
 
 
 @dataclass(slots=True)
 class Waiting:
-    """A request whose Open waits for its turn, and what has become of it since."""
+    """A request whose Open waits for its turn, and the merged outcomes that followed it."""
 
     opened: Open
     outcome: Outcome | None
@@ -36,28 +36,31 @@ class Waiting:
 
 @dataclass(slots=True)
 class Ration:
-    """Of one target. events_a_poll: what a sound one needs at most, on average."""
+    """The ration of one target. events_a_poll: average number of events per poll that it may send."""
 
     events_a_poll: int
     _events: int = 0
     _tokens: float = 0.0
-    waiting: dict[str, Waiting] = field(default_factory=dict)  # the longest waiting first
+    waiting: dict[str, Waiting] = field(default_factory=dict)  # longest waiting first
 
     @property
     def is_used_up(self) -> bool:
-        """Whether the rest of what it says has to wait for a later poll."""
+        """Whether further messages have to wait for a later poll."""
         return self._events <= 0
 
     def next_poll(self) -> None:
-        """It may say more."""
+        """Replenish the ration for another poll."""
         self._events = min(self._events + self.events_a_poll, MAX_SAVED_POLLS * self.events_a_poll)
 
     def spoke(self, num_events: int) -> None:
-        """It has said so much, in one message perhaps more than it may."""
+        """Charge `num_events`; a single message may overdraw the ration."""
         self._events -= num_events
 
     def keep(self, event: Open | Outcome | Close, num_drafts: int, is_shared: bool) -> bool:
-        """Whether an event waits; an Open does where there is somebody else, and with it what follows it."""
+        """Queue an event if it has to wait, and return whether it does.
+
+        An Open waits if the drafter is shared with other targets; later outcomes of a waiting request wait with it.
+        """
         request_id = event.request_id
         if isinstance(event, Open):
             self.waiting.pop(request_id, None)
@@ -77,7 +80,7 @@ class Ration:
         return True
 
     def grant(self, num_tokens: float) -> Iterable[Waiting]:
-        """The requests whose turn has come with `num_tokens` more."""
+        """Add `num_tokens` to the ration and yield the waiting requests that it now covers."""
         self._tokens += num_tokens
         while self.waiting:
             request_id, first = next(iter(self.waiting.items()))

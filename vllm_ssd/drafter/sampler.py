@@ -1,4 +1,4 @@
-"""The next token of each branch, drawn on the host from a forward's logits."""
+"""Draw the next token of each branch on the host, from a forward's logits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from vllm_ssd.policy import saguaro
 
 @dataclass(slots=True)
 class Draw:
-    """Tokens drawn after each logits row: ids [n, C] likeliest first, drawn [n], q ids and probs [n, M].
+    """The tokens drawn after each logits row.
 
-    candidate_probs [n, C] float32: softmax of the candidates at the row's temperature, 1 for greedy rows.
+    candidates [n, C] int32: likeliest first; candidate_probs [n, C] float32: their softmax at the row's temperature, or
+    at 1 for greedy rows; drawn [n]: the drawn token; q_token_ids, q_probs [n, M]: the proposal it was drawn from.
     """
 
     candidates: np.ndarray
@@ -26,7 +27,7 @@ class Draw:
 
 
 class Sampler:
-    """Draws the next token after each logits row, with randomness that verification never sees."""
+    """Draws the next token after each logits row, with randomness that is independent of verification's."""
 
     def __init__(self, num_candidates: int, top_m: int, seed: int, saguaro_c: float = 1.0) -> None:
         self._num_candidates = num_candidates
@@ -41,12 +42,11 @@ class Sampler:
         fan_out: np.ndarray | None = None,
         truncations: np.ndarray | None = None,
     ) -> Draw:
-        """Tokens after `logits` [n, vocab] at `temperatures` [n] float32, 0 for greedy rows.
+        """Draw tokens after `logits` [n, vocab] at `temperatures` [n] float32, 0 for greedy rows.
 
-        Greedy rows take the likeliest token. Others draw from the softmax at their temperature over the `top_m`
-        likeliest tokens, cut by `truncations` [n, 3] (see `truncate`; default: not at all), of which the first
-        `fan_out` [n] weigh `saguaro_c` as much (default: none does): that distribution, renormalised, is the proposal
-        q, exactly.
+        Greedy rows take the likeliest token. Other rows draw from exactly the proposal q: the softmax at their
+        temperature over the `top_m` likeliest tokens, truncated by `truncations` [n, 3] (see `truncate`; default:
+        none), with the first `fan_out` [n] tokens weighted by `saguaro_c` (default: none), renormalised.
         """
         num_candidates, top_m = self._num_candidates, self._top_m
         if not temperatures.any():

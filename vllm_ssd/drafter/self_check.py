@@ -1,4 +1,4 @@
-"""Whether the trees that grow on the device say what the model says, asked once at start."""
+"""Check once at startup that trees grown on the device agree with the model's own logits."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from vllm_ssd.kernels import reference_ops
 from vllm_ssd.link.protocol import common_prefix, unpack_ids
 
 TOLERANCE = {2: 0.25, 4: 0.02}
-"""Root mean square error of log-probabilities, in standard deviations of the logits, by bytes of the model's dtype.
-Rounding stays an order of magnitude below; KV from a wrong place exceeds it."""
+"""Largest RMS error of log-probabilities, in standard deviations of the logits, by bytes of the model's dtype. Rounding
+errors are an order of magnitude smaller; reading KV from a wrong place causes larger ones."""
 NEGLIGIBLE = 1e-6
-"""Probability below which proposals are alike."""
+"""Probabilities are clamped to this before they are compared."""
 LONG_TOKENS = 4096
-"""Length of a prompt whose trunk is read in many runs."""
+"""Length of a prompt whose trunk is read in many splits."""
 REFERENCE_TOKENS = 256
-"""Tokens of a prompt that the references compute at once."""
+"""Prompt tokens per forward of the reference."""
 TIME_LIMIT_S = 120.0
-"""Longest time for the check, compiling and capturing; the rest of `startup_timeout_s` is for starting over."""
+"""Time limit of the check, compilation and capture; the rest of `startup_timeout_s` is for starting over."""
 
 
 class WrongTrees(RuntimeError):
-    """What the trees propose is not what the model says after their tokens."""
+    """Raised if the trees' proposals disagree with the model's logits."""
 
 
 @dataclass
 class _Branch:
-    """What was pushed of one branch: its prefix, its drafts, and the proposal (ids, probabilities) of each."""
+    """A branch as it was pushed: its prefix, its drafts, and each draft's proposal (ids, probabilities)."""
 
     prefix: list[int]
     drafts: list[int] = field(default_factory=list)
@@ -52,26 +52,26 @@ class _Request:
     drafts: list[int] = field(default_factory=list)
 
     def open(self, engine: DraftEngine, num_drafts: int) -> None:
-        """Open it at temperature 1."""
+        """Open the request at temperature 1."""
         engine.open(self.name, 0, np.array(self.tokens, np.int32), 1.0, num_drafts)
 
     def advance(self, engine: DraftEngine, emitted: list[int], drafts: list[int], num_drafts: int) -> None:
-        """Tell the engine of an outcome."""
+        """Advance the engine by an outcome."""
         self.tokens, self.drafts = self.tokens + emitted, drafts
         engine.advance(self.name, 0, len(self.tokens), emitted, drafts, num_drafts=num_drafts)
 
 
 def check_trees(engine: DraftEngine, model: PagedModel, num_drafts: int) -> None:
-    """Take requests through openings, a hit, a miss and their ends, two at a time, on an idle `engine` of `model`.
+    """Run three requests through opening, a hit, a miss and closing on an idle `engine` of `model`.
 
-    Two have one prompt; the third's is longer than `LONG_TOKENS`, where requests may be. Raises `WrongTrees` unless
-    what they propose agrees with the model's logits after the same tokens, computed without branches, graphs or Triton.
-    All that requests will need is compiled on the way.
+    Two share a prompt; the third's is longer than `LONG_TOKENS` if the context length allows. Raises `WrongTrees`
+    unless their proposals agree with the model's logits after the same tokens, computed without branches, graphs or
+    Triton. This also compiles everything that requests will need.
     """
     most_tokens = model.max_model_len - 3 * (num_drafts + 2)
     num_tokens = min(2 * model.page_size - 2, most_tokens)
     if num_tokens < 1:
-        return  # nothing will ever be drafted
+        return  # no request is short enough to be drafted for
     if isinstance(engine.pages, DevicePages):
         warm_up_attention(model, engine.pages.trees)
     random_numbers = np.random.default_rng(0)
@@ -80,9 +80,9 @@ def check_trees(engine: DraftEngine, model: PagedModel, num_drafts: int) -> None
     first, second = _Request("first", prompt), _Request("second", prompt)
     first.open(engine, num_drafts)
     trees = _grow(engine, first)
-    first.advance(engine, emitted, drafts, num_drafts)  # drafts that nobody predicted: all forks start at once
+    first.advance(engine, emitted, drafts, num_drafts)  # a miss: all fork points start at once
     trees += _grow(engine, first)
-    second.open(engine, num_drafts)  # reads pages of the first
+    second.open(engine, num_drafts)  # adopts cached pages of the first
     if trees[-1]:
         accept_length, bonus = max(trees[-1])
         hit = trees[-1][accept_length, bonus]
@@ -97,7 +97,7 @@ def check_trees(engine: DraftEngine, model: PagedModel, num_drafts: int) -> None
         trees += _grow(engine, second, third)
         engine.close(third.name)
     engine.close(second.name)
-    engine.pages.forget_idle()  # what the model is asked next is written to any page
+    engine.pages.forget_idle()  # the reference forwards below overwrite pages
     for tree in trees:
         error = _error(model, list(_spread(list(tree.values()), 6)))
         if not error <= TOLERANCE[model.dtype.itemsize]:
@@ -106,7 +106,7 @@ def check_trees(engine: DraftEngine, model: PagedModel, num_drafts: int) -> None
 
 @contextmanager
 def time_limit(seconds: float, then: Callable[[Exception], object]) -> Iterator[None]:
-    """Call `then` on another thread if the body has not ended after so many seconds: a kernel that hangs never will."""
+    """Call `then` on another thread if the body does not finish within `seconds`, for example in a hung kernel."""
     error = TimeoutError(f"not done after {seconds:g} s")
     timer = threading.Timer(seconds, then, [error])
     timer.daemon = True
@@ -118,7 +118,7 @@ def time_limit(seconds: float, then: Callable[[Exception], object]) -> Iterator[
 
 
 def _grow(engine: DraftEngine, *requests: _Request) -> list[dict[tuple[int, int], _Branch]]:
-    """Speculate until nothing is left to do; the branches of each of `requests` by outcome."""
+    """Speculate until there is no work left; returns the branches of each of `requests` by outcome."""
     trees: dict[str, dict[tuple[int, int], _Branch]] = {request.name: {} for request in requests}
     by_name = {request.name: request for request in requests}
     while engine.has_work:
@@ -135,13 +135,13 @@ def _grow(engine: DraftEngine, *requests: _Request) -> list[dict[tuple[int, int]
 
 
 def _spread(branches: list[_Branch], num: int) -> Iterator[_Branch]:
-    """At most `num` of them, from the first to the last."""
+    """At most `num` branches, evenly spaced from the first to the last."""
     for i in sorted(set(np.linspace(0, len(branches) - 1, min(num, len(branches))).astype(int).tolist())):
         yield branches[i]
 
 
 def _error(model: PagedModel, branches: list[_Branch]) -> float:
-    """The largest error of a draft of `branches`, all of one request; infinite for a token outside its own proposal."""
+    """The largest error of any draft of `branches`, all of one request; infinite if a draft is not in its proposal."""
     if not branches:
         return 0.0
     first = branches[0].prefix
@@ -160,19 +160,19 @@ def _error(model: PagedModel, branches: list[_Branch]) -> float:
             left_out = row.clone().index_fill_(0, ids, float("-inf")).max()
             proposed, expected = torch.from_numpy(probs.copy()), torch.softmax(row[ids], -1)
             difference = proposed.clamp(min=NEGLIGIBLE).log() - expected.clamp(min=NEGLIGIBLE).log()
-            beyond = (left_out - row[ids].min()).clamp(min=0)  # likelier than the least likely proposed
+            beyond = (left_out - row[ids].min()).clamp(min=0)  # a token outside the proposal is likelier than one in it
             errors.append(torch.maximum(difference.square().mean().sqrt(), beyond) / row.std())
     return float(torch.stack(errors).max())
 
 
 def _reference_logits(model: PagedModel, tokens: list[int], start: int, num_logits: int) -> torch.Tensor:
-    """Logits `[num_logits, vocab]` after the last of `tokens`; the KV of the first `start` is in the first pages."""
+    """Logits `[num_logits, vocab]` after the last tokens; KV of the first `start` tokens must be in the first pages."""
     n, num_pages = len(tokens), -(-len(tokens) // model.page_size)
     positions = np.arange(start, n)
     batch = ForwardBatch(
         token_ids=np.array(tokens[start:], np.int32),
         positions=positions,
-        slots=positions,  # the first pages: an idle engine holds none
+        slots=positions,  # use the first pages, which are free in an idle engine
         query_start_loc=np.array([0, n - start], np.int32),
         seq_lens=np.array([n], np.int32),
         page_tables=np.arange(num_pages, dtype=np.int32)[None],

@@ -1,4 +1,4 @@
-"""What the drafter keeps of one request."""
+"""The drafter's state of one request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_ROWS = np.empty(0, np.int64)
 
 
 class Candidates(NamedTuple):
-    """The likeliest tokens after one of the spine: token_ids [C] int32, likeliest first, probs [C] float32."""
+    """The likeliest tokens after a token of the spine: token_ids [C] int32, likeliest first; probs [C] float32."""
 
     token_ids: np.ndarray
     probs: np.ndarray
@@ -25,10 +25,10 @@ class Candidates(NamedTuple):
 
 @dataclass(slots=True)
 class Sequence:
-    """One request: its spine, and the branches that start from it.
+    """A request: its spine, and the branches that start from it.
 
-    awaited: drafts that the target waits for in this round, just in time; 0 once it has named those that it took, None
-    in a round that nobody waited in.
+    awaited: number of just-in-time drafts that the target waits for in this round; 0 once it has reported which it
+    used, None in rounds without waiting.
     """
 
     request_id: str
@@ -42,17 +42,17 @@ class Sequence:
     rows: np.ndarray = field(default_factory=lambda: NO_ROWS)
     num_forks: int = 0  # fork points whose branches were started
     fan_out: SequenceOf[int] = ()
-    levels: tuple[list[int | None], np.ndarray] | None = None  # of drafts and candidates when `fan_out` was chosen
+    levels: tuple[list[int | None], np.ndarray] | None = None  # confidence levels behind `fan_out`, see `_levels`
     num_drafts: int = 0
     after_hit: bool = False
     awaited: int | None = None
-    decided_at: float = 0.0  # when its last outcome was found
-    window_from: float = 0.0  # when the outcome before those of `num_rounds` was found; 0: that tells nothing
-    num_rounds: int = 0  # whose outcomes were found since the last step
+    decided_at: float = 0.0  # time of its last outcome
+    window_from: float = 0.0  # time of the outcome before the last `num_rounds`; 0 if not usable
+    num_rounds: int = 0  # rounds whose outcomes arrived since the last step
     truncation: tuple[float, float, float] = NOTHING  # see `truncation_row`
     bias: int = UNBIASED  # row of `Biases`
     cache_salt: bytes = b""
-    num_published: int = 0  # leading pages that others can find
+    num_published: int = 0  # leading pages in the prefix cache
     _digests: list[bytes] = field(default_factory=list)  # of leading pages
 
     @property
@@ -61,9 +61,9 @@ class Sequence:
         return self.computed == len(self.tokens)
 
     def page_digest(self, page: int, page_size: int) -> bytes:
-        """What a full page of committed tokens contains, with all that precedes it: a link of a chain of hashes.
+        """Digest of a full page of committed tokens and everything before it, as a chain of hashes.
 
-        Chains of different salts have no link in common.
+        Chains with different salts share no digests.
         """
         while len(self._digests) <= page:
             start = len(self._digests) * page_size

@@ -1,4 +1,4 @@
-"""The drafter's process: boot the model, shake hands, then serve one target until it goes away."""
+"""The drafter's process: boot the model, shake hands, then serve one target until it disconnects."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ from vllm_ssd.policy import BranchBudget, FanOut
 logger = logging.getLogger("vllm.vllm_ssd")
 
 STATS_INTERVAL_S = 1.0
-"""The stats are sent so often while anything changes, and at once when the last request has gone. A drafter that was
-spoken to thus says something at least so often: silence means that it hangs."""
+"""Interval at which statistics are sent while anything changes; they are also sent when the last request closes. A
+drafter that got a message thus answers within this time, and silence means that it hangs."""
 
 
 def serve(transport: Transport, engine: DraftEngine) -> None:
-    """Apply what the target says and push what the engine grows, until the transport closes."""
+    """Apply the target's events and push the engine's drafts, until the transport closes."""
     reported_at, changed = time.monotonic(), False  # since the stats were sent
     while True:
         messages = transport.poll(0.0 if engine.has_work else (STATS_INTERVAL_S if changed else None))
@@ -79,7 +79,7 @@ def serve(transport: Transport, engine: DraftEngine) -> None:
 
 
 def apply(engine: DraftEngine, event: Open | Outcome | Close, num_drafts: int) -> None:
-    """One event of a target step."""
+    """Apply one event of a target's step to the engine."""
     match event:
         case Outcome():
             engine.advance(
@@ -113,10 +113,11 @@ def apply(engine: DraftEngine, event: Open | Outcome | Close, num_drafts: int) -
 
 @dataclass(frozen=True, slots=True)
 class Booted:
-    """A draft model that is loaded and checked, with the strings of its tokens.
+    """A loaded and checked draft model, with the strings of its tokens.
 
-    welcome: what it says of itself in every handshake
-    stand_in: the token id that stands for those it does not share with a target
+    stand_in: draft token id that replaces target tokens which the draft model lacks
+    captured: steps that have been warmed up, reusable if the vocabularies are equal
+    welcome: its answer to every handshake
     """
 
     model: PagedModel
@@ -127,40 +128,40 @@ class Booted:
     welcome: Welcome
 
     def greet(self, hello: object) -> VocabularyMap | Refused:
-        """What the ids of a target that introduces itself are to the draft model, or why it cannot be served."""
+        """Map the vocabulary of a target to the draft model's, or say why the target cannot be served."""
         return greet(hello, self.welcome, self.tokens, self.stand_in)
 
     def engine(self, vocabulary: VocabularyMap, learner: Callable[..., FanOut] = FanOut) -> DraftEngine:
-        """The engine that drafts in these ids, with all that it repeats captured."""
+        """Build an engine that drafts in the target's ids, with its steps captured."""
         served = translated(self.model, vocabulary)
         steps = self.captured
         if served is not self.model:
             steps = _steps_of(served, self.options, vocabulary.num_shared)
         engine = _engine_of(served, self.options, learner, steps)
-        num_captured = engine.warm_up() if self.options.graphs else 0  # once: what is captured already stays
-        logger.info("SSD: the drafter captured its steps for %d sizes of batches", num_captured)
+        num_captured = engine.warm_up() if self.options.graphs else 0  # steps that are captured already are reused
+        logger.info("SSD: the drafter captured its steps for %d batch sizes", num_captured)
         return engine
 
     @property
     def max_step_bytes(self) -> int:
-        """The bytes that a target's largest step stays below."""
+        """Upper bound on the size of a target's steps."""
         return max_step_bytes(self.welcome.max_model_len, self.options.max_num_seqs)
 
 
 def boot(place: int | str, options: DrafterOptions, refuse: Callable[[Exception], None]) -> Booted:
-    """Load the draft model and check it, starting over without what fails.
+    """Load and check the draft model; if an optional feature fails, restart the process without it.
 
-    place: the socket's descriptor or the address that the process is told on its command line
-    refuse: hears of what is raised here
+    place: the socket's descriptor or the address from the process's command line
+    refuse: called with an exception before it is raised
     """
-    environment = dict(os.environ)  # vLLM's start adds to it
+    environment = dict(os.environ)  # a copy, since vLLM's startup adds variables
     try:
         from vllm_ssd.compat.drafter.draft_model import DraftModel
 
         num_drafts = options.num_speculative_tokens
         model = DraftModel(tree_attention=options.tree_attention, num_drafts=num_drafts, **options.engine_args)
         tokens, stand_in = model.vocabulary()
-    except Exception as error:  # whatever vLLM's start-up raises is the reason the target reports
+    except Exception as error:  # whatever vLLM's startup raises becomes the target's error message
         if options.tree_attention and not isinstance(error, UnsupportedDraftModel):
             _start_over(place, options, environment, error)
         refuse(error)
@@ -223,10 +224,10 @@ def run(fd: int, options: DrafterOptions) -> int:
 
 
 def _check(model: PagedModel, options: DrafterOptions) -> Steps:
-    """Raise unless an engine as the one that will serve says what the model says, and its steps can be captured.
+    """Check that an engine like the one that will serve agrees with the model, and that its steps can be captured.
 
-    Before the handshake, from which on nothing can start over: the target introduces itself once. -> the captured
-    steps, for the engine that will serve if the vocabularies are alike.
+    This runs before the handshake, because the process cannot restart after it: the target sends only one Hello.
+    -> the captured steps, for the engine that will serve if the vocabularies are equal
     """
     plain = msgspec.structs.replace(options, saguaro_c=1.0)
     steps = _steps_of(model, plain)
@@ -245,16 +246,16 @@ def _refuse(transport: Transport, error: Exception) -> None:
 
 
 def _start_over(place: int | str, options: DrafterOptions, environment: dict[str, str], error: Exception) -> NoReturn:
-    """Become a drafter that does without its own attention, or without graphs if it did that already.
+    """Restart this process without tree attention, or without CUDA graphs if tree attention is already off.
 
-    What failed may have left the device unusable to this process, or hang for ever.
+    A new process is needed because the failure may have left the device unusable, or a kernel hanging.
     """
     what, changes = ("its own attention", {"tree_attention": False})
     if not options.tree_attention:
         what, changes = ("CUDA graphs", {"graphs": False})
     reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     logger.warning("SSD: the drafter does without %s, which failed here (%s)", what, reason)
-    logger.debug("SSD: what failed", exc_info=error)
+    logger.debug("SSD: the failure in full", exc_info=error)
     options = msgspec.structs.replace(options, **changes)
     for descriptor in (place, options.keeper):
         if isinstance(descriptor, int) and descriptor >= 0:
@@ -264,24 +265,24 @@ def _start_over(place: int | str, options: DrafterOptions, environment: dict[str
 
 
 class Steps(NamedTuple):
-    """What an engine grows trees with, and may hand on to another once it is idle: no request leaves a trace here."""
+    """The parts of an engine that hold no request state once it is idle, and may be passed on to another engine."""
 
     branches: Branches
     pages: Pages
     eager: EagerRunner
     runner: Runner
     saguaro_c: float
-    most_branches: int  # in all, of the budget
-    most_rows: int  # in one step
+    most_branches: int  # of all requests, for the budget
+    most_rows: int  # per step
 
 
 def build_engine(model: PagedModel, fan_out: FanOut, **options: Any) -> DraftEngine:
-    """An engine over `model`, with steps of its own: `options` of `build_steps`."""
+    """Build an engine with its own steps; options: of `build_steps`."""
     return engine_over(model, fan_out, build_steps(model, **options))
 
 
 def engine_over(model: PagedModel, fan_out: FanOut, steps: Steps) -> DraftEngine:
-    """An engine that has served nobody, over steps that no other engine is using."""
+    """Build a new engine over steps that no other engine is using."""
     branches, pages = steps.branches, steps.pages
     budget = BranchBudget(steps.most_branches, branches.is_parallel)
     stepper = Stepper(branches, steps.eager, steps.runner, budget, steps.saguaro_c, steps.most_rows)
@@ -309,16 +310,16 @@ def build_steps(
     saguaro_c: float = 1.0,
     num_draftable: int | None = None,
 ) -> Steps:
-    """Steps of `model`, whose attention decides whether pages are kept on the host or on the device.
+    """Build the steps of `model`, with pages on the device if it has tree attention, else on the host.
 
-    max_branches: of a request; max_fan_out: of a fork point; top_m: tokens that a proposal keeps; seed: of the draws;
-    num_draftable: tokens whose logits are finite, all of them by default.
+    max_branches: per request; max_fan_out: per fork point; top_m: token ids per proposal; seed: of the draws;
+    num_draftable: number of tokens with finite logits (default: all).
     """
     num_draftable = model.vocab_size if num_draftable is None else num_draftable
-    num_candidates = min(max_fan_out + 1, num_draftable)  # one may be the drafted token
+    num_candidates = min(max_fan_out + 1, num_draftable)  # one of them may be the draft itself
     top_m = min(top_m, num_draftable)
     if model.tree_attention:
-        top_m = max(top_m, num_candidates)  # the kernel draws both from one list
+        top_m = max(top_m, num_candidates)  # in the kernel, one top-k serves proposal and candidates
     biases = Biases(model.vocab_size, model.device)
     branches = Branches(
         max_num_seqs, max_branches + 1, num_speculative_tokens, num_candidates, top_m, biases, model.mask_token_id
@@ -333,7 +334,7 @@ def build_steps(
     else:
         pages = HostPages(model, branches)
         runner = eager = EagerRunner(model, pages, branches, sampler)
-    # Beside the branches ride spine tokens.
+    # Leave room for spine tokens in the same step.
     most_branches = min(MAX_BRANCHES, 3 * most_rows // 4) if _is_on_gpu(model) else most_rows
     most_branches = max(min(max_num_seqs * max_branches, most_branches // branches.tokens_per_step), 1)
     return Steps(branches, pages, eager, runner, saguaro_c, most_branches, most_rows)
@@ -356,13 +357,13 @@ def _steps_of(model: PagedModel, options: DrafterOptions, num_draftable: int | N
         max_fan_out=options.max_fan_out,
         top_m=options.top_m,
         saguaro_c=options.saguaro_c,
-        seed=int.from_bytes(os.urandom(8), "little") >> 1,  # never the stream that verification draws from
+        seed=int.from_bytes(os.urandom(8), "little") >> 1,  # must be independent of verification's random numbers
         num_draftable=num_draftable,
     )
 
 
 def greet(hello: object, welcome: Welcome, tokens: list[str], stand_in: int) -> VocabularyMap | Refused:
-    """What the target's ids are to the draft model of `tokens`, or why the target is refused."""
+    """Map a target's vocabulary to that of the draft model with `tokens`, or say why the target is refused."""
     if not isinstance(hello, Hello) or hello.version != PROTOCOL_VERSION:
         version = getattr(hello, "version", None)
         return Refused(f"protocol version {version} of the target, {PROTOCOL_VERSION} of the drafter")

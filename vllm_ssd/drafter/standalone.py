@@ -1,4 +1,4 @@
-"""A drafter that listens: boot the model, then serve every target that connects and holds the credential."""
+"""A drafter that listens: boot the model, then serve every target that connects with the credential."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from vllm_ssd.link.protocol import PROTOCOL_VERSION, Hello, Refused, Welcome
 logger = logging.getLogger("vllm.vllm_ssd")
 
 STOP_S = 4.0
-"""SIGTERM ends the process within this time, whatever it computes."""
+"""Time after SIGTERM within which the process exits, whatever it is doing."""
 
 
 class Host:
-    """Has an engine from the first target on, which drafts in that target's ids; all others must have the same."""
+    """Builds the engine for the first target's vocabulary; all later targets must have the same."""
 
     def __init__(self, booted: Booted) -> None:
-        self._booted: Booted | None = booted  # until the first target has come
+        self._booted: Booted | None = booted  # until the first target connects
         self._welcome = booted.welcome
         self._ids: tuple[int, str, bool] | None = None
         self.engine: DraftEngine | None = None
 
     def greet(self, hello: Hello) -> Welcome | Refused:
-        """The answer to a target that introduces itself; the first waits until all is captured."""
+        """Answer a target's Hello; the first target waits until the engine has captured its steps."""
         ids = (hello.vocab_size, hello.tokenizer, hello.heterogeneous_vocab)
         if hello.version != PROTOCOL_VERSION:
             return Refused(f"protocol version {hello.version} of the target, {PROTOCOL_VERSION} of the drafter")
@@ -49,14 +49,14 @@ class Host:
             self._ids, self._welcome = ids, msgspec.structs.replace(self._welcome, notice=vocabulary.notice)
             self._booted = None
         elif ids != self._ids:
-            return Refused("the drafter serves targets of another vocabulary; start one for each")
+            return Refused("the drafter serves targets with another vocabulary; start one for each")
         return self._welcome
 
 
 def listen(place: str, options: DrafterOptions) -> int:
     """Boot and serve on "HOST:PORT" or "[IPv6]:PORT" until SIGTERM; returns the process's exit status.
 
-    Raises `BadCredential` before anything is loaded, and OSError where the address cannot be listened on.
+    Raises `BadCredential` before anything is loaded, and OSError if the address cannot be bound.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     keeper = Keeper(options) if options.keeper >= 0 else None

@@ -1,4 +1,4 @@
-"""The tokens that one forward of the draft model takes, before it is known where their KV lies."""
+"""The tokens of one forward of the draft model, independent of where their KV is stored."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
 
 @dataclass(slots=True)
 class StepTokens:
-    """The next tokens of some spines, then those of each branch in `rows`: one, or all that a parallel step takes.
+    """The next tokens of some spines, followed by the next tokens of the branches in `rows`.
 
-    spines: sequences, and how many tokens of each; rows [r] int64; token_rows, places [m] int64: the branch of each
-    branch token, and its place there (`Branches.due`). token_ids [T] int32, positions [T] int64;
-    logit_indices [n] int64 into them: spine tokens from the last committed one on, then all branch tokens.
-    spine_logits: (sequence, token index) of each spine logit.
+    spines: (sequence, number of tokens); rows [r] int64: branches; token_rows, places [m] int64: branch of each branch
+    token and its place there (`Branches.due`); token_ids [T] int32, positions [T] int64: all tokens; logit_indices [n]
+    int64: the tokens that need logits, spine tokens from the last committed one on, then all branch tokens;
+    spine_logits: (sequence, token index) of each spine token with logits.
     """
 
     spines: SequenceOf[tuple[Sequence, int]]
@@ -32,7 +32,7 @@ class StepTokens:
 
     @classmethod
     def gather(cls, branches: Branches, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray) -> StepTokens:
-        """The next `n` tokens of each (sequence, n) of `spines`, and those of each branch in `rows`."""
+        """Gather the next `n` tokens of each (sequence, n) in `spines`, and the next of each branch in `rows`."""
         token_ids: list[int] = []
         positions: list[np.ndarray] = [NO_ROWS]
         logit_indices: list[int] = []

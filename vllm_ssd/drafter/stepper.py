@@ -1,12 +1,13 @@
-"""Which forward of the draft model comes next, and what it draws.
+"""Choose and run the next forward of the draft model.
 
-Spines that are not wholly computed ride with one step of every growing branch. Where there are none, the branches grow
-in *runs*: as many steps of the same branches as none of them is done before. Only when no branch is growing are the
-finished ones run once more, over their last draft: then all fork points of the next round are known before its outcome
-is. A run may be launched ahead of what is taken of it (`DeviceSteps`); whoever changes the branches settles it first.
+Unfinished spines share a step with all growing branches. Without such spines, branches grow in *runs*: steps of the
+same branches until the first of them has all its drafts. Once no branch is growing, the finished ones take one more
+step over their last draft, so that the candidates at all fork points of the next round are known before its outcome.
+Steps of a run may be launched before earlier ones are taken (`DeviceSteps`); whoever changes the branches must `settle`
+the run first.
 
-A draft model that drafts in parallel grows a branch in a single step, over masks in the places of drafts, and has no
-finished branches: a round is one step with the spines, and one of the branches that fork from them.
+A parallel draft model grows a branch in a single step, with masks in place of drafts, and has no finished branches: a
+round is one step with the spines, and one of the branches that fork from them.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from vllm_ssd.drafter.step_tokens import StepTokens
 from vllm_ssd.policy import BranchBudget
 
 FanOutAfterHit = Callable[[int], SequenceOf[int]]
-"""Branches by accept length of the round after a hit, from its number of drafts."""
+"""Maps the number of drafts after a hit to that round's branches by accept length."""
 
 
 class Run(Protocol):
     """Steps of the branches in `rows` [n], taken one after the other.
 
-    step_s: what the last one took; None where that says nothing of another step.
+    step_s: duration of the last step; None if it is not representative.
     """
 
     rows: np.ndarray
@@ -42,55 +43,55 @@ class Run(Protocol):
 
     @property
     def is_done(self) -> bool:
-        """Whether every step was taken."""
+        """Whether every step has been taken."""
         ...
 
     def is_ready(self) -> bool:
-        """Whether the next step can be taken without waiting long; begins it."""
+        """Launch the next step if needed, and return whether it can be taken without a long wait."""
         ...
 
     def take(self) -> Draw:
-        """What the next step drew after `rows`."""
+        """Return the next step's draw for `rows`."""
         ...
 
     def stop(self) -> None:
-        """End with the steps that were launched, which are still to be taken."""
+        """Launch no more steps; those already launched must still be taken."""
 
 
 class Runner(Protocol):
-    """Runs steps of branches, and steps that spines ride with."""
+    """Runs steps of branches, with or without spines."""
 
     def warm_up(self) -> int:
-        """Do all at once that later steps would wait for; how many sizes of batches were captured."""
+        """Compile and capture what later steps need; returns the number of captured batch sizes."""
         ...
 
     def carries(self, num_tokens: int, num_requests: int, spine_tokens: int = 0) -> bool:
-        """Whether it takes steps of so many tokens, of so many requests.
+        """Whether this runner supports steps of `num_tokens` tokens of `num_requests` requests.
 
-        spine_tokens: most of one request.
+        spine_tokens: largest number of spine tokens of one request
         """
         ...
 
     def forward(
         self, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray, fan_out: np.ndarray | None
     ) -> tuple[StepTokens, Draw]:
-        """Forward the next n tokens of each (sequence, n) of `spines` and those of each branch in `rows`, and draw.
+        """Forward the next n tokens of each (sequence, n) in `spines` and the next of each branch in `rows`, and draw.
 
-        The first draws belong to the spine logits. fan_out [m] int64, of the branch tokens.
+        The first draws belong to the spine tokens with logits. fan_out [m] int64: as in `start`, for the branch tokens.
         """
         ...
 
     def start(self, rows: np.ndarray, num_steps: int, fan_out: np.ndarray | None) -> Run:
-        """Begin `num_steps` of the branches in `rows` [n]; until the run is done, nothing may be asked of the pages.
+        """Start `num_steps` steps of the branches in `rows` [n]; the pages must not be used until the run is done.
 
-        fan_out [num_steps, m] int64: how many of the likeliest tokens after each branch token of each step are
-        down-weighted; None for none.
+        fan_out [num_steps, m] int64: how many of the likeliest tokens to down-weight after each branch token in each
+        step; None for none.
         """
         ...
 
 
 class EagerRunner:
-    """One forward a step, over pages of either kind, drawn on the host."""
+    """Runs each step as one forward, over pages of either kind, and draws on the host."""
 
     def __init__(self, model: PagedModel, pages: Pages, branches: Branches, sampler: Sampler) -> None:
         self._model = model
@@ -99,24 +100,24 @@ class EagerRunner:
         self._sampler = sampler
 
     def start(self, rows: np.ndarray, num_steps: int, fan_out: np.ndarray | None) -> EagerRun:
-        """As `Runner.start`; no step is launched before it is taken."""
+        """See `Runner.start`; a step runs when it is taken."""
         return EagerRun(self, rows, num_steps, fan_out)
 
     def warm_up(self) -> int:
-        """As `Runner.warm_up`: what the model captures."""
+        """See `Runner.warm_up`; captures what the model captures."""
         branches = self._branches
         per_request = branches.per_request * branches.tokens_per_step + branches.num_speculative_tokens + 1
         most = branches.max_num_seqs * per_request
         return self._model.warm_up(row_sizes(min(most, MAX_ROWS)))
 
     def carries(self, num_tokens: int, num_requests: int, spine_tokens: int = 0) -> bool:
-        """As `Runner.carries`: all of them."""
+        """See `Runner.carries`; supports all steps."""
         return True
 
     def forward(
         self, spines: SequenceOf[tuple[Sequence, int]], rows: np.ndarray, fan_out: np.ndarray | None
     ) -> tuple[StepTokens, Draw]:
-        """As `Runner.forward`."""
+        """See `Runner.forward`."""
         tokens = StepTokens.gather(self._branches, spines, rows)
         branches, token_rows = self._branches, tokens.token_rows
         temperatures, truncations = branches.temperature[token_rows], branches.truncation[token_rows]
@@ -144,11 +145,11 @@ class EagerRun:
 
     @property
     def is_done(self) -> bool:
-        """Whether every step was taken."""
+        """Whether every step has been taken."""
         return self._num_taken == self._num_steps
 
     def is_ready(self) -> bool:
-        """Whether the next step can be taken: it runs when it is."""
+        """Always true: a step runs when it is taken."""
         return True
 
     def take(self) -> Draw:
@@ -161,15 +162,15 @@ class EagerRun:
         return draw
 
     def stop(self) -> None:
-        """End here: nothing was launched."""
+        """End the run; no launched step is left to take."""
         self._num_steps = self._num_taken
 
 
 class Stepper:
-    """Runs one step at a time, and stores what the branches draw.
+    """Runs one step at a time, and stores the branches' draws.
 
-    runner: for all steps that it carries; eager: for prompts and all others, often the same; max_rows: tokens of
-    branches in one step
+    runner: used for all steps that it carries; eager: used for all others, may be the same object; max_rows: most
+    branch tokens per step
     """
 
     def __init__(
@@ -188,20 +189,21 @@ class Stepper:
         self._down_weights = saguaro_c < 1
         self._max_rows = max(max_rows // branches.tokens_per_step, 1)
         self._run: Run | None = None
-        self._is_usual = True  # whether the run is of `runner`, whose steps the budget knows
+        self._is_usual = True  # whether the run is one of `runner`, whose step times the budget learns
         self.num_steps = self.num_eager_steps = 0
 
     def warm_up(self) -> int:
-        """As `Runner.warm_up`."""
+        """See `Runner.warm_up`."""
         return self._runner.warm_up()
 
     def step(
         self, spines: SequenceOf[tuple[Sequence, int]], fan_out_after_hit: FanOutAfterHit
     ) -> tuple[StepTokens, Draw] | None:
-        """One forward, if there is anything to forward; nothing yet where it takes long, so that others are heard.
+        """Run or advance one forward, if there is anything to forward; returns the draw of a step with spines.
 
-        `spines`, (sequence, tokens in this step), have the pages they need, and are empty while a run is under way.
-        What is drawn after branches goes to them; what is drawn after spines is returned, as the first draws.
+        If a launched step takes long, this returns before it is done, so that the target's messages can be polled.
+        spines: (sequence, tokens in this step), with their pages reserved; must be empty while a run is in progress.
+        Draws after branches are stored in `Branches`; in a returned draw, the spines' rows come first.
         """
         if self._run is None:
             growing, finished = np.flatnonzero(self._branches.growing), self._branches.finished
@@ -218,14 +220,14 @@ class Stepper:
             return None
         num_tokens = len(self._branches.due(run.rows)[0])
         self._take(run)
-        if run.step_s is not None and self._is_usual:  # the others are of another cost
+        if run.step_s is not None and self._is_usual:  # eager steps cost differently
             self._budget.observe_step(num_tokens, run.step_s)
         if run.is_done:
             self._run = None
         return None
 
     def settle(self) -> None:
-        """End the run under way with the steps that it has launched, whose draws and KV are as good as any."""
+        """End the run in progress after the steps that it has launched, whose draws are kept."""
         run, self._run = self._run, None
         if run is not None:
             run.stop()
@@ -233,7 +235,7 @@ class Stepper:
                 self._take(run)
 
     def _first(self, rows: np.ndarray) -> np.ndarray:
-        """As many of `rows` as fit into one step, the least advanced ones."""
+        """The least advanced of `rows`, as many as fit into one step."""
         if len(rows) <= self._max_rows:
             return rows
         order = np.argsort(self._branches.computed[rows], kind="stable")
@@ -257,7 +259,11 @@ class Stepper:
         return tokens, draw
 
     def _start_run(self, rows: np.ndarray, is_last: bool, fan_out_after_hit: FanOutAfterHit) -> Run:
-        """The steps that no branch in `rows` is done before; one more if then all are, and no others wait to finish."""
+        """Start a run of `rows` until the first of them has all its drafts.
+
+        is_last: no other branches wait for a step. If all of `rows` then finish together, the run takes one more step,
+        over their last drafts.
+        """
         branches = self._branches
         missing = branches.num_drafts[rows] - branches.computed[rows]
         num_steps = 1 if branches.is_parallel else max(int(missing.min()), 1)
@@ -270,15 +276,15 @@ class Stepper:
         return runner.start(rows, num_steps, fan_out)
 
     def _choose(self, num_tokens: int, num_requests: int, spine_tokens: int = 0) -> Runner:
-        """Who takes a step, see `Runner.carries`."""
+        """The runner for a step, see `Runner.carries`."""
         self._is_usual = self._runner.carries(num_tokens, num_requests, spine_tokens)
         self.num_eager_steps += not self._is_usual
         return self._runner if self._is_usual else self._eager
 
     def _predicted(self, rows: np.ndarray, ahead: int, fan_out_after_hit: FanOutAfterHit) -> np.ndarray:
-        """Bonus tokens that will be predicted where a token that a step of `rows` draws is rejected, [m] int64.
+        """Number of bonus tokens that will be predicted at each token that a step of `rows` draws, [m] int64.
 
-        The token is one drawn now, or so many steps ahead.
+        ahead: 0 for the next step, or the number of steps after it
         """
         branches = self._branches
         token_rows, places = branches.due(rows)

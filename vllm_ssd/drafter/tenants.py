@@ -1,7 +1,7 @@
-"""The targets of a drafter that listens, as one transport: steps come in merged, pushes go out split.
+"""All targets of a listening drafter as one transport: their steps are combined, and pushes are split between them.
 
-A request is known to the engine as "NUMBER:ID", where the number is its target's. What one target does concerns no
-other: a message that is none ends that target's connection alone, and a target that opens many requests loses its own.
+The engine knows a request as "NUMBER:ID", with the number of its target. Targets are isolated from each other: an
+invalid message only ends that target's connection, and a target with too many requests loses its own.
 """
 
 from __future__ import annotations
@@ -38,41 +38,41 @@ from vllm_ssd.link.protocol import (
 from vllm_ssd.link.transport import ProcessTransport, Transport, TransportClosed
 
 HELLO_S = 10.0
-"""A target introduces itself within this time."""
+"""Time for a target to send its Hello."""
 MAX_TENANTS = 64
 MAX_HELLO_BYTES = 64 << 20
-"""The strings of MAX_VOCAB_SIZE tokens take less."""
+"""Largest Hello; the strings of MAX_VOCAB_SIZE tokens take less."""
 MAX_REQUEST_ID = 1024
-"""Characters of a request id: each push repeats it."""
+"""Most characters of a request id, which every push repeats."""
 WITHHELD_BYTES = 4 << 20
-"""A target that has so much left to read gets no blocks until it has read it."""
+"""A target with more unread bytes gets no further blocks until it has read some."""
 
 
 class Stopped(TransportClosed):
-    """The drafter was asked to end."""
+    """Raised by `poll` once the drafter has been asked to end."""
 
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """One target. It has no Hello until it has introduced itself."""
+    """One target. hello: None until the handshake."""
 
     number: int
     peer: str
     transport: ProcessTransport
     deadline: float
     hello: Hello | None = None
-    open: dict[str, int] = field(default_factory=dict)  # epochs by request id, the longest open first
-    lost: str = ""  # why it is gone
-    unheard: deque[Any] = field(default_factory=deque)  # messages that it has sent beyond its ration
+    open: dict[str, int] = field(default_factory=dict)  # epochs by request id, longest open first
+    lost: str = ""  # why it is to be dropped
+    unheard: deque[Any] = field(default_factory=deque)  # received messages beyond its ration
     ration: Ration = field(default_factory=lambda: Ration(1))
 
 
 class Tenants(Transport):
-    """A transport whose other end is all targets.
+    """A transport to all targets.
 
-    options: the drafter's own sizes, which no target may be unable to take
+    options: the drafter's own sizes, which every target must accept
     greet: answers a Hello with a Welcome or a Refused
-    max_step_bytes: bound of a message after the handshake
+    max_step_bytes: largest message after the handshake
     """
 
     def __init__(
@@ -93,20 +93,20 @@ class Tenants(Transport):
         self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopped = False
         self.load = 0, 0
-        """Targets that are served and their open requests, as of the last poll; for any thread."""
+        """Number of served targets and of their open requests, as of the last poll; may be read by any thread."""
 
     def __len__(self) -> int:
         return sum(tenant.hello is not None for tenant in self._tenants.values())
 
     def stop(self) -> None:
-        """Let `poll` raise `Stopped` from now on; from any thread or signal handler."""
+        """Make `poll` raise `Stopped` from now on; may be called from any thread or signal handler."""
         self._stopped = True
         os.eventfd_write(self._stop, 1)
 
     # ---- a transport -----------------------------------------------------------------------------------
 
     def poll(self, timeout_s: float | None = 0.0) -> list[Any]:
-        """Steps of all targets since the last call, with the engine's request ids; one read of each target."""
+        """Return the targets' steps since the last call, with the engine's request ids; reads each target once."""
         self._wait(timeout_s)
         if self._stopped:
             raise Stopped("the drafter was asked to end")
@@ -125,7 +125,7 @@ class Tenants(Transport):
         return steps
 
     def send(self, message: Push) -> None:
-        """Each target's part of a push; the statistics are for all."""
+        """Send each target its part of a push; all targets get the statistics."""
         blocks: dict[int, list[PushedBlock]] = {}
         for pushed in message.each():
             number, request_id = _of_target(pushed.block.request_id)
@@ -145,14 +145,14 @@ class Tenants(Transport):
                 self._tell(tenant, push)
 
     def close(self) -> None:
-        """End all connections, and listen no longer."""
+        """Close all connections and stop listening."""
         self._acceptor.close()
         for tenant in self._tenants.values():
             tenant.transport.close()
         self._tenants.clear()
 
     def fileno(self) -> int:
-        """None is readable whenever there is something to poll."""
+        """Always -1: no single descriptor covers all targets."""
         return -1
 
     @property
@@ -164,7 +164,7 @@ class Tenants(Transport):
     def _wait(self, timeout_s: float | None) -> None:
         tenants = self._tenants.values()
         if timeout_s == 0 or any(t.lost or t.unheard or t.transport.at_bound or t.ration.waiting for t in tenants):
-            return  # a transport that was lost in `send` has no descriptor any more
+            return  # there is work already, or a transport that closed in `send` and has no descriptor any more
         poller = select.poll()
         for descriptor in (self._acceptor.fileno(), self._stop):
             poller.register(descriptor, select.POLLIN)
@@ -200,16 +200,16 @@ class Tenants(Transport):
                 tenant.ration.spoke(1 + len(message.events))
                 heard.append(message)
             else:
-                tenant.lost = "it introduced itself twice"
+                tenant.lost = "it sent a second Hello"
         if messages and not tenant.lost:
-            most = 2 * tenant.ration.events_a_poll  # outcomes of all its requests, and some that come and leave
+            most = 2 * tenant.ration.events_a_poll  # outcomes of all its requests, plus some opens and closes
             heard, num_events = merge_backlog(heard, messages, most)
             tenant.ration.spoke(num_events)
         steps += [self._translated(tenant, step) for step in heard]
 
     def _shake_hands(self, tenant: Tenant, hello: Any) -> None:
         if not isinstance(hello, Hello):
-            tenant.lost = "it did not introduce itself"
+            tenant.lost = "its first message was not a Hello"
             return
         reason = _too_large(self._options, hello)
         answer = Refused(reason) if reason else self._greet(hello)
@@ -235,7 +235,7 @@ class Tenants(Transport):
             tenant.lost = tenant.lost or str(error)
 
     def _part(self, tenant: Tenant, steps: list[Step]) -> None:
-        """Forget a target that is gone, and have the engine forget its requests."""
+        """Drop a target that is gone, and have the engine close its requests."""
         del self._tenants[tenant.number]
         tenant.transport.close()
         if tenant.open:
@@ -245,7 +245,10 @@ class Tenants(Transport):
     # ---- requests --------------------------------------------------------------------------------------
 
     def _translated(self, tenant: Tenant, step: Step) -> Step:
-        """A target's step in the engine's request ids, without what the target may not ask for."""
+        """Translate a target's step to the engine's request ids, within the drafter's limits.
+
+        Events that have to wait for their ration are kept back.
+        """
         most = self._options.num_speculative_tokens
         num_drafts = min(step.num_speculative_tokens, most)
         is_shared = self._is_shared(tenant)
@@ -268,11 +271,11 @@ class Tenants(Transport):
         return Step(events, num_drafts)
 
     def _is_shared(self, tenant: Tenant) -> bool:
-        """Whether another target has requests, so that this one is to leave it its part."""
+        """Whether another target has open requests, so that this one is rationed."""
         return any(other.open for other in self._tenants.values() if other is not tenant)
 
     def _open_next(self, steps: list[Step]) -> None:
-        """Let those prompts in whose turn it is; all, where they are of one target and nobody else has requests."""
+        """Open the waiting requests whose turn it is; all of a target without competition."""
         backlogged = [tenant for tenant in self._tenants.values() if tenant.ration.waiting]
         for tenant in backlogged:
             num_tokens = PROMPT_TOKENS / len(backlogged) if self._is_shared(tenant) else math.inf
@@ -283,7 +286,7 @@ class Tenants(Transport):
                 steps.append(Step(renamed, waiting.num_drafts))
 
     def _make_room(self, tenant: Tenant, event: Open) -> Iterable[Close]:
-        """End the longest open request of whoever has most where `event` would be one too many."""
+        """If `event` exceeds a limit, evict the longest open request of this target or of the one with the most."""
         assert tenant.hello is not None
         if event.request_id in tenant.open:
             return
@@ -314,7 +317,7 @@ def _of_target(name: str) -> tuple[int, str]:
 
 
 def _push(pushed: Sequence[PushedBlock], evicted: list[Evicted], stats: DrafterStats | None) -> Push:
-    """The push of some of the blocks of one push, with their proposals."""
+    """Build a push from some blocks of another push, with their proposals."""
     proposals = [block.proposal_bytes() for block in pushed if block.block.sampled]
     support = pushed[0].push.support if proposals else 0
     q_token_ids, q_probs = (b"".join(parts) for parts in zip(*proposals)) if proposals else (b"", b"")
@@ -322,7 +325,7 @@ def _push(pushed: Sequence[PushedBlock], evicted: list[Evicted], stats: DrafterS
 
 
 def _too_large(options: DrafterOptions, hello: Hello) -> str:
-    """What the drafter would send that the target cannot take; "" for nothing."""
+    """Why the drafter's sizes exceed what the target accepts; "" if they do not."""
     if options.num_speculative_tokens < hello.num_speculative_tokens:
         return (
             f"the drafter was started with num_speculative_tokens {options.num_speculative_tokens}, the target has "

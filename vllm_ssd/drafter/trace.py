@@ -1,4 +1,4 @@
-"""A record of outcomes, for `vllm-ssd profile` and `scripts/simulate.py`, and of what the drafter does when."""
+"""Traces of outcomes, for `vllm-ssd profile` and `scripts/simulate.py`, and of the drafter's timeline."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["TRACE_ENV", "TracedEngine", "TracedFanOut", "TracedTransport"]
 
 
 class TracedFanOut(FanOut):
-    """A fan-out that writes down what it learns from.
+    """A fan-out that records the outcomes it learns from.
 
-    One JSON line an outcome: [drafts, accept length, rank of t* from 0 or null, whether the drafts came from a branch].
+    One JSON line per outcome: [drafts, accept length, rank of t* from 0 or null, whether the drafts were a hit].
     """
 
     def __init__(self, path: str, *args) -> None:
@@ -28,13 +28,13 @@ class TracedFanOut(FanOut):
     def observe(
         self, num_drafts: int, accept_length: int, rank: int | None, after_hit: bool, num_candidates: int | None = None
     ) -> None:
-        """Write the outcome down, then learn from it."""
+        """Record the outcome, then learn from it."""
         print(json.dumps([num_drafts, accept_length, rank, after_hit]), file=self._file)
         super().observe(num_drafts, accept_length, rank, after_hit, num_candidates)
 
 
 class TracedEngine:
-    """An engine whose forwards and outcomes are on the timeline; everything else is the engine's."""
+    """Wraps an engine and records its forwards and outcomes on the timeline."""
 
     def __init__(self, engine: DraftEngine, timeline: Timeline) -> None:
         self._engine = engine
@@ -44,13 +44,13 @@ class TracedEngine:
         return getattr(self._engine, name)
 
     def advance(self, request_id: str, epoch: int, length: int, *args: Any, **kwargs: Any) -> None:
-        """As the engine's."""
+        """See `DraftEngine.advance`."""
         started = time.monotonic_ns()
         self._engine.advance(request_id, epoch, length, *args, **kwargs)
         self._timeline.span("drafter", "outcome", started, time.monotonic_ns(), request=request_id, length=length)
 
     def speculate(self) -> Push | None:
-        """As the engine's: one forward over all branches."""
+        """See `DraftEngine.speculate`."""
         started, steps = time.monotonic_ns(), self._engine.num_steps
         push = self._engine.speculate()
         if self._engine.num_steps > steps:
@@ -67,7 +67,7 @@ class TracedEngine:
 
 
 class TracedTransport:
-    """A transport whose waits and pushes are on the timeline; everything else is the transport's."""
+    """Wraps a transport and records its waits and pushes on the timeline."""
 
     def __init__(self, transport: Transport, timeline: Timeline) -> None:
         self._transport = transport
@@ -77,9 +77,9 @@ class TracedTransport:
         return getattr(self._transport, name)
 
     def poll(self, timeout_s: float | None = 0.0) -> list[Any]:
-        """As the transport's; the drafter waits only where it has nothing to do."""
+        """See `Transport.poll`; the drafter only waits if it has no work."""
         if timeout_s is None:
-            self._timeline.flush()  # the server may end a drafter that waits for it
+            self._timeline.flush()  # the server may kill the drafter while it waits
         started = time.monotonic_ns()
         messages = self._transport.poll(timeout_s)
         if timeout_s is None or timeout_s > 0:
@@ -87,7 +87,7 @@ class TracedTransport:
         return messages
 
     def send(self, message: Any) -> None:
-        """As the transport's."""
+        """See `Transport.send`."""
         started = time.monotonic_ns()
         self._transport.send(message)
         if isinstance(message, Push) and message.blocks:

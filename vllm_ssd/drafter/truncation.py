@@ -1,4 +1,4 @@
-"""Which tokens a request samples from, cut off from a proposal as vLLM cuts them off from the target's distribution."""
+"""Truncate proposals by min_p, top_k and top_p, as vLLM truncates the target's distribution."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import numpy as np
 from vllm_ssd.link.protocol import Truncation
 
 NO_TOP_K = 1 << 24
-"""More tokens than any proposal has, and exact in float32."""
+"""top_k of rows without one: more tokens than any proposal has, and exact in float32."""
 WIDEST_TOP_P = 0.9
-"""Without top_k, a larger top_p is not cut by: it would be taken of the proposal's tokens alone, whose mass is below 1,
-and then costs more acceptance than it gains (measured, see docs/benchmarks.md)."""
+"""Without top_k, a larger top_p is ignored: it would apply to the proposal's tokens alone, whose mass is below 1, and
+cost more acceptance than it gains (measured, see docs/benchmarks.md)."""
 NOTHING = (NO_TOP_K, 1.0, 0.0)
-"""The row of a request that samples from all tokens."""
+"""Row of a request without truncation."""
 
 
 def leaves_tokens(truncation: Truncation) -> bool:
-    """Whether the values are such as vLLM lets a request have, with which the likeliest token is always left."""
+    """Whether the values are in vLLM's valid ranges, so that at least the likeliest token is left."""
     return truncation.top_k >= 0 and 0 < truncation.top_p <= 1 and 0 <= truncation.min_p <= 1
 
 
@@ -29,11 +29,11 @@ def truncation_row(truncation: Truncation) -> tuple[float, float, float]:
 
 
 def truncate(probs: np.ndarray, truncations: np.ndarray) -> np.ndarray:
-    """`probs` [n, M] float32, likeliest first, without the tokens that each row's request cannot sample, renormalised.
+    """Truncate and renormalise `probs` [n, M] float32, likeliest first.
 
-    truncations [n, 3] float32: top_k, top_p, min_p. First tokens below min_p times the likeliest go, then all but the
-    top_k likeliest, then those after the first that hold top_p of what is left: vLLM's order. The likeliest stays. Rows
-    that lose none are kept bit for bit.
+    truncations [n, 3] float32: top_k, top_p, min_p. As in vLLM, this removes tokens below min_p times the likeliest,
+    then all but the top_k likeliest, then those after the first that together reach top_p of the remaining mass. The
+    likeliest token always stays. Rows that lose no token are kept bit for bit.
     """
     if (truncations == np.array(NOTHING, np.float32)).all():
         return probs

@@ -1,10 +1,10 @@
-"""The draft model as if it had the target's vocabulary.
+"""Wrap the draft model so that it appears to have the target's vocabulary.
 
-Everything in the drafter but the model itself knows the target's token ids and no others. A target id is *shared* when
-the draft model has the same token: under the same id, or, with `heterogeneous_vocab`, under whichever id has its
-string. Only shared ids can be drafted: all others have no weight in the logits before anything is drawn from them, so
-that a proposal is exactly what its drafts were drawn from. Where the text has a token that the draft model lacks, its
-own unknown token stands there for it, or else its end of text.
+Everything in the drafter but the model itself uses the target's token ids. A target id is *shared* if the draft model
+has the same token: under the same id or, with `heterogeneous_vocab`, under any id with the same string. Only shared ids
+are drafted: the logits of all others are -inf before anything is drawn, so a proposal is exactly the distribution that
+its drafts were drawn from. Tokens of the text that the draft model lacks are replaced by a stand-in: its unknown token
+or, without one, its end-of-text token.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ import torch
 from vllm_ssd.compat.drafter.paged import ForwardBatch, PagedModel, TreeBatch
 
 MIN_SHARED = 0.99
-"""Share of the target's tokens that a draft model has under the same ids when both have one tokenizer, perhaps with
-tokens added to it."""
+"""Share of the target's tokens that must have the same ids in the draft model for both to count as having the same
+tokenizer, apart from added tokens."""
 
 
 class UnlikeVocabularies(ValueError):
-    """The draft model's tokens are not the target's."""
+    """Raised if the vocabularies of target and draft model do not match."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """size: token ids that a model takes; tokens: the string of each, "" or no entry without one, none at all where
-    there is no tokenizer."""
+    """A model's vocabulary.
+
+    size: number of token ids; tokens: their strings, "" or missing for ids without one; empty without a tokenizer.
+    """
 
     size: int
     tokens: Sequence[str] = ()
@@ -39,10 +41,10 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VocabularyMap:
-    """What a target's token ids are to the draft model.
+    """Maps a target's token ids to the draft model's.
 
-    draft_token_ids [V] int32: the draft model's id for each of the target's, the stand-in's where it has none; shared
-    [V] bool: which may be drafted; notice: how much that is, in one sentence, empty where both vocabularies are equal.
+    draft_token_ids [V] int32: draft id of each target id, the stand-in if it has none; shared [V] bool: which target
+    ids may be drafted; notice: one sentence on how many these are, empty if the vocabularies are equal.
     """
 
     draft_token_ids: np.ndarray
@@ -51,14 +53,14 @@ class VocabularyMap:
 
     @property
     def num_shared(self) -> int:
-        """How many ids may be drafted."""
+        """Number of target ids that may be drafted."""
         return int(self.shared.sum())
 
 
 def match(target: Vocabulary, draft: Vocabulary, stand_in: int, heterogeneous: bool) -> VocabularyMap:
-    """Which of the target's ids the draft model has; raises UnlikeVocabularies where too few are.
+    """Map the target's ids to the draft model's; raises UnlikeVocabularies if too few match.
 
-    stand_in: the draft model's id for tokens that it lacks; heterogeneous: match by string where the ids differ.
+    stand_in: draft id for tokens that the draft model lacks; heterogeneous: match by string if the ids differ.
     """
     common = min(target.size, draft.size)
     same = np.zeros(target.size, bool)
@@ -86,7 +88,7 @@ def match(target: Vocabulary, draft: Vocabulary, stand_in: int, heterogeneous: b
     draft_token_ids = _by_string(target, draft)
     same = draft_token_ids >= 0
     if not same.any():
-        raise UnlikeVocabularies("no token of the target's has a string that the draft model has, too")
+        raise UnlikeVocabularies("no token of the target has the same string as a token of the draft model")
     return _map(draft_token_ids, same, stand_in, _share(int(same.sum()), num_named))
 
 
@@ -106,22 +108,22 @@ def _map(draft_token_ids: np.ndarray, shared: np.ndarray, stand_in: int, what: s
 
 
 def _by_string(target: Vocabulary, draft: Vocabulary) -> np.ndarray:
-    """The draft model's id of each target id by the text that it stands for, -1 where it has none, [V] int64."""
+    """The draft id of each target id with the same text, -1 if there is none, [V] int64."""
     ids: dict[bytes, int] = {}
     for token_id, text in enumerate(texts(draft.tokens[: draft.size])):
         ids.setdefault(text, token_id)
     ids.pop(b"", None)
     found = np.full(target.size, -1, np.int64)
     for token_id, text in enumerate(texts(target.tokens[: target.size])):
-        found[token_id] = ids.pop(text, -1)  # a second target id for one text is left out
+        found[token_id] = ids.pop(text, -1)  # only the first target id with a text gets a draft id
     return found
 
 
 def texts(tokens: Sequence[str]) -> list[bytes]:
-    """The bytes that each token of a vocabulary stands for, whichever way its tokenizer writes them.
+    """The bytes that each token of a vocabulary stands for, independent of its tokenizer's notation.
 
-    Byte-level tokenizers write a byte as a character of its own, a space as "Ġ"; SentencePiece writes a space as "▁"
-    and single bytes as "<0x0A>". A token in neither way, such as "<|end|>", is taken as it is.
+    Byte-level tokenizers write each byte as one character, for example a space as "Ġ"; SentencePiece writes a space as
+    "▁" and single bytes as "<0x0A>". Other tokens, such as "<|end|>", are taken literally.
     """
     present = set(tokens)
     if {"Ġ", "Ċ"} <= present:
@@ -132,7 +134,7 @@ def texts(tokens: Sequence[str]) -> list[bytes]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """The characters of byte-level tokenizers (GPT-2's): printable bytes are themselves, others follow U+0100."""
+    """The character table of byte-level tokenizers (GPT-2): printable bytes map to themselves, others to U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -156,7 +158,7 @@ def _sentence_piece(token: str) -> bytes:
 
 
 def translated(model: PagedModel, vocabulary: VocabularyMap) -> PagedModel:
-    """`model` with the target's vocabulary; itself where that is its own."""
+    """Wrap `model` to use the target's vocabulary; returns `model` itself if the vocabularies are equal."""
     identity = np.arange(model.vocab_size)
     if vocabulary.shared.all() and np.array_equal(vocabulary.draft_token_ids, identity):
         return model
@@ -164,10 +166,10 @@ def translated(model: PagedModel, vocabulary: VocabularyMap) -> PagedModel:
 
 
 class _TranslatedModel:
-    """Takes the target's ids, and gives logits over them: -inf where an id is not shared.
+    """A draft model that takes the target's ids and returns logits over them, -inf for ids that are not shared.
 
-    Where no shared id has another one in the draft model, logits are those of the smaller vocabulary, in place. Where
-    ids are translated, the id after the target's last one is the draft model's mask.
+    If all shared ids are equal in both models, the logits are a slice of the draft model's, as wide as the smaller
+    vocabulary. If ids are translated, the mask token has the id after the target's last one.
     """
 
     def __init__(self, model: PagedModel, vocabulary: VocabularyMap) -> None:
@@ -194,7 +196,7 @@ class _TranslatedModel:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch | TreeBatch) -> torch.Tensor:
-        """As `PagedModel.forward`, with the target's ids; safe to capture in a CUDA graph."""
+        """See `PagedModel.forward`, with the target's ids; safe to capture in a CUDA graph."""
         if self._table is not None:
             if isinstance(batch, TreeBatch):
                 token_ids = self._table.index_select(0, batch.token_ids)

@@ -1,4 +1,4 @@
-"""The time between the outcomes of a request, of which the drafter sees only when it had time to look."""
+"""Measure the time between outcomes of a request, although the drafter only sees them between its steps."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from vllm_ssd.policy import BranchBudget
 
 
 class Windows:
-    """Tells a budget of the time between two outcomes.
+    """Reports the time between two outcomes to a budget.
 
-    Outcomes that are found together came while the drafter was busy, with a prompt for example. They share the time
-    since the one before: taken one by one, all windows but the first would be next to nothing.
+    Outcomes that are received together arrived while the drafter was busy, for example with a prompt. The time since
+    the outcome before them is divided evenly: counted one by one, all windows but the first would be close to 0.
     """
 
     def __init__(self, budget: BranchBudget) -> None:
         self._budget = budget
-        self._decided: list[Sequence] = []  # since the last `learn`
+        self._decided: list[Sequence] = []  # sequences with outcomes since the last `learn`
 
     def outcome(self, sequence: Sequence, now: float, num_rounds: int | None) -> None:
-        """An outcome of `sequence`, of so many rounds, was found at `now`; None where that is not known."""
+        """Record an outcome of `sequence` at time `now`; num_rounds: rounds that it covers, None if unknown."""
         if not sequence.num_rounds:
             self._decided.append(sequence)
         sequence.num_rounds += num_rounds or 1
@@ -27,7 +27,7 @@ class Windows:
             sequence.window_from = 0.0
 
     def learn(self) -> None:
-        """All outcomes that had come were found, and the drafter is about to be busy again."""
+        """Report the windows of all recorded outcomes; call before the drafter becomes busy again."""
         for sequence in self._decided:
             if sequence.window_from:
                 seconds = sequence.decided_at - sequence.window_from

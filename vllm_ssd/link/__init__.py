@@ -1,1 +1,1 @@
-"""Between a target and its drafter: messages, the socket that carries them, the drafter's process and its place."""
+"""The link between a target and its drafter: messages, transports, the drafter's process and its placement."""

@@ -1,7 +1,7 @@
-"""Whether what a drafter pushes may reach the target, by value.
+"""Validation of a drafter's pushes by value, before the target uses them.
 
-Checked are shapes and ranges, and that the q which comes with a draft gives it a probability. Whether the draft was
-drawn from it, only the drafter can know.
+Checks shapes and ranges, and that each draft has a nonzero probability in its proposal q. Whether the draft was really
+drawn from q cannot be checked.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from vllm_ssd.link.options import DrafterOptions
 from vllm_ssd.link.protocol import JIT_TOKEN, Push
 
 Q_EPSILON = 1e-3
-"""How far over 1 rounding may bring the sum of a proposal's probabilities."""
+"""Tolerance for rounding in the sum of a proposal's probabilities."""
 BYTES_A_ROW = 256
-"""Of a push, for what surrounds the arrays of one branch: the request id above all."""
+"""Allowance per branch of a push for everything but its arrays, mainly the request id."""
 BYTES_A_REQUEST = 64 << 10
-"""Of a push, for evictions, and of a step, for a long request id, its `Bias` and the tokens of its rounds."""
+"""Allowance per request: in a push for evictions; in a step for a long request id, `Bias` and its rounds' tokens."""
 
 GROUP_BYTES = 256 << 10
-"""Of the token ids of proposals that are checked at once: calls cost more than bytes for few of them, and what does not
-fit into a core's cache costs more than calls."""
+"""Bytes of proposals' token ids that are checked at once: enough to amortise numpy's calls, and few enough to stay in a
+core's cache."""
 SMALL_BYTES = 4096
-"""Of the ids of a push's blocks that are looked through without numpy: its calls cost more where caches are cold."""
+"""Up to this many bytes, ids are checked without numpy, whose calls cost more while caches are cold."""
 
 _UINT32, _FLOAT32 = np.dtype("<u4"), np.dtype("<f4")
 _largest = np.maximum.reduce
@@ -34,13 +34,13 @@ _ONE = int(np.float32(1 + Q_EPSILON).view(np.uint32))
 
 
 class PushChecker:
-    """Finds what is wrong with a push.
+    """Validates pushes.
 
-    vocab_size: the target's, V
-    num_drafts: K, the most drafts a round may carry
-    max_branches: most branches of a request, besides the just-in-time one
-    max_support: most token ids in the proposal of one draft, M
-    max_num_seqs: most requests at a time
+    vocab_size: V, the target's vocabulary size
+    num_drafts: K, the most drafts per round
+    max_branches: most branches per request, excluding the just-in-time branch
+    max_support: M, the most token ids per proposal
+    max_num_seqs: most concurrent requests
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PushChecker:
 
     @classmethod
     def of(cls, options: DrafterOptions, vocab_size: int) -> PushChecker:
-        """The checker of a drafter that was started with `options`."""
+        """The checker for a drafter that was started with `options`."""
         return cls(
             vocab_size=vocab_size,
             num_drafts=options.num_speculative_tokens,
@@ -65,7 +65,7 @@ class PushChecker:
         )
 
     def reason(self, push: Push) -> str | None:
-        """What is wrong with `push`, to follow "sent "; None when it may be used."""
+        """What is wrong with `push`, as the object of "sent"; None if it is valid."""
         stats = push.stats
         if stats is not None and (stats.pages_free > stats.pages_total or not stats.build_ms < float("inf")):
             return "impossible statistics"
@@ -75,7 +75,7 @@ class PushChecker:
 
     def _wrong_sizes(self, push: Push) -> str | None:
         blocks = push.blocks
-        if len(blocks) > 1:  # most have the sizes of another
+        if len(blocks) > 1:  # most blocks have the same sizes: check each combination once
             sizes = [len(block.outcomes) for block in blocks]
             drafts = [len(block.draft_token_ids) for block in blocks]
             offsets = [block.offset for block in blocks]
@@ -110,7 +110,7 @@ class PushChecker:
         return self._wrong_proposals(push) if push.q_probs else None
 
     def _wrong_ids(self, outcomes: np.ndarray, greedy: np.ndarray) -> str | None:
-        """As `reason`, for outcomes and the drafts of greedy blocks, flat."""
+        """`reason` for the flat ids of outcomes and of greedy blocks' drafts."""
         if _largest(outcomes[0::2]) > self._num_drafts:
             return "an accept length out of range"
         bonus_token_ids = outcomes[1::2]
@@ -123,10 +123,11 @@ class PushChecker:
         return None
 
     def _are_in_range(self, outcomes: bytes, greedy: bytes) -> bool:
-        """As `_wrong_ids` for few of them; False says nothing, nor of `JIT_TOKEN`.
+        """Fast version of `_wrong_ids` for few ids: True if all are in range.
 
-        All ids are one number, to each of which is added what brings the first that is too large to 2^31: the top bit
-        of each says whether it is in range, or was negative. Where none was, no sum has carried into the next id.
+        False is inconclusive; `JIT_TOKEN` always leads to it. All ids are treated as one large integer. Adding 2^31
+        minus the limit to each id sets its top bit if it is too large, and a negative id has its top bit set already.
+        Sums carry into the next id only if an id was negative, in which case the result is False anyway.
         """
         over_outcomes, over_drafts, top_bits = _lanes(
             self._num_drafts, self._vocab_size, len(outcomes) // 8, len(greedy) // 4
@@ -135,7 +136,7 @@ class PushChecker:
         return not (pairs | pairs + over_outcomes | drafts | drafts + over_drafts) & top_bits
 
     def _wrong_proposals(self, push: Push) -> str | None:
-        """As `reason`, for the proposals of a push that has some."""
+        """`reason` for the proposals of a push that has some."""
         token_ids, bits, support = _unsigned(push.q_token_ids), _unsigned(push.q_probs), push.support
         drafts = _joined([block.draft_token_ids for block in push.blocks if block.sampled])
         if token_ids[::support].tobytes() != drafts:
@@ -148,11 +149,11 @@ class PushChecker:
         return None
 
     def _wrong_distributions(self, token_ids: np.ndarray, bits: np.ndarray, support: int) -> str | None:
-        """As `reason`, for proposals of `support` ids each, their draft first; the probabilities' bits."""
+        """`reason` for proposals of `support` ids each, the draft first; bits: probabilities as uint32."""
         if _largest(token_ids) >= self._vocab_size:
             return "a proposal over tokens that are not in the target's vocabulary"
         probs = bits.view(_FLOAT32)
-        # In bits NaN and whatever is negative are over 1, too.
+        # As uint32, NaN and negative floats compare greater than 1, too.
         if _largest(bits) > _ONE and not ((probs >= 0) & (probs <= 1 + Q_EPSILON)).all():
             return "a probability that is not from 0 to 1"
         if _largest(probs.reshape(-1, support).dot(self._ones[:support])) > 1 + Q_EPSILON:
@@ -163,19 +164,19 @@ class PushChecker:
 
 
 def max_push_bytes(options: DrafterOptions) -> int:
-    """The bytes that a sound drafter's largest push stays below."""
+    """Upper bound on the size of a correct drafter's pushes."""
     row = BYTES_A_ROW + 8 + options.num_speculative_tokens * (4 + 8 * options.max_support)
     return (1 << 20) + options.max_num_seqs * (BYTES_A_REQUEST + (options.max_branches + 1) * row)
 
 
 def max_step_bytes(max_model_len: int, max_num_seqs: int) -> int:
-    """The bytes that a target's largest step stays below: all requests open anew, and some that came and went."""
+    """Upper bound on the size of a target's steps: all requests reopened, plus some that came and went."""
     return (1 << 20) + 4 * max_num_seqs * (BYTES_A_REQUEST + 4 * max_model_len)
 
 
 @functools.lru_cache(maxsize=16)
 def _lanes(num_drafts: int, vocab_size: int, num_outcomes: int, num_ids: int) -> tuple[int, int, int]:
-    """What is added to `num_outcomes` pairs and to `num_ids` drafts of 32 bits an id, and the top bits of all."""
+    """The addends for `num_outcomes` pairs and for `num_ids` drafts, 32 bits per id, and the mask of their top bits."""
     limits = struct.pack("<2I", 2**31 - 1 - num_drafts, 2**31 - vocab_size)
     over_outcomes, over_drafts, top_bits = limits * num_outcomes, limits[4:] * num_ids, b"\0\0\0\x80"
     return (
@@ -186,7 +187,7 @@ def _lanes(num_drafts: int, vocab_size: int, num_outcomes: int, num_ids: int) ->
 
 
 def _unsigned(array: bytes) -> np.ndarray:
-    """Items of 32 bits as uint32: a negative id is a large one."""
+    """View 32-bit items as uint32, in which negative ids are large."""
     return np.frombuffer(array, _UINT32)
 
 

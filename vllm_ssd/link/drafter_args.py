@@ -1,4 +1,4 @@
-"""`drafter_args`: any of vLLM's engine arguments for the draft model, and those that are not the user's to give."""
+"""`drafter_args`: vLLM's engine arguments for the draft model, and which of them the user may not set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BESIDE = {
         "hf_overrides load_format download_dir tokenizer"
     ).split()
 } | {"kv_cache_memory_bytes": "kv_cache_memory"}
-"""Arguments that have a key of their own in speculative_config, and that key."""
+"""Engine arguments with their own key in speculative_config, mapped to that key."""
 
 ONE_PROCESS = "a drafter is one process on one device"
 NO_SCHEDULER = "a drafter is scheduled by ssd"
@@ -46,37 +46,37 @@ REFUSED = {
     "spec_tokens": "a drafter does not speculate itself",
     "speculative_config": "a drafter does not speculate itself",
 }
-"""Arguments that ssd sets itself or that mean nothing for a drafter, and why."""
+"""Engine arguments that ssd sets itself or that make no sense for a drafter, with the reason."""
 PARALLEL = ("data_parallel_", "tensor_parallel_", "pipeline_parallel_", "prefill_context_", "decode_context_")
 
 POSITIONS = frozenset(
     "rope_parameters rope_scaling rope_theta max_position_embeddings original_max_position_embeddings".split()
 )
-"""Settings of a model's configuration that decide how long a context it takes."""
+"""Keys of a Hugging Face config that determine the context length."""
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt spiece.model tekken.json".split()
 )
 
 
 def check_names(drafter_args: Mapping[str, Any], known: Collection[str] | None) -> None:
-    """Raise ValueError for a name that is none of vLLM's engine arguments, which are `known`, or not the user's.
+    """Raise ValueError for an unknown engine argument and for one that the user may not set.
 
-    known: None where vLLM is not there to be asked
+    known: names of vLLM's engine arguments; None skips that check, for callers that do not import vLLM
     """
     for name in drafter_args:
         if known is not None and name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "names are those of vLLM's EngineArgs"
+            hint = f"did you mean {near[0]!r}?" if near else "valid names are those of vLLM's EngineArgs"
             raise ValueError(f"ssd: unknown key {name!r} in drafter_args; {hint}")
         if name in BESIDE:
-            raise ValueError(f"ssd: {name} is no key for drafter_args: give {BESIDE[name]} in speculative_config")
+            raise ValueError(f"ssd: {name} is not allowed in drafter_args: give {BESIDE[name]} in speculative_config")
         reason = ONE_PROCESS if name.startswith(PARALLEL) else REFUSED.get(name)
         if reason:
-            raise ValueError(f"ssd: {name} is no key for drafter_args: {reason}")
+            raise ValueError(f"ssd: {name} is not allowed in drafter_args: {reason}")
 
 
 def engine_arguments(config: SSDConfig) -> dict[str, Any]:
-    """What vLLM is told of the draft model wherever it runs; None leaves an argument at vLLM's default."""
+    """vLLM's engine arguments for the draft model that do not depend on its placement; None means vLLM's default."""
     return {
         "model": config.model,
         "tokenizer": config.tokenizer,
@@ -93,12 +93,12 @@ def engine_arguments(config: SSDConfig) -> dict[str, Any]:
 
 
 def has_no_tokenizer(model: str) -> bool:
-    """Whether `model` is a folder without any file of a tokenizer."""
+    """Whether `model` is a local folder without tokenizer files."""
     return os.path.isdir(model) and not any(os.path.exists(os.path.join(model, name)) for name in TOKENIZER_FILES)
 
 
 def overridden_positions(hf_overrides: Any) -> str:
-    """The settings in the target's `hf_overrides` that a drafter would need for as long a context; empty for none."""
+    """Names of the settings in the target's `hf_overrides` that affect its context length; "" if none."""
     if not isinstance(hf_overrides, Mapping):
         return "a function" if hf_overrides is not None else ""
     nested = [value for value in hf_overrides.values() if isinstance(value, Mapping)]
@@ -109,12 +109,11 @@ def overridden_positions(hf_overrides: Any) -> str:
 def inherited_scaling(
     hf_overrides: Any, positions_of_drafter: Callable[[], tuple[Mapping[str, Any], int]]
 ) -> dict[str, Any] | None:
-    """The target's rope scaling, and its longer context, as the draft model's `hf_overrides`; None where they may not
-    fit it.
+    """The draft model's `hf_overrides` that apply the target's rope scaling to it; None if it may not fit.
 
-    They fit a draft model that does not scale its positions itself and takes the context that the target's scaling
-    begins with; its frequencies stay its own. positions_of_drafter: its `rope_parameters` and
-    `max_position_embeddings`, which are only asked for where they matter.
+    It fits a draft model without rope scaling whose context length is the target's `original_max_position_embeddings`.
+    The draft model keeps its own rope_theta. positions_of_drafter: returns its `rope_parameters` and
+    `max_position_embeddings`; called only if needed.
     """
     if not isinstance(hf_overrides, Mapping):
         return None

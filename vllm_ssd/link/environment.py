@@ -1,4 +1,4 @@
-"""The part of the server's environment that its drafter gets."""
+"""Which of the server's environment variables its drafter inherits."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ PREFIXES = tuple(
     """.split()
 )
 TOPOLOGY = re.compile(r"VLLM_(DP|RAY|ELASTIC_EP)_|VLLM_(PP_LAYER_PARTITION|PORT)$|TORCH_?ELASTIC_")
-"""The target's ranks, ports and layers a rank; `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and the like are on no list."""
+"""The target's ranks, ports and layer partition. `RANK`, `WORLD_SIZE`, `MASTER_ADDR` etc. match no list above."""
 FOR_WORKERS = frozenset((RUNTIME_ENV, SERVER_PID_ENV, REPLICAS_ENV, METRICS_ENV))
-"""What a server tells its workers."""
+"""Variables that a server sets for its workers."""
 LOADING = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
-"""What a drafter needs until its model and tokenizer are loaded, and no longer."""
+"""Tokens that a drafter needs only until its model and tokenizer are loaded."""
 SECRET = re.compile(r"API_?KEY|ACCESS_KEY|SECRET|PASSWORD|CREDENTIAL|_TOKEN$|_AUTH$")
 
 
 def is_passed_on(name: str) -> bool:
-    """Whether the drafter gets the variable.
+    """Whether the drafter inherits the variable.
 
-    Passed on is what loads and runs a model: paths, locale, temporary folders; Python and the dynamic linker; OpenMP,
-    MKL and oneDNN; CUDA, ROCm, oneAPI and their collectives; PyTorch, Triton and other compilers with their caches;
-    proxies and certificates for downloads; the Hugging Face and ModelScope caches and tokens; vLLM's own variables.
-    Anything else stays with the server, and so does what is named like a secret (`VLLM_API_KEY`, `NVIDIA_API_KEY`) and
-    what says which part of the target a process is (`VLLM_DP_RANK`): a drafter is whole, and alone. What the server
-    tells its workers stays with them: the drafter's vLLM would warn of each variable.
+    It inherits what loading and running a model needs: paths, locale, temporary folders; Python and the dynamic linker;
+    OpenMP, MKL and oneDNN; CUDA, ROCm, oneAPI and their collectives; PyTorch, Triton and other compilers with their
+    caches; proxies and certificates for downloads; the Hugging Face and ModelScope caches and tokens; vLLM's own
+    variables. It does not inherit anything else, nor names that look like secrets (`VLLM_API_KEY`, `NVIDIA_API_KEY`) or
+    that describe the process's rank in the target (`VLLM_DP_RANK`), as a drafter is a single process. Nor does it
+    inherit what the server sets for its workers: the drafter's vLLM would warn of each variable.
     """
     if name in FOR_WORKERS:
         return False
@@ -52,16 +52,15 @@ def is_passed_on(name: str) -> bool:
 
 
 def drafter_environment(environment: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
-    """The drafter's environment: what is passed on of the server's, with `changes`; None removes a variable."""
+    """The drafter's environment: the inherited variables, updated by `changes`; None removes a variable."""
     passed = {name: value for name, value in environment.items() if is_passed_on(name)}
     return {name: value for name, value in (passed | dict(changes)).items() if value is not None}
 
 
 def forget_loading(environment: MutableMapping[str, str]) -> None:
-    """Take the tokens out of the environment of a drafter that has loaded its model.
+    """Remove the tokens from the environment once the drafter has loaded its model, so that no child inherits them.
 
-    What it starts from now on does not inherit them. The kernel keeps showing what a process was started with, in
-    /proc/PID/environ, to the same user and root.
+    /proc/PID/environ still shows the initial environment to root and the same user.
     """
     for name in LOADING:
         environment.pop(name, None)

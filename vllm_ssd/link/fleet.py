@@ -1,4 +1,4 @@
-"""The drafters of one target, any of which can draft for any request."""
+"""The links to all drafters of one target; any drafter can serve any request."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from vllm_ssd.link.handshake import DrafterFailed
 from vllm_ssd.link.protocol import Push, Step
 
 READY_S = 0.05
-"""How often drafters are asked at start whether they are ready."""
+"""Interval at which drafters are checked for readiness at startup."""
 
 
 class Link(Protocol):
-    """A connection to a drafter that may die and come back; `send` and `poll` never block for it and never raise."""
+    """A connection to a drafter that may die and come back; `send` and `poll` never wait for a dead one nor raise."""
 
     generation: int
-    """Grows whenever a new drafter has come up; 0 while there never was one."""
+    """Increases with each drafter that comes up; 0 before the first."""
     connected: bool
     max_model_len: int
     leaving: bool
-    """Whether it will be gone soon, and had better get no new requests."""
+    """Whether the drafter will end soon and should get no new requests."""
 
     @property
     def suspect(self) -> bool:
-        """Whether the drafter owes an answer for so long that its requests had better go to another."""
+        """Whether the drafter has been silent for so long that its requests should move to another."""
         ...
 
     def send(self, step: Step) -> None: ...
 
     def poll(self, timeout_s: float = 0.0) -> list[Push]:
-        """What the drafter has pushed since the last call, waiting at most `timeout_s` when there is nothing."""
+        """Return the pushes since the last call; without any, wait up to `timeout_s` seconds."""
         ...
 
     def descriptor(self) -> int | None:
-        """A file descriptor that is readable when `poll` has news, or None when it has some already; -1 for none."""
+        """A descriptor that is readable when `poll` has pushes; None if it has some already, -1 without a drafter."""
         ...
 
     @property
@@ -45,16 +45,16 @@ class Link(Protocol):
         ...
 
     def wait_until_ready(self) -> None:
-        """Block until the drafter has shaken hands for the first time; raises when it does not."""
+        """Block until the first drafter has shaken hands; raises `DrafterFailed` if it fails to."""
         ...
 
     def close(self) -> None: ...
 
 
 class Fleet:
-    """Links that are polled, waited for and closed together; they are known by their index.
+    """Links that are polled, awaited and closed together, identified by index.
 
-    min_ready: drafters that a server does not start without; all by default
+    min_ready: number of drafters that a server waits for at startup; all by default
     """
 
     def __init__(self, links: Sequence[Link], min_ready: int | None = None) -> None:
@@ -69,17 +69,14 @@ class Fleet:
 
     @property
     def connected(self) -> bool:
-        """Whether there is any drafter now."""
-        for link in self.links:  # asked twice a round: a generator costs more
+        """Whether any drafter is connected."""
+        for link in self.links:  # twice per round on the hot path, where `any` with a generator is slower
             if link.connected:
                 return True
         return False
 
     def poll(self, timeout_s: float = 0.0) -> list[tuple[int, Push]]:
-        """What the drafters have pushed since the last call, each with its link's index.
-
-        Waits at most `timeout_s` seconds when no drafter has news.
-        """
+        """Return the pushes since the last call, each with its link's index; without any, wait up to `timeout_s`."""
         if len(self.links) == 1:
             return [(0, push) for push in self.links[0].poll(timeout_s)]
         deadline = time.monotonic() + timeout_s
@@ -91,7 +88,7 @@ class Fleet:
             self.wait(None, left)
 
     def wait(self, wakeup: int | None, timeout_s: float) -> None:
-        """Return when a drafter has said something, `wakeup`, if any, is readable, or time is over."""
+        """Wait until a drafter has pushed, the descriptor `wakeup` (if given) is readable, or the timeout expires."""
         poller = select.poll()
         if wakeup is not None:
             poller.register(wakeup, select.POLLIN)
@@ -104,7 +101,7 @@ class Fleet:
         poller.poll(timeout_s * 1e3)
 
     def wait_until_ready(self) -> None:
-        """Block until as many drafters as are needed have shaken hands; raises what one raises when they cannot."""
+        """Block until `min_ready` drafters have shaken hands; raises `DrafterFailed` once too many have failed."""
         waiting, left = self.links, self._min_ready
         if left == len(waiting):
             for link in waiting:
@@ -122,6 +119,6 @@ class Fleet:
             time.sleep(READY_S)
 
     def close(self) -> None:
-        """End the links; idempotent."""
+        """Close all links; idempotent."""
         for link in self.links:
             link.close()

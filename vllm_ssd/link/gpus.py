@@ -1,4 +1,4 @@
-"""Which GPU a drafter gets: one that no target on the node uses, unless the user names it."""
+"""Choose a drafter's GPU: one that no target on the node uses, unless the user names one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Gpus:
-    """The GPUs that this worker's process sees, by index.
+    """The GPUs that are visible to this worker's process, by index.
 
-    names: as CUDA_VISIBLE_DEVICES names each one: a number, a UUID or a MIG instance
-    current: index of the worker's own
-    physical_id: the number that vLLM's `assigned_physical_gpu_ids` has for a name
+    names: each GPU's name in CUDA_VISIBLE_DEVICES: a number, a UUID or a MIG instance
+    current: index of the worker's own GPU
+    physical_id: maps a name to the number used in vLLM's `assigned_physical_gpu_ids`
     """
 
     names: Sequence[str]
@@ -24,9 +24,9 @@ class Gpus:
 
 @dataclass(frozen=True)
 class Replicas:
-    """The data-parallel replicas of the target on this node, which have a drafter each.
+    """The target's data-parallel replicas on this node, each with its own drafters.
 
-    index: of this worker's; number: 0 where servers that this one knows nothing of may run others
+    index: of this worker's replica; number: 0 if servers that this one does not know of may run others
     """
 
     index: int
@@ -34,14 +34,16 @@ class Replicas:
 
     @property
     def known(self) -> int:
-        """Replicas that there are at least: those started here, or as many as come before this one and it."""
+        """Lower bound on the number of replicas on this node."""
         return max(self.number, self.index + 1)
 
 
 def visible_names(visible: str | None, count: int) -> list[str]:
-    """The names of the `count` GPUs that CUDA enumerates under CUDA_VISIBLE_DEVICES `visible`; MIG instances all, of
-    which it gives a process only one."""
-    if not visible:  # Ray leaves it empty where vLLM takes it for unset
+    """Names of the `count` GPUs that CUDA enumerates with CUDA_VISIBLE_DEVICES set to `visible`.
+
+    With MIG instances all names are returned, although CUDA gives a process only one of them.
+    """
+    if not visible:  # Ray may set it to "", which vLLM treats as unset
         return [str(index) for index in range(count)]
     names = [name.strip() for name in visible.split(",")]
     return names if any(name.startswith("MIG-") for name in names) else names[:count]
@@ -50,13 +52,13 @@ def visible_names(visible: str | None, count: int) -> list[str]:
 def drafter_gpu(
     device: str | None, parallel: Any, gpus: Gpus, replicas: Replicas, drafter: int = 0, num_drafters: int = 1
 ) -> int:
-    """The index of the GPU for a drafter of this replica.
+    """Index of the GPU for one of this replica's drafters.
 
-    device: the user's `drafter_device`; with several indices, one for each drafter in turn
+    device: the user's `drafter_device`; several indices are assigned to the drafters in turn
     parallel: vLLM's `ParallelConfig`
-    drafter, num_drafters: which of the replica's drafters, and how many each replica has
+    drafter, num_drafters: index of the drafter in its replica, and drafters per replica
 
-    Raises ValueError, naming the key, where the user names a GPU that is not there or none is known to be free.
+    Raises ValueError, naming the key, if the user names a GPU that does not exist or no GPU is known to be free.
     """
     number = len(gpus.names)
     chosen = named_gpus(device)
@@ -65,7 +67,7 @@ def drafter_gpu(
         index = chosen[place % len(chosen)]
         if index >= number:
             raise ValueError(
-                f"ssd: drafter_device {device!r}: the server sees {_gpus(number)}, the last is {number - 1}"
+                f"ssd: drafter_device {device!r}: the server sees {_gpus(number)}, the last index is {number - 1}"
             )
         return index
     if not replicas.number:
@@ -89,31 +91,31 @@ def drafter_gpu(
 
 
 def named_gpus(device: str | None) -> list[int]:
-    """The indices that a `drafter_device` such as "cuda:1" or "cuda:2,3" names."""
+    """The indices in a `drafter_device` such as "cuda:1" or "cuda:2,3"."""
     numbers = (device or "").partition(":")[2]
     return [int(number) for number in numbers.split(",")] if numbers else []
 
 
 def target_gpus(parallel: Any, gpus: Gpus, replicas: Replicas) -> set[int]:
-    """The indices of the GPUs that targets on this node use, as far as this server knows."""
+    """Indices of the GPUs that targets on this node use, as far as this server knows."""
     spans_nodes = parallel.nnodes_within_dp > 1
     number = local_world_size(parallel) * (1 if spans_nodes else replicas.known)
     assigned = parallel.assigned_physical_gpu_ids
     if assigned is None:
         return {*range(number), gpus.current}
-    mine = set(assigned if parallel.use_ray else assigned[:number])  # Ray's are those of the workers on this node
+    mine = set(assigned if parallel.use_ray else assigned[:number])  # with Ray: only those of workers on this node
     return {index for index, name in enumerate(gpus.names) if _physical_id(gpus, name) in mine} | {gpus.current}
 
 
 def local_world_size(parallel: Any) -> int:
-    """Ranks of one replica on this node."""
+    """Number of ranks of one replica on this node."""
     if parallel.distributed_executor_backend == "external_launcher":
         return min(_ranks_a_replica(parallel), _from_torchrun("LOCAL_WORLD_SIZE", parallel.world_size))
     return parallel.local_world_size
 
 
 def replicas_here(parallel: Any, started: int) -> Replicas:
-    """The replicas on this node, of which this worker's server has `started` so many; 0 where it does not know all."""
+    """The replicas on this node; started: how many this worker's server runs here, 0 if there may be others."""
     if parallel.distributed_executor_backend == "external_launcher":  # every rank of every replica is a server
         ranks = _ranks_a_replica(parallel)
         index = _from_torchrun("LOCAL_RANK", 0) // ranks
@@ -131,7 +133,7 @@ def _ranks_a_replica(parallel: Any) -> int:
 
 
 def _preferred(parallel: Any, gpus: Gpus) -> list[int]:
-    """All indices, those that `--device-ids` names first: what the target leaves of them was meant for us."""
+    """All indices, those in `--device-ids` first: any that the target leaves unused are meant for the drafter."""
     assigned = parallel.assigned_physical_gpu_ids or ()
     if not assigned:
         return list(range(len(gpus.names)))

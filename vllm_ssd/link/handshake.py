@@ -1,4 +1,4 @@
-"""The first words between a target and its drafter, from the target's side."""
+"""The handshake between a target and its drafter, from the target's side."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from vllm_ssd.link.protocol import Hello, Refused, Welcome
 from vllm_ssd.link.transport import Transport, TransportClosed
 
 LOOK_S = 0.5
-"""How often it is asked whether the handshake is still wanted."""
+"""Interval at which `goes_on` is checked."""
 
 
 class DrafterFailed(RuntimeError):
-    """The drafter never came up; the message is the one sentence the user needs."""
+    """Raised if a drafter does not come up; the message is one sentence for the user."""
 
 
 class DrafterRefused(DrafterFailed):
-    """The drafter will not serve this target."""
+    """Raised if a drafter refuses to serve this target."""
 
 
 def shake_hands(
@@ -27,9 +27,10 @@ def shake_hands(
     goes_on: Callable[[], bool],
     how_it_ended: Callable[[TransportClosed], str],
 ) -> Welcome:
-    """The drafter's answer to `hello`; raises `DrafterFailed`.
+    """Send `hello` and return the drafter's `Welcome`; raises `DrafterFailed`.
 
-    goes_on: whether it is still wanted; how_it_ended: says of a drafter that closed the connection what became of it
+    goes_on: whether the handshake is still wanted; how_it_ended: describes the end of a drafter that closed the
+    connection
     """
     deadline, answers = time.monotonic() + timeout_s, []
     try:
@@ -46,5 +47,5 @@ def shake_hands(
     if isinstance(answers[0], Refused):
         raise DrafterRefused(f"the SSD drafter cannot serve: {answers[0].reason}")
     if not isinstance(answers[0], Welcome) or len(answers) > 1:
-        raise DrafterFailed("the SSD drafter answered the handshake with something else")
+        raise DrafterFailed("the SSD drafter sent an invalid answer to the handshake")
     return answers[0]

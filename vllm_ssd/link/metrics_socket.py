@@ -1,9 +1,9 @@
-"""The metrics of a server's workers, on the server's own page.
+"""The workers' metrics on the server's own metrics page.
 
-vLLM's page shows the Prometheus registry of the process that answers HTTP; hits and misses are counted in its workers.
-Each worker that has a drafter listens on an abstract Unix socket of this machine, whose name only the server's
-processes know from their environment, and answers processes of the same user with its metrics as text. The server asks
-when its page is read, waits for a bounded time, and shows what it knew before where a worker does not answer.
+vLLM's page shows the Prometheus registry of the HTTP process, but hits and misses are counted in the workers. So each
+worker with a drafter listens on an abstract Unix socket, whose random name the server's processes get through their
+environment, and sends its metrics as text to processes of the same user. The server queries the workers whenever its
+page is read, waits for a bounded time, and repeats the previous values of a worker that does not answer.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 METRICS_ENV = "VLLM_SSD_METRICS"
-"""Environment variable with the name that a server's workers listen under."""
+"""Environment variable with the name under which a server's workers listen."""
 ANSWER_S = 0.1
-"""The page waits so long for one worker."""
+"""Longest time that the page waits for one worker."""
 MAX_BYTES = 1 << 20
 PEER = struct.Struct("3i")
 
 
 def address(name: str, replica: int) -> str:
-    """The socket of a replica's worker; abstract, so that it goes with its process."""
+    """Address of a replica's socket; abstract, so that it disappears with its process."""
     return f"\0vllm-ssd/{name}/{replica}"
 
 
 class MetricsListener:
-    """Answers whoever connects with `render()`, on a thread of its own, until `close`."""
+    """Sends `render()` to every client that connects, from its own thread, until `close`."""
 
     def __init__(self, name: str, replica: int, render: Callable[[], bytes]) -> None:
         self._render = render
@@ -48,7 +48,7 @@ class MetricsListener:
         threading.Thread(target=self._serve, name="ssd-metrics", daemon=True).start()
 
     def close(self) -> None:
-        """Listen no more; idempotent."""
+        """Stop listening; idempotent."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes `accept`
         self._socket.close()
@@ -71,7 +71,7 @@ def _is_same_user(connection: socket.socket) -> bool:
 
 
 def ask(name: str, replica: int) -> str | None:
-    """What a worker answers, "" where there is none, None where it takes too long."""
+    """Ask a worker for its metrics; "" if there is no such worker, None if it does not answer in time."""
     deadline, data = time.monotonic() + ANSWER_S, bytearray()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
@@ -91,9 +91,9 @@ def ask(name: str, replica: int) -> str | None:
 
 
 class WorkersCollector:
-    """Metrics of the workers of one server, for `prometheus_client`; each sample is labelled with its replica.
+    """A `prometheus_client` collector for the workers of one server, which labels each sample with its replica.
 
-    replicas: their data-parallel indices
+    replicas: data-parallel indices of the workers
     """
 
     def __init__(self, name: str, replicas: Sequence[int]) -> None:
@@ -101,7 +101,7 @@ class WorkersCollector:
         self._known: dict[int, str] = dict.fromkeys(replicas, "")
 
     def collect(self) -> Iterator[Metric]:
-        """One family a name, with the samples of all replicas."""
+        """One metric family per name, with the samples of all replicas."""
         families: dict[str, Metric] = {}
         for replica, known in list(self._known.items()):
             answer = ask(self._name, replica)
@@ -113,7 +113,7 @@ class WorkersCollector:
         yield from families.values()
 
     def describe(self) -> list[Metric]:
-        """Nothing: which metrics there are is known when a worker answers."""
+        """Empty, because the metrics are not known before a worker answers."""
         return []
 
 
@@ -121,9 +121,9 @@ _shown: dict[str, WorkersCollector] = {}
 
 
 def show_workers(replicas: Sequence[int], registry: CollectorRegistry = REGISTRY) -> str:
-    """Put the workers that this process is about to start on its metrics page; returns the name to give them.
+    """Add the workers that this process will start to its metrics page; returns the name to pass to them.
 
-    A process that configures the same server twice gets one page for it.
+    Idempotent if a process configures the same server twice.
     """
     name = os.environ.get(METRICS_ENV) or os.urandom(16).hex()
     if name not in _shown:

@@ -1,7 +1,7 @@
-"""Drafters that come and go as an agent process names them.
+"""A fleet of drafters that an agent process finds.
 
-The agent talks to Ray, and to Ray alone: it may hang or die with it, and the drafters that it named stay. Links say
-whether a drafter is there; the agent only says where to look for others.
+Only the agent talks to Ray. It may hang or die with Ray; the drafters that it has named stay in use. Whether a drafter
+is alive is decided by its link; the agent only says where drafters are.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from vllm_ssd.link.roster import Listed, Roster, Wanted
 from vllm_ssd.link.seat import Seat
 
 AGENT_COMMAND = [sys.executable, "-m", "vllm_ssd.pool"]
-"""Starts the agent, with the number of its socket and what is wanted as further arguments."""
+"""Command of the agent; further arguments are its socket's descriptor and a `Wanted` as JSON."""
 MAX_DRAFTERS = 64
 MAX_ROSTER_BYTES = 1 << 20
 LOG_INTERVAL_S = 60.0
 QUIET_S = 10.0
-"""What a placement lacks is said when it has lacked it for so long."""
+"""Time after the start before a roster's problem is logged for the first time."""
 
 
 class PlacedFleet(Fleet):
-    """A fleet that grows: each drafter that the agent names gets a link, or that of one that has left.
+    """A fleet whose drafters come and go: each one that the agent names gets a new link, or a vacant one.
 
-    wanted: what the agent is told
-    connect: makes the link of an index to an address, with a context
-    min_ready: drafters that a server does not start without
-    on_join: gets all links when there is a new one
+    wanted: the drafters that the agent should find
+    connect: creates the link with the given index, address and TLS context
+    min_ready: number of drafters that a server waits for at startup
+    on_join: called with all links when a link is added
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class PlacedFleet(Fleet):
         self._end = weakref.finalize(self, self._agent.close)
 
     def follow(self, roster: Roster) -> None:
-        """Seat those that are named, and vacate the seats of those that are not; raises ValueError for nonsense."""
+        """Seat the drafters of a roster and vacate the seats of all others; raises ValueError for invalid entries."""
         self._roster = roster
         if roster.problem and time.monotonic() - self._logged_at > LOG_INTERVAL_S:
             self._logged_at = time.monotonic()
@@ -106,12 +106,12 @@ class PlacedFleet(Fleet):
         return link
 
     def wait_until_ready(self) -> None:
-        """Block until as many drafters as are needed have shaken hands; raises `DrafterFailed` when they have not."""
+        """Block until `min_ready` drafters have shaken hands; raises `DrafterFailed` if they do not in time."""
         while sum(link.connected for link in self.links) < self._min_ready:
             refusals = [link.refusal for link in self.links if isinstance(link, Seat) and link.refusal]
             if self._roster.fatal:
                 raise DrafterFailed(f"ssd: {self._roster.problem}")
-            if refusals and not self._wanted.pool:  # its own drafters are alike
+            if refusals and not self._wanted.pool:  # all own drafters are alike: the others would refuse too
                 raise refusals[0]
             if time.monotonic() > self._start_by:
                 reason = str(refusals[0]) if refusals else self._roster.problem or "Ray has not answered"
@@ -119,15 +119,16 @@ class PlacedFleet(Fleet):
             time.sleep(READY_S)
 
     def close(self) -> None:
-        """End the agent and the links; idempotent."""
+        """End the agent and close all links; idempotent."""
         self._end()
         super().close()
 
 
 class Agent:
-    """Keeps an agent process running, and passes on what it says.
+    """Keeps an agent process running and passes on its rosters.
 
-    follow: hears each roster, on a thread; the process is ended, and started again, where it raises
+    follow: returns the function to call with each roster, on the agent's thread; if that function raises, the process
+    is restarted
     """
 
     def __init__(self, wanted: Wanted, follow: Callable[[], Callable[[Roster], None] | None], logger: logging.Logger):
@@ -137,7 +138,7 @@ class Agent:
         self._server = Ancestor(wanted.server_pid)
         self._closed = threading.Event()
         self._process: subprocess.Popen | None = None
-        # One thread: the child asks the kernel to die with the *thread* that started it.
+        # PR_SET_PDEATHSIG follows the *thread* that started the child, so one long-lived thread starts them all.
         self._thread = threading.Thread(target=self._run, name="ssd-agent", daemon=True)
         self._thread.start()
 
@@ -153,16 +154,16 @@ class Agent:
             started = time.monotonic()
             try:
                 reason = self._listen()
-            except Exception as error:  # a thread that dies would leave the target with the drafters of the moment
+            except Exception as error:  # if this thread died, the target would never learn of other drafters
                 reason = f"{type(error).__name__}: {error}"
             if self._closed.is_set():
                 return
             pause_s = BACKOFF_S[0] if time.monotonic() - started > BACKOFF_S[1] else min(2 * pause_s, BACKOFF_S[1])
-            self._logger.info("SSD: the agent of Ray has ended (%s); it is started again in %g s", reason, pause_s)
+            self._logger.info("SSD: the Ray agent has ended (%s); restarting it in %g s", reason, pause_s)
             self._closed.wait(pause_s)
 
     def _listen(self) -> str:
-        """One life of the process; returns how it ended, or raises what cut it short."""
+        """Run the process once and follow its rosters; returns how it ended."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
             arguments = [str(theirs.fileno()), msgspec.json.encode(self._wanted).decode()]

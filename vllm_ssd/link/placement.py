@@ -1,6 +1,6 @@
-"""Where the drafter runs and what vLLM is told there: cores or GPU, memory, environment.
+"""A drafter's placement: cores or GPU, memory and environment, and vLLM's engine arguments that follow from them.
 
-Each data-parallel replica of the target has a drafter of its own. `vllm_ssd.link.gpus` chooses the GPU.
+Each data-parallel replica of the target has its own drafters. `vllm_ssd.link.gpus` chooses the GPU.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 CPU_KV_CACHE_BYTES = 512 << 20
-"""KV memory of a drafter on the CPU when the user names none."""
+"""Default KV memory of a drafter on the CPU."""
 
 
 ON_CPU: dict[str, str | None] = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TRITON_INTERPRET": None,  # a target on the V2 runner may need it; here it would only be slow
+    "TRITON_INTERPRET": None,  # a target on the V2 runner may need it; the drafter would only be slower
     "VLLM_CPU_KVCACHE_SPACE": None,  # the target's; it would override kv_cache_memory_bytes
 }
-"""What changes in the environment of a drafter on the CPU, on whatever cores."""
+"""Changes to the environment of any drafter on the CPU; None removes a variable."""
 NO_UTILIZATION = 0.01
-"""Share of a GPU that vLLM wants to find free, and else does not use, where the bytes of the KV pages are given."""
+"""gpu_memory_utilization if the bytes of the KV pages are given: vLLM then only checks that this share is free."""
 MAX_SHARED_UTILIZATION = 1.0
-"""What two processes on one GPU may ask of it together."""
+"""Largest sum of gpu_memory_utilization of two processes that share a GPU."""
 
 
 class Placement(NamedTuple):
-    """A drafter's start options, and what its environment changes; there, None removes a variable.
+    """A drafter's options, and changes to its environment, where None removes a variable.
 
     beside_target: whether it runs on this worker's own GPU
     """
@@ -48,9 +48,9 @@ class Placement(NamedTuple):
 
 
 def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None, drafter: int = 0) -> Placement:
-    """Where this worker's drafter of index `drafter` runs, and with what; gpus: None where vLLM is built for the CPU.
+    """Place this worker's drafter with index `drafter`; gpus: None if vLLM is built for the CPU.
 
-    Raises ValueError, naming the key, where the GPU or the memory that it would get is another's.
+    Raises ValueError, naming the key, if no GPU is free or the drafter would take memory that others use.
     """
     is_cpu = gpus is None
     if is_cpu and config.drafter_device not in (None, "cpu"):
@@ -86,7 +86,7 @@ def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None,
         environment |= {
             "CUDA_VISIBLE_DEVICES": gpus.names[index],
             "HIP_VISIBLE_DEVICES": None,  # on ROCm the other name of the same variable
-            "VLLM_ENABLE_STARTUP_PLAN": None,  # sizes KV pages without what our steps need
+            "VLLM_ENABLE_STARTUP_PLAN": None,  # would size KV pages without the memory that our steps need
         }
         engine_args |= _gpu_memory(config)
         if config.drafter_cpus:
@@ -100,9 +100,9 @@ def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None,
 
 
 def place_standalone(config: SSDConfig, max_num_seqs: int, on_cpu: bool) -> Placement:
-    """What a drafter that targets connect to is told: it takes the first visible GPU, or `drafter_cpus`.
+    """Place a drafter that targets connect to: on the first visible GPU, or on `drafter_cpus`.
 
-    Raises ValueError for keys that say where among a target's devices a drafter goes.
+    Raises ValueError for `drafter_device`, which refers to a target's devices.
     """
     if config.drafter_device is not None:
         raise ValueError("ssd: drafter_device is for drafters that a server starts; set CUDA_VISIBLE_DEVICES here")
@@ -120,12 +120,12 @@ def place_standalone(config: SSDConfig, max_num_seqs: int, on_cpu: bool) -> Plac
 
 
 def target_limits(config: SSDConfig, max_num_seqs: int) -> DrafterOptions:
-    """The sizes of what a target takes from a drafter that it does not start."""
+    """The sizes that a target accepts from a drafter that it does not start."""
     return _options(config, {}, max_num_seqs, [], False)
 
 
 def _engine_args(config: SSDConfig, max_num_seqs: int) -> dict[str, Any]:
-    """vLLM's engine arguments for the draft model, but for its length and memory."""
+    """vLLM's engine arguments for the draft model, except context length and memory."""
     return {
         **engine_arguments(config),
         "max_num_seqs": max_num_seqs,
@@ -153,19 +153,19 @@ def _options(
 
 
 def _environment() -> dict[str, str | None]:
-    """What changes in any drafter's environment."""
+    """Changes to the environment of any drafter."""
     environment: dict[str, str | None] = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     }
     if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # torch.distributed listens even in a world of one
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # torch.distributed listens even with a world size of 1
     return environment
 
 
 def _on_cores(cpus: Sequence[int]) -> dict[str, str | None]:
-    """What changes in the environment of a drafter on these cores."""
+    """Changes to the environment of a drafter on these cores."""
     places = ",".join(map(str, cpus))
     return ON_CPU | {
         "OMP_NUM_THREADS": str(len(cpus)),
@@ -175,7 +175,7 @@ def _on_cores(cpus: Sequence[int]) -> dict[str, str | None]:
 
 
 def _gpu_memory(config: SSDConfig) -> dict[str, Any]:
-    """vLLM's engine arguments for the memory of a drafter on a GPU; None where vLLM's default stays."""
+    """vLLM's engine arguments for a drafter's memory on a GPU; None keeps vLLM's default."""
     return {
         "kv_cache_memory_bytes": config.kv_cache_memory,
         "gpu_memory_utilization": config.gpu_memory_utilization or (NO_UTILIZATION if config.kv_cache_memory else None),
@@ -183,12 +183,12 @@ def _gpu_memory(config: SSDConfig) -> dict[str, Any]:
 
 
 def _check_memory(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus, replicas: Replicas, index: int) -> None:
-    """Raise ValueError where the drafter shares GPU `index` and would size its KV pages by what others leave free."""
+    """Raise ValueError if the drafter shares GPU `index` and its share of the memory is not specified."""
     where, chosen = f"cuda:{index}", named_gpus(config.drafter_device)
     drafters = replicas.known * config.num_drafters
     if chosen and drafters > len(chosen) and not config.kv_cache_memory:
         raise ValueError(
-            f"ssd: several drafters share {where}, and none can tell how much memory is its own: set "
+            f"ssd: several drafters share {where} and cannot tell how much of its memory each may use: set "
             f'kv_cache_memory, or name a GPU for each of the {drafters}, as in drafter_device "cuda:2,3"'
         )
     if index not in target_gpus(vllm_config.parallel_config, gpus, replicas) or config.kv_cache_memory:
@@ -205,22 +205,22 @@ def _check_memory(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus, replic
 
 
 def share(cpus: Sequence[int], drafter: int, num_drafters: int) -> list[int]:
-    """A drafter's part of cores that are for all drafters; all of them where there are fewer than drafters."""
+    """One drafter's part of the cores for all drafters; all of them if there are fewer cores than drafters."""
     return list(cpus[drafter::num_drafters] if len(cpus) >= num_drafters else cpus)
 
 
 def default_cpus() -> list[int]:
-    """Cores for drafters: those the server may use and vLLM has bound no worker's threads to.
+    """Cores for drafters: those the server may use and to which vLLM binds no worker threads.
 
-    vLLM's workers name their own cores in OMP_PLACES, and a user may name those of all in VLLM_CPU_OMP_THREADS_BIND;
-    where neither says anything, the last core is taken.
+    The workers' cores are in OMP_PLACES, or in VLLM_CPU_OMP_THREADS_BIND if the user sets it. If neither leaves any
+    core, or neither is set, this is the last core.
     """
     allowed, bound = sorted(_allowed_cpus()), bound_cpus()
     return [core for core in allowed if core not in bound] if bound and not bound >= set(allowed) else allowed[-1:]
 
 
 def bound_cpus() -> set[int]:
-    """Cores to which vLLM has bound threads of its workers, or will, as far as the environment says."""
+    """Cores to which vLLM binds its workers' threads, according to the environment."""
     bound = {int(core) for core in re.findall(r"\d+", os.environ.get("OMP_PLACES", ""))}
     for part in os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "").split("|"):
         with contextlib.suppress(ValueError):  # "auto", "nobind" or nothing
@@ -229,7 +229,7 @@ def bound_cpus() -> set[int]:
 
 
 def _allowed_cpus() -> set[int]:
-    """Cores of the process that started this worker: vLLM narrows the worker's own affinity."""
+    """Cores of this worker and its parent process, since vLLM narrows the worker's own affinity."""
     own = os.sched_getaffinity(0)
     try:
         return own | os.sched_getaffinity(os.getppid())
@@ -238,9 +238,9 @@ def _allowed_cpus() -> set[int]:
 
 
 def run_on(cpus: Sequence[int]) -> list[int]:
-    """Bind this thread alone, and every child that it starts from its first instruction on; no `cpus` bind nothing.
+    """Pin only this thread, and so every child process that it starts later, to `cpus`; empty changes nothing.
 
-    Returns those of them that it may not run on.
+    Returns the cores of `cpus` that it may not run on.
     """
     if not cpus:
         return []

@@ -1,11 +1,11 @@
-"""Start the drafter's process, watch it, and start it again when it dies.
+"""Start the drafter's process, watch it, and restart it when it dies.
 
-Two threads meet here. The *supervisor*, a thread of each `DrafterProcess`, starts processes, watches and ends them; the
-*target's thread* calls `send` and `poll`. The supervisor leaves a drafter that has shaken hands in `_newcomer`, and the
-target's thread takes it up in `poll`: between two polls `generation` does not change, so the events of one step all
-reach the drafter that they were written for. Only while the target is idle and nobody polls does the supervisor take
-up and listen in its place, so that a drafter is replaced and its statistics are read without a request. One lock guards
-what both touch; the supervisor holds it for no longer than one bounded poll.
+Each `DrafterProcess` is used by two threads. Its own *supervisor* thread starts, watches and ends processes; the
+*target's thread* calls `send` and `poll`. The supervisor stores a drafter that has shaken hands in `_newcomer`, and the
+target's thread switches to it in `poll`. So `generation` does not change between two polls, and all events of a step
+reach the drafter that they were meant for. Only while the target is idle, and does not poll, the supervisor switches
+and polls in its place, so that drafters are replaced and statistics are read without any request. One lock guards the
+shared state; the supervisor never holds it for longer than one bounded poll.
 """
 
 from __future__ import annotations
@@ -36,24 +36,25 @@ from vllm_ssd.link.protocol import DrafterStats, Hello, Push, Step, Welcome
 from vllm_ssd.link.transport import ProcessTransport, TransportClosed, socket_pair
 
 DRAFTER_MODULE = "vllm_ssd.drafter"
-"""What `python -m` runs as the drafter, with the number of its socket and its options as arguments."""
+"""The drafter's module for `python -m`; its arguments are its socket's descriptor and its options."""
 HANG_S = 10.0
-"""A drafter that owes an answer and gives none for so long, while it is listened to, is taken for hung."""
+"""A drafter counts as hung if it owes an answer and is silent for so long while it is being polled."""
 SUSPECT_S = 2.0
-"""So long silent, its requests go to another drafter, if there is one: sound ones say something every second."""
+"""After so much silence its requests move to another drafter, if there is one. A healthy drafter pushes each second."""
 CRASH_S = 2.0
-"""A drafter that crashed has this long to end, until it is taken for hung."""
+"""Time for a crashed drafter to exit before it counts as hung."""
 EXIT_S = 10.0
-"""A drafter whose socket has closed has this long to end by itself."""
+"""Time for a drafter to exit by itself after its socket has closed."""
 BACKOFF_S = (1.0, 60.0)
-"""First and longest pause before a drafter is started again; doubled with each failure."""
+"""First and longest pause before a drafter is restarted; doubled with each failure."""
 WATCH_S = 0.5
-"""How often the supervisor looks at the processes of drafter and server; a target that polls less often is idle."""
+"""Interval at which the supervisor checks the drafter's and the server's process. A target that polls less often counts
+as idle."""
 MAX_FULL_POLLS = 16
-"""A drafter that fills the bound of so many polls in a row is flooding the target."""
+"""A drafter is lost for flooding the target if so many consecutive polls reach their limit."""
 GIB = 1 << 30
 MAX_IDLE_BYTES = 16 << 20
-"""Bytes that are read in an idle target's place and kept for its next poll; the rest stays in the socket."""
+"""Most bytes that the supervisor reads for an idle target's next poll; the rest stays in the socket."""
 
 
 @dataclass(slots=True, eq=False)
@@ -63,18 +64,18 @@ class Drafter:
     transport: ProcessTransport
     generation: int
     max_model_len: int
-    lost: bool = False  # noticed and logged, by either thread
+    lost: bool = False  # its loss has been handled, by either thread
 
 
 class DrafterProcess:
-    """A link to one drafter process, which a thread of its own starts and restarts.
+    """A link to one drafter process, which a supervisor thread starts and restarts.
 
-    `send` and `poll` never raise and never wait for a drafter that is gone: without one, steps are dropped and
-    nothing is heard. What a drafter pushes is checked by value; one that sends nonsense is replaced. `generation` grows
-    when a new drafter has shaken hands.
+    `send` and `poll` never raise and never wait for a dead drafter: without one, steps are dropped and `poll` returns
+    nothing. All pushes are validated by value, and a drafter that sends an invalid one is replaced. `generation`
+    increases with each drafter that has shaken hands.
 
-    on_stats: gets a drafter's statistics, which `poll` then leaves out, and its generation
-    on_end: called once, when the link is closed, the server has ended or nobody holds the link any more
+    on_stats: called with a drafter's statistics and generation; `poll` then leaves the statistics out
+    on_end: called once, when the link is closed or garbage collected, or the server has ended
     """
 
     leaving = False
@@ -101,12 +102,12 @@ class DrafterProcess:
         self._startup_timeout_s = startup_timeout_s
         self._logger = logger
         self._on_stats = on_stats
-        # vLLM 0.32 leaves its workers behind when the server is killed; the drafter must not stay with them.
+        # vLLM 0.32 leaves its workers behind when the server is killed; the drafter must exit nevertheless.
         self._server = Ancestor(server_pid)
-        self._process: subprocess.Popen | None = None  # the supervisor's
-        self._num_started = 0  # the supervisor's: drafters that have shaken hands
-        self._kv_bytes = 0  # of the drafter started last
-        self._resting = False  # the target's: no drafter is wanted
+        self._process: subprocess.Popen | None = None  # written by the supervisor
+        self._num_started = 0  # written by the supervisor: drafters that have shaken hands
+        self._kv_bytes = 0  # of the latest drafter
+        self._resting = False  # written by the target's thread: no drafter is wanted
         self._lock = threading.RLock()
         self._newcomer: Drafter | None = None
         self._drafter: Drafter | None = None
@@ -114,7 +115,7 @@ class DrafterProcess:
         self._kept_bytes = 0
         self._awaiting_reply = False
         self._listened_at = self._heard_at = 0.0
-        self._polled_at = -math.inf  # by the target itself
+        self._polled_at = -math.inf  # by the target, not the supervisor
         self._full_polls = 0
         self._failure: DrafterFailed | None = None
         self._wanted = threading.Event()  # set while a (new) drafter should be started
@@ -122,7 +123,7 @@ class DrafterProcess:
         self._closed = threading.Event()
         self._wanted.set()
         self._end = weakref.finalize(self, on_end or (lambda: None))
-        # The child asks the kernel to die with the *thread* that started it, so one thread starts them all.
+        # PR_SET_PDEATHSIG follows the *thread* that started the child, so one long-lived thread starts them all.
         self._thread = threading.Thread(target=_supervise, args=(weakref.ref(self),), name="ssd-drafter", daemon=True)
         self._thread.start()
         atexit.register(_close_weakly, weakref.ref(self))
@@ -135,13 +136,13 @@ class DrafterProcess:
         return self._settled.is_set()
 
     def wait_until_ready(self) -> None:
-        """Block until the first drafter has shaken hands; raises `DrafterFailed` when it does not."""
+        """Block until the first drafter has shaken hands; raises `DrafterFailed` if it fails to."""
         self._settled.wait()
         if self._failure is not None:
             raise self._failure
 
     def send(self, step: Step) -> None:
-        """Tell the drafter of one target step; dropped while there is no drafter."""
+        """Send one target step to the drafter; without a drafter it is dropped."""
         with self._lock:
             drafter = self._drafter
             if not self.connected or drafter is None:
@@ -153,7 +154,7 @@ class DrafterProcess:
                 self._lose(drafter, str(error))
 
     def poll(self, timeout_s: float = 0.0) -> list[Push]:
-        """What the drafter has pushed since the last call, waiting at most `timeout_s` when there is nothing."""
+        """Return the pushes since the last call; without any, wait up to `timeout_s` seconds."""
         with self._lock:
             self._take_up()
             kept, self._kept, self._kept_bytes = self._kept, [], 0
@@ -163,18 +164,18 @@ class DrafterProcess:
 
     @property
     def suspect(self) -> bool:
-        """Whether the drafter was told something, was listened to since, and has said nothing for SUSPECT_S."""
+        """Whether the drafter owes an answer and has been silent for SUSPECT_S while it was polled."""
         return self.connected and self._awaiting_reply and self._listened_at - self._heard_at > SUSPECT_S
 
     def descriptor(self) -> int | None:
-        """A file descriptor that is readable when `poll` has news, or None when it has some already; -1 for none."""
+        """A descriptor that is readable when `poll` has pushes; None if it has some already, -1 without a drafter."""
         drafter = self._drafter
         if not self.connected or drafter is None:
             return -1
         return None if self._kept or drafter.transport.at_bound else drafter.transport.fileno()
 
     def rest(self) -> None:
-        """End the drafter, whose memory is wanted elsewhere, and start no other until `wake`."""
+        """End the drafter to free its memory, and start no other until `wake`."""
         self._resting = True
         self._kill()  # first, as in `close`
         with self._lock:
@@ -186,13 +187,13 @@ class DrafterProcess:
             self._newcomer = None
 
     def wake(self) -> None:
-        """Start a drafter again after `rest`; decoding goes on without drafts until it is ready."""
+        """Start a drafter again after `rest`; until it is ready, decoding continues without drafts."""
         if self._resting:
             self._resting = False
             self._wanted.set()
 
     def keep_size(self) -> None:
-        """Give later drafters as much KV memory as the first one found: by then, what is free is not theirs alone."""
+        """Give later drafters the KV memory of the current one: the target may have claimed some of the free memory."""
         engine_args = self._options.engine_args | {
             "kv_cache_memory_bytes": self._kv_bytes,
             "gpu_memory_utilization": NO_UTILIZATION,
@@ -200,11 +201,11 @@ class DrafterProcess:
         self._options = msgspec.structs.replace(self._options, engine_args=engine_args)
 
     def close(self) -> None:
-        """End the drafter; idempotent, and called at exit."""
+        """End the drafter; idempotent. Also called at interpreter exit."""
         self._closed.set()
         self._wanted.set()
         self.connected = False
-        self._kill()  # first: whoever waits in `poll` holds the lock, and wakes when the drafter's end hangs up
+        self._kill()  # before taking the lock: a thread waiting in `poll` holds it until the drafter hangs up
         with self._lock:
             for drafter in (self._drafter, self._newcomer):
                 if drafter is not None:
@@ -214,7 +215,7 @@ class DrafterProcess:
     # ---- under the lock --------------------------------------------------------------------------------
 
     def _take_up(self) -> None:
-        """Turn to the drafter that has come up since, if any."""
+        """Switch to `_newcomer`, if there is one."""
         if self._newcomer is None or self._closed.is_set():
             return
         if self._drafter is not None:
@@ -228,7 +229,7 @@ class DrafterProcess:
         self.connected = not self._drafter.lost
 
     def _listen(self, timeout_s: float) -> list[Push]:
-        """What has arrived, if all of it is sound; a drafter that is gone, hangs or sends nonsense is lost."""
+        """Poll the drafter and validate its pushes; give it up if it is gone, hung or sent something invalid."""
         drafter = self._drafter
         if not self.connected or drafter is None:
             return []
@@ -252,7 +253,7 @@ class DrafterProcess:
         now = time.monotonic()
         owes = self._awaiting_reply or drafter.transport.mid_message
         if pushes or not owes or now - self._listened_at > HANG_S / 2:
-            self._heard_at = now  # heard it, asked nothing, or did not listen: a pause of the server's own
+            self._heard_at = now  # it answered, owes nothing, or the server itself paused and did not poll
             self._awaiting_reply = self._awaiting_reply and not pushes
         elif now - self._heard_at > HANG_S:
             self._lose(drafter, f"said nothing for {HANG_S:.0f} s")
@@ -260,7 +261,7 @@ class DrafterProcess:
         return pushes
 
     def _lose(self, drafter: Drafter, reason: str) -> None:
-        """Give a drafter up, and have the supervisor start another."""
+        """Give up a drafter and have the supervisor start another."""
         if drafter is self._drafter:
             self.connected = False
             drafter.transport.close()
@@ -275,7 +276,7 @@ class DrafterProcess:
     # ---- the supervisor --------------------------------------------------------------------------------
 
     def _attend(self) -> None:
-        """Notice a process that has ended, and stand in for a target that is idle."""
+        """Notice that the process has ended, and poll in place of an idle target."""
         status = None if self._process is None else self._process.poll()
         with self._lock:
             youngest = self._newcomer or self._drafter
@@ -291,7 +292,7 @@ class DrafterProcess:
                 self._kept_bytes += drafter.transport.received_bytes - before
 
     def _ends(self) -> bool:
-        """Whether the link is closed, which it is from now on if the server has ended."""
+        """Close the link if the server has ended, and return whether it is closed."""
         if self._server.has_ended():
             self.close()
         return self._closed.is_set()
@@ -308,7 +309,10 @@ class DrafterProcess:
         return BACKOFF_S
 
     def _goes_on(self, failure: DrafterFailed | None) -> bool:
-        """What an attempt to get a drafter has come to; returns whether others follow. The first failure is final."""
+        """Handle the result of a start and return whether to go on supervising.
+
+        A failure before the first success is final.
+        """
         if failure is not None and not self._num_started:
             self._failure = failure
         elif failure is not None and not self._resting:
@@ -320,14 +324,14 @@ class DrafterProcess:
         return self._failure is None
 
     def _do_without_trees(self) -> None:
-        """Start no drafter with its own attention again if the one that was lost crashed, perhaps in it."""
+        """Disable tree attention if the lost drafter crashed, since its kernels may be the cause."""
         process = self._process
         if process is None or not self._options.tree_attention:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(CRASH_S)
         if process.returncode not in (None, 0, -signal.SIGKILL, -signal.SIGTERM):
-            self._logger.warning("SSD: the drafter crashed; it is started again with vLLM's attention")
+            self._logger.warning("SSD: the drafter crashed; restarting it with vLLM's attention")
             self._options = msgspec.structs.replace(self._options, tree_attention=False)
 
     def _kill(self) -> None:
@@ -338,7 +342,7 @@ class DrafterProcess:
             process.wait()
 
     def _launch(self) -> tuple[ProcessTransport, Welcome, str]:
-        """Start one drafter and shake hands; raises `DrafterFailed`. The text says who it is."""
+        """Start a drafter and shake hands; raises `DrafterFailed`. The returned text identifies it in logs."""
         self._kill()
         transport, child_socket = socket_pair(max_push_bytes(self._options))
         if missing := run_on(self._options.cpus):
@@ -363,21 +367,21 @@ class DrafterProcess:
             raise
 
     def _start(self) -> None:
-        """Get a drafter, and leave it to the target's thread; raises `DrafterFailed`."""
+        """Launch a drafter and hand it over to the target's thread; raises `DrafterFailed`."""
         transport, welcome, name = self._launch()
         self._num_started += 1
         self._kv_bytes = welcome.kv_bytes
         with self._lock:
             if self._resting:
                 transport.close()
-                raise DrafterFailed("the SSD drafter is to rest")
+                raise DrafterFailed("the SSD drafter was put to rest while it started")
             if self._newcomer is not None:
                 self._newcomer.transport.close()
             self._newcomer = Drafter(transport, self._num_started, welcome.max_model_len)
             if time.monotonic() - self._polled_at > WATCH_S:
                 self._take_up()
         self._logger.info(
-            "SSD drafter %d ready: %s, %d KV pages of %d tokens, at most %d tokens a request; "
+            "SSD drafter %d ready: %s, %d KV pages of %d tokens, at most %d tokens per request; "
             "%.2f GiB weights + %.2f GiB KV pages + up to %.2f GiB logits",
             self._num_started,
             name,
@@ -392,7 +396,7 @@ class DrafterProcess:
             self._logger.info("SSD: %s", welcome.notice)
 
     def _how_it_ended(self, error: TransportClosed) -> str:
-        """Of a drafter that was not ready yet."""
+        """Describe the end of a drafter that was not ready yet."""
         assert self._process is not None
         try:
             return f"ended with status {self._process.wait(EXIT_S)}"
@@ -410,7 +414,7 @@ class DrafterProcess:
 
 
 def _supervise(reference: weakref.ref[DrafterProcess]) -> None:
-    """Start drafters for as long as the link lives and its `_goes_on` says so."""
+    """Body of the supervisor thread: start drafters until the link is gone or `_goes_on` returns False."""
     pause_s, lived_since, first = 0.0, math.inf, True
     while (link := reference()) is not None:
         wanted, closed = link._wanted, link._closed
@@ -435,14 +439,14 @@ def _supervise(reference: weakref.ref[DrafterProcess]) -> None:
             link._kill()
             if link._pause(pause_s):
                 return
-            wanted.clear()  # whoever wanted one meanwhile wants this one
+            wanted.clear()  # requests made during the pause are served by this start
             if link._resting:
                 continue
         first, failure = False, None
         try:
             link._start()
             lived_since = time.monotonic()
-        except Exception as error:  # a thread that dies would leave the target without a drafter, unexplained
+        except Exception as error:  # if this thread died, the target would be without a drafter and not know why
             link._kill()
             failure = error if isinstance(error, DrafterFailed) else DrafterFailed(f"the SSD drafter: {error}")
         if closed.is_set():

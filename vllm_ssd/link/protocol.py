@@ -1,9 +1,9 @@
 """The messages between a target and its drafter.
 
-Every message is a msgpack array; those that can meet in one place start with a number that names their type. The clock
-is a request's committed length: the number of tokens, prompt included, that no later event can take back. An epoch
-counts how often a request was opened, so that news of a lost incarnation is recognised and dropped. Fields may be added
-at the end of a message: decoders ignore what they do not know, so a `Hello` of another version can be refused in words.
+Every message is a msgpack array; the members of a union start with a numeric type tag. A request's clock is its
+committed length: the number of tokens, including the prompt, that no later event can take back. Its epoch counts how
+often it was opened, so that messages about an earlier incarnation are recognised and dropped. Fields may be appended to
+a message: decoders ignore unknown ones, so that a `Hello` of another version can still be answered with a `Refused`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import numpy as np
 PROTOCOL_VERSION = 2
 
 MAX_BLOCKS = 1 << 16
-"""Most speculation blocks in a push; one with more is refused before they are decoded."""
+"""Most speculation blocks in a push; a push with more is refused before its blocks are decoded."""
 MAX_EVICTED = 1 << 18
-"""Most evictions in a push: every outcome of a request the drafter has lost is answered by one."""
+"""Most evictions in a push; the drafter answers every outcome of a request it has lost with one."""
 
 MAX_VOCAB_SIZE = 1 << 22
 """Most token strings in a `Hello`."""
 
 MAX_ALLOWED_ID = 1 << 18
 MAX_BIASED = 1024
-"""Of a `Bias`: its bits go up to this token id, and so many ids have a value of their own."""
+"""Limits of a `Bias`: token ids in its bit mask are below the first, and it has at most so many biased ids."""
 
 JIT_TOKEN = -1
 """Bonus token id of the branch that continues the committed tokens themselves, at accept length 0."""
@@ -40,25 +40,26 @@ NonNegative = Annotated[float, msgspec.Meta(ge=0)]  # refuses NaN too
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 Proposal = tuple[np.ndarray, np.ndarray]
-"""The distribution a draft was drawn from: token ids `[M]` int32 and probabilities `[M]` float32."""
+"""The distribution that a draft was drawn from: token ids `[M]` int32 and probabilities `[M]` float32."""
 
 
 class ProtocolError(ValueError):
-    """Bytes that are no message of this protocol."""
+    """Raised for bytes that are not a message of this protocol."""
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """No message can be part of a reference cycle, so none is worth the garbage collector's time."""
+    """Base class of messages; they cannot form reference cycles, so the garbage collector need not track them."""
 
 
 class Hello(_Message, frozen=True, tag=0):
-    """Target → drafter, first: what both sides must agree on. An empty `tokenizer` is not compared.
+    """Target → drafter, first message: what both sides must agree on.
 
-    vocabulary: the string of each token id, "" for an id without one; needed where the fingerprints differ
-    heterogeneous_vocab: whether tokens may be matched by their strings, with unlike ids
-    max_num_seqs: requests that the target has at most at a time
-    max_branches, max_support: the most branches of a request, and ids in the proposal of a draft, that it takes; 0 of a
-        target that has started the drafter and told it
+    tokenizer: fingerprint of the target's vocabulary; not compared if empty
+    vocabulary: string of each token id, "" for an id without one; needed if the fingerprints differ
+    heterogeneous_vocab: whether tokens may be matched by their strings if their ids differ
+    max_num_seqs: the target's maximum number of concurrent requests
+    max_branches, max_support: largest number of branches per request, and of token ids per proposal, that the target
+        accepts; 0 if the target started the drafter and passed them as options
     """
 
     version: int
@@ -73,10 +74,11 @@ class Hello(_Message, frozen=True, tag=0):
 
 
 class Welcome(_Message, frozen=True, tag=0):
-    """Drafter → target, answering `Hello`: the drafter is ready; its capacity in tokens is pages times page size.
+    """Drafter → target, answering `Hello`: the drafter is ready.
 
-    weight_bytes, kv_bytes: of its device's memory; logit_bytes: what a step's logits take at most
-    notice: how the vocabularies fit together, in one sentence for the log; empty where they are equal
+    num_pages, page_size: KV pages, and tokens per page
+    weight_bytes, kv_bytes, logit_bytes: device memory of the weights, the KV pages, and a step's logits at most
+    notice: one sentence for the log about how the vocabularies match; empty if they are equal
     """
 
     version: int
@@ -92,10 +94,11 @@ class Welcome(_Message, frozen=True, tag=0):
 
 
 class Bias(_Message, frozen=True):
-    """What a request adds to the logits, before its temperature divides them.
+    """A request's logit bias, applied before temperature.
 
-    allowed: the token ids that it may sample, a bit each as `np.packbits` has them, no id beyond; empty for all ids
-    token_ids, values: int32 and float32 little-endian, what is added to the logits of some ids
+    allowed: bit mask of the token ids that may be sampled, as by `np.packbits`; ids beyond its end are not allowed;
+        empty allows all
+    token_ids, values: int32 and float32 little-endian, the ids to bias and what to add to their logits
     """
 
     allowed: Annotated[bytes, msgspec.Meta(max_length=MAX_ALLOWED_ID // 8)] = b""
@@ -107,10 +110,9 @@ NO_BIAS = Bias()
 
 
 class Truncation(_Message, frozen=True):
-    """Which tokens a request samples from, of the distribution at its temperature.
+    """A request's sampling parameters that truncate its distribution: min_p, then top_k (0 for all), then top_p.
 
-    min_p: those at least so likely as this share of the likeliest; top_k: of these the k likeliest, 0 for all; top_p:
-    of these the fewest likeliest that hold so much of their probability; bias: which it prefers before any of that
+    bias: applied to the logits before any truncation
     """
 
     top_k: Count = 0
@@ -120,11 +122,11 @@ class Truncation(_Message, frozen=True):
 
 
 ALL_TOKENS = Truncation()
-"""No token is cut off."""
+"""No truncation."""
 
 
 class Refused(_Message, frozen=True, tag=1):
-    """Drafter → target, instead of `Welcome`: why there will be no drafter, in one sentence for the user."""
+    """Drafter → target, instead of `Welcome`: why the drafter will not serve, in one sentence for the user."""
 
     reason: str
 
@@ -134,8 +136,8 @@ class Open(_Message, frozen=True, tag=0):
 
     token_ids: all committed tokens, int32 little-endian (see `pack_ids`)
     temperature: 0 for greedy requests, whose branches carry no q
-    truncation: which tokens the request can sample, as the proposal is cut, too
-    cache_salt: of the prefix cache; the KV of one salt is never read for another
+    truncation: how to truncate the proposal, which matches the request's own truncation
+    cache_salt: the prefix cache's salt; cached KV is shared only between requests with the same salt
     """
 
     request_id: str
@@ -147,13 +149,13 @@ class Open(_Message, frozen=True, tag=0):
 
 
 class Outcome(_Message, frozen=True, tag=1):
-    """A request's round is decided and its next one begins.
+    """The outcome of a request's round; its next round begins.
 
-    length: committed length after `emitted`
-    emitted: tokens committed since the previous event of this request
-    draft_token_ids: the drafts now being verified, whatever proposed them
-    jit: number of drafts wanted just in time for this very round; `draft_token_ids` is then empty, and a second
-        `Outcome` with nothing emitted names the drafts that were taken
+    length: committed length, including `emitted`
+    emitted: tokens committed since this request's previous event
+    draft_token_ids: the drafts that the next round verifies, whatever proposed them
+    jit: number of just-in-time drafts wanted for that round; `draft_token_ids` is then empty, and a second `Outcome`
+        with nothing emitted carries the drafts that were used
     """
 
     request_id: str
@@ -171,7 +173,7 @@ class Close(_Message, frozen=True, tag=2):
 
 
 class Step(_Message, frozen=True, tag=1):
-    """Target → drafter, once a target step: its events, and the number of drafts wanted for each coming round."""
+    """Target → drafter, once per target step: its events, and the number of drafts wanted in each following round."""
 
     events: list[Open | Outcome | Close]
     num_speculative_tokens: Count
@@ -180,12 +182,12 @@ class Step(_Message, frozen=True, tag=1):
 class SpeculationBlock(_Message, frozen=True):
     """New or longer branches of one request for the round that began at committed length `length`.
 
-    Append-only: what was sent for an outcome never changes, a later block adds the tokens from depth `offset` on.
+    Append-only: tokens sent for an outcome never change; a later block adds the tokens from depth `offset` on.
 
     outcomes: [n, 2] int32 little-endian, accept length and bonus token of each branch; accept length 0 with
         `JIT_TOKEN` continues the committed tokens themselves
     draft_token_ids: [n, d] int32 little-endian, the tokens after each outcome
-    sampled: whether each token has a proposal, n * d of those of the push; a greedy request's has none
+    sampled: whether each token has a proposal among those of the push; false for greedy requests
     """
 
     request_id: str
@@ -198,25 +200,25 @@ class SpeculationBlock(_Message, frozen=True):
 
     @property
     def num_branches(self) -> int:
-        """n."""
+        """Number of branches n."""
         return len(self.outcomes) // 8
 
     @property
     def num_proposals(self) -> int:
-        """n * d where the request is sampled."""
+        """Number of proposals: n * d if the request is sampled, else 0."""
         return len(self.draft_token_ids) // 4 if self.sampled else 0
 
     @property
     def fits(self) -> bool:
-        """Whether the arrays have the sizes that n and d ask for; of a sound drafter they always do."""
+        """Whether the sizes of the arrays are consistent; always true of blocks from a correct drafter."""
         size, tokens = len(self.outcomes), len(self.draft_token_ids)
         return size > 0 and not size % 8 and tokens > 0 and not 2 * tokens % size
 
     def find(self, accept_length: int, bonus_token_id: int) -> int:
-        """The branch that predicts this outcome, or -1."""
+        """Index of the branch that predicts this outcome, or -1."""
         needle = _outcome.pack(accept_length, bonus_token_id)
         at = self.outcomes.find(needle)
-        while at % 8 > 0:  # a match across two outcomes; -1 % 8 is 7, so the end is told apart below
+        while at % 8 > 0:  # a match that spans two outcomes, or none: -1 % 8 is 7
             if at < 0:
                 return -1
             at = self.outcomes.find(needle, at + 1)
@@ -229,16 +231,17 @@ class SpeculationBlock(_Message, frozen=True):
 
 
 class Evicted(_Message, frozen=True):
-    """The drafter has lost a request and forgets it until it is opened again with a later epoch."""
+    """The drafter has dropped a request, which stays unknown until it is opened again with a later epoch."""
 
     request_id: str
     epoch: Count
 
 
 class DrafterStats(_Message, frozen=True):
-    """The drafter's gauges and running totals; `build_ms` is the recent time of growing one round's branches.
+    """The drafter's gauges and running totals.
 
-    prompt_tokens: of the requests that were opened; cached_tokens: those of them whose KV was there already.
+    build_ms: recent time to grow one round's branches; prompt_tokens: total length of opened requests;
+    cached_tokens: the part of them found in the prefix cache
     """
 
     pages_free: Count
@@ -251,14 +254,14 @@ class DrafterStats(_Message, frozen=True):
 
 
 class Push(_Message, frozen=True, tag=2):
-    """Drafter → target, after each drafter step that has news.
+    """Drafter → target, after each drafter step that produced something.
 
-    The proposals of all blocks lie together, so that the target can check them and copy them as one array:
+    The proposals of all blocks are concatenated, so that the target can check and copy them as one array:
 
-    support: M, ids in each proposal
-    q_token_ids: [E, M] int32 little-endian, the support of the E drafts of sampled blocks, in the blocks' order, each
-        draft first
-    q_probs: [E, M] float32 little-endian, their probabilities
+    support: M, token ids per proposal
+    q_token_ids: [E, M] int32 little-endian, proposals of the E drafts of sampled blocks, in block order; the draft
+        itself comes first in each
+    q_probs: [E, M] float32 little-endian, the probabilities of these ids
     """
 
     blocks: Annotated[list[SpeculationBlock], msgspec.Meta(max_length=MAX_BLOCKS)]
@@ -269,7 +272,7 @@ class Push(_Message, frozen=True, tag=2):
     q_probs: bytes = b""
 
     def each(self) -> Iterator[PushedBlock]:
-        """Its blocks, each with its place in the proposals."""
+        """The blocks, each with the index of its first proposal."""
         first = 0
         for block in self.blocks:
             yield PushedBlock(block, self, first)
@@ -277,14 +280,14 @@ class Push(_Message, frozen=True, tag=2):
 
 
 class PushedBlock(NamedTuple):
-    """A block and the push that it came in, of whose E drafts with a proposal `first` is the block's first."""
+    """A block with its push; first: index of the block's first proposal in the push."""
 
     block: SpeculationBlock
     push: Push
     first: int
 
     def proposals(self, branch: int) -> list[Proposal | None]:
-        """Of each token of one branch, ids [M] int32 and probabilities [M] float32, or None where there is none."""
+        """The proposal of each token of a branch: ids [M] int32 and probabilities [M] float32, None if greedy."""
         depth, support = len(self.block.draft_token_ids) // (4 * self.block.num_branches), self.push.support
         if not self.block.sampled:
             return [None] * depth
@@ -317,12 +320,12 @@ _to_target: msgspec.msgpack.Decoder[ToTarget] = msgspec.msgpack.Decoder(ToTarget
 
 
 def encode(message: ToDrafter | ToTarget) -> bytes:
-    """The bytes of one message."""
+    """Encode one message."""
     return _encoder.encode(message)
 
 
 def decode_to_drafter(data: bytes | bytearray | memoryview) -> ToDrafter:
-    """The message that the target sent; raises ProtocolError for anything else."""
+    """Decode a message from the target; raises ProtocolError for anything else."""
     message = _decode(_to_drafter, data)
     for event in message.events if isinstance(message, Step) else ():
         if isinstance(event, Open) and len(event.token_ids) and unpack_ids(event.token_ids).min() < 0:
@@ -331,7 +334,7 @@ def decode_to_drafter(data: bytes | bytearray | memoryview) -> ToDrafter:
 
 
 def decode_to_target(data: bytes | bytearray | memoryview) -> ToTarget:
-    """The message that the drafter sent; raises ProtocolError for anything else."""
+    """Decode a message from the drafter; raises ProtocolError for anything else."""
     return _decode(_to_target, data)
 
 
@@ -348,9 +351,9 @@ def pack_ids(token_ids: Sequence[int] | np.ndarray) -> bytes:
 
 
 def pack_bias(allowed: Sequence[int], biases: Mapping[int, float]) -> Bias:
-    """The `Bias` of a request that may sample the ids `allowed`, all if there are none, and adds `biases` by id.
+    """Build a `Bias` from the ids that may be sampled (empty: all) and the bias by token id.
 
-    One that would be too long is `NO_BIAS`: drafts are then made without it.
+    Returns `NO_BIAS` if it would exceed the limits; the request is then drafted without it.
     """
     if len(biases) > MAX_BIASED or max(allowed, default=0) >= MAX_ALLOWED_ID:
         return NO_BIAS
@@ -361,14 +364,14 @@ def pack_bias(allowed: Sequence[int], biases: Mapping[int, float]) -> Bias:
 
 
 def unpack_ids(data: bytes) -> np.ndarray:
-    """The flat, read-only int32 array that `pack_ids` packed; raises ProtocolError when bytes are left over."""
+    """The flat, read-only int32 array that `pack_ids` packed; raises ProtocolError if bytes are left over."""
     if len(data) % 4:
         raise ProtocolError(f"{len(data)} bytes are not a whole number of int32 token ids")
     return np.frombuffer(data, dtype="<i4")
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of leading tokens that two lists share: how far emitted tokens follow a speculation."""
+    """Number of leading tokens that two lists share."""
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n
@@ -379,5 +382,5 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def fingerprint(tokens: Sequence[str]) -> str:
-    """16 hex digits that two vocabularies share when they have the same strings for the same ids; "" for no tokens."""
+    """Hash of a vocabulary, equal for the same strings at the same ids: 16 hex digits, "" for no tokens."""
     return hashlib.sha256(msgspec.msgpack.encode(tokens)).hexdigest()[:16] if tokens else ""

@@ -1,4 +1,4 @@
-"""A link to a drafter that somebody else started, over TCP and mutual TLS."""
+"""A link to a drafter that was started elsewhere, over TCP and mutual TLS."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from vllm_ssd.link.tcp import connect
 from vllm_ssd.link.transport import ProcessTransport, TransportClosed
 
 RETRY_S = (0.5, 4.0)
-"""First and longest pause before another attempt to connect: a drafter that has come up is used within 5 s."""
+"""First and longest pause between attempts to connect, so that a drafter is used within 5 s of coming up."""
 
 
 class RemoteDrafter(DrafterProcess):
-    """As its base, with a connection in place of a process: the thread connects, and connects again when it is lost.
+    """A `DrafterProcess` with a connection in place of the process; the supervisor reconnects when it is lost.
 
     address: "HOST:PORT" of `vllm-ssd drafter`
-    context: of `vllm_ssd.link.credential.tls_context`
-    options: what the target takes from a drafter: sizes, of which the drafter's own must not be larger
+    context: from `vllm_ssd.link.credential.tls_context`
+    options: sizes that the target accepts; the drafter's own must not be larger
 
-    Nobody there at first is no failure: `settled` is False until `startup_timeout_s` is over, or the drafter refuses.
+    A drafter that cannot be reached at first is no failure: `settled` stays False until it is connected, refuses, or
+    `startup_timeout_s` is over.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class RemoteDrafter(DrafterProcess):
         )
 
     def trust(self, context: ssl.SSLContext) -> None:
-        """Connect with another context from the next time on."""
+        """Use another context for future connections."""
         self._context = context
 
     @property
@@ -78,7 +79,7 @@ class RemoteDrafter(DrafterProcess):
     def _launch(self) -> tuple[ProcessTransport, Welcome, str]:
         try:
             stream = connect(self._address, self._context)
-        except OSError as error:  # of TLS too
+        except OSError as error:  # includes TLS errors
             reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
             raise DrafterFailed(f"the SSD drafter at {self._name} cannot be reached: {reason}") from None
         transport = ProcessTransport(stream, "target", max_message_bytes=max_push_bytes(self._options))

@@ -1,4 +1,4 @@
-"""What the agent that finds drafters tells the target, and what it is told at start."""
+"""Messages between a target and the agent that finds its drafters, and reports of a listening drafter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 
 
 class Listed(msgspec.Struct, frozen=True):
-    """A drafter that is ready. name: it keeps this for life; leaving: it ends soon, and takes no new requests."""
+    """A ready drafter. name: unique and permanent; leaving: it takes no new requests and will end soon."""
 
     name: str
     address: str
@@ -16,12 +16,12 @@ class Listed(msgspec.Struct, frozen=True):
 
 
 class Roster(msgspec.Struct, frozen=True):
-    """A line of JSON from the agent.
+    """Agent → target, one line of JSON.
 
-    drafters: all of them; None where it does not know, so that those of the last roster stay
-    problem: why there are fewer than are wanted, or ""
+    drafters: all ready drafters; None if unknown, in which case those of the last roster stay
+    problem: why there are fewer than wanted, or ""
     fatal: whether waiting cannot help
-    credential: PEM, which all drafters of a roster share
+    credential: PEM shared by all drafters of the roster
     """
 
     drafters: list[Listed] | None = None
@@ -31,11 +31,12 @@ class Roster(msgspec.Struct, frozen=True):
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """What the agent is to find: JSON on its command line.
+    """The drafters that the agent should find, as JSON on its command line.
 
-    pool: a name, or "" for drafters that it places itself and that end with it
-    num_drafters, resources, keys, max_num_seqs: of those; keys are of `SSDConfig`
-    server_pid: the agent ends with it, and with its parent
+    pool: a pool's name, or "" for drafters that the agent places itself and that end with it
+    num_drafters, resources, keys, max_num_seqs: settings of drafters that the agent places; keys are of `SSDConfig`
+    unauthenticated: allow a Ray cluster without authentication
+    parent_pid, server_pid: processes that the agent must not outlive
     """
 
     pool: str
@@ -49,14 +50,14 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 def default_resources(on_cpu: bool) -> dict[str, float]:
-    """What a drafter needs where the user names nothing, by Ray's names."""
+    """Ray resources of a drafter if the user names none."""
     return {"CPU": 1} if on_cpu else {"GPU": 1}
 
 
 class Report(msgspec.Struct, frozen=True):
-    """A line of JSON from a drafter that listens to who keeps it running.
+    """Drafter → the actor that keeps it running, one line of JSON.
 
-    address: "" until it listens; problem: why it will not
+    address: where it listens, "" until it does; problem: why it does not
     """
 
     pid: int

@@ -1,4 +1,4 @@
-"""A link whose drafter is another one from time to time, at another address."""
+"""A link to a drafter at an address that changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_ssd.link.remote import RemoteDrafter
 
 
 class Seat(RemoteDrafter):
-    """As its base, at an address that changes; without one it is vacant, and rests."""
+    """A `RemoteDrafter` whose address can change; without an address the seat is vacant and connects to nothing."""
 
     def __init__(self, address: str, *args: Any, **options: Any) -> None:
         self._vacant = False
@@ -22,13 +22,13 @@ class Seat(RemoteDrafter):
 
     @property
     def refusal(self) -> DrafterFailed | None:
-        """Why its drafter will not serve this target, if it said so."""
+        """Why the drafter refuses to serve this target; None if it does not."""
         return self._failure
 
     def move(self, address: str | None, leaving: bool = False) -> None:
-        """Its drafter is at `address` from now on, or None; the link to the one before is closed.
+        """Close the current link and connect to `address` from now on; None makes the seat vacant.
 
-        Raises ValueError for what is no address.
+        With an unchanged address the link stays. Raises ValueError for an invalid address.
         """
         self.leaving = leaving
         before = None if self._vacant else self._name
@@ -64,6 +64,6 @@ class Seat(RemoteDrafter):
         if not self._vacant:
             return super()._goes_on(failure)
         self._failure = None
-        if failure is None:  # it moved while this thread connected
+        if failure is None:  # vacated while this thread was connecting
             self._wanted.set()
         return not self._closed.is_set()

@@ -1,4 +1,4 @@
-"""Byte streams between hosts: TCP under mutual TLS, with the interface of a non-blocking socket."""
+"""Byte streams between hosts: mutual TLS over TCP, with the interface of a non-blocking socket."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import time
 from typing import Any
 
 CONNECT_TIMEOUT_S = 5.0
-"""A host that does not answer, or a handshake that does not end, is given up after so long."""
+"""Timeout of the TCP connection and, separately, of the TLS handshake."""
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 1, 1, 2
 USER_TIMEOUT_MS = 2000
-"""Bytes that the other host does not acknowledge for so long break the connection: a partition is noticed."""
+"""Time after which unacknowledged bytes break the connection, so that a network partition is noticed."""
 
 HEADER_BYTES = 5
-"""Of a record, the last two of which are the length of what follows."""
+"""Size of a TLS record's header; its last two bytes are the length of the payload."""
 BUFFER_BYTES = 256 << 10
 
 
 def connect(address: tuple[str, int], context: ssl.SSLContext) -> TlsStream:
-    """Connect and shake hands, within CONNECT_TIMEOUT_S each; raises OSError."""
+    """Connect and do the TLS handshake, each within CONNECT_TIMEOUT_S; raises OSError."""
     sock = socket.create_connection(address, CONNECT_TIMEOUT_S)
     try:
         stream = TlsStream(tuned(sock), context)
@@ -37,7 +37,7 @@ def connect(address: tuple[str, int], context: ssl.SSLContext) -> TlsStream:
 
 
 def tuned(sock: socket.socket) -> socket.socket:
-    """`sock`, which sends at once and notices that its other end is gone within some 2 s."""
+    """Set `sock` to send without delay and to notice within about 2 s that its peer is gone; returns it."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
@@ -54,8 +54,8 @@ def tuned(sock: socket.socket) -> socket.socket:
 class TlsStream:
     """A TLS connection that behaves like a non-blocking socket, once `shake_hands` has returned True.
 
-    A push of 62 kB is four records. `ssl.SSLSocket` has three system calls for each, this one for all: records are made
-    and read in memory.
+    Encrypts and decrypts in memory, to save system calls: a push of 62 kB is four TLS records, for which
+    `ssl.SSLSocket` needs three calls each and this class one in total.
     """
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool = False) -> None:
@@ -64,33 +64,34 @@ class TlsStream:
         self._arrived, self._made = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._arrived, self._made, server_side=server_side)
         self._buffer = memoryview(b"")
-        self._drained = True  # the socket had no more when it was read last
-        self._unsent = b""  # records
-        self._record = b""  # read so far, in the handshake
-        self._num_ahead = 0  # bytes that `send` has encrypted and not counted
+        self._drained = True  # the last read emptied the socket
+        self._unsent = b""  # encrypted records that the socket has not taken yet
+        self._record = b""  # the part of a handshake record read so far
+        self._num_ahead = 0  # bytes that `send` has encrypted but not reported as sent
 
     def shake_hands(self) -> bool:
-        """Go on with the handshake; whether it is over. Until then, wait to read, or to write if `has_unsent`.
+        """Continue the handshake and return whether it is complete; raises OSError.
 
-        Raises OSError. No more is read than belongs to it: the descriptor stays readable for what follows.
+        If not, call again when the descriptor is readable, or writable if `has_unsent`. Reads only the handshake's
+        bytes, so that the descriptor stays readable if data follows.
         """
         try:
             while True:
                 try:
                     self._tls.do_handshake()
-                    self._buffer = self._buffer or memoryview(bytearray(BUFFER_BYTES))  # who is not proven has none
+                    self._buffer = self._buffer or memoryview(bytearray(BUFFER_BYTES))  # only for authenticated peers
                     return self._flush()
                 except ssl.SSLWantReadError:
                     if not self._flush() or not self._read_record():
                         return False
         except OSError:
             with contextlib.suppress(OSError):
-                self._flush()  # it says why
+                self._flush()  # send the TLS alert
             raise
 
     @property
     def has_unsent(self) -> bool:
-        """Whether records wait for the socket to take them."""
+        """Whether encrypted records wait for the socket to take them."""
         return bool(self._unsent)
 
     def setblocking(self, blocking: bool) -> None:
@@ -109,9 +110,9 @@ class TlsStream:
         self._socket.close()
 
     def send(self, data: bytes | bytearray, flags: int = 0) -> int:
-        """As `socket.send`; what was not counted must be sent again, perhaps followed by more.
+        """Like `socket.send`; the caller must send uncounted bytes again, possibly followed by more.
 
-        While records wait for the socket, a byte is not counted that is in them, so that the caller comes again.
+        While encrypted records wait for the socket, one of their bytes stays uncounted, so that the caller comes back.
         """
         if not self._flush(flags):
             raise BlockingIOError
@@ -129,9 +130,9 @@ class TlsStream:
         return count
 
     def recv_into(self, buffer: memoryview) -> int:
-        """As `socket.recv_into`; a short count means that the descriptor will be readable before there is more.
+        """Like `socket.recv_into`; after a short count, no data is left that would not make the descriptor readable.
 
-        An end without TLS's farewell, as after a crash, is an end like any other.
+        A connection that ends without a TLS close_notify, as after a crash, counts as closed normally.
         """
         count, size = 0, len(buffer)
         while count < size:
@@ -142,7 +143,7 @@ class TlsStream:
                         break
                     count += int(received)
                     continue
-                except ssl.SSLWantReadError:  # a part of a record
+                except ssl.SSLWantReadError:  # an incomplete record
                     pass
                 except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
                     break
@@ -162,7 +163,7 @@ class TlsStream:
         return count
 
     def _flush(self, flags: int = 0) -> bool:
-        """Give the socket what was made; whether it took all."""
+        """Write the encrypted records to the socket; returns whether it took them all."""
         self._unsent += self._made.read()
         if self._unsent:
             with contextlib.suppress(BlockingIOError):
@@ -170,7 +171,10 @@ class TlsStream:
         return not self._unsent
 
     def _read_record(self) -> bool:
-        """Read on in one record; whether anything was there. Raises ConnectionError at the end."""
+        """Read more of the current handshake record; returns whether there was anything.
+
+        Raises ConnectionError at the end of the stream.
+        """
         size = HEADER_BYTES
         if len(self._record) >= HEADER_BYTES:
             size += int.from_bytes(self._record[3:HEADER_BYTES], "big")

@@ -1,7 +1,7 @@
-"""What a process does when, one JSON line each, for `vllm-ssd trace`.
+"""Timeline files for `vllm-ssd trace`: what a process did when, one JSON object per line.
 
-Target and drafter each write a file beside the one that `VLLM_SSD_TRACE` names. Both read CLOCK_MONOTONIC, which all
-processes of a machine share. Lines hold request ids, lengths and numbers, never tokens.
+Target and drafter each write a file next to the path in `VLLM_SSD_TRACE`. Both use CLOCK_MONOTONIC, which all processes
+of a machine share. Lines contain request ids, lengths and numbers, never tokens.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import time
 from typing import Any
 
 TRACE_ENV = "VLLM_SSD_TRACE"
-"""Environment variable with the path that a drafter appends its outcomes to; `timeline_path` adds to it."""
+"""Environment variable with the path that a drafter appends its outcomes to, and the prefix of timeline files."""
 FLUSH_NS = 500_000_000
-"""A process that is killed loses what it did since."""
+"""Longest time between flushes; a killed process loses at most this much."""
 
 
 def timeline_path(trace: str, side: str, pid: int) -> str:
-    """The file of one process; `vllm-ssd trace` finds all of a trace by this pattern."""
+    """Path of a process's timeline; `vllm-ssd trace` finds the files of a trace by this pattern."""
     return f"{trace}.{side}.{pid}.timeline"
 
 
 class Timeline:
-    """Appends spans and instants of one process to its file; for one thread at a time."""
+    """Writes a process's spans and instants to its timeline file; not thread-safe."""
 
     def __init__(self, trace: str, side: str) -> None:
         self._file = open(timeline_path(trace, side, os.getpid()), "a", buffering=1 << 16)
@@ -34,15 +34,15 @@ class Timeline:
         atexit.register(self._file.flush)
 
     def span(self, track: str, name: str, start_ns: int, end_ns: int, **details: Any) -> None:
-        """Something that lasted from `start_ns` to `end_ns`, of `time.monotonic_ns`; no two of a track overlap."""
+        """Record a span, with times from `time.monotonic_ns`; spans of one track must not overlap."""
         self._write({"track": track, "name": name, "at": start_ns, "for": max(end_ns - start_ns, 0)} | details)
 
     def instant(self, track: str, name: str, **details: Any) -> None:
-        """Something that happened now."""
+        """Record an event at the current time."""
         self._write({"track": track, "name": name, "at": time.monotonic_ns()} | details)
 
     def flush(self) -> None:
-        """Leave nothing unwritten: a process that is killed loses what it has not flushed."""
+        """Write buffered lines to the file."""
         self._file.flush()
         self._flushed_ns = time.monotonic_ns()
 

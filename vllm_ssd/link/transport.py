@@ -1,8 +1,8 @@
-"""How messages travel between a target and its drafter: send, poll, close, and nothing that blocks the target.
+"""Message transport between a target and its drafter: send, poll and close, none of which blocks the target.
 
-A transport runs over a Unix stream socket between processes of one machine, or over TLS (`vllm_ssd.link.tcp`). A frame
-is the length of its message (4 bytes, little-endian) and the message. In the common case a message costs one system
-call to send and one to receive.
+A transport runs over a Unix stream socket on one machine, or over TLS (`vllm_ssd.link.tcp`). A frame is the length of
+its message (4 bytes, little-endian), then the message. A message usually costs one system call to send and one to
+receive.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from vllm_ssd.link.protocol import ProtocolError, decode_to_drafter, decode_to_t
 
 DEFAULT_MAX_PENDING_BYTES = 64 << 20
 MAX_MESSAGE_BYTES = 256 << 20
-"""Largest message of any transport; an end may be given a lower bound for what it receives."""
+"""Largest message of any transport; one end may receive with a lower limit."""
 MAX_POLL_MESSAGES = 1024
-"""Messages that one `poll` returns at most; the rest waits for the next one."""
+"""Most messages that one `poll` returns; the rest waits for the next call."""
 MIN_POLL_BYTES = 2 << 20
-"""Bytes that one `poll` may read; where the largest message is over half of it, twice that message instead."""
+"""Most bytes that one `poll` reads, unless twice the message limit is more."""
 PREFIX_BYTES = 4
 SOCKET_BUFFER_BYTES = 8 << 20
 INBOX_BYTES = 1 << 20
 """Initial size of the receive buffer, which grows as the bytes of a larger message arrive."""
 SMALL_MESSAGES = 64
-"""The buffer shrinks again after so many messages in a row that would not have needed it: pushes are of one size."""
+"""The receive buffer shrinks again after so many consecutive messages that fit its initial size."""
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
-"""A host that resets SIGPIPE to its default must not be killed by a dead drafter."""
+"""Flag of `send` that prevents SIGPIPE: a dead drafter must not kill a host with the default handler."""
 
 
 class TransportClosed(ConnectionError):
-    """Nothing more can be sent or will arrive; the message says why."""
+    """Nothing more can be sent or received; the message says why."""
 
 
 class Transport(ABC):
@@ -47,38 +47,37 @@ class Transport(ABC):
     def send(self, message: Any) -> None:
         """Send without ever blocking.
 
-        What the channel does not take now waits in a bounded buffer, which later calls of `send` and `poll` empty. Over
-        the bound the transport closes itself. Raises TransportClosed when the message can no longer be delivered;
-        messages that had already arrived can then still be polled, unless this end was closed.
+        Bytes that the channel does not take yet wait in a bounded buffer, which later calls of `send` and `poll` empty.
+        If the buffer overflows, the transport closes itself. Raises TransportClosed if the message can no longer be
+        delivered; messages that have already arrived can still be polled, unless this end was closed.
         """
 
     @abstractmethod
     def poll(self, timeout_s: float | None = 0.0) -> list[Any]:
-        """Flush what waits to be sent and return the complete messages that have arrived, oldest first.
+        """Flush the send buffer and return the complete messages that have arrived, oldest first.
 
-        A flood is returned in parts: one call stops after MAX_POLL_MESSAGES messages, or when it has read
-        MIN_POLL_BYTES and twice the largest message. With no message there, wait for one up to `timeout_s` seconds,
-        rounded up to whole milliseconds (None = forever), then return an empty list. Raises TransportClosed when
-        nothing is left to deliver and nothing can arrive any more: the other end is gone, what it sent is not a
-        message, or this end was closed.
+        One call returns at most MAX_POLL_MESSAGES messages and reads at most MIN_POLL_BYTES or twice the message limit,
+        whichever is more. Without a message it waits up to `timeout_s` seconds (None: forever), rounded up to whole
+        milliseconds, then returns an empty list. Raises TransportClosed once all messages have been delivered and none
+        can follow: the other end is gone, it sent something invalid, or this end was closed.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Close this end at once, dropping what was not sent; closing again does nothing."""
+        """Close this end at once and drop unsent bytes; idempotent."""
 
     @abstractmethod
     def fileno(self) -> int:
-        """A descriptor that is readable when `poll` has something to deliver or raise; -1 once closed."""
+        """A descriptor that becomes readable when `poll` would return a message or raise; -1 once closed."""
 
     @property
     @abstractmethod
     def pending_bytes(self) -> int:
-        """Bytes accepted by `send` that wait in this end's buffer."""
+        """Bytes accepted by `send` that still wait in this end's buffer."""
 
 
 class Stream(Protocol):
-    """What a transport needs of a connected socket; without bytes or room, calls raise BlockingIOError."""
+    """The part of a socket's interface that a transport uses; calls that would block raise BlockingIOError."""
 
     def setblocking(self, blocking: bool, /) -> None: ...
 
@@ -96,7 +95,10 @@ class Stream(Protocol):
 
 
 class ProcessTransport(Transport):
-    """One end of a connected stream; `side` is who uses this end, `max_message_bytes` bounds what it receives."""
+    """One end of a connected stream.
+
+    side: who uses this end; max_pending_bytes: limit of the send buffer; max_message_bytes: largest message to receive
+    """
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class ProcessTransport(Transport):
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         sock.setblocking(False)
-        sock.set_inheritable(False)  # a grandchild that held this end would hide its death from the other
+        sock.set_inheritable(False)  # a child that inherits this end would hide its closing from the other end
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
         self._socket = sock
         self._inbox = Inbox(decode_to_target if side == "target" else decode_to_drafter, max_message_bytes)
@@ -151,7 +153,7 @@ class ProcessTransport(Transport):
             self._poller.poll(wait_s and wait_s * 1e3)
 
     def close(self, reason: str = "this end is closed") -> None:
-        """Close this end at once; `reason` is what later calls report."""
+        """Close this end at once; `reason` is the message of later TransportClosed errors."""
         self._socket.close()
         self._outbox.clear()
         self._unsendable = self._unsendable or reason
@@ -171,7 +173,7 @@ class ProcessTransport(Transport):
 
     @property
     def at_bound(self) -> bool:
-        """Whether the last `poll` stopped at its bound of messages or bytes instead of reading all there was."""
+        """Whether the last `poll` stopped at its limit of messages or bytes, with more left to read."""
         return self._inbox.at_bound
 
     @property
@@ -180,7 +182,7 @@ class ProcessTransport(Transport):
         return self._inbox.mid_message
 
     def _enqueue(self, frame: bytes) -> None:
-        """Write what the kernel takes after everything older, and keep the rest."""
+        """Write as much as the kernel takes, in order, and buffer the rest."""
         if self._outbox:
             self._flush()
         sent = 0 if self._outbox else self._write(frame)
@@ -198,7 +200,7 @@ class ProcessTransport(Transport):
             self._poller.modify(self._socket.fileno(), select.POLLIN)
 
     def _write(self, data: bytes | bytearray) -> int:
-        """The number of bytes that left: those the kernel took, or all once nobody will read them."""
+        """Write to the socket and return how many bytes are done with: those it took, or all if the peer is gone."""
         try:
             return self._socket.send(data, NO_SIGNAL)
         except BlockingIOError:
@@ -209,11 +211,11 @@ class ProcessTransport(Transport):
 
 
 class Inbox:
-    """Bytes on their way to becoming messages."""
+    """Receive buffer that splits a byte stream into messages."""
 
     def __init__(self, decode: Callable[[memoryview], Any], max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         self.broken: str | None = None  # why nothing more will be received
-        self.at_bound = False  # the last `receive` stopped at its bound of messages or bytes
+        self.at_bound = False  # the last `receive` stopped at its limit of messages or bytes
         self.received_bytes = 0
         self._decode = decode
         self._buffer = memoryview(bytearray(INBOX_BYTES))
@@ -233,7 +235,7 @@ class Inbox:
         return self._end > self._start and not self._undecoded
 
     def receive(self, sock: Stream) -> list[Any]:
-        """Read what has arrived, without blocking, and return the messages that are complete, within the bounds."""
+        """Read without blocking and return the complete messages, up to the limits."""
         messages: list[Any] = []
         left = self._max_poll_bytes
         if self._undecoded:
@@ -261,7 +263,7 @@ class Inbox:
         return messages
 
     def _take_messages(self, messages: list[Any]) -> None:
-        """Move the complete messages out and leave room for the rest of an incomplete one."""
+        """Decode the complete messages and make room for the rest of an incomplete one."""
         buffer, start, end = self._buffer, self._start, self._end
         needed = PREFIX_BYTES
         self._undecoded = False
@@ -289,7 +291,10 @@ class Inbox:
             self._make_room(needed)
 
     def _make_room(self, needed: int) -> None:
-        """Leave room for the next message, of `needed` bytes; memory grows with what has arrived, not with `needed`."""
+        """Make room for the next message, of `needed` bytes.
+
+        The buffer grows with the bytes that have arrived, not with the announced size.
+        """
         buffer, start, size = self._buffer, self._start, self._end - self._start
         capacity = len(buffer)
         if size == capacity:
@@ -305,10 +310,10 @@ class Inbox:
 
 
 def socket_pair(max_message_bytes: int = MAX_MESSAGE_BYTES) -> tuple[ProcessTransport, socket.socket]:
-    """The target's end, which takes messages up to `max_message_bytes`, and the end for a child process.
+    """Create the target's end, which receives messages up to `max_message_bytes`, and the socket for a child process.
 
-    Pass the child's `fileno()` through `subprocess.Popen(pass_fds=...)`, then close the socket in this process: while
-    it stays open here, the child's death goes unnoticed.
+    Pass the socket's `fileno()` to the child with `subprocess.Popen(pass_fds=...)`, then close it in this process:
+    while it stays open here, the child's death goes unnoticed.
     """
     target, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     return ProcessTransport(target, "target", max_message_bytes=max_message_bytes), child

@@ -1,4 +1,7 @@
-"""The planner: predicts tokens per second from measured costs and acceptance. No vLLM and no I/O, `measure` aside."""
+"""The planner: predicts tokens per second from measured costs and acceptance.
+
+Only `measure` and the processes it starts use vLLM or do I/O.
+"""
 
 from vllm_ssd.planning.outcomes import Recorded, Synthetic
 from vllm_ssd.planning.plan import Plan, plan

@@ -1,4 +1,4 @@
-"""Costs of an EAGLE-3 head, which drafts on the target's devices, one token a step."""
+"""Costs of an EAGLE-3 head, which drafts on the target's devices, one token per step."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from vllm_ssd.planning.prior import STEP_S, Device, Shape, forward_s
 from vllm_ssd.planning.profile import Costs
 
 DRAFT_VOCABULARY = 32_000
-"""Tokens that a head draws from: published heads have that many, where the target has more."""
+"""Vocabulary size of published heads; a target's own is used if it is smaller."""
 HEAD_STEP_S = 0.35e-3
-"""Fixed overhead of a head's step in seconds, a guess: half of another forward's, as one CUDA graph holds all steps.
-With it, four steps take 0.13 of a round of 70B on four H100; 0.10 to 0.16 were reported."""
+"""Guessed fixed overhead of a head's step in seconds: half of a normal forward's, as one CUDA graph holds all steps.
+With it, four steps take 0.13 of a round of a 70B target on four H100; 0.10 to 0.16 were reported."""
 
 
 def head_shape(config: Mapping[str, Any]) -> Shape:
-    """Size of a dense head for the target of this config.json.
+    """Size of a dense EAGLE-3 head for a target with this config.json.
 
-    A decoder layer of the target's width whose queries, keys and values come from the token's embedding beside the
-    features, and a table of the tokens that it draws from.
+    The head is one decoder layer of the target's width, with QKV projections twice as wide (token embedding and target
+    features, concatenated), and an output table over the draft vocabulary.
     """
     config = config.get("text_config", config)
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
@@ -33,6 +33,6 @@ def head_shape(config: Mapping[str, Any]) -> Shape:
 
 
 def with_head(costs: Costs, head: Shape, device: Device, count: int, rows: Sequence[int]) -> Costs:
-    """`costs` of a target on `count` devices with the steps of a head in place of a draft model's."""
+    """Replace the draft model's steps in `costs` by those of a head; count: devices of the target."""
     steps = tuple((float(b), forward_s(head, device, count, b, b) - STEP_S + HEAD_STEP_S) for b in rows)
     return replace(costs, sync_step=steps, draft_step=steps, parallel=0)

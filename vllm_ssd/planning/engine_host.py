@@ -1,7 +1,7 @@
-"""An engine in a process of its own: start it, call it, stop it.
+"""An engine in its own process: start it, call it, stop it.
 
-The process runs a program that ends in `serve(Host)`. A call is a pickled (method of Host, keyword arguments), its
-answer a pickled (True, result) or (False, exception as text).
+The process runs a program that ends in `serve(Host)`. A call is a pickled (method of Host, keyword arguments); the
+answer is a pickled (True, result) or (False, exception as text).
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ import psutil
 from vllm_ssd.link.lifetime import die_with
 
 EXIT_TIMEOUT_S = 10.0
-"""An engine whose connection has closed has this long to end by itself."""
+"""Time for an engine to exit by itself after its connection has closed; then it is killed."""
 LOG_LINES = 40
 
 
 class EngineFailed(RuntimeError):
-    """An engine raised, ended or hung; the message holds the end of its log, and in the last line what it raised."""
+    """An engine raised, exited or hung; the message has the end of its log and, in the last line, its exception."""
 
 
 class EngineProcess:
-    """An engine in a process of its own, which ends with the thread that started it.
+    """An engine in its own process, which ends with the thread that started it.
 
-    program: Python's arguments for a program that calls `serve`; environment: variables to set, or with None to remove;
-    cpus: cores to run on, empty for all; name: the subject of error messages; idle_stop: suspend the process and its
-    children while no call is pending; answer_timeout_s: longest time a call takes, None for any. Every method but
+    program: arguments to Python for a program that calls `serve`; environment: variables to set, or to remove if None;
+    cpus: cores to run on, empty for all; name: subject of error messages; idle_stop: suspend the process and its
+    children while no call is pending; answer_timeout_s: time limit of a call, None for no limit. Every method but
     `close` may raise `EngineFailed`.
     """
 
@@ -78,9 +78,9 @@ class EngineProcess:
         )
 
     def pin(self, cpus: Sequence[int]) -> None:
-        """Move the threads that the process has now to `cpus`; those they start later, and children, inherit this."""
+        """Pin the current threads of the process to `cpus`; later threads and child processes inherit the affinity."""
         if cpus and sys.platform == "linux":
-            with suppress(FileNotFoundError):  # it has ended, which the next call reports
+            with suppress(FileNotFoundError):  # the process has ended; the next call reports that
                 for thread in os.listdir(f"/proc/{self.process.pid}/task"):
                     with suppress(ProcessLookupError):
                         os.sched_setaffinity(int(thread), cpus)
@@ -97,7 +97,7 @@ class EngineProcess:
         self.pending = True
 
     def receive(self, timeout_s: float | None = None) -> Any:
-        """The result of the last `send`; an engine without one after `timeout_s`, if given, is killed."""
+        """Wait for the result of the last `send`; kill the engine if there is none within `timeout_s`, if given."""
         self.pending = False
         timeout_s = self._answer_timeout_s if timeout_s is None else timeout_s
         try:
@@ -118,7 +118,7 @@ class EngineProcess:
         return self.receive()
 
     def close(self) -> None:
-        """End the process, and its children with it; idempotent."""
+        """End the process and its children; idempotent."""
         self._signal(signal.SIGCONT)
         self._connection.close()
         try:
@@ -152,24 +152,24 @@ class EngineProcess:
 
 
 def end_of_log(log: Path) -> str:
-    """The last lines of a log, after the errors further up, one of which is usually the cause."""
+    """The last lines of a log, preceded by any earlier error lines, since one of these is usually the cause."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     errors = [line for line in lines[:-LOG_LINES] if re.search(r"(Error|Failed|Exception): ", line)]
     return "\n".join([*errors, *lines[-LOG_LINES:]])
 
 
 def threads_on(cpus: Sequence[int]) -> dict[str, str | None]:
-    """The environment of an engine with one thread on each of `cpus`; it is not vLLM that binds them."""
+    """Environment for an engine with one thread per core of `cpus`, not bound by vLLM; empty if `cpus` is."""
     return {"OMP_NUM_THREADS": str(len(cpus)), "VLLM_CPU_OMP_THREADS_BIND": "nobind"} if cpus else {}
 
 
 def serve(make_host: Callable[[], Any]) -> None:
-    """Answer the calls of an `EngineProcess` with methods of `make_host()` until it closes the connection.
+    """Serve an `EngineProcess`: call methods of `make_host()` until the connection closes.
 
-    The last argument of the command line is the connection's descriptor.
+    The last command-line argument is the connection's file descriptor.
     """
     die_with(os.getppid())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent closes the connection
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent shuts us down
     connection, host = Connection(int(sys.argv[-1])), make_host()
     while True:
         try:

@@ -24,14 +24,15 @@ COST_TOKENS = 20
 BRANCHES = (1, 4, 12, 24, 48, 96, 192)
 MAX_BRANCHES_PER_ROW = 24
 HANDOVER_S = LATENCY_S = 2e-4
-"""Host time of a hand-over, and of the two messages of a round: measured once, docs/benchmarks.md, Host time."""
+"""Host time of a handover, and of a round's two messages, measured once (docs/benchmarks.md, Host time)."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What to profile. engine_args: vLLM's, of the target; ssd: keys of an SSD speculative_config.
+    """The models and settings to profile.
 
-    stock: also measure what stock `draft_model` speculation's steps cost; target_cpus: cores of the target on a CPU.
+    engine_args: vLLM's engine arguments for the target; ssd: further keys of an SSD speculative_config; stock: also
+    measure the steps of stock `draft_model` speculation; target_cpus: cores of a target on a CPU.
     """
 
     target: str
@@ -50,7 +51,10 @@ class Subject:
 
 
 class Engine:
-    """An engine that is measured, started; `idle_stop` keeps it from taking any time while it is not asked."""
+    """A running engine to measure.
+
+    idle_stop: suspend it between requests, so that it does not slow the others
+    """
 
     def __init__(self, task: Task, log: Path, idle_stop: bool) -> None:
         self._process = EngineProcess(
@@ -69,19 +73,19 @@ class Engine:
             raise
 
     def ask(self, request: Decode | Steps) -> list[float]:
-        """Seconds of the steps that the request took."""
+        """Run the request and return the seconds of its steps."""
         return self._process.call("run", request=request)
 
     def close(self) -> None:
-        """End the process; a drafter that it started ends with it."""
+        """End the process, and with it any drafter that it started."""
         self._process.close()
 
 
 class Profiler:
-    """Runs engines in turns and collects the times of their steps.
+    """Runs engines in turn and collects their step times.
 
-    By default one engine runs at a time; with `together` all stay up and take turns, so that a slow phase of the
-    machine affects all of them.
+    By default one engine runs at a time. With `together` all stay up and alternate, so that a slow phase of the machine
+    affects all of them.
     """
 
     def __init__(self, subject: Subject, folder: Path, together: bool) -> None:
@@ -121,7 +125,7 @@ class Profiler:
                     self._measure(method, engine)
 
     def sample(self, progress: Callable[[str], None] = lambda text: None) -> None:
-        """One turn of every engine; needs `together`."""
+        """Measure one turn of every engine; needs `together`."""
         for method, engine in self._engines.items():
             progress(method)
             self._measure(method, engine)
@@ -212,11 +216,11 @@ class Profiler:
 
     @property
     def _step_drafts(self) -> int:
-        """Drafts of the trees whose steps are measured."""
+        """Depth of the trees whose steps are measured."""
         return max(self._subject.max_drafts, 4)
 
     def profile(self) -> Profile:
-        """The profile of all measurements so far."""
+        """Build a profile from all measurements so far."""
         subject = self._subject
         factor = subject.ssd.get("saguaro_c", 1.0)
         # Means, not medians: occasional slow steps cost throughput too.
@@ -262,7 +266,7 @@ class Profiler:
 
 
 def environment() -> dict[str, str]:
-    """Processor, versions."""
+    """The CPU model and the versions of Python and vllm-ssd."""
     cpus = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "cpu": cpus[0].partition(":")[2].strip() if cpus else platform.processor(),
@@ -276,12 +280,12 @@ def _lines(path: str) -> list[str]:
 
 
 def _prompt(num_drafts: int) -> list[int]:
-    """Its first token tells `ConstantDrafts` how many drafts to hand over."""
+    """A prompt whose first token tells `ConstantDrafts` how many drafts to propose."""
     return [num_drafts, *range(2, 34)]
 
 
 def _rising(points: Iterator[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """Make the costs non-decreasing in the number of branches, against noise."""
+    """Make the costs non-decreasing in the number of branches, to remove noise."""
     found: list[tuple[float, float]] = []
     for x, y in points:
         found.append((x, max(y, found[-1][1]) if found else y))

@@ -14,7 +14,7 @@ class Outcomes(Protocol):
     """Source of one request's outcomes."""
 
     def draw(self, num_drafts: int, after_hit: bool) -> tuple[int, int | None]:
-        """Accept length of the request's next round, and rank of t* (None: not among the candidates)."""
+        """Accept length of the request's next round, and rank of the bonus token t* (None if it is no candidate)."""
         ...
 
 
@@ -36,10 +36,10 @@ class Synthetic:
 
 
 class Recorded:
-    """Outcomes of a recorded trace, in order and repeated, starting at a random round.
+    """Outcomes of a recorded trace, replayed in a loop from a random round on.
 
-    When a simulated round carries fewer drafts than the recorded one, a longer recorded accept length becomes full
-    acceptance, with the rank of the next recorded round that accepted all of its drafts.
+    If the recorded accept length is at least the number of drafts of the simulated round, that round accepts them all,
+    with the rank of the next recorded round that accepted all of its drafts.
     """
 
     def __init__(self, rounds: Sequence[Round], seed: int = 0) -> None:
@@ -57,7 +57,7 @@ class Recorded:
         return min(num_drafts, k), full[2]
 
     def _advance(self, matches: Callable[[Round], bool]) -> Round:
-        """The next round that matches, else just the next."""
+        """The next round that matches; if none does, the next round."""
         order = range(self._next, self._next + len(self._rounds))
         at = next((i for i in order if matches(self._rounds[i % len(self._rounds)])), self._next)
         self._next = (at + 1) % len(self._rounds)

@@ -13,16 +13,16 @@ from vllm_ssd.planning.profile import Acceptance, Profile
 BRANCHES_PER_LENGTH = (1, 2, 4, 8)
 """Branch budgets to compare, per accept length."""
 MIN_GAIN = 0.02
-"""Relative rate that a more expensive setting (drafters, waiting, drafts, branches) must gain to be preferred."""
+"""Relative gain in tokens per second that justifies a costlier setting (more drafters, waiting, drafts or branches)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Predictions for one batch size and temperature.
 
-    grid: SSD at every K and branch budget, with its best fallback; recommended: highest tokens per second;
-    recommended_per_device: highest tokens per second and device. draft_share: share of stock speculation's best round
-    spent drafting; break_even_share: share from which SSD gives more per device, if its rounds hide all drafting;
+    grid: SSD at every K and branch budget, each with its best fallback; recommended: highest tokens per second;
+    recommended_per_device: highest tokens per second per device; draft_share: share of stock speculation's best round
+    that is spent drafting; break_even_share: draft_share from which SSD is faster per device, if it hides all drafting;
     confidence: chance that `recommended` beats the best other method; saguaro: C of the acceptance used.
     """
 
@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def second_device_pays(self) -> bool:
-        """Whether SSD gives more tokens per second and device than plain decoding and stock speculation."""
+        """Whether SSD yields more tokens per second per device than plain decoding and stock speculation."""
         return self.recommended_per_device.method == "ssd"
 
 
@@ -54,7 +54,7 @@ def plan(
     drafters: Sequence[int] = (1,),
     padded: bool = False,
 ) -> Plan:
-    """Compare all settings.
+    """Predict plain decoding, stock speculation and SSD at all settings, and pick the best of each.
 
     drafts: values of K; budgets: branches per request (default: 1, 2, 4 and 8 per accept length); drafters: numbers of
     drafters; padded: as in `Setting`.
@@ -87,7 +87,7 @@ def plan(
 
 
 def chance_of_more(a: Prediction, b: Prediction) -> float:
-    """Chance that `a` is faster than `b`, with independent errors."""
+    """Chance that `a` is faster than `b`, given independent errors."""
     scatter = sqrt(a.relative_error**2 + b.relative_error**2) or 1e-9
     return 0.5 + 0.5 * erf(log(a.tokens_per_s / b.tokens_per_s) / scatter / sqrt(2))
 

@@ -17,18 +17,18 @@ MODEL_ERROR = 0.06
 GUESS_ERROR = 0.3
 """Relative standard deviation of a prediction from guessed inputs."""
 ITERATIONS = 40
-"""Most iterations of the fixed point."""
+"""Most fixed-point iterations."""
 PHASES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Remaining share of the running step when an outcome reaches a busy drafter, sampled uniformly."""
+"""Sampled remaining shares of the running step when an outcome reaches a busy drafter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
     """A configuration to predict.
 
-    branch_budget: branches per request; num_drafters: drafters that share the requests evenly; wait_s: longest wait for
-    just-in-time drafts; padded: every row is verified with K drafts and none waits, as on vLLM's V2 runner. on_miss
-    "auto" waits for just-in-time drafts where that pays; n-gram drafts are not predicted.
+    branch_budget: branches per request; on_miss: "auto" waits for just-in-time drafts where that pays, n-gram drafts
+    are not modelled; num_drafters: drafters that share the requests evenly; wait_s: longest wait for just-in-time
+    drafts; padded: every row is verified with K drafts and none waits, as on vLLM's V2 runner.
     """
 
     batch_size: int = 1
@@ -44,9 +44,10 @@ class Setting:
 class Prediction:
     """Predicted throughput of one method at one setting.
 
-    per_device: tokens per second and device; tokens_per_round, drafts_per_round: per row; hit_rate: share of outcomes
-    that find a speculation; late_rate: share whose branch has no draft yet; stall_s: part of round_s spent waiting for
-    drafts; branch_budget, branches: branches per request, allowed and grown; relative_error: one standard deviation.
+    per_device: tokens per second per device; tokens_per_round, drafts_per_round: per row; hit_rate: share of outcomes
+    with a branch that has drafts; late_rate: share whose branch has no draft yet; stall_s: part of round_s spent
+    waiting for drafts; branch_budget, branches: branches per request, allowed and grown; relative_error: one standard
+    deviation.
     """
 
     method: Literal["plain", "sd", "ssd"]
@@ -76,7 +77,7 @@ def predict_plain(profile: Profile, batch_size: int) -> Prediction:
 def predict_sd(profile: Profile, acceptance: Acceptance, batch_size: int, num_drafts: int) -> Prediction:
     """Stock speculation, drafting on the target's devices: b E(K) / (T_v(b, K + 1) + K t_s(b)).
 
-    A parallel drafter takes one t_s(b), whatever K is.
+    A parallel drafter takes one t_s(b) for any K.
     """
     costs = profile.costs
     round_s = costs.verify_s(batch_size, 1 + num_drafts) + costs.steps(num_drafts) * costs.sync_step_s(batch_size)
@@ -89,11 +90,11 @@ def predict_sd(profile: Profile, acceptance: Acceptance, batch_size: int, num_dr
 
 
 def predict_ssd(profile: Profile, acceptance: Acceptance, setting: Setting) -> Prediction:
-    """SSD in the stationary state, by fixed-point iteration over the duration of a round.
+    """SSD in its stationary state, by fixed-point iteration over the duration of a round.
 
     A row's state is the number of drafts it carries and whether they come from a hit. An outcome (k, t*) hits with the
-    chance that F_k candidates cover t*, and the branch is as deep as the drafter's steps since the last outcome allow.
-    A round's duration depends on how many drafts the rows carry, and these on its duration.
+    chance that F_k candidates cover t*; the branch's depth follows from the drafter's steps since the last outcome. The
+    iteration is needed because a round's duration depends on the drafts its rows carry, and these on the duration.
     """
     costs, rows = profile.costs, -(-setting.batch_size // setting.num_drafters)
     chain = _Chain(acceptance, setting)
@@ -140,14 +141,14 @@ class _Reach:
         self._window_s = round_s - costs.handover_s - costs.latency_s
         self._scatter_s = max(costs.spread * round_s, 1e-9)
         self._max_depth = setting.num_drafts
-        # Chance that the tree was complete at the outcome, along with one more step, which finds the candidates of the
-        # next round's last fork point. A tree that had to wait for its own last fork point needs another step.
+        # Chance that the tree was complete at the outcome, including the extra step that finds the candidates at the
+        # next round's last fork point. A tree that had to wait for its own last fork point needs one more step.
         num_steps = costs.steps(setting.num_drafts)
         at_once, later = (self._chance_in_time((num_steps + n) * self._step_s, busy=0.0) for n in (1, 2))
         self.finished = later / max(1 - hit_rate * (at_once - later), 1e-9)
         self.depths = [self._depths(0.0), self._depths(self._step_s), self._depths(self._alone_s)]
         self.parallel = bool(costs.parallel)
-        if self.parallel:  # all forks but the first wait for a step of the spines
+        if self.parallel:  # all fork points but the first wait for a step over the spines
             spines_s = costs.draft_step_s(rows, setting.num_drafts)
             self.finished = self._chance_in_time(spines_s + self._step_s, busy=0.0)
             self.depths = [self._depths(spines_s - self._step_s), *[self._depths(spines_s)] * 2]
@@ -172,7 +173,7 @@ class _Reach:
 
 
 class _Chain:
-    """Markov chain of a row over states (drafts carried, after a hit)."""
+    """Markov chain over a row's states (drafts carried, whether after a hit)."""
 
     def __init__(self, acceptance: Acceptance, setting: Setting) -> None:
         self._acceptance, self._setting = acceptance, setting
@@ -210,7 +211,10 @@ class _Chain:
         return lengths
 
     def wait_s(self, costs: Costs, round_s: float) -> float:
-        """Mean wait per round for just-in-time drafts; also updates how many drafts each number of missed rows gets."""
+        """Mean seconds per round spent waiting for just-in-time drafts.
+
+        Also updates how many drafts are waited for, by number of missed rows.
+        """
         setting, missing = self._setting, 1 - self.hit_rate
         accepted = survival(self._accept_probs(setting.num_drafts, False))
         rate = setting.batch_size * self.tokens / round_s
@@ -228,7 +232,7 @@ class _Chain:
         return mean_s
 
     def _outcomes(self, branches: int, reach: _Reach) -> tuple[dict[tuple[int, bool], float], float, float]:
-        """Shares of rows by next state after a hit, share without a speculation, and the part of it that is late."""
+        """Share of rows by next state after a hit, share that missed or was late, and the late share alone."""
         found: dict[tuple[int, bool], float] = {}
         missed = late = 0.0
         for (m, after_hit), share in self._shares.items():
@@ -244,9 +248,10 @@ class _Chain:
         return found, missed + late, late
 
     def _depths(self, m: int, k: int, reach: _Reach) -> list[float]:
-        """Distribution of the depth of a hit; after full acceptance the last draft may have to be forwarded first.
+        """Distribution of a hit's depth.
 
-        Drafts that were drawn in parallel have to be forwarded all.
+        After full acceptance the branch may first have to wait for a forward of the last draft. A parallel drafter has
+        to forward all of its drafts.
         """
         at_once, one_step_later, after_a_token = reach.depths
         if reach.parallel:
@@ -259,7 +264,7 @@ class _Chain:
         return [known * a + (1 - known) * b for a, b in zip(at_once, one_step_later)]
 
     def _fallback(self) -> dict[int, float]:
-        """Distribution of the number of just-in-time drafts of a row that missed."""
+        """Distribution of the number of just-in-time drafts for a missed row."""
         missing = 1 - self.hit_rate
         chances: dict[int, float] = {}
         for others in range(self._setting.batch_size):
@@ -285,14 +290,14 @@ class _Chain:
 
 
 def jit_costs(costs: Costs, branches: int, num_drafts: int) -> tuple[float, float]:
-    """Seconds that each just-in-time draft of `branches` takes, and those before the first."""
+    """Seconds per just-in-time draft of `branches` branches, and seconds before the first draft."""
     step_s = costs.draft_step_s(branches, num_drafts)
     first_s = costs.latency_s + 0.5 * step_s
     return (0.0, first_s + 2 * step_s) if costs.parallel else (step_s, first_s)
 
 
 def _branches(costs: Costs, setting: Setting, rows: int, round_s: float, chain: _Chain) -> int:
-    """Branches per request that the drafter's own budget decides on from these step and round times."""
+    """Branches per request that the drafter's `BranchBudget` would choose at these step and round times."""
     budget = BranchBudget(rows * setting.branch_budget, bool(costs.parallel))
     for i in range(16):
         branches = max(1, rows * setting.branch_budget * (1 + i % 4) // 4)
@@ -308,7 +313,7 @@ def _binomial(n: int, k: int, chance: float) -> float:
 
 
 def _error(costs: Costs, acceptance: Acceptance, lengths: Sequence[float], tokens: float) -> float:
-    """Relative standard deviation: of the timing, of acceptance by its number of rounds, and of the model itself."""
+    """Relative standard deviation from timing, from the number of rounds behind the acceptance, and from the model."""
     if not acceptance.rounds:
         return GUESS_ERROR
     variance = sum(prob * (1 + k - tokens) ** 2 for k, prob in enumerate(lengths))

@@ -1,4 +1,4 @@
-"""Priors for planning without a machine: costs from model shapes and data sheets, acceptance from a scaling law.
+"""Priors for planning without measurements: costs from model shapes and data sheets, acceptance from a scaling law.
 
 `vllm-ssd profile` replaces them with measurements.
 """
@@ -21,9 +21,9 @@ H100 and 1.9 ms for a 1B drafter on one; 15.0 and 2.0 ms were reported (docs/the
 TRAINING_TOKENS = 1.5e13
 """Tokens a model is assumed to be trained on."""
 CONTEXT_TOKENS = 1024
-"""Tokens of context whose KV cache each row reads."""
+"""Context length in tokens: each row reads that much KV cache."""
 PARALLEL_DRAFTS = 8
-"""Drafts for which the steps of a drafter that draws them in parallel are guessed."""
+"""Drafts per branch for which a parallel drafter's step costs are guessed."""
 DRAFTER_SIZES = (0.03e9, 0.06e9, 0.125e9, 0.25e9, 0.5e9, 1e9, 2e9, 4e9, 8e9)
 """Parameters of the drafters that `drafter_size_prior` compares."""
 
@@ -52,9 +52,9 @@ DEVICES = {
 class Shape:
     """Size of a decoder.
 
-    weights, active: parameters in total and used by one token; kv_per_token: key and value elements per token, in all
-    layers. parallel: it was trained to draw all drafts of a branch in one step, over masks. experts, experts_per_token:
-    of each layer, 0 if it is dense. ValueError where a token uses as many experts as there are, or more.
+    weights, active: parameters in total and used by one token; kv_per_token: key and value elements per token, over all
+    layers; parallel: the model is trained to draw all drafts of a branch in one step, from mask tokens; experts,
+    experts_per_token: per layer, 0 for a dense model. Raises ValueError unless experts_per_token is below experts.
     """
 
     weights: float
@@ -68,12 +68,15 @@ class Shape:
 
     def __post_init__(self) -> None:
         if self.experts and not 0 < self.experts_per_token < self.experts:
-            raise ValueError(f"{self.experts_per_token} of {self.experts} experts a token: no mixture of experts")
+            raise ValueError(
+                f"experts_per_token must be from 1 to {self.experts - 1} with {self.experts} experts, got "
+                f"{self.experts_per_token}"
+            )
 
     def read(self, tokens: float) -> float:
-        """Parameters that one forward over `tokens` tokens reads.
+        """Number of parameters that one forward over `tokens` tokens reads.
 
-        Of a mixture, all that is not an expert, and the experts that any of the tokens is routed to.
+        A mixture of experts reads everything outside the experts, plus every expert that any token is routed to.
         """
         if not self.experts:
             return min(self.weights, self.active * tokens)
@@ -83,14 +86,14 @@ class Shape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Shape:
-        """Size of a dense or mixture-of-experts decoder from its config.json; ValueError for other models."""
+        """Size of a dense or mixture-of-experts decoder, from its config.json; raises ValueError for other models."""
         parallel = any(config.get(key) is not None for key in ("pard_token", "ptd_token_id"))
         config = config.get("text_config", config)
         try:
             hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
             inner, vocab = config["intermediate_size"], config["vocab_size"]
         except KeyError as error:
-            raise ValueError(f"config.json has no {error}: only Llama-like decoders can be sized") from None
+            raise ValueError(f"config.json has no {error}: only Llama-like decoders are supported") from None
         head = config.get("head_dim") or hidden // heads
         kv_heads = config.get("num_key_value_heads") or heads
         attention = hidden * head * (2 * heads + 2 * kv_heads)
@@ -115,9 +118,9 @@ class Shape:
 
 
 def distinct_experts(experts: int, per_token: int, tokens: float) -> float:
-    """Expected number of experts of a layer that `tokens` tokens use, each token a random `per_token` of them.
+    """Expected number of distinct experts per layer if each of `tokens` tokens uses a random `per_token` of them.
 
-    Neighbouring tokens of one text share more than that, so it is an upper bound.
+    An upper bound: neighbouring tokens of a text share more experts than random choices would.
     """
     return experts * (1 - (1 - per_token / experts) ** tokens)
 
@@ -140,7 +143,7 @@ def guess_costs(
 ) -> Costs:
     """Costs of a target on `target_devices` devices and a drafter on one more."""
     verify = [(b, m, forward_s(target, device, target_devices, b * m, b)) for b in rows for m in (1, 2, 4, 8, 16)]
-    # The branches of a request read their trunk's KV once: negligible.
+    # The drafter's KV reads are negligible, as all branches of a request read their trunk once.
     drafts = PARALLEL_DRAFTS if drafter.parallel else 1
     step = [(float(n), forward_s(drafter, device, 1, n * drafts, 0)) for n in (1, 16, 64, 256, 1024, 4096)]
     parallel = drafts if drafter.parallel else 0
@@ -160,7 +163,7 @@ def guess_acceptance(drafter_parameters: float, target_parameters: float) -> flo
 def guess_profile(
     target: Shape, drafter: Shape, device: Device, target_devices: int, acceptance: float | None
 ) -> Profile:
-    """A profile without measurements; acceptance: rate per draft (default: from the scaling law)."""
+    """Build a profile without measurements; acceptance: rate per draft (default: from the scaling law)."""
     guessed = ["costs, from shapes and data sheets"]
     if acceptance is None:
         acceptance = guess_acceptance(drafter.weights, target.weights)
@@ -173,9 +176,9 @@ def guess_profile(
 
 
 def drafter_size_prior(target: Shape, device: Device, target_devices: int, batch_size: int = 1) -> dict[str, float]:
-    """Parameters of the drafter with the highest predicted rate, for stock speculation ("sd") and for SSD ("ssd").
+    """Drafter size in parameters with the highest predicted rate, for stock speculation ("sd") and SSD ("ssd").
 
-    SSD hides drafting behind verification, so it affords a larger drafter where rounds are long enough.
+    SSD hides drafting behind verification, so it can afford a larger drafter if rounds are long enough.
     """
     best = {"sd": (0.0, 0.0), "ssd": (0.0, 0.0)}
     for size in DRAFTER_SIZES:

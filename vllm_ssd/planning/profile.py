@@ -14,22 +14,22 @@ from vllm_ssd.policy.curve import Point, interpolate
 PRIOR_ROUNDS = 4.0
 """Prior weight, in rounds, of the pooled acceptance rate at each draft position."""
 MIN_ROUNDS = 30
-"""Rounds that a class of outcomes needs to be estimated on its own."""
+"""Rounds needed to estimate a class of outcomes separately."""
 
 Round = tuple[int, int, int | None, bool]
-"""One outcome: drafts verified, accept length k, rank of t* from 0 (None: not a candidate), whether after a hit."""
+"""An outcome: drafts verified, accept length k, rank of t* from 0 (None if no candidate), whether after a hit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
     """Durations in seconds.
 
-    verify: (rows, tokens per row, seconds) of a target round, host work included; draft_step: (branches, seconds) of
-    one step on a drafter; sync_step: (rows, seconds) of one draft step on the target's own devices (default:
-    draft_step); handover_s: host time that SSD adds to a round; latency_s: from an outcome to the drafter's next step
-    plus from a push to the target; slowdown: factor on a target round while a drafter computes; spread: relative
-    standard deviation of a round's duration; error: relative error of the mean durations. parallel: drafts that a step
-    of draft_step drew for each branch, of a drafter that draws all in one step; 0 of one that draws one a step.
+    verify: (rows, tokens per row, seconds) of a target round, including host work; draft_step: (branches, seconds) of
+    one drafter step; sync_step: (rows, seconds) of one draft step on the target's own devices (default: draft_step);
+    handover_s: host time that SSD adds to a round; latency_s: time from an outcome to the drafter's next step plus time
+    from a push to its arrival; slowdown: factor on a target round while a drafter computes; spread: relative standard
+    deviation of a round's duration; error: relative error of the mean durations; parallel: drafts per branch that each
+    step of draft_step drew, 0 for a drafter that draws one draft per step.
     """
 
     verify: tuple[tuple[int, int, float], ...]
@@ -52,7 +52,7 @@ class Costs:
                 raise ValueError(f"{name} must be sorted by its first number, each given once")
 
     def verify_s(self, rows: float, tokens_per_row: float) -> float:
-        """Duration of a target round; with a single measured batch size, by the total number of tokens."""
+        """Duration of a target round; depends on the total tokens only if a single batch size was measured."""
         by_rows: dict[int, list[Point]] = {}
         for measured, tokens, seconds in sorted(self.verify):
             by_rows.setdefault(measured, []).append((tokens, seconds))
@@ -62,13 +62,13 @@ class Costs:
         return interpolate([(n, interpolate(points, tokens_per_row)) for n, points in by_rows.items()], rows)
 
     def draft_step_s(self, branches: float, num_drafts: int = 0) -> float:
-        """Duration of one drafter step over `branches` branches; num_drafts: that a parallel step draws for each."""
+        """Duration of one drafter step over `branches` branches; num_drafts: drafts per branch of a parallel step."""
         if self.parallel and num_drafts:
             branches *= num_drafts / self.parallel
         return interpolate(self.draft_step, branches)
 
     def steps(self, num_drafts: int) -> int:
-        """Steps that draw `num_drafts` drafts of a branch."""
+        """Number of steps that drawing `num_drafts` drafts of a branch takes."""
         return min(num_drafts, 1) if self.parallel else num_drafts
 
     def sync_step_s(self, rows: float) -> float:
@@ -80,10 +80,11 @@ class Costs:
 class Acceptance:
     """Acceptance and coverage at one temperature.
 
-    after_hit, after_miss [K]: chance that draft j + 1 is accepted given that the j before it were, in rounds of drafts
-    from a branch and of just-in-time drafts; the last value extends beyond K. rejected, accepted, undrafted [F]: chance
+    after_hit, after_miss [K]: chance that draft j + 1 is accepted given that the j before it were, for drafts from a
+    branch and for just-in-time drafts; the last value also applies beyond K. rejected, accepted, undrafted [F]: chance
     that t* is among the first f + 1 candidates after a rejection, after full acceptance, and after a round without
-    drafts; more candidates cover no more. saguaro: the factor C; rounds: how many were measured, 0 for a prior.
+    drafts; the last value also applies beyond F. saguaro: the factor C; rounds: number of measured rounds, 0 for a
+    prior.
     """
 
     after_hit: tuple[float, ...]
@@ -102,7 +103,7 @@ class Acceptance:
                 raise ValueError(f"{name} must hold probabilities")
         for values in (self.rejected, self.accepted, self.undrafted):
             if list(values) != sorted(values):
-                raise ValueError("more candidates cannot cover less")
+                raise ValueError("rejected, accepted and undrafted must not decrease")
 
     def accept_probs(self, num_drafts: int, after_hit: bool) -> list[float]:
         """P(k) of a round of `num_drafts` drafts: num_drafts + 1 probabilities that sum to 1."""
@@ -112,7 +113,7 @@ class Acceptance:
         return [*(a - b for a, b in zip(survival, survival[1:])), survival[-1]]
 
     def covered(self, num_drafts: int, accept_length: int, candidates: int) -> float:
-        """Chance that `candidates` branches at `accept_length` hold the bonus token."""
+        """Chance that `candidates` branches at `accept_length` contain the bonus token."""
         if not candidates:
             return 0.0
         curve = self.rejected if accept_length < num_drafts else self.accepted if num_drafts else self.undrafted
@@ -120,7 +121,7 @@ class Acceptance:
 
     @classmethod
     def prior(cls, acceptance: float, r: float = 1.0, first: float = 0.6, temperature: float = 0.0) -> Acceptance:
-        """A guess: independent acceptance, and coverage by a Pareto law, 1 - (1 - first) F^-r."""
+        """A guess: independent acceptance, and coverage by a Pareto law, 1 - (1 - first) * F^-r."""
         curve = tuple(1 - (1 - first) * f**-r for f in range(1, MAX_LEARNED_FAN_OUT + 1))
         return cls((acceptance,), (acceptance,), curve, curve, curve, temperature)
 
@@ -128,14 +129,14 @@ class Acceptance:
     def from_rounds(
         cls, rounds: Iterable[Round], num_drafts: int, temperature: float = 0.0, saguaro: float = 1.0
     ) -> Acceptance:
-        """Estimate from recorded rounds, smoothed towards the pooled rate; ValueError for fewer than 30.
+        """Estimate from recorded rounds, smoothed towards the pooled rate; raises ValueError for fewer than 30 rounds.
 
-        With fewer than 30 rounds after a miss their acceptance is that after a hit; a class of fewer than 30 ranks uses
-        those of all rounds.
+        With fewer than 30 rounds after a miss, after_miss is after_hit. A coverage curve with fewer than 30 ranks is
+        estimated from all rounds.
         """
         rounds = list(rounds)
         if len(rounds) < MIN_ROUNDS:
-            raise ValueError(f"{len(rounds)} rounds are too few to learn acceptance from; record {MIN_ROUNDS} at least")
+            raise ValueError(f"{len(rounds)} rounds are too few to estimate acceptance; record at least {MIN_ROUNDS}")
         drafted = [r for r in rounds if r[0]]
         after_hit = _chances([r for r in drafted if r[3]] or drafted, num_drafts)
         missed = [r for r in drafted if not r[3]]
@@ -176,7 +177,7 @@ def _coverage(ranks: Sequence[int | None]) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A target and a drafter on one machine. guessed: descriptions of the inputs that were not measured."""
+    """Costs and acceptance of a target and drafter on one machine; guessed: the inputs that were not measured."""
 
     target: str
     drafter: str
@@ -194,10 +195,10 @@ class Profile:
         if not self.acceptance:
             raise ValueError("a profile needs the acceptance of at least one temperature")
         if min(self.target_devices, self.drafter_devices) < 1:
-            raise ValueError("target and drafter take one device each at least")
+            raise ValueError("target_devices and drafter_devices must be at least 1")
 
     def acceptance_at(self, temperature: float) -> Acceptance:
-        """Acceptance at the nearest measured temperature, without Saguaro sampling where measured."""
+        """Acceptance at the nearest measured temperature, preferably without Saguaro sampling."""
         usual = [a for a in self.acceptance if a.saguaro == 1] or list(self.acceptance)
         return min(usual, key=lambda a: abs(a.temperature - temperature))
 

@@ -30,7 +30,7 @@ def published_profile() -> Profile:
     for prob in ACCEPT_PROBS_AFTER_HIT[:-1]:
         chances.append((survival - prob) / survival)
         survival -= prob
-    # A power law through the one measured point, 3 candidates miss 12 %, and a guess: one candidate misses 35 %.
+    # A power law through the one measured point (3 candidates miss 12 %) and a guess (1 candidate misses 35 %).
     curve = tuple(1 - (1 - HIT_RATE) * (f / 3) ** -0.97 for f in range(1, 17))
     per_branch_s = 2 * 1.24e9 / (COMPUTE_EFFICIENCY * DEVICES["H100"].flops_per_s)
     steps = tuple((n, SD_STEP_S + max(n - 64, 0) * per_branch_s) for n in (1.0, 64.0, 1536.0))

@@ -1,7 +1,7 @@
-"""Discrete-event simulation of the round protocol, with the policies that serve.
+"""Discrete-event simulation of the round protocol, with the same policies that run in production.
 
-A target decodes a batch that requests join and leave; drafters grow trees step by step, each for its share of the
-requests; messages have latency. Accept lengths and ranks of t* come from a recorded trace or are drawn from an
+A target decodes a batch that requests join and leave. Each drafter grows the trees of its share of the requests step by
+step. Messages have latency. Accept lengths and ranks of t* come from a recorded trace or are drawn from an
 `Acceptance`.
 """
 
@@ -25,10 +25,10 @@ class Scenario:
     """A system to simulate.
 
     protocol: with "push" the target uses the drafts that have arrived; with "ask", as in the published system, it waits
-    for the whole tree and, when any row missed, for K just-in-time drafts of the whole batch. fan_out: branches per
-    accept length (default: learned within branch_budget). glue_s: duration of the ask protocol's forward before a
-    tree's first step; wait_s: longest wait for just-in-time drafts; read_s: how long a drafter reads a prompt before it
-    grows anything, in the push protocol.
+    for the whole tree and, if any row missed, for K just-in-time drafts of the whole batch; fan_out: branches per
+    accept length (default: learned within branch_budget); glue_s: duration of the ask protocol's forward before a
+    tree's first step; wait_s: longest wait for just-in-time drafts; read_s: a drafter's prefill time per request, push
+    protocol only.
     """
 
     method: Literal["plain", "sd", "ssd"] = "ssd"
@@ -56,7 +56,10 @@ class Workload:
 
 @dataclass(slots=True)
 class Report:
-    """Counts and times of one run. seconds: until the last token; fields in _s: summed over the target's rounds."""
+    """Counts and times of one run.
+
+    seconds: time of the last token; other fields in `_s`: summed over the target's rounds; latencies_s: per request.
+    """
 
     tokens: int = 0
     seconds: float = 0.0
@@ -67,9 +70,9 @@ class Report:
     late: int = 0
     drafts: int = 0
     verify_s: float = 0.0
-    draft_s: float = 0.0  # drafting by stock speculation
-    jit_s: float = 0.0  # waiting for just-in-time drafts
-    build_s: float = 0.0  # waiting for trees, in the ask protocol
+    draft_s: float = 0.0  # stock speculation's drafting
+    jit_s: float = 0.0  # waits for just-in-time drafts
+    build_s: float = 0.0  # waits for trees, ask protocol only
     handover_s: float = 0.0
     latencies_s: list[float] = field(default_factory=list)
 
@@ -87,7 +90,7 @@ class Report:
 
 @dataclass(slots=True)
 class _Row:
-    """One request on the target. depth: by accept length, (arrival time, drafts) of each push."""
+    """A request on the target. depth: (arrival time, number of drafts) of each push, by accept length."""
 
     tokens_left: int
     outcomes: Outcomes
@@ -95,27 +98,28 @@ class _Row:
     arrived_s: float
     num_drafts: int = 0
     after_hit: bool = False
-    clock: int = 0  # rounds so far; identifies the round that a tree answers
+    clock: int = 0  # rounds so far; identifies the round that a tree belongs to
     counts: list[int] = field(default_factory=list)
     depth: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
-    told: int | None = None  # `clock` of the newest round that its drafter was told of; None: it must be opened
-    behind: int | None = None  # `clock` of a round that its drafter must reach before it is in time
+    told: int | None = None  # `clock` of the newest round sent to its drafter; None if the request is not open there
+    behind: int | None = None  # `clock` of the round from which on its drafter is in time; None if it is already
 
     def ready(self, accept_length: int, now: float) -> int:
-        """Drafts that have arrived for an accept length by the time `now`."""
+        """Number of drafts that have arrived for an accept length by time `now`."""
         return max((depth for at, depth in self.depth.get(accept_length, ()) if at <= now), default=0)
 
     def answer(self, clock: int) -> None:
-        """Something was pushed for round `clock`."""
+        """Note that the drafter pushed for round `clock`."""
         if self.behind is not None and clock >= self.behind:
             self.behind = None
 
 
 @dataclass(slots=True)
 class _Tree:
-    """The token tree of one row. grown: depth of each fork point; pending: fork points that start one step later.
+    """The token tree of one row.
 
-    parallel: one step draws all drafts of a branch.
+    counts: branches by accept length; grown: depth reached, by fork point; pending: fork points that start with the
+    next step; parallel: one step draws all drafts of a branch.
     """
 
     row: _Row
@@ -133,7 +137,7 @@ class _Tree:
         return growing + bool(self.pending)
 
     def step(self) -> None:
-        """Extend every branch by one token, or by all."""
+        """Extend every branch by one token, or to full depth with a parallel drafter."""
         for k, depth in self.grown.items():
             self.grown[k] = self.num_drafts if self.parallel else min(depth + 1, self.num_drafts)
         self.grown |= dict.fromkeys(self.pending, 0)
@@ -141,7 +145,7 @@ class _Tree:
 
 
 class _Drafter:
-    """Grows the trees of its rows in batched steps; outcomes take effect between steps."""
+    """A drafter that grows the trees of its rows in batched steps; outcomes take effect between steps."""
 
     def __init__(self, simulation: Simulation) -> None:
         scenario = simulation.scenario
@@ -156,12 +160,15 @@ class _Drafter:
         self.busy = False
 
     def open(self, row: _Row, num_drafts: int) -> None:
-        """Read the prompt of `row` before any further step, then grow its first tree."""
+        """Queue the prefill of `row`, which runs before any further step, and its first tree."""
         self._unread.append(row)
         self.receive(row, num_drafts, tree_known=False)
 
     def receive(self, row: _Row, num_drafts: int, tree_known: bool) -> None:
-        """Receive an outcome: start the next tree of `row`, whose current round carries `row.num_drafts` drafts."""
+        """Take an outcome and start the tree for the round that `row` now runs, with `row.num_drafts` drafts.
+
+        num_drafts: wanted depth of branches; tree_known: the drafts come from the previous tree
+        """
         simulation, key, m = self._simulation, id(row), row.num_drafts
         if key in self._decided_s:
             self._budget.observe_window(simulation.now - self._decided_s[key])
@@ -180,7 +187,7 @@ class _Drafter:
         )
         counts = self.fan_out.counts(m, row.after_hit, branches)
         ready = [k for k in range(m + 1) if tree_known and (k < m or looked_ahead)]
-        if self._parallel:  # what may follow the bonus token is known, what may follow drafts is not
+        if self._parallel:  # candidates after the bonus token are known, those after drafts are not
             ready = [0] if tree_known else []
         pending = [k for k in range(m + 1) if k not in ready]
         self._trees[key] = _Tree(row, row.clock, num_drafts, counts, dict.fromkeys(ready, 0), pending, self._parallel)
@@ -224,7 +231,7 @@ class _Drafter:
 
 
 class Simulation:
-    """One run. outcomes: maps a request's number to the source of its outcomes."""
+    """A single run. outcomes: returns the source of outcomes for a request's number."""
 
     def __init__(
         self,
@@ -244,9 +251,9 @@ class Simulation:
         self._drafters = [_Drafter(self) for _ in range(scenario.num_drafters)]
         self._adaptation = Adaptation(scenario.num_drafts) if scenario.adaptive else None
         self._num_joined = 0
-        self._tree_done_s = 0.0  # ask protocol: when the drafter will have its tree
+        self._tree_done_s = 0.0  # ask protocol: time at which the drafter's tree will be complete
         self._wanted = scenario.num_drafts
-        self._drafters_in_time = True  # when the round began
+        self._drafters_in_time = True  # whether they were when the round began
         self.report = Report()
 
     def run(self) -> Report:
@@ -321,7 +328,7 @@ class Simulation:
         return self.scenario.method == "ssd" and self.scenario.protocol == "push"
 
     def _finish_round(self, started: float) -> None:
-        """Process every row's outcome: count tokens, look up the next drafts, wait for the missed ones if that pays."""
+        """Process all outcomes: count tokens, look up the next drafts, and wait for missed rows if that pays."""
         report = self.report
         drawn = [row.outcomes.draw(row.num_drafts, row.after_hit) for row in self._rows]
         accepted = [k for k, _ in drawn]
@@ -372,7 +379,10 @@ class Simulation:
     # ---- the push protocol -------------------------------------------------------------------------------
 
     def _send_outcome(self, row: _Row, tree_known: bool, delay_s: float = 0.0) -> None:
-        """Tell the drafter of the newest round, or open the row; while nothing is wanted it is told of ends alone."""
+        """Send the newest round of `row` to its drafter, opening it there if need be.
+
+        While no drafts are wanted, only the end of a request is sent.
+        """
         drafter, wanted = self._drafters[row.drafter], self._wanted
         if not wanted and row.tokens_left:
             return
@@ -387,7 +397,7 @@ class Simulation:
         self.after(delay_s + self.costs.latency_s / 2, act)
 
     def _push_outcomes(self, missed: list[_Row], tokens: int, seconds: float) -> float:
-        """Send the outcomes to the drafters and decide on just-in-time drafts -> seconds to wait for them."""
+        """Send the outcomes to the drafters, decide on just-in-time drafts, and return the seconds to wait for them."""
         jit = self._jit_drafts(missed, tokens / seconds) if missed and self._wanted else 0
         wait_s = 0.0
         if jit:
@@ -421,7 +431,7 @@ class Simulation:
     # ---- the ask protocol --------------------------------------------------------------------------------
 
     def _wait_for_reply(self, missed: list[_Row]) -> float:
-        """Seconds to wait for the whole tree and, when any row missed, for K drafts of the whole batch."""
+        """Seconds to wait for the whole tree and, if any row missed, for K drafts of the whole batch."""
         costs, scenario = self.costs, self.scenario
         build_s = max(self._tree_done_s - self.now, 0.0)
         jit_s = 0.0

@@ -1,4 +1,4 @@
-"""The engines that a profile is measured with, each in a process of its own."""
+"""The engines that measure a profile, each in its own process."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import numpy as np
 DRAFTER_PROMPT_TOKENS = 64
 STEP_TREES = 6
 MAX_DRAFTS = 16
-"""The most drafts of a branch: memory for the logits of so many is kept."""
+"""Most drafts per branch, for which the draft model allocates logits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """An engine to measure. engine_args: vLLM's EngineArgs, of the target or (method "steps") of the drafter.
+    """An engine to measure.
 
-    environment: variables to set, or with None to remove; cpus: cores to run on, empty for all.
+    engine_args: vLLM's EngineArgs for the target or, with method "steps", for the drafter; environment: variables to
+    set, or to remove if None; cpus: cores to run on, empty for all.
     """
 
     method: str
@@ -32,7 +33,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Generate max_tokens for all prompts (texts, or lists of token ids) at once."""
+    """Generate max_tokens for all prompts (texts or lists of token ids) in one batch."""
 
     prompts: Sequence[str | Sequence[int]]
     max_tokens: int
@@ -41,7 +42,7 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Grow trees of num_drafts for `rows` requests of `branches` branches each."""
+    """Grow trees num_drafts deep for `rows` requests with `branches` branches each."""
 
     rows: int
     branches: int
@@ -51,7 +52,10 @@ class Steps:
 def decode(
     engine: Any, prompts: Mapping[str, Any], max_tokens: int, temperature: float
 ) -> Iterator[tuple[float, list[Any]]]:
-    """Generate for all `prompts`, as vLLM takes them, by request id, at once: seconds and outputs of each step."""
+    """Generate for all prompts in one batch, yielding the seconds and outputs of each step.
+
+    prompts: vLLM's prompts by request id
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -78,7 +82,7 @@ class TargetEngine:
         self._num_requests = 0
 
     def placement(self) -> dict[str, Any] | None:
-        """engine_args, cpus and environment of this engine's drafter; None without one."""
+        """The engine_args, cpus and environment of this engine's drafter; None without SSD."""
         from vllm_ssd.compat.target.worker import visible_gpus
         from vllm_ssd.config import SSDConfig
         from vllm_ssd.link.placement import place_drafter
@@ -93,7 +97,7 @@ class TargetEngine:
         return {"engine_args": engine_args, "cpus": tuple(options.cpus), "environment": environment}
 
     def run(self, request: Decode) -> list[float]:
-        """Seconds of every step in which all rows decoded, without the first two."""
+        """Seconds of every step in which all rows decoded, except the first two."""
         prompts = {}
         for prompt in request.prompts:
             self._num_requests += 1
@@ -117,7 +121,7 @@ class DrafterEngine:
         return {"parallel": self._model.mask_token_id is not None}
 
     def run(self, request: Steps) -> list[float]:
-        """Mean seconds of a step over all branches, for each of STEP_TREES - 1 trees."""
+        """Mean seconds of a step over all branches, for each tree but the first of STEP_TREES."""
         from vllm_ssd.drafter.server import build_engine
         from vllm_ssd.policy import FanOut
 
@@ -137,7 +141,7 @@ class DrafterEngine:
             for i in range(request.rows):
                 prompt = np.arange(i, i + DRAFTER_PROMPT_TOKENS, dtype=np.int32) % self._model.vocab_size
                 engine.open(str(i), 1, prompt, 0.0, request.num_drafts)
-            steps_s: dict[int, list[float]] = {}  # by the branches that were there already
+            steps_s: dict[int, list[float]] = {}  # by number of branches before the step
             started = time.perf_counter()
             while engine.has_work:
                 alive, before = int(engine.branches.alive.sum()), engine.num_steps
@@ -156,12 +160,12 @@ class Worker:
     """The host of an engine that is measured, see `engine_host.serve`."""
 
     def start(self, task: Task) -> dict[str, Any] | None:
-        """Start what `task` describes; returns where an SSD engine placed its drafter, or what a drafter's model is."""
+        """Start the engine that `task` describes and return its `placement()`."""
         self._engine: Any = (DrafterEngine if task.method == "steps" else TargetEngine)(task.engine_args)
         gc.collect()
         gc.freeze()
         return self._engine.placement()
 
     def run(self, request: Decode | Steps) -> list[float]:
-        """Seconds of the steps that `request` takes."""
+        """Run `request` and return the seconds of its steps."""
         return self._engine.run(request)

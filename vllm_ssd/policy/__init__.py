@@ -1,4 +1,4 @@
-"""Speculation policies: fan-out over outcomes, drafts per round, branch budget, and what to do on a miss."""
+"""Speculation policies: fan-out per accept length, drafts per round, branch budget, and fallback after a miss."""
 
 from vllm_ssd.policy.adaptation import Adaptation
 from vllm_ssd.policy.budget import BranchBudget

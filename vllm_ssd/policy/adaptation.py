@@ -8,22 +8,24 @@ from vllm_ssd.policy.estimator import RoundEstimator, RoundSums
 from vllm_ssd.policy.probing import CHANGE, EVALUATE_ROUNDS, ProbeController, differs
 
 STRAGGLER = 2.0
-"""A round this many times slower than expected is dropped, or counts as that slow when the one before was, too."""
+"""A round this many times slower than expected is dropped; if the round before was too, it counts, capped there."""
 
 CHANGE_ROUNDS, CHANGE_ROWS = 32, 256
-"""Rounds over which that ratio is taken, and the row-rounds that tokens need for it: they scatter more."""
+"""Rounds over which durations, and row-rounds over which tokens, are compared with what was expected, to detect a
+change of load. Token counts scatter more, so they need more data."""
 FORGET = 64.0
-"""Factor by which everything learned loses weight when the load changed."""
+"""Factor by which all earlier observations lose weight when the load has changed."""
 MAX_BEHIND = 256
-"""Rounds in a row in which the drafter may be behind; those after them count, for it may never catch up."""
+"""Consecutive rounds that are ignored because the drafter is behind. Later ones count: it may never catch up."""
 
 
 class Adaptation:
     """Number of drafts with the most tokens per second, learned per batch size.
 
-    Batch sizes up to the next power of two share a bucket, which settles on one of the arms `choices` (default: 0 to
-    num_speculative_tokens; 0 and num_speculative_tokens must be among them) and now and then probes another: probes
-    lose at most 1.5 % of all rounds and four in advance.
+    Batch sizes up to the next power of two share a bucket. A bucket settles on one of the arms, which are numbers of
+    drafts, and now and then probes another. Probes may cost at most 1.5 % of all rounds, plus four rounds in advance.
+
+    choices: the arms; default 0 to num_speculative_tokens. Must contain both of these.
     """
 
     def __init__(self, num_speculative_tokens: int, choices: Iterable[int] | None = None) -> None:
@@ -42,9 +44,9 @@ class Adaptation:
     ) -> None:
         """Learn from one round in which every row decoded.
 
-        num_drafts: drafts asked for; offered, accepted [batch_size]: drafts verified and accepted by row; seconds:
-        duration; in_time: whether the drafter had caught up with all requests when the round began. Nothing is learned
-        where it had not, because it read prompts, compiled or started.
+        num_drafts: drafts asked for; offered, accepted [batch_size]: drafts verified and accepted per row; seconds:
+        duration; in_time: whether the drafter had caught up with all requests when the round began. Rounds in which it
+        was behind (reading prompts, compiling, starting) are ignored.
         """
         self._bucket(batch_size).observe(num_drafts, offered, accepted, seconds, in_time)
 
@@ -53,7 +55,7 @@ class Adaptation:
         return self._bucket(batch_size).probes.choice
 
     def draft_seconds(self, batch_size: int) -> float:
-        """Time in seconds that one more draft in the batch adds to a round; 0 until rounds of two widths were seen."""
+        """Seconds that one more draft in the batch adds to a round; 0 until rounds of two widths have been seen."""
         return self._bucket(batch_size).estimator.draft_seconds()
 
     def _bucket(self, batch_size: int) -> Bucket:
@@ -67,7 +69,7 @@ class Adaptation:
 
 
 class Bucket:
-    """Batches of similar size: an estimator, the controller that acts on it, and what keeps bad rounds from both."""
+    """The estimator and probe controller for batches of similar size, with outlier rejection and change detection."""
 
     def __init__(self, max_drafts: int, start: int, choices: Iterable[int]) -> None:
         self.estimator = RoundEstimator(max_drafts)
@@ -75,7 +77,7 @@ class Bucket:
         self._num_rounds = self._num_behind = 0
         self._straggled = False
         self._gains = RoundSums()
-        # The latest rounds of settled arms: drafts asked for, offered and accepted by row, seconds, those expected.
+        # The latest rounds of settled arms: (drafts asked for, offered per row, accepted per row, seconds, expected_s).
         self._recent: list[tuple[int, Sequence[int], Sequence[int], float, float]] = []
 
     def observe(
@@ -111,11 +113,11 @@ class Bucket:
         probes.step()
         if probes.settled != settled:
             self._gains = RoundSums()
-            if not probes.settled or not settled:  # the drafter now slows the target, or no longer does
+            if not probes.settled or not settled:  # the drafter started or stopped slowing the target
                 self._recent = []
 
     def _watch(self, offered: Sequence[int], accepted: Sequence[int], seconds: float, expected_s: float) -> None:
-        """Compare the latest rounds of the settled arm with its estimate; forget most else if the load has changed."""
+        """Compare the settled arm's latest rounds with its estimate; discount older data if the load has changed."""
         settled, recent = self.probes.settled, self._recent
         recent.append((settled, offered, accepted, seconds, expected_s))
         if len(recent) < CHANGE_ROUNDS:

@@ -1,4 +1,4 @@
-"""Which branches to grow, by what the drafter's own probabilities say of this round."""
+"""Which branches to grow, given the drafter's own probabilities in this round."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,18 @@ import numpy as np
 from vllm_ssd.policy.fan_out import MAX_LEARNED_FAN_OUT, FanOut
 
 NUM_LEVELS = 16
-"""Classes of probabilities that are learned apart, of equal width in log odds."""
+"""Classes of probabilities that are learned separately, of equal width in log odds."""
 MAX_LOG_ODDS = 7.6
-"""Log odds at which the last class ends; the first begins at the negative."""
+"""The classes span log odds from -MAX_LOG_ODDS to MAX_LOG_ODDS."""
 NUM_RANKS = 4
-"""Ranks of candidates that are learned apart; the last stands for all beyond."""
+"""Candidate ranks that are learned separately; the last one covers all further ranks."""
 MEMORY_OBSERVATIONS = 8192
-"""Observations at which the weight of all of them is halved: more than in `FanOut`, as classes are many, and depend on
-the models more than on the text."""
+"""Observations after which all weights are halved. More than in `FanOut`: there are more classes, and they depend more
+on the models than on the text."""
 PRIOR_OBSERVATIONS = 8.0
-"""Weight of the prior, in observations: what the drafter gives a chance of p has the chance p."""
+"""Weight, in observations, of the prior that the drafter is calibrated."""
 CURVE_ROUNDS = 64
-"""Rounds that the mean hit chances are over, with falling weights."""
+"""Rounds over which hit chances are averaged exponentially."""
 
 _RANKS = np.minimum(np.arange(MAX_LEARNED_FAN_OUT), NUM_RANKS - 1)
 _CHANCES = 1 / (1 + np.exp(-MAX_LOG_ODDS * (2 * (np.arange(NUM_LEVELS) + 0.5) / NUM_LEVELS - 1)))
@@ -31,12 +31,12 @@ def confidence_levels(probs: np.ndarray) -> np.ndarray:
 
 
 class Confidence:
-    """Splits branches over the candidates of one round, by chances learned of drafts and candidates as probable.
+    """Splits a round's branches over its candidates, by the learned accuracy of the drafter's probabilities.
 
-    The chance of accept length k is the product of the acceptance of the drafts before it, times that the next one is
-    rejected; the chance of a candidate there is learned by its probability, its rank, and whether all drafts were
-    accepted. Where the drafter's probabilities are not known yet, those of `fan_out` count. Greedy and sampled requests
-    are learned apart.
+    The chance of accept length k is the product of the acceptance rates of the first k drafts and the rejection rate of
+    the next. The chance of a candidate is learned by its probability, its rank, and whether all drafts were accepted.
+    `fan_out` supplies the chances where the drafter's probabilities are not known yet. Greedy and sampled requests are
+    learned separately.
     """
 
     def __init__(self, fan_out: FanOut) -> None:
@@ -48,7 +48,7 @@ class Confidence:
         self._seen = np.full(shape, PRIOR_OBSERVATIONS)
         self._right = np.broadcast_to(PRIOR_OBSERVATIONS * _CHANCES, shape).copy()
         self._num_observed = 0
-        # By number of drafts, after a hit: rounds and mean hit chances.
+        # By number of drafts: rounds and mean hit chances, after a hit.
         self._curves: dict[int, tuple[int, np.ndarray]] = {}
 
     def observe(
@@ -60,11 +60,11 @@ class Confidence:
         candidates: np.ndarray,
         rank: int | None,
     ) -> None:
-        """Learn from one outcome of a round of `num_drafts` drafts.
+        """Learn from the outcome of a round of `num_drafts` drafts.
 
-        drafts: levels of the drafts, up to the first rejected one at least, None: not known; candidates [C] int64:
-        levels of the candidates at the fork point of the outcome, as for `counts`; rank: of the bonus token among them,
-        None if it is none of them.
+        drafts: levels of the drafts, at least up to the first rejected one, None if unknown; candidates [C] int64:
+        levels of the candidates at the outcome's fork point, as in `counts`; rank: the bonus token's rank among them,
+        None if it is not a candidate.
         """
         for j, level in enumerate(drafts[: accept_length + 1]):
             if level is not None:
@@ -85,11 +85,11 @@ class Confidence:
     def counts(
         self, sampled: bool, drafts: Sequence[int | None], candidates: np.ndarray, after_hit: bool, budget: int
     ) -> list[int]:
-        """Branches by accept length: the likeliest `budget` outcomes, of each fork point the likeliest candidates.
+        """Branches per accept length that cover the `budget` likeliest outcomes.
 
-        drafts [m]: level of each draft, None: not known; candidates [m + 1, C] int64: levels of the candidates at each
-        fork point, likeliest first; negative where there is none, as in the place of the draft, or none is known.
-        -> m + 1 counts that sum to at most `budget`, each at most 16.
+        drafts [m]: level of each draft, None if unknown; candidates [m + 1, C] int64: levels of the candidates at each
+        fork point, likeliest first; negative where there is no candidate (as in the draft's own place) or none is known
+        -> m + 1 counts that sum to at most `budget`, each at most 16
         """
         num_drafts, kind = len(drafts), int(sampled)
         budget = min(budget, self._fan_out.budget)
@@ -123,7 +123,7 @@ class Confidence:
         return np.bincount(best // chances.shape[1], minlength=num_drafts + 1).tolist()
 
     def hit_chances(self, num_drafts: int) -> Sequence[float]:
-        """Estimated hit rate of a round of `num_drafts` drafts after a hit with 0, 1, … branches, up to the budget."""
+        """Estimated hit rate with 0, 1, … branches, up to the budget, in a round of `num_drafts` after a hit."""
         if num_drafts not in self._curves:
             return self._fan_out.hit_chances(num_drafts, True)
         return self._curves[num_drafts][1].tolist()

@@ -7,10 +7,10 @@ Point = tuple[float, float]
 
 
 def interpolate(points: Sequence[Point], x: float, floor: float = 1.0) -> float:
-    """Value at `x` of the line through `points`, (x, y) sorted by x.
+    """Interpolate linearly between `points`, (x, y) sorted by x.
 
-    Beyond the last point it continues with the last slope, before the first with the first slope, where these rise.
-    Before the first point it stays at or above `floor` times the first value: 1 keeps it level.
+    Beyond either end the curve continues with the slope of the nearest segment, or level if that slope is negative.
+    Before the first point it is at least `floor` times the first value, so 1 keeps it level there.
     """
     if len(points) == 1:
         return points[0][1]

@@ -10,9 +10,9 @@ from vllm_ssd.policy.curve import interpolate
 MEMORY_ROUNDS = 256
 """Rounds after which the weight of an observation has decayed to 1 / e."""
 MAX_WEIGHT = 1e9
-"""Weight of the newest round at which all sums are divided by it, so that they never overflow."""
+"""Weight of the newest round at which all sums are divided by it, to prevent overflow."""
 FORGOTTEN_ROUNDS = 1e-6
-"""Decayed rounds at which an arm counts as never measured, before its sums underflow."""
+"""Decayed rounds below which an arm counts as never measured, to prevent underflow."""
 
 PRIOR_ACCEPTANCE = 0.5
 """Acceptance rate of the first draft before data; later positions inherit the previous one until they have data."""
@@ -24,7 +24,7 @@ PRIOR_ROWS = 512.0
 """Prior weight, in row-rounds, of the tokens predicted from all arms against those that an arm itself emitted."""
 
 MIN_EXTRAPOLATED = 0.5
-"""Share of the narrowest arm's duration that a round of still fewer tokens is predicted to take at least."""
+"""Lower bound on the predicted duration of a round narrower than every measured arm, relative to the narrowest arm."""
 
 
 @dataclass(slots=True)
@@ -47,8 +47,8 @@ class RoundSums:
 class Arm(RoundSums):
     """Sums over rounds that asked for the same number of drafts.
 
-    `carried[j]`, `accepted[j]` [max_drafts]: rows that carried, and that accepted, more than j drafts; `rejected[j]`:
-    rows that rejected the draft after j accepted ones.
+    `carried[j]`, `accepted[j]` [max_drafts]: rows that carried, or accepted, more than j drafts; `rejected[j]`: rows
+    that accepted j drafts and rejected the next.
     """
 
     __slots__ = ("carried", "accepted", "rejected")
@@ -58,7 +58,7 @@ class Arm(RoundSums):
         self.carried, self.accepted, self.rejected = ([0.0] * max_drafts for _ in range(3))
 
     def add_drafts(self, weight: float, offered: Sequence[int], accepted: Sequence[int]) -> None:
-        """Count the drafts offered and accepted in each row of one round, [B]."""
+        """Count the drafts offered and accepted per row of one round, both [B]."""
         for drafts, k in zip(offered, accepted):
             for j in range(drafts):
                 self.carried[j] += weight
@@ -82,10 +82,10 @@ class Arm(RoundSums):
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A round of the whole batch at each number of drafts, [max_drafts + 1].
+    """Predictions for a round of the whole batch, by number of drafts; every field is [max_drafts + 1].
 
-    tokens, seconds: expected; evidence: decayed rounds measured at this number itself; measured_s: their mean duration
-    in seconds, 0 where there are none.
+    tokens, seconds: expected; evidence: decayed rounds measured with exactly this number of drafts; measured_s: their
+    mean duration in seconds, 0 without any.
     """
 
     tokens: Sequence[float]
@@ -100,10 +100,10 @@ class Prediction:
 
 
 class RoundEstimator:
-    """Learns acceptance rates by draft position and round time by tokens in the forward, older rounds decaying.
+    """Learns acceptance rates by draft position and round time by tokens in the forward; older rounds decay.
 
-    Acceptance belongs to the text and changes with it, so it is pooled over all arms: the rounds of one probe see only
-    one stretch of the text. How many drafts a row carries and how long a round takes are learned arm by arm.
+    Acceptance depends on the text, and one probe sees only a short stretch of it, so acceptance is pooled over all
+    arms. How many drafts a row carries and how long a round takes are learned per arm.
     """
 
     def __init__(self, max_drafts: int) -> None:
@@ -114,7 +114,7 @@ class RoundEstimator:
         self._curve: list[tuple[float, float]] = []
 
     def observe(self, num_drafts: int, offered: Sequence[int], accepted: Sequence[int], seconds: float) -> None:
-        """Learn from one round that asked for `num_drafts` and took `seconds`; offered, accepted [B]: drafts by row."""
+        """Learn from a round that asked for `num_drafts` and took `seconds`; offered, accepted [B]: drafts per row."""
         self._weight *= 1 + 1 / MEMORY_ROUNDS
         arm = self._arms[num_drafts]
         arm.add(self._weight, len(offered), len(offered) + sum(accepted), seconds)
@@ -123,35 +123,36 @@ class RoundEstimator:
             self._rescale()
 
     def discount(self, factor: float) -> None:
-        """Divide the weight of everything learned so far, relative to rounds to come."""
+        """Divide the weight of everything learned so far by `factor`, relative to future rounds."""
         self._weight *= factor
 
     def refit(self) -> None:
-        """Bring the curve behind `round_seconds` and `draft_seconds` up to date."""
+        """Update the curve that `round_seconds` and `draft_seconds` read."""
         measured = [arm for arm in self._arms if arm.rounds]
         self._curve = sorted((arm.width / arm.rounds, arm.seconds / arm.rounds) for arm in measured)
 
     def round_seconds(self, num_tokens: float) -> float | None:
-        """Expected duration of a round with `num_tokens` in the target's forward; None before the first fit."""
+        """Expected seconds of a round with `num_tokens` in the target's forward; None before the first fit."""
         return interpolate(self._curve, num_tokens, MIN_EXTRAPOLATED) if self._curve else None
 
     def draft_seconds(self) -> float:
-        """Time that one more draft adds to a round: slope between the narrowest and the widest arm, 0 with fewer."""
+        """Seconds that one more draft adds to a round: slope from the narrowest to the widest arm; 0 with one arm."""
         if len(self._curve) < 2:
             return 0.0
         (x0, y0), (x1, y1) = self._curve[0], self._curve[-1]
         return max(y1 - y0, 0.0) / (x1 - x0) if x1 > x0 else 0.0
 
     def tokens_per_row(self, num_drafts: int) -> float | None:
-        """Mean tokens that a row emitted in rounds of `num_drafts`; None where none was measured."""
+        """Mean tokens emitted per row in rounds of `num_drafts`; None if none was measured."""
         arm = self._arms[num_drafts]
         return arm.tokens / arm.rows if arm.rows else None
 
     def predict(self) -> Prediction:
-        """Expected tokens and duration at every number of drafts, the curve refitted; at least one round must be known.
+        """Refit, then predict tokens and duration at every number of drafts; needs at least one observed round.
 
-        With R(j) the share of an arm's rows that carry j drafts and S(j) the survival of draft j, a row emits
-        1 + sum of R(j) S(j) tokens (docs/theory.md, Adaptation), until the arm's own rows outweigh that.
+        With R(j) the share of an arm's rows that carry at least j drafts and S(j) the survival of draft j, a row is
+        expected to emit 1 + sum of R(j) S(j) tokens (docs/theory.md, Adaptation). As an arm's own rows accumulate,
+        their mean replaces that value.
         """
         self.refit()
         arms, prior_carried, prior_rows = self._arms, PRIOR_CARRIED * self._weight, PRIOR_ROWS * self._weight
@@ -171,7 +172,7 @@ class RoundEstimator:
         )
 
     def carried(self) -> list[float]:
-        """Chance that a row which may carry draft 1, 2, … max_drafts does, pooled over arms."""
+        """Chance that a row carries draft 1, 2, … max_drafts, pooled over the arms that ask for it."""
         chance, chances = 1.0, []
         for j in range(len(self._arms) - 1):
             able = self._arms[j + 1 :]

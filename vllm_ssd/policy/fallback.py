@@ -1,24 +1,25 @@
-"""What a round carries when its outcome was not predicted."""
+"""Drafts for a row whose outcome was not predicted: just in time, by n-gram match, or none."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 WAIT_MARGIN = 0.05
-"""Share by which the gain of waiting for just-in-time drafts must exceed its cost."""
+"""Relative margin by which the gain from waiting for just-in-time drafts must exceed its cost."""
 NGRAM_PRIOR, NGRAM_PRIOR_ROUNDS = 0.5, 4.0
 """Prior acceptance rate of an n-gram draft, and its weight in rounds."""
 NGRAM_MEMORY = 0.99
 """Factor on the weight of earlier rounds, per round that tried a position."""
 NGRAM_PROBE = 32
-"""Consecutive matches without n-gram drafts after which they are tried again."""
+"""Consecutive matches that go unused before n-gram drafts are tried again."""
 
 
 def ngram_drafts(token_ids: np.ndarray, num_drafts: int, min_n: int, max_n: int) -> list[int]:
-    """Draft what followed the latest earlier occurrence of the longest matching suffix.
+    """Draft the tokens that followed the latest earlier occurrence of the longest matching suffix.
 
     token_ids [L] int32, oldest first; the suffix has between min_n and max_n tokens.
-    -> num_drafts token ids, or none without a match. A match closer to the end than num_drafts repeats its period.
+    -> num_drafts token ids, or an empty list without a match. If fewer than num_drafts tokens follow the match, they
+    repeat.
     """
     last = len(token_ids) - 1
     ends = np.flatnonzero(token_ids[:-1] == token_ids[-1:])
@@ -46,9 +47,9 @@ def jit_drafts(
 ) -> int:
     """Number of just-in-time drafts that the whole batch should wait for; 0 means not to wait.
 
-    accept_survival[j - 1] is the chance that at least j drafts are accepted, tokens_per_second the rate of the whole
-    batch, first_s + n * step_s the wait for n drafts, at most bound_s. The `num_missed` rows must gain 5 % more tokens
-    than the batch loses by waiting.
+    `accept_survival[j - 1]`: chance that at least j drafts are accepted; tokens_per_second: rate of the whole batch;
+    first_s + n * step_s: the wait for n drafts, which must not exceed bound_s. Waiting pays if the `num_missed` rows
+    gain at least 5 % more tokens than the batch loses.
     """
     best, best_net, gain = 0, 0.0, 0.0
     for num_drafts, survival in enumerate(accept_survival[:max_drafts], start=1):
@@ -65,14 +66,14 @@ def jit_drafts(
 def jit_gain(
     num_missed: int, num_drafts: int, accept_survival: Sequence[float], tokens_per_second: float, wait_s: float
 ) -> float:
-    """Tokens that the batch gains by waiting `wait_s` for `num_drafts` just-in-time drafts of each missed row."""
+    """Tokens that the batch gains by waiting `wait_s` for `num_drafts` just-in-time drafts in each missed row."""
     return num_missed * sum(accept_survival[:num_drafts]) - tokens_per_second * wait_s
 
 
 class NgramGain:
-    """How many n-gram drafts a missed row should carry, and what they gain.
+    """How many n-gram drafts a missed row should carry, and how many tokens they gain.
 
-    Learns the acceptance rate by draft position, older rounds decaying.
+    Learns the acceptance rate by draft position; older rounds decay.
     """
 
     def __init__(self, max_drafts: int) -> None:
@@ -87,10 +88,10 @@ class NgramGain:
             self._passed[j] = NGRAM_MEMORY * self._passed[j] + (j < accept_length)
 
     def drafts(self, max_drafts: int, lost_per_draft: float) -> tuple[int, float]:
-        """Best number of drafts and the tokens they gain; (0, 0.0) when none gains.
+        """Best number of drafts and the tokens they gain; (0, 0.0) if none gains.
 
-        lost_per_draft: tokens that the batch does not emit in the time the target takes to verify one more draft. After
-        every 32 matches without drafts it returns (max_drafts, 0.0), to measure them again.
+        lost_per_draft: tokens that the batch could emit in the time that verifying one more draft takes. After 32
+        consecutive calls without a gain it returns (max_drafts, 0.0) once, to measure acceptance again.
         """
         best, best_net, net, survival = 0, 0.0, 0.0, 1.0
         for j in range(max_drafts):

@@ -6,13 +6,13 @@ from itertools import accumulate
 from math import log
 
 MAX_LEARNED_FAN_OUT = 16
-"""Candidates for the bonus token at each fork point, and so the largest fan-out that is learned."""
+"""Candidates for the bonus token at each fork point, and so the largest learned fan-out."""
 PLAUSIBLE = 0.01
-"""Probability of an accept length from which it always gets a branch."""
+"""Probability from which an accept length always gets a branch."""
 REFRESH_OBSERVATIONS = 32
-"""Fewest observations between two allocations; an eighth of all observations where that is more."""
+"""Minimum number of observations between two allocations; an eighth of all observations if that is more."""
 MEMORY_OBSERVATIONS = 1024
-"""Observations at which the weight of all of them is halved."""
+"""Observations after which all weights are halved."""
 PRIOR_OBSERVATIONS = 8.0
 """Weight of each prior below, in observations."""
 PRIOR_ACCEPTANCE = {True: 0.8, False: 0.4}
@@ -24,20 +24,19 @@ PRIOR_EXPONENT = 1.0
 
 
 def survival(accept_probs: Sequence[float]) -> list[float]:
-    """Chance that at least 1, 2, … m drafts of a round are accepted, from P(k) [m + 1]."""
+    """Chance that at least 1, 2, … m drafts of a round are accepted; accept_probs [m + 1]: P(k)."""
     return list(accumulate(accept_probs[:0:-1]))[::-1]
 
 
 def allocate(
     budget: int, accept_probs: Sequence[float], miss: Callable[[int, int], float], most: int | None = None
 ) -> list[int]:
-    """Split a budget of branches over accept lengths so that the chance of a hit is greatest.
+    """Split a budget of branches over accept lengths to maximise the chance of a hit.
 
-    accept_probs [m + 1]: P(k); miss(k, f): chance that f candidates at accept length k do not hold the bonus token;
-    most: largest count (default: the budget).
-    -> m + 1 counts that sum to budget, or to (m + 1) * most when that is less. Every accept length of probability 0.01
-    or more gets one branch first, if the budget covers them all; beyond that the split is optimal where miss is convex
-    in f.
+    accept_probs [m + 1]: P(k); miss(k, f): chance that f candidates at accept length k do not contain the bonus token;
+    most: largest count per accept length (default: the budget).
+    -> m + 1 counts that sum to budget, or to (m + 1) * most if that is less. If the budget allows, every accept length
+    with a probability of at least 0.01 first gets one branch; the rest is split optimally if miss is convex in f.
     """
     most = budget if most is None else most
     budget = min(budget, most * len(accept_probs))
@@ -64,8 +63,9 @@ def allocate(
 class FanOut:
     """Fan-out per accept length, learned from outcomes unless configured.
 
-    fan_out: one count for all accept lengths, or num_speculative_tokens + 1 of them, the last for full acceptance;
-    branch_budget: branches per request to split by what was learned (default: 4 per accept length).
+    fan_out: one count for all accept lengths, or num_speculative_tokens + 1 counts, the last for full acceptance;
+    branch_budget: branches per request if the fan-out is learned (default: 4 per accept length).
+
     Acceptance is learned by draft position, separately after a hit and after a miss. The chance that F candidates miss
     the bonus token is fitted by a Pareto law, A * F^-r, separately after a rejection and after full acceptance.
     """
@@ -81,7 +81,7 @@ class FanOut:
         if fan_out is not None:
             self._fixed = [fan_out] * num_lengths if isinstance(fan_out, int) else list(fan_out)
         self._budget = sum(self._fixed) if self._fixed else branch_budget or 4 * num_lengths
-        # [after hit][m][k]: rounds of m drafts of which k were accepted.
+        # [after hit][m][k]: rounds that carried m drafts and accepted k of them.
         self._rounds = {hit: [[0.0] * (m + 1) for m in range(num_lengths)] for hit in (True, False)}
         # [k == m]: bonus tokens with candidates, those ranked first, those ranked later, and the sum of log ranks.
         self._ranked, self._first, self._later, self._log_ranks = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
@@ -97,8 +97,8 @@ class FanOut:
     ) -> None:
         """Learn from one outcome.
 
-        rank: rank of the bonus token among the candidates of its fork point, from 0; None when it was not among them.
-        num_candidates: how many there were (default: the current fan-out); with 0 the rank is not learned.
+        rank: rank of the bonus token among its fork point's candidates, from 0; None if it was not a candidate.
+        num_candidates: number of candidates (default: the current fan-out); if 0, the rank is not learned.
         """
         self._rounds[after_hit][num_drafts][accept_length] += 1
         if num_candidates is None:
@@ -124,7 +124,7 @@ class FanOut:
 
     @property
     def budget(self) -> int:
-        """Branches that are split at most."""
+        """Most branches per request."""
         return self._budget
 
     @property
@@ -133,10 +133,10 @@ class FanOut:
         return self._fixed is not None
 
     def counts(self, num_drafts: int, after_hit: bool, budget: int | None = None) -> list[int]:
-        """Branches by accept length for a round of `num_drafts` drafts.
+        """Branches per accept length for a round of `num_drafts` drafts.
 
-        -> num_drafts + 1 counts that sum to at most `budget` and at most the configured budget. Learned counts are at
-        most 16, the candidates of a fork point.
+        -> num_drafts + 1 counts that sum to at most `budget` and the configured budget. Learned counts are at most 16,
+        the number of candidates per fork point.
         """
         budget = self._budget if budget is None else min(budget, self._budget)
         key = (num_drafts, after_hit, budget)
@@ -152,7 +152,7 @@ class FanOut:
         return counts
 
     def hit_chances(self, num_drafts: int, after_hit: bool) -> list[float]:
-        """Estimated hit rate with 0, 1, … branches up to the configured budget, split as by `counts`."""
+        """Estimated hit rate with 0, 1, … branches, up to the configured budget, split as in `counts`."""
         key = (num_drafts, after_hit)
         chances = self._chances.get(key)
         if chances is None:
@@ -168,7 +168,7 @@ class FanOut:
         return survival(self.accept_probs(num_drafts, after_hit))
 
     def accept_probs(self, num_drafts: int, after_hit: bool) -> list[float]:
-        """Estimated P(k) of a round of `num_drafts` drafts: num_drafts + 1 probabilities that sum to 1."""
+        """Estimated P(k) for a round of `num_drafts` drafts: num_drafts + 1 probabilities that sum to 1."""
         n = PRIOR_OBSERVATIONS
         longest = len(self._rounds[after_hit]) - 1
         tried, accepted = [0.0] * longest, [0.0] * longest
@@ -187,7 +187,7 @@ class FanOut:
         return [*probs, survival]
 
     def acceptance(self, num_drafts: int, after_hit: bool) -> list[float]:
-        """Estimated chance of each of `num_drafts` drafts to be accepted after those before it."""
+        """Estimated chance that each of `num_drafts` drafts is accepted, given that all before it were."""
         rates = self._rates.get((num_drafts, after_hit))
         if rates is None:
             reached = [1.0, *self.survival(num_drafts, after_hit)]
@@ -196,7 +196,7 @@ class FanOut:
         return rates
 
     def gains(self, is_full: bool) -> list[float]:
-        """Estimated chance of each of 16 ranks of the bonus token, after a rejection or full acceptance."""
+        """Estimated chance that the bonus token has rank 0, 1, … 15, after a rejection or full acceptance."""
         gains = self._gains.get(is_full)
         if gains is None:
             law = self._miss_law(0)

@@ -1,4 +1,4 @@
-"""When to try another number of drafts, for how long, and what that may cost."""
+"""When to probe another number of drafts, for how long, and at what cost."""
 
 from __future__ import annotations
 
@@ -8,57 +8,59 @@ from dataclasses import dataclass, field
 from vllm_ssd.policy.estimator import MEMORY_ROUNDS, Prediction, RoundSums
 
 SPECULATION_COST = 0.03
-"""Relative rate that speculation must gain over plain decoding: it also slows rounds with prompts, never measured."""
+"""Relative gain over plain decoding that speculation must show, because it also slows prefill rounds, which are not
+measured."""
 EVALUATE_ROUNDS = 8
-"""Rounds between two looks for the best arm."""
+"""Rounds between two evaluations of the best arm."""
 KNOWN_ROUNDS = 2.0
-"""Rounds that judge an arm: decayed ones to settle on it without a probe, those of a probe to give it up early."""
+"""Rounds that suffice to judge an arm: decayed rounds to settle on it without a probe, or a probe's rounds to end the
+probe early."""
 
 STALE_ROUNDS = 0.5
-"""Decayed rounds below which even an arm that promises little is probed again: it may have been unlucky."""
+"""Decayed rounds below which even an unpromising arm is probed again: its last probe may have been unlucky."""
 OPTIMISM = 0.15
-"""Relative rate credited to an arm that was never measured when choosing what to probe."""
+"""Relative rate credited to a never measured arm when choosing what to probe."""
 
 PROBE_ROUNDS = 4
-"""Rounds of a probe that is not ahead."""
+"""Rounds of a probe, unless it is ahead."""
 MAX_PROBE_ROUNDS = 64
-"""Most rounds of a probe, which goes on while it is ahead."""
+"""Most rounds of a probe that is ahead."""
 SKIPPED_ROUNDS = 1
-"""Rounds at the start of a probe from which nothing is learned; none after plain decoding, where the drafter has
-caught up before they count."""
+"""Rounds ignored at the start of a probe; none after plain decoding, where rounds are ignored anyway until the drafter
+has caught up."""
 CHANGE = 1.3
-"""Ratio of duration or tokens, to what was expected, from which the load counts as changed."""
+"""Ratio of measured to expected duration or tokens from which the load counts as changed."""
 
 MIN_PROBE_GAP = 16
-"""Rounds from a probe that changed something to the next. The gap doubles after each probe that changed nothing."""
+"""Rounds between a probe that changed something and the next. The gap doubles after each probe that changed nothing."""
 MAX_PROBE_GAP = MEMORY_ROUNDS
-"""Longest gap between probes in rounds: an arm is measured again before it is forgotten."""
+"""Longest gap between probes in rounds, so that an arm is measured again before it is forgotten."""
 MAX_PLAIN_GAP = 80
-"""The same while decoding is plain, when nothing else shows that speculation would pay again."""
+"""Longest gap during plain decoding, where only a probe can show that speculation pays again."""
 PROBE_LOSS = 0.015
-"""Share of all rounds that probes may lose."""
+"""Share of all rounds that probes may cost."""
 PROBE_CREDIT, MAX_PROBE_CREDIT = float(PROBE_ROUNDS), 3.0 * PROBE_ROUNDS
-"""Rounds that probes may lose in advance, at the start and after a change: one probe that yields nothing; and the most
-that they may save up."""
+"""Rounds that probes may cost in advance, at the start and after a change (one fruitless probe), and the most that can
+be saved up."""
 
 
 def draft_grid(most: int) -> list[int]:
-    """Numbers of drafts that stand for all from 0 to `most` >= 1: 0, 1, 2, 4, … and `most`."""
+    """A logarithmic grid of numbers of drafts from 0 to `most` >= 1: 0, 1, 2, 4, … and `most`."""
     return sorted({0, *(1 << i for i in range(most.bit_length())), most})
 
 
 @dataclass(slots=True)
 class Probe:
-    """An arm on trial: its rounds so far, those that were learned from, and the tokens per second to beat."""
+    """An arm on trial."""
 
     arm: int
-    rate_to_beat: float
-    expected_s: float  # of its rounds, as far as they were measured before, else 0
-    needed_s: float  # its rounds must take less to be worth it, if they emit what is predicted
+    rate_to_beat: float  # tokens per second of the settled arm
+    expected_s: float  # mean duration of this arm's earlier rounds, 0 if too few were measured
+    needed_s: float  # duration below which its rounds beat the settled arm, given the predicted tokens
     num_rounds: int = 0
-    lost_s: float = 0.0  # while the drafter caught up
-    sums: RoundSums = field(default_factory=RoundSums)
-    is_changed: bool = False  # its rounds do not take what they took before
+    lost_s: float = 0.0  # time lost while the drafter caught up
+    sums: RoundSums = field(default_factory=RoundSums)  # over the rounds that were not skipped
+    is_changed: bool = False  # its rounds take a different time than before
 
     @property
     def mean_s(self) -> float:
@@ -69,8 +71,8 @@ class Probe:
 class ProbeController:
     """Settles on the arm with the most tokens per second, and probes others within a budget of lost rounds.
 
-    An arm is a number of drafts. `settled` is the arm believed best; `choice` is the arm to use now, another one during
-    a probe. `predict` says what is believed of every arm.
+    An arm is a number of drafts. `settled` is the arm believed to be best; `choice` is the arm to use now, which
+    differs during a probe. `predict` returns the current estimates for all arms.
     """
 
     def __init__(self, arms: Iterable[int], start: int, predict: Callable[[], Prediction]) -> None:
@@ -79,14 +81,14 @@ class ProbeController:
         self._grid = draft_grid(max(self._arms))
         self._predict = predict
         self._num_rounds = self._num_probes = 0
-        # Rounds and seconds at the start of an arm that are still to be skipped. At first the drafter starts, too, and
-        # plain rounds are slow while it still grows the trees of the round before.
+        # Rounds and seconds to skip after a change of arms. The initial value is higher because the drafter is starting
+        # too. Seconds are skipped before plain rounds: the drafter slows them until its last trees are grown.
         self._skip_rounds, self._skip_s = 2 * SKIPPED_ROUNDS, 0.0
         self._probe: Probe | None = None
         self._gap = self._next_probe = MIN_PROBE_GAP
-        self._credit = PROBE_CREDIT  # rounds that probes may lose
+        self._credit = PROBE_CREDIT  # rounds that probes may cost
         self._plain_first = False
-        self._was_slow = False  # the last probe was one from plain decoding that took too long
+        self._was_slow = False  # the last probe started from plain decoding and its rounds took too long
 
     @property
     def is_probing(self) -> bool:
@@ -101,14 +103,14 @@ class ProbeController:
         return True
 
     def count(self, rows: int, tokens: int, seconds: float) -> bool:
-        """Count one round of `choice`: rows, tokens emitted by all of them, duration. False when no probe runs."""
+        """Count one round of the running probe: rows, tokens emitted by all rows, duration. False if no probe runs."""
         if self._probe is None:
             return False
         self._probe.sums.add(1.0, rows, tokens, seconds)
         return True
 
     def finds_change(self) -> bool:
-        """Whether the rounds of this probe take another time than such rounds did before; says so once a probe."""
+        """Whether this probe's rounds take a different time than the arm's earlier ones; true once per probe."""
         probe = self._probe
         if probe is None or probe.is_changed or not probe.expected_s or probe.sums.rounds < PROBE_ROUNDS:
             return False
@@ -116,10 +118,9 @@ class ProbeController:
         return probe.is_changed
 
     def wait(self, rows: int, tokens: int, seconds: float) -> None:
-        """A round of `choice` in which the drafter was behind: a probe waits for it, at its own expense.
+        """Charge a round in which the drafter was behind to the running probe, without learning from it.
 
-        A probe from plain decoding ends where that round takes too long, as if drafts had been in it: the drafter at
-        work slows the target.
+        A probe from plain decoding ends if such a round takes too long, because the busy drafter slows the target.
         """
         if (probe := self._probe) is None:
             return
@@ -128,16 +129,16 @@ class ProbeController:
             self._end(probe, is_slow=True)
 
     def restart(self, slower: bool = False) -> None:
-        """Probe soon, and as much as at the start: the past says little about what is best now.
+        """Probe soon and as much as at the start, because the load has changed.
 
-        slower: rounds take longer than they did, so that plain decoding is tried first
+        slower: rounds take longer than before, so try plain decoding first
         """
         self._next_probe, self._gap = self._num_rounds, MIN_PROBE_GAP
         self._plain_first = slower and self.settled > 0 and 0 in self._arms
         self._credit = max(self._credit, MAX_PROBE_CREDIT if slower else PROBE_CREDIT)
 
     def step(self) -> None:
-        """After every round: follow the probe, start the next when it is due, or settle on the best arm."""
+        """Advance by one round: continue or end the probe, start one that is due, or re-evaluate the best arm."""
         self._num_rounds += 1
         self._credit = min(self._credit + PROBE_LOSS, MAX_PROBE_CREDIT)
         if self._probe:
@@ -150,7 +151,7 @@ class ProbeController:
             self._evaluate()
 
     def _evaluate(self) -> None:
-        """Settle on the best known arm; probe one that promises more as far as probes may lose."""
+        """Settle on the best known arm; if another promises more and credit remains, probe it."""
         prediction = self._predict()
         self._settle(prediction)
         rates = handicapped(prediction)
@@ -169,9 +170,10 @@ class ProbeController:
         self.choice = self.settled
 
     def _unsure_arm(self, prediction: Prediction) -> int:
-        """Alternately the least known arm of the grid that may be best or is stale, and the one that promises most.
+        """The arm to probe next.
 
-        From plain decoding the latter alone: any arm shows whether speculation pays again.
+        Alternates between the least known grid arm that may be best or is stale, and the most promising arm. From plain
+        decoding always the latter, since any arm shows whether speculation pays again.
         """
         rates, evidence = handicapped(prediction), prediction.evidence
         others = self._arms - {self.settled}
@@ -192,7 +194,7 @@ class ProbeController:
         self.choice = arm
 
     def _follow(self, probe: Probe) -> None:
-        """End a probe that has had its rounds or cannot win; one that is ahead goes on."""
+        """End a probe that has had its rounds or cannot win; continue one that is ahead."""
         probe.num_rounds += 1
         sums, tokens_to_beat = probe.sums, probe.rate_to_beat * probe.sums.seconds
         is_hopeless = sums.rounds >= KNOWN_ROUNDS and sums.rows * (1 + probe.arm) < tokens_to_beat
@@ -205,10 +207,10 @@ class ProbeController:
         self._end(probe, is_slow)
 
     def _end(self, probe: Probe, is_slow: bool) -> None:
-        """Settle on the best arm, pay for the probe, and say when the next one is due.
+        """Settle on the best arm, charge the probe's cost, and schedule the next probe.
 
-        is_slow: it was one from plain decoding, and its rounds took too long. A probe after it whose rounds are quick
-        enough shows that the load has changed: the next comes soon, whatever these few rounds emitted.
+        is_slow: the probe started from plain decoding and its rounds took too long. If the next probe's rounds are fast
+        enough, the load has changed, so another follows soon whatever those few rounds emitted.
         """
         before, self._probe = self.settled, None
         prediction = self._predict()
@@ -226,18 +228,18 @@ class ProbeController:
 
 
 def differs(ratio: float) -> bool:
-    """Whether a ratio of what was measured to what was expected says that the load has changed."""
+    """Whether the ratio of a measured to an expected value indicates a change of load."""
     return not 1 / CHANGE < ratio < CHANGE
 
 
 def handicapped(prediction: Prediction) -> list[float]:
-    """Tokens per second, those of plain decoding raised by what speculation must gain."""
+    """Predicted tokens per second by arm, with SPECULATION_COST added to plain decoding."""
     plain, *speculative = prediction.rates
     return [(1 + SPECULATION_COST) * plain, *speculative]
 
 
 def lost_rounds(prediction: Prediction, probe: Probe, best: int) -> float:
-    """Rounds of the arm `best` whose tokens a probe's rounds fell short by; negative when it was ahead."""
+    """Cost of a probe in rounds of the arm `best`; negative if the probe was ahead."""
     tokens, seconds = prediction.tokens, prediction.seconds
     took_s = probe.mean_s if probe.sums.rounds else seconds[probe.arm]
     return probe.num_rounds * (took_s / seconds[best] - tokens[probe.arm] / tokens[best])

@@ -1,1 +1,1 @@
-"""What runs in vLLM's worker: requests, drafts for their next rounds, and the metrics about them."""
+"""The target's side, in vLLM's worker: requests, drafts for their next rounds, and metrics."""

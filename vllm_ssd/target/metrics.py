@@ -1,4 +1,4 @@
-"""Counters of the target's side: a log line every ten seconds, and Prometheus."""
+"""Metrics of the target's side: a log line every ten seconds, and Prometheus."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ SECONDS = {
 
 
 class DrafterStatus(Protocol):
-    """What metrics show of the link to the drafter."""
+    """The part of a drafter's link that metrics show."""
 
     connected: bool
     max_model_len: int
 
 
 class Report(NamedTuple):
-    """What a drafter said of itself last: which of its processes, and when."""
+    """A drafter's latest statistics, with the generation of its process and the time of arrival."""
 
     stats: DrafterStats
     generation: int
@@ -76,13 +76,13 @@ DRAFTER_GAUGES: dict[str, tuple[str, Callable[[Report, float], float]]] = {
         lambda report, now: now - report.at,
     ),
 }
-"""Gauges of a drafter that is connected, from its last report and the time."""
+"""Gauges of a connected drafter: help text, and value from its latest report and the current time."""
 
 
 class Metrics:
-    """Plain integers on the hot path, rendered only when somebody looks.
+    """Counters that are plain integers on the hot path and are rendered only on request.
 
-    Counters are the target's: they add up what every drafter reported, so none falls when a drafter is replaced.
+    Drafters' counters are accumulated over all their processes, so no counter falls when a drafter is replaced.
     """
 
     def __init__(self, num_speculative_tokens: int, logger: logging.Logger) -> None:
@@ -90,11 +90,11 @@ class Metrics:
         self.seconds = dict.fromkeys(SECONDS, 0.0)
         self.handovers = 0
         self.accepted_at = [0] * num_speculative_tokens
-        self.rows_at_batch: dict[int, int] = {}  # rows verified, by the power of two that their batch size is up to
+        self.rows_at_batch: dict[int, int] = {}  # rows verified, by batch size rounded up to a power of two
         self.drafts_at_batch: dict[int, int] = {}
-        self.drafter_outcomes: Counter[tuple[int, str]] = Counter()  # by the drafter's index, and what was found
+        self.drafter_outcomes: Counter[tuple[int, str]] = Counter()  # by drafter index and "hits", "misses" or "late"
         self._reports: dict[int, Report] = {}  # by the drafter's index
-        self._report_lock = threading.Lock()  # each drafter has a thread that reports in an idle target's place
+        self._report_lock = threading.Lock()  # while the target is idle, each drafter's supervisor thread reports
         self._drafters: list[weakref.ref[DrafterStatus]] | None = None
         self._logger = logger
         self._logged_at = time.monotonic()
@@ -103,17 +103,17 @@ class Metrics:
         self._listener: MetricsListener | None = None
 
     def watch(self, *drafters: DrafterStatus) -> None:
-        """Show drafters' gauges only while they are connected; without a call, whenever they have reported any."""
+        """Show gauges only of drafters that are connected; without this call, of all that have reported."""
         self._drafters = [weakref.ref(drafter) for drafter in drafters]
 
     @property
     def num_drafters(self) -> int:
-        """Drafters that are connected; of those that nobody watches, those that have reported anything."""
+        """Number of connected drafters; without `watch`, of drafters that have reported."""
         indices = self._reports if self._drafters is None else range(len(self._drafters))
         return sum(map(self._is_connected, indices))
 
     def drafter_stats(self, index: int = 0) -> DrafterStats | None:
-        """What a drafter reported last."""
+        """A drafter's latest statistics; None before the first."""
         report = self._reports.get(index)
         return None if report is None else report.stats
 
@@ -124,17 +124,17 @@ class Metrics:
         return drafter is not None and drafter.connected
 
     def _shown(self) -> list[tuple[int, Report]]:
-        """Reports of drafters that are connected."""
+        """Latest reports of connected drafters, by index."""
         return [(index, report) for index, report in sorted(self._reports.copy().items()) if self._is_connected(index)]
 
     def outcome(self, *, hit: bool, block: bool, index: int = 0) -> None:
-        """One request's outcome: found in the block of its drafter, not in it, or no block there yet."""
+        """Count one outcome: a hit, a miss (in no branch of its block), or late (no block had arrived)."""
         found = "hits" if hit else "misses" if block else "late"
         self.counts[found] += 1
         self.drafter_outcomes[index, found] += 1
 
     def accepted(self, offered: Sequence[int], accepted: Sequence[int], num_filler: int = 0) -> None:
-        """Drafts verified and accepted, per row of one round, and the filler in all its rows."""
+        """Count the drafts verified and accepted per row of one round, and the filler in all its rows."""
         num_drafts = sum(offered)
         self.counts["filler_tokens"] += num_filler
         self.counts["draft_tokens"] += num_drafts
@@ -168,17 +168,17 @@ class Metrics:
         )
 
     def waited(self, seconds: float) -> None:
-        """One bounded wait for just-in-time drafts."""
+        """Count one wait for just-in-time drafts."""
         self.counts["waits"] += 1
         self.seconds["waited_seconds"] += seconds
 
     def handed_over(self, seconds: float) -> None:
-        """Host time of one round without a wait; logs when ten seconds have passed."""
+        """Count the host time of one round without a wait."""
         self.handovers += 1
         self.seconds["handover_seconds"] += seconds
 
     def drafter(self, stats: DrafterStats, generation: int, index: int = 0) -> None:
-        """What the `generation`-th process of a drafter reports: its gauges, and its counters since it started."""
+        """Record the statistics of a drafter's process number `generation`; counters run from that process's start."""
         with self._report_lock:
             report = self._reports.get(index)
             last = report.stats if report is not None and generation == report.generation else None
@@ -188,7 +188,7 @@ class Metrics:
             self._reports[index] = Report(stats, generation, time.monotonic())
 
     def log(self) -> None:
-        """One line about the last ten seconds, if there was anything to tell."""
+        """Log one line about the last ten seconds, if there was any activity; call at any time."""
         now = time.monotonic()
         if now - self._logged_at < LOG_INTERVAL_S:
             return
@@ -218,14 +218,14 @@ class Metrics:
         self._logger.info("SSD: %s", ", ".join(told))
 
     def serve(self, port: int) -> None:
-        """Answer Prometheus on 127.0.0.1:`port` until `close`; raises OSError when the port is taken."""
+        """Serve Prometheus on 127.0.0.1:`port` until `close`; raises OSError if the port is taken."""
         try:
             self._server = start_http_server(port, addr="127.0.0.1", registry=self._registry())
         except OSError as error:
             raise OSError(f"ssd: metrics_port {port} cannot be served: {error.strerror}") from None
 
     def listen(self, name: str, replica: int) -> None:
-        """Answer the server's own page (`link.metrics_socket`) until `close`; without it where that is not possible."""
+        """Serve the server's own metrics page (`link.metrics_socket`) until `close`; does nothing if that fails."""
         registry = self._registry()
         try:
             self._listener = MetricsListener(name, replica, lambda: generate_latest(registry))

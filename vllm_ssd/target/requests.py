@@ -1,11 +1,11 @@
-"""What the drafter was told of each request, and the one way to tell it more."""
+"""The state of each request on its drafter, and the only code that sends events about it."""
 
 # Theory of operation
 #
-# The target opens each request on the drafter, tells it the outcome of every round and closes the request when it
-# ends. The drafter pushes speculation blocks, and answers `Evicted` for a request that it does not hold. Both model
-# runners talk to it through one `DrafterClient`, which knows nothing of drafts, batches or devices: its owner says what
-# happened, the client decides what may be said about it and queues that until `send`.
+# The target opens each request on the drafter, reports the outcome of every round and closes the request when it ends.
+# The drafter pushes speculation blocks, and answers `Evicted` for a request that it does not hold. Both model runners
+# use a `DrafterClient`, which knows nothing of drafts, batches or devices: its owner reports what happened, and the
+# client decides which events follow and queues them until `send`.
 #
 # A request is
 #
@@ -26,21 +26,21 @@
 #     open, its drafter abandoned for another      held             held        Close there, Open elsewhere
 #     close                                        any              forgotten   Close if it was held
 #
-# 1. Whoever asks for what the state forbids is refused, quietly: an outcome of a request that is not held is dropped,
-#    a request that is too long is never opened again. The target goes on without drafts either way.
+# 1. Calls that the state forbids are ignored silently: an outcome of a request that is not held is dropped, a request
+#    that is too long is never opened again. The target continues without drafts in either case.
 # 2. An epoch is used once, over all requests. A block is accepted only for the current epoch and `length` of a held
 #    request, so neither a preempted request nor a reused request id can meet blocks of its past. All others are stale.
 # 3. `length` never falls within an epoch. A request whose committed length did fall is opened again.
 # 4. The drafter process that holds a request is known by its `generation`. A new process makes every held request
 #    "not held" without a pass over them; events queued for the one before it are dropped.
-# 5. The drafter answers each outcome of a request it has evicted, those under way included: only the first counts.
-#    Each eviction doubles the back-off, so that requests which do not fit together do not evict each other for ever.
-# 6. `max_length` leaves the room that the drafter insists on, for the drafts of two rounds: it never evicts a request
-#    for its length.
-# 7. Any drafter of the fleet drafts for any request. A request stays where it is while its drafter answers; opened anew
-#    it goes to the drafter that knows its first tokens, if that is not much busier, or else to the less busy one of two
-#    chosen at random (Mitzenmacher, "The power of two choices", 2001). Those that a lost drafter leaves behind are read
-#    by the others in pieces, so that the rounds of their own requests do not come late.
+# 5. The drafter answers every outcome of an evicted request, including those in flight; only the first answer counts.
+#    Each eviction doubles the back-off, so that requests which do not fit together do not evict each other forever.
+# 6. `max_length` leaves the room that the drafter requires for the drafts of two rounds, so the drafter never evicts a
+#    request for its length.
+# 7. Any drafter of the fleet can serve any request. A request stays on its drafter while that answers. When it is
+#    opened, it goes to the drafter that knows its first tokens, unless that is much busier, or else to the less busy of
+#    two chosen at random (Mitzenmacher, "The power of two choices", 2001). Requests of a lost drafter are reopened a
+#    few at a time, so that their prefill does not delay the other drafters' own requests.
 
 from __future__ import annotations
 
@@ -67,38 +67,38 @@ from vllm_ssd.target.members import Member, Members
 from vllm_ssd.target.metrics import Metrics
 
 REOPEN_ROUNDS = 32
-"""Rounds an evicted request waits before it is opened again; doubled with each eviction."""
+"""Rounds before an evicted request is opened again; doubled with each eviction."""
 
 SILENT_ROUNDS = 8
-"""Rounds in a row that a drafter was told of and pushed nothing for, from which it is taken to compile or the like."""
+"""Consecutive rounds without a push after which a drafter counts as busy with something else, such as compiling."""
 
 NOT_HELD = -1
-"""Generation of no drafter."""
+"""`generation` of a request that no drafter holds."""
 
 
 @dataclass(slots=True)
 class RemoteRequest:
-    """One request as the drafter knows it; only `DrafterClient` changes it."""
+    """A request's state on its drafter; only `DrafterClient` changes it."""
 
     request_id: str
     temperature: float
     truncation: Truncation = ALL_TOKENS
     cache_salt: bytes = b""
     epoch: int = 0
-    length: int = 0  # committed tokens that the drafter was told of
+    length: int = 0  # committed tokens that were reported to the drafter
     member: int = 0  # index of the drafter that holds it, or held it last
-    generation: int = NOT_HELD  # of the drafter that holds it
-    behind_until: int = 0  # the length whose block shows that the drafter has read what it was told; 0: it has
+    generation: int = NOT_HELD  # generation of the drafter process that holds it
+    behind_until: int = 0  # a block for this length shows that the drafter has caught up; 0 if it has
     too_long: bool = False
     evictions: int = 0
-    reopen_round: int = 0  # back-off ends
+    reopen_round: int = 0  # round in which the back-off ends
 
 
 class DrafterClient:
-    """Open, outcome, close and poll: the target's side of the conversation with its drafters.
+    """The target's side of the protocol with its drafters: open, outcome, close and poll.
 
-    `keep_blocks` gets a push, from `poll`, its accepted blocks, and the first proposal of each there; other blocks are
-    counted as stale.
+    keep_blocks: called by `poll` with a push, its accepted blocks, and the index of each block's first proposal; other
+    blocks are counted as stale
     """
 
     def __init__(
@@ -121,14 +121,14 @@ class DrafterClient:
 
     @property
     def connected(self) -> bool:
-        """Whether there is a drafter now."""
+        """Whether any drafter is connected."""
         return self._fleet.connected
 
     @property
     def in_time(self) -> bool:
-        """Whether there is a drafter and none is still reading what it was told, or busy with something else.
+        """Whether a drafter is connected and none is catching up or busy with something else.
 
-        While one is, rounds say nothing about what its drafts are worth.
+        Otherwise a round's measurements do not reflect what drafts are worth.
         """
         if not self._fleet.connected:
             return False
@@ -138,26 +138,28 @@ class DrafterClient:
         return not self._behind or not any(map(self._is_known, self._behind.values()))
 
     def holds(self, request: RemoteRequest) -> bool:
-        """Whether a drafter holds the request, as far as the target was told, and is not abandoned for another."""
+        """Whether a drafter holds the request, as far as the target knows, and has not been abandoned."""
         if request.generation == NOT_HELD:
             return False
         member = self._joined[request.member]
         return request.generation == member.link.generation and not member.abandoned
 
     def reaches(self, request: RemoteRequest) -> bool:
-        """Whether the drafter that holds the request is there."""
+        """Whether the drafter that holds the request is connected."""
         return self.holds(request) and self._joined[request.member].link.connected
 
     def may_wait(self, request: RemoteRequest, length: int) -> bool:
-        """Whether its drafter can be asked to hurry with a request of `length` committed tokens; not while it still
-        owes what was waited for."""
+        """Whether the request, at `length` committed tokens, may wait for just-in-time drafts.
+
+        Not while its drafter still owes a push from an earlier wait.
+        """
         if not self.reaches(request):
             return False
         member = self._joined[request.member]
         return not member.awaiting_push and length <= member.max_length
 
     def begin_round(self) -> None:
-        """A round of the target passes; back-off is counted in them."""
+        """Start a new round of the target; back-off is counted in rounds."""
         self._round += 1
         for member in self._joined:
             member.silent_rounds = member.silent_rounds + 1 if member.was_told else 0
@@ -168,7 +170,7 @@ class DrafterClient:
     def add(
         self, request_id: str, temperature: float, truncation: Truncation = ALL_TOKENS, cache_salt: bytes = b""
     ) -> RemoteRequest:
-        """A new request, not held yet; one of the same id is closed."""
+        """Register a new request, which is not held yet; closes an earlier one with the same id."""
         self.close(request_id)
         request = RemoteRequest(request_id, temperature, truncation, cache_salt)
         self._requests[request_id] = request
@@ -177,9 +179,9 @@ class DrafterClient:
     def open(
         self, request: RemoteRequest, token_ids: Sequence[int] | np.ndarray, draft_token_ids: Sequence[int] = ()
     ) -> bool:
-        """Open the request anew and name the drafts under verification; False where it cannot be opened now.
+        """Open or reopen the request; returns False if it cannot be opened now.
 
-        token_ids: all its committed tokens.
+        token_ids: all its committed tokens; draft_token_ids: the drafts under verification
         """
         if request.too_long:
             return False
@@ -211,7 +213,7 @@ class DrafterClient:
         return True
 
     def outcome(self, request: RemoteRequest, emitted: list[int], draft_token_ids: list[int], jit: int = 0) -> None:
-        """Tell what was emitted since `request.length`, and the drafts now under verification (`protocol.Outcome`)."""
+        """Report the tokens emitted since `request.length` and the drafts under verification (`protocol.Outcome`)."""
         if request.generation == NOT_HELD:
             return
         member = self._joined[request.member]
@@ -223,35 +225,35 @@ class DrafterClient:
             (self._retire if length > self._members.max_length else self._release)(request)
             return
         request.length = length
-        if len(emitted) > self._most_emitted:  # of several rounds, in which nothing was wanted
+        if len(emitted) > self._most_emitted:  # covers several rounds, in which no drafts were wanted
             self._await(request)
         member.was_told = True
         member.enqueue(Outcome(request.request_id, request.epoch, length, emitted, draft_token_ids, jit))
 
     def looked_up(self, request: RemoteRequest, *, hit: bool, block: bool) -> None:
-        """The outcome of a held request was found in its block, was not in it, or there was no block yet."""
+        """Count the lookup of a held request's outcome; block: whether any block had arrived."""
         self._metrics.outcome(hit=hit, block=block, index=request.member)
         self._joined[request.member].looked_up(not hit and not block)
 
     def close(self, request_id: str) -> None:
-        """Forget a request; unknown ones are ignored."""
+        """Close a request; unknown ones are ignored."""
         request = self._requests.pop(request_id, None)
         if request is not None:
             self._release(request)
             self._behind.pop(request_id, None)
 
     def send(self, num_drafts: int) -> None:
-        """Send what was queued, if anything; `num_drafts` are wanted for each coming round."""
+        """Send the queued events, if any; num_drafts: drafts wanted in each following round."""
         for member in self._joined:
             member.send(num_drafts)
 
     def _await(self, request: RemoteRequest) -> None:
-        """Its drafter has more to read than a round's tokens."""
+        """Mark the request as behind: its drafter has more to read than a round's tokens."""
         request.behind_until = request.length
         self._behind[request.request_id] = request
 
     def _is_known(self, request: RemoteRequest) -> bool:
-        """Whether the drafter process that it was opened on is still the one there, answering or not."""
+        """Whether the drafter process that holds the request has not been replaced."""
         generation = request.generation
         return generation != NOT_HELD and generation == self._joined[request.member].link.generation
 
@@ -276,9 +278,9 @@ class DrafterClient:
     # ---- from the drafters -----------------------------------------------------------------------------
 
     def poll(self, timeout_s: float = 0.0, waiting: Collection[RemoteRequest] = ()) -> None:
-        """Take what the drafters have pushed, waiting at most `timeout_s` when there is nothing.
+        """Process the drafters' pushes; without any, wait up to `timeout_s`.
 
-        waiting: the requests that the wait is for.
+        waiting: the requests on whose behalf this waits
         """
         pushes = self._fleet.poll(timeout_s)
         for request in waiting:
@@ -286,7 +288,7 @@ class DrafterClient:
         for index, push in pushes:
             member = self._members[index]
             member.awaiting_push = False
-            if push.blocks or push.evicted or push.stats is not None:  # else it only says that it compiles
+            if push.blocks or push.evicted or push.stats is not None:  # an empty push is a heartbeat while compiling
                 member.silent_rounds, member.was_told = 0, False
             if push.blocks:
                 self._take_blocks(push, member)
@@ -305,7 +307,7 @@ class DrafterClient:
             if (
                 request is None
                 or request.member != index
-                or request.generation != generation  # as NOT_HELD does, too
+                or request.generation != generation  # includes NOT_HELD
                 or block.epoch != request.epoch
             ):
                 self._metrics.stale_block()

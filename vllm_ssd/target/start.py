@@ -37,17 +37,17 @@ Link = TypeVar("Link", bound=RemoteDrafter)
 
 
 def user_config(vllm_config: VllmConfig) -> SSDConfig:
-    """What the user asked for, as it travelled to this worker."""
+    """The user's configuration, as passed on to this worker."""
     ours = vllm_config.additional_config
     assert isinstance(ours, dict)  # see `has_ssd`
     return SSDConfig.from_json(ours["ssd"])
 
 
 def start_drafters(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, Fleet]:
-    """Start the drafters of this worker, which load beside the target, and the counters about them.
+    """Start this worker's drafters, which load in parallel with the target, and their metrics.
 
-    A drafter on this worker's own GPU is loaded before the target, so that each measures its own memory. The metrics'
-    port is free again when a drafter is closed or the server has ended.
+    A drafter on this worker's own GPU is loaded before the target, so that each measures only its own memory. The
+    metrics port is released when a drafter is closed or the server has ended.
     """
     if config.drafters != "local":
         return _connect_drafters(config, vllm_config)
@@ -86,7 +86,7 @@ def start_drafters(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics,
 
 
 def _connect_drafters(config: SSDConfig, vllm_config: VllmConfig) -> tuple[Metrics, Fleet]:
-    """Connect to drafters that others start, of which some must answer before the server starts."""
+    """Connect to drafters that are started elsewhere."""
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     limits = target_limits(config, max_num_seqs)
     hello = msgspec.structs.replace(
@@ -145,7 +145,7 @@ def _wanted(config: SSDConfig, pool: str, max_num_seqs: int, server_pid: int) ->
 
 
 def _metrics(config: SSDConfig, vllm_config: VllmConfig) -> Metrics:
-    """The counters, where they can be read."""
+    """Create the metrics and serve them as configured."""
     metrics = Metrics(config.num_speculative_tokens, logger)
     if config.metrics_port is not None:
         metrics.serve(config.metrics_port + vllm_config.parallel_config.data_parallel_index)
@@ -155,7 +155,7 @@ def _metrics(config: SSDConfig, vllm_config: VllmConfig) -> Metrics:
 
 
 def _all_of(hooks: Sequence[worker.WorkerHooks]) -> worker.WorkerHooks:
-    """The hooks of several drafters as those of one."""
+    """Combine the hooks of several drafters."""
 
     def on_sleep() -> None:
         for hook in hooks:

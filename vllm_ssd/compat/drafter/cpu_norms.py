@@ -7,10 +7,10 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 
 
 def use_compiled_norms() -> None:
-    """Let every RMSNorm of this process that runs eagerly on the CPU call vLLM's C kernel.
+    """Make every RMSNorm in this process that runs eagerly on the CPU use vLLM's C++ kernel; idempotent.
 
-    vLLM 0.29 to 0.33 compute it there as eight PyTorch operations, several times as long as the kernel they have: in a
-    small draft model a fifth of the whole step. Idempotent.
+    vLLM 0.29 to 0.33 run eight PyTorch operations there instead, which take several times as long: a fifth of a small
+    draft model's step.
     """
     if not _CompiledRMSNorm.registered:
         RMSNorm.register_oot(_CompiledRMSNorm, name="RMSNorm")
@@ -23,7 +23,7 @@ class _CompiledRMSNorm(RMSNorm):
     def forward_cpu(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As `RMSNorm.forward_native`; `x` and `residual` are overwritten where both are given, as on a GPU."""
+        """Like `RMSNorm.forward_native`, but overwrites `x` and `residual` if both are given, as on a GPU."""
         weight = self.weight.data
         plain = self.has_weight and self.variance_size_override is None and weight.dtype == x.dtype
         if not plain or not x.is_contiguous() or (residual is not None and not residual.is_contiguous()):

@@ -1,4 +1,4 @@
-"""Forwards with vLLM's attention, captured: every token is a sequence of its own, with a page table."""
+"""Captured forwards with vLLM's attention, in which every token is a sequence with its own page table."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from vllm_ssd.compat.drafter.graphs import Graphs, Replay
 from vllm_ssd.compat.drafter.paged import ForwardBatch
 
 MAX_QUERY = 16
-"""Tokens of one sequence that are taken one by one: those of a miss. A prompt's would read its KV too often."""
+"""Most tokens of one sequence in a captured forward, enough after a miss; a prompt would read its KV too often."""
 
 Groups = Sequence[tuple[list[str], AttentionMetadataBuilder]]
-"""Names of layers, and who builds their metadata."""
+"""Layer names, and the builder of these layers' attention metadata."""
 Forward = Callable[[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Hidden states of attention metadata, token ids, positions and slots."""
+"""Maps attention metadata, token ids, positions and slots to hidden states."""
 
 
 def metadata_by_layer(groups: Groups, build: Callable[[AttentionMetadataBuilder], Any]) -> dict[str, Any]:
-    """What `build` makes with the builder of each group, by the names of its layers."""
+    """Build each group's attention metadata with `build` and return it by layer name."""
     found: dict[str, Any] = {}
     for names, builder in groups:
         found |= dict.fromkeys(names, build(builder))
@@ -33,10 +33,10 @@ def metadata_by_layer(groups: Groups, build: Callable[[AttentionMetadataBuilder]
 
 
 class DecodeGraphs:
-    """Replays for batches of up to `sizes[-1]` tokens, over buffers that never move; padding reads page 0, writes none.
+    """CUDA graphs for batches of up to `sizes[-1]` tokens, over buffers with fixed addresses.
 
-    A token reads its predecessors of the same batch through the pages, which are written before attention reads them;
-    so several tokens of a sequence are as many sequences of one token.
+    Several tokens of a sequence are passed as sequences of one token each: a token can read its predecessors in the
+    same batch from the pages, since KV is written before attention reads it. Padding reads page 0 and writes nothing.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class DecodeGraphs:
         self._hidden_states = zeros(most, hidden_size, dtype=dtype)
 
     def capture(self) -> int:
-        """Capture every size, the largest first, and return how many there are."""
+        """Capture every size, the largest first; returns the number of sizes."""
         for size in reversed(self._sizes):
             self._replays[size] = self._graphs.capture(self._step_of(size))
         return len(self._sizes)
@@ -87,7 +87,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def hidden_states(self, batch: ForwardBatch) -> torch.Tensor | None:
-        """Hidden states `[T, hidden_size]` of a batch, valid until the next call; None if no graph is for it."""
+        """Hidden states `[T, hidden_size]` of a batch, valid until the next call; None if no graph fits it."""
         num_tokens, query_lens = len(batch.token_ids), np.diff(batch.query_start_loc)
         at = bisect.bisect_left(self._sizes, num_tokens)
         if at == len(self._sizes) or query_lens.max() > MAX_QUERY:
@@ -129,10 +129,10 @@ class DecodeGraphs:
 
 
 def capturing_builders(groups: Groups, vllm_config: VllmConfig, sizes: Sequence[int]) -> Groups | None:
-    """Builders like those of `groups`, for graphs of up to `sizes[-1]` sequences; None if one of them can have none.
+    """Builders like those of `groups` for graphs of up to `sizes[-1]` sequences; None if one does not support graphs.
 
-    vLLM sizes a builder's buffers for its own graphs, of which a drafter has none, and for its requests, of which each
-    has many branches here.
+    New builders are needed because vLLM sizes their buffers for its own graphs, which a drafter does not have, and for
+    its number of requests, each of which has many branches here.
     """
     widened, scheduler = copy.copy(vllm_config), copy.copy(vllm_config.scheduler_config)
     compilation = copy.copy(vllm_config.compilation_config)

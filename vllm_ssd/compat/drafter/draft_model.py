@@ -1,7 +1,7 @@
-"""A draft model booted by vLLM itself, with its scheduler left out.
+"""A draft model that vLLM loads, but does not schedule.
 
-vLLM's start-up (`EngineCore` on the uniprocess executor) loads, quantises, sizes and lays out;
-this module then runs single forwards on pages and slots that the caller chooses.
+vLLM's `EngineCore` on the uniprocess executor loads and quantises the model, sizes its KV pages and lays them out. This
+module then runs single forwards on pages and slots that the caller chooses.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from vllm_ssd.kernels import copy_pages
 logger = logging.getLogger("vllm.vllm_ssd")
 
 PAGE_SIZE = 32
-"""Slots a page: the smallest that vLLM's CPU attention takes, so that little is copied on a fork."""
+"""Tokens per page: the smallest size that vLLM's CPU attention supports, to copy little on a fork."""
 WHO_CAN_DRAFT = (
     "a draft model is a decoder with attention in every layer (full, sliding or chunked; dense or mixture of experts)"
 )
 MASK_KEYS = ("pard_token", "ptd_token_id")
-"""Keys of a draft model's config.json that make it draft in parallel, in vLLM's order. Others that vLLM reads after
-them, such as mask_token_id, are also in models that do not."""
+"""Keys of config.json that mark a parallel draft model, in vLLM's order. vLLM also reads others after these, such as
+mask_token_id, but they occur in other models, too."""
 DEFAULT_BATCH_TOKENS = 2048
-"""vLLM's tokens a batch where nobody names a number; it refuses more sequences than that."""
+"""vLLM's default max_num_batched_tokens, which max_num_seqs must not exceed."""
 
 
 def draft_config(tree_attention: bool, target_max_model_len: int | None, engine_args: dict[str, Any]) -> VllmConfig:
-    """vLLM's configuration of a draft model; nothing is loaded, but its configuration files are read."""
+    """Build vLLM's configuration of a draft model; reads its configuration files, but loads no weights."""
     if tree_attention:
         engine_args = engine_args | {"attention_backend": tree_backend.register()}
-    if not engine_args.get("enforce_eager"):  # what is captured of a compiled model are steps of ours
+    if not engine_args.get("enforce_eager"):  # compile the model, but leave CUDA graphs to our own capture
         engine_args.setdefault("compilation_config", {"cudagraph_mode": "NONE"})
     args = EngineArgs(
         block_size=PAGE_SIZE,
@@ -63,15 +63,17 @@ def draft_config(tree_attention: bool, target_max_model_len: int | None, engine_
     refuse_state(model_config)
     mask_token_id(model_config)
     if model_config.is_multimodal_model:
-        args.language_model_only = True  # drafts are text: leave vision and audio out of memory
+        args.language_model_only = True  # drafts are text: do not load vision and audio encoders
     if args.max_model_len is None and target_max_model_len is not None:  # no request will be longer
         args.max_model_len = min(model_config.max_model_len, target_max_model_len)
     return args.create_engine_config()
 
 
 class DraftModel:
-    """The loaded draft model, its KV pages, and two ways to run it: with vLLM's attention on sequences that each have
-    a page table, or with tree attention (`tree_attention`) on the trees of requests."""
+    """The loaded draft model and its KV pages.
+
+    Runs either with vLLM's attention on sequences with page tables, or, with `tree_attention`, on token trees.
+    """
 
     def __init__(
         self,
@@ -87,8 +89,8 @@ class DraftModel:
         self.vocab_size, self.dtype = config.get_vocab_size(), config.dtype
         self.mask_token_id = mask_token_id(config)
         if self.mask_token_id is not None:
-            num_branches *= num_drafts  # a step has logits for all of them
-            logger.info("SSD: the draft model drafts in parallel, with token %d for masks", self.mask_token_id)
+            num_branches *= num_drafts  # a step computes logits for all drafts
+            logger.info("SSD: the draft model drafts in parallel, with mask token %d", self.mask_token_id)
         rows = min(num_branches, max_rows(self.vocab_size, self.dtype))
         self.logit_bytes = rows * bytes_a_row(self.vocab_size, self.dtype)
         if self.vllm_config.device_config.device_type == "cpu":
@@ -107,7 +109,7 @@ class DraftModel:
             )
         self._model = runner.model
         self.tree_attention = tree_attention
-        # Layers with full and with chunked attention read the same pages, each by metadata of their own.
+        # Layers with full and with chunked attention share pages, but have separate metadata.
         self._attention_groups = [(group.layer_names, group.get_metadata_builder()) for group in runner.attn_groups[0]]
         if tree_attention:
             tree_backend.check_builders([builder for _, builder in self._attention_groups])
@@ -125,21 +127,21 @@ class DraftModel:
         ]
         self.weight_bytes = sum(weight.nbytes for weight in self._model.parameters())
         self.kv_bytes = sum(cache.nbytes for cache in runner.kv_caches)
-        if self.device.type == "cuda":  # held by PyTorch from now on, so that nobody else takes it
+        if self.device.type == "cuda":  # reserve the memory in PyTorch's allocator, so that nobody else takes it
             torch.empty(self.logit_bytes, dtype=torch.uint8, device=self.device)
         self.max_model_len = self.vllm_config.model_config.max_model_len
         self.max_num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
 
     def warm_up(self, sizes: Sequence[int], graphs: Graphs | None = None) -> int:
-        """As `PagedModel.warm_up`; with vLLM's attention on a GPU, or where `graphs` are given."""
+        """See `PagedModel.warm_up`; only captures with vLLM's attention, and on a GPU or if `graphs` is given."""
         if self.tree_attention or (graphs is None and self.device.type != "cuda"):
             return 0
-        if self._decode_graphs is not None:  # they are this model's, whatever engine it is in
+        if self._decode_graphs is not None:  # captured already, for another engine of this model
             return len(sizes)
         groups = capturing_builders(self._attention_groups, self.vllm_config, sizes)
         if groups is None:
             logger.warning(
-                "SSD: vLLM cannot capture its attention for the drafter, whose steps are launched one by one"
+                "SSD: vLLM's attention backend for the drafter does not support CUDA graphs; its steps run eagerly"
             )
             return 0
         self._decode_graphs = DecodeGraphs(
@@ -156,9 +158,9 @@ class DraftModel:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch | TreeBatch) -> torch.Tensor:
-        """Logits `[n, vocab]` at `batch.logit_indices`; KV of every token lands in its slot.
+        """Logits `[n, vocab]` at `batch.logit_indices`; writes the KV of every token to its slot.
 
-        A `TreeBatch` needs a model loaded with tree attention.
+        A `TreeBatch` requires a model that was loaded with tree attention.
         """
         if isinstance(batch, TreeBatch):
             metadata = dict.fromkeys(self._layer_names, tree_backend.TreeAttentionMetadata.from_batch(batch))
@@ -205,19 +207,19 @@ class DraftModel:
     def _hidden_states(
         self, metadata: dict[str, Any], token_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
-        if self._position_rows is not None:  # of text, time, height and width are the same
+        if self._position_rows is not None:  # M-RoPE: for text, temporal, height and width positions are equal
             positions = positions.expand(self._position_rows, -1)
         with set_forward_context(
             metadata,
             self.vllm_config,
             num_tokens=len(token_ids),
             slot_mapping=dict.fromkeys(self._layer_names, slots),
-            skip_compiled=len(token_ids) > self.max_num_tokens,  # vLLM compiles for no more
+            skip_compiled=len(token_ids) > self.max_num_tokens,  # beyond what vLLM compiles for
         ):
             return self._model(token_ids, positions)
 
     def copy_pages(self, sources: list[int], destinations: list[int]) -> None:
-        """Copy whole pages, every layer; `sources` and `destinations` are page ids of equal number."""
+        """Copy whole pages in every layer, from page ids `sources` to `destinations`."""
         for pages in self._host_pages:
             pages[destinations] = pages[sources]
         if not self._host_pages:
@@ -227,11 +229,11 @@ class DraftModel:
                 cache.index_copy_(0, destination, cache.index_select(0, source))
 
     def copy_slots(self, sources: torch.Tensor, destinations: torch.Tensor, num_slots: torch.Tensor) -> None:
-        """Copy the first slots of pages to others, every layer; device tensors as `kernels.copy_pages` takes them."""
+        """Copy the first slots of pages in every layer; see `kernels.copy_pages`."""
         copy_pages(self._key_value_views, sources, destinations, num_slots)
 
     def vocabulary(self) -> tuple[list[str], int]:
-        """The string of each token id, and the id that stands in for tokens that the model lacks."""
+        """The string of each token id, and the id of a stand-in for unknown tokens."""
         return read_vocabulary(self.vllm_config.model_config)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
@@ -239,9 +241,9 @@ class DraftModel:
 
 
 def refuse_state(model_config: ModelConfig) -> None:
-    """Raise UnsupportedDraftModel for a model that carries a state from token to token, or that encodes its prompt.
+    """Raise UnsupportedDraftModel for models with recurrent state, encoder-decoders and pooling models.
 
-    Such a state is no page: the branches of a tree cannot share it, and none can go back to where it forked.
+    Branches of a tree cannot share a recurrent state, nor roll it back to their fork point.
     """
     what = None
     if model_config.is_hybrid or model_config.is_attention_free:
@@ -256,9 +258,9 @@ def refuse_state(model_config: ModelConfig) -> None:
 
 
 def mask_token_id(model_config: ModelConfig) -> int | None:
-    """The token that stands for drafts not known yet, in a model that drafts in parallel (PARD); None in any other.
+    """The mask token of a parallel draft model (PARD); None for other models.
 
-    Raises UnsupportedDraftModel for one that the model has no embedding of.
+    Raises UnsupportedDraftModel if the token is outside the model's vocabulary.
     """
     config = model_config.hf_config
     for key in MASK_KEYS:
@@ -269,7 +271,7 @@ def mask_token_id(model_config: ModelConfig) -> int | None:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < size:
             raise UnsupportedDraftModel(
                 f"the draft model {model_config.model} cannot draft in parallel: its config.json has {key} = "
-                f"{token_id!r}, which is none of its {size} token ids"
+                f"{token_id!r}, which is not one of its {size} token ids"
             )
         return token_id
     return None
@@ -281,19 +283,19 @@ def _runner_of(core: EngineCore) -> Any:
 
 
 def _split_by_page(cache: torch.Tensor, num_pages: int) -> Sequence[torch.Tensor]:
-    """Views of a layer's KV whose first axis is the page; some backends keep keys and values apart before it."""
+    """Views of a layer's KV with the page as first axis; some backends have a key/value axis before it."""
     return [cache] if cache.shape[0] == num_pages else cache.unbind(0)
 
 
 def _host_pages(cache: torch.Tensor) -> np.ndarray:
-    """A layer's KV in host memory as `[pages]` opaque items: six times as fast to copy as by PyTorch's indexing."""
+    """A layer's KV in host memory as `[pages]` opaque items, which copy six times as fast as PyTorch's indexing."""
     pages = cache.flatten(1).view(torch.uint8).numpy()
     return pages.view(np.dtype((np.void, pages.shape[1])))[:, 0]
 
 
 @contextmanager
 def _own_temporary_folder() -> Iterator[None]:
-    """Keep the rendezvous file of torch.distributed out of the shared folder: a killed drafter could not remove it."""
+    """Put torch.distributed's rendezvous file into a private folder, as a killed drafter would leave it behind."""
     outside = tempfile.tempdir
     with tempfile.TemporaryDirectory(prefix="vllm-ssd-") as folder:
         tempfile.tempdir = folder

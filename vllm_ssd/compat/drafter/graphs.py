@@ -8,23 +8,23 @@ from typing import Protocol
 import torch
 
 Replay = Callable[[], object]
-"""Runs a recorded step over whatever its buffers hold now."""
+"""Runs a recorded step over the current contents of its buffers."""
 
 
 class Graphs(Protocol):
-    """Records steps."""
+    """Records steps for replay."""
 
     def capture(self, step: Callable[[], None]) -> Replay:
-        """Record `step`, which may also be called: its buffers must hold what does no harm.
+        """Record `step`, which may be executed while doing so: its buffers must contain harmless inputs.
 
-        What it reads and writes has to stay where it is; what it allocates belongs to all recorded steps, of which one
-        runs at a time.
+        The buffers that it reads and writes must keep their addresses. Memory that it allocates is shared by all
+        recorded steps, so only one may run at a time.
         """
         ...
 
 
 class CudaGraphs:
-    """CUDA graphs that share a memory pool and a stream: each further stream has cuBLAS workspaces of its own."""
+    """CUDA graphs that share a memory pool and one stream, since each further stream needs its own cuBLAS workspace."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -32,11 +32,11 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, step: Callable[[], None]) -> Replay:
-        """As `Graphs.capture`. Not by `torch.cuda.graph`, which collects garbage every time: seconds in all."""
+        """See `Graphs.capture`. Avoids `torch.cuda.graph`, whose garbage collections add up to seconds."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            step()  # compiles kernels and fills caches, which a capture must not
+            step()  # compile kernels and fill caches, which is not possible during capture
             self._stream.synchronize()
             graph.capture_begin(pool=self._pool)
             step()
@@ -46,13 +46,13 @@ class CudaGraphs:
 
 
 class CalledSteps:
-    """Where there are no graphs: a recorded step is the step itself."""
+    """For devices without CUDA graphs: replaying a step calls it."""
 
     def capture(self, step: Callable[[], None]) -> Replay:
-        """As `Graphs.capture`, without a call."""
+        """See `Graphs.capture`; does not execute the step."""
         return step
 
 
 def graphs_on(device: torch.device) -> Graphs:
-    """What records steps on `device`."""
+    """The implementation of `Graphs` for `device`."""
     return CudaGraphs(device) if device.type == "cuda" else CalledSteps()

@@ -1,4 +1,4 @@
-"""The drafter's memory beside its weights: what steps need, and which key to change where pages get too little."""
+"""The drafter's memory for logits and KV pages, and error messages if it does not suffice."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 MAX_LOGIT_BYTES = 1 << 30
-"""What the logits of one step may take: a step over more branches is split."""
+"""Most memory for the logits of one step; steps over more branches are split."""
 
 
 def bytes_a_row(vocab_size: int, dtype: torch.dtype) -> int:
-    """Bytes for the logits of one token: computed and copied in the model's type, and once in float32."""
+    """Bytes for the logits of one token: two copies in the model's dtype and one in float32."""
     return vocab_size * (2 * dtype.itemsize + 4)
 
 
@@ -26,9 +26,9 @@ def max_rows(vocab_size: int, dtype: torch.dtype) -> int:
 
 
 def executor_with_reserve(num_bytes: int) -> type[UniProcExecutor]:
-    """vLLM's executor, which leaves `num_bytes` more of the drafter's share free where it sizes the KV pages by that.
+    """vLLM's executor, with `num_bytes` subtracted from the memory available for KV pages.
 
-    vLLM's own profile of a forward knows one token a request, not one a branch.
+    vLLM's own profiling run assumes one logits row per request, not one per branch.
     """
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -42,9 +42,9 @@ def executor_with_reserve(num_bytes: int) -> type[UniProcExecutor]:
 
 
 def explained(error: ValueError, vllm_config: VllmConfig) -> ValueError:
-    """What vLLM's start raised, in terms of our keys where it is about KV memory; else `error` itself.
+    """Translate an error of vLLM's startup about KV memory into advice about our keys; returns others unchanged.
 
-    vLLM's own advice is about the target's keys, in GiB with two decimals.
+    vLLM's own message names the target's options, in GiB with two decimals.
     """
     text = str(error)
     if "memory" not in text or not ("KV cache" in text or "cache blocks" in text):
@@ -64,13 +64,13 @@ def explained(error: ValueError, vllm_config: VllmConfig) -> ValueError:
 
 
 def enough_memory(vllm_config: VllmConfig) -> str:
-    """A `kv_cache_memory` that holds twice the longest request: its tokens, and as many for its branches."""
+    """A `kv_cache_memory` for the longest request, with as many tokens again for its branches."""
     num_bytes = 2 * vllm_config.model_config.max_model_len * bytes_a_token(vllm_config)
     return f"{-(-num_bytes // MIB)}MiB"
 
 
 def bytes_a_token(vllm_config: VllmConfig) -> int:
-    """Bytes that one token's KV takes on this worker, all layers together."""
+    """Bytes of one token's KV on this worker, over all layers."""
     model, parallel, cache_dtype = (
         vllm_config.model_config,
         vllm_config.parallel_config,

@@ -1,4 +1,4 @@
-"""What the drafter's engine and a draft model agree on; no vLLM needed."""
+"""The interface between the drafter's engine and a draft model; does not import vLLM."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class UnsupportedDraftModel(ValueError):
-    """The draft model cannot draft, with whatever attention."""
+    """Raised for a model that cannot draft with any attention backend."""
 
 
 @dataclass(slots=True)
@@ -56,11 +56,10 @@ class TreeBatch:
 
 
 class PagedModel(Protocol):
-    """A causal language model whose KV pages are the caller's to assign.
+    """A causal language model whose KV pages are managed by the caller.
 
-    tree_attention: whether `forward` takes a `TreeBatch`, too, and pages are copied by `copy_slots`, not `copy_pages`.
-    dtype: of activations and KV. mask_token_id: stands for a draft that is not known yet, in a model that drafts in
-    parallel; None in any other.
+    tree_attention: whether `forward` also takes a `TreeBatch`, and pages are copied by `copy_slots`, not `copy_pages`;
+    dtype: of activations and KV; mask_token_id: placeholder for unknown drafts in a parallel draft model, else None.
     """
 
     tree_attention: bool
@@ -73,15 +72,15 @@ class PagedModel(Protocol):
     mask_token_id: int | None
 
     def warm_up(self, sizes: Sequence[int]) -> int:
-        """Capture forwards of a `ForwardBatch` of up to so many tokens; of how many sizes, 0 where none is replayed."""
+        """Capture forwards of `ForwardBatch`es with `sizes` tokens; returns the number of captured sizes."""
         ...
 
     def forward(self, batch: ForwardBatch | TreeBatch) -> torch.Tensor:
-        """Logits `[n, vocab]` at `batch.logit_indices`; KV of every token lands in its slot."""
+        """Logits `[n, vocab]` at `batch.logit_indices`; writes the KV of every token to its slot."""
         ...
 
     def copy_pages(self, sources: list[int], destinations: list[int]) -> None:
         """Copy whole pages; all sources are read before any destination is written."""
 
     def copy_slots(self, sources: torch.Tensor, destinations: torch.Tensor, num_slots: torch.Tensor) -> None:
-        """Copy the first slots of pages to others; device tensors as `kernels.copy_pages` takes them."""
+        """Copy the first slots of pages; see `kernels.copy_pages`."""

@@ -1,4 +1,4 @@
-"""An attention backend of vLLM that reads the shared trunk of a drafter's branches once a request."""
+"""A vLLM attention backend that reads the trunk shared by a request's branches only once."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from vllm_ssd.kernels.dispatch import use_triton
 
 
 def register() -> str:
-    """Make vLLM use this backend in this process, and return the name under which it knows it.
+    """Register this backend with vLLM in this process; returns its name.
 
-    vLLM's CPU platform takes `CPU_ATTN` and nothing else, so there the class behind that name is replaced.
+    vLLM's CPU platform only accepts `CPU_ATTN`, so there the class behind that name is replaced.
     """
     name = TreeAttentionBackend.get_name()
     backend = cast(AttentionBackendEnum, AttentionBackendEnum[name])
@@ -38,7 +38,7 @@ def register() -> str:
 
 @dataclass
 class TreeAttentionMetadata(AttentionMetadata):
-    """What `kernels.tree_attention` needs beside the tensors of a layer; see there."""
+    """The arguments of `kernels.tree_attention` that do not depend on the layer."""
 
     page_tables: torch.Tensor
     query_start_loc: torch.Tensor
@@ -65,7 +65,7 @@ class TreeAttentionMetadata(AttentionMetadata):
 
 
 class TreeAttentionMetadataBuilder(AttentionMetadataBuilder[TreeAttentionMetadata]):
-    """Metadata of vLLM's own batches, as in its warm-up: trees without branches."""
+    """Builds metadata for vLLM's own batches, as in its warm-up: trees without branches."""
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -73,7 +73,7 @@ class TreeAttentionMetadataBuilder(AttentionMetadataBuilder[TreeAttentionMetadat
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> TreeAttentionMetadata:
-        """Every token reads the pages of its request up to itself."""
+        """Metadata with which every token reads its request's pages up to itself."""
         batch = common_attn_metadata
         starts, num_tokens = batch.query_start_loc[: batch.num_reqs + 1], batch.num_actual_tokens
         query_lens = starts.diff()
@@ -95,10 +95,10 @@ class TreeAttentionMetadataBuilder(AttentionMetadataBuilder[TreeAttentionMetadat
 
 CHUNKED, LATENT = "chunked attention", "latent keys"
 OTHERS = {"ChunkedLocal": CHUNKED, "MLA": LATENT}
-"""What a layer with another backend has, by how the class of its metadata builder begins."""
+"""Unsupported feature of a layer with another backend, by the prefix of its metadata builder's class name."""
 MAX_HEAD_SIZE = 256
 SINK_KEYS = ("attention_sinks", "add_swa_attention_sink_bias", "swa_attention_sink_enabled")
-"""Keys of a config.json that give layers attention sinks; models of `ALWAYS_SINKS` have them without a key."""
+"""Keys of config.json that enable attention sinks; architectures in `ALWAYS_SINKS` have them without a key."""
 ALWAYS_SINKS = {"GptOssForCausalLM", "GraniteSWAForCausalLM", "GraniteMoeSWAForCausalLM"}
 
 
@@ -112,7 +112,7 @@ def unsupported(
     latent: bool = False,
     head_size: int = 1,
 ) -> list[str]:
-    """What of an attention with these features this backend cannot do, in words; [] where it can do all."""
+    """Names of the features that this backend does not support; [] if it supports all."""
     features = {
         "ALiBi": alibi,
         "attention sinks": sinks,
@@ -126,7 +126,7 @@ def unsupported(
 
 
 def unsupported_by_config(vllm_config: VllmConfig) -> list[str]:
-    """As `unsupported`, of a draft model that is not loaded, as far as its configuration tells."""
+    """Like `unsupported`, for a draft model that is not loaded, as far as its configuration shows."""
     model = vllm_config.model_config
     keys = [getattr(model.hf_text_config, key, None) for key in SINK_KEYS]
     has_key = any(key is not None for key in keys)
@@ -141,7 +141,7 @@ def unsupported_by_config(vllm_config: VllmConfig) -> list[str]:
 
 
 def check_builders(builders: list[AttentionMetadataBuilder]) -> None:
-    """Raise NotImplementedError where vLLM puts another backend in the place of this, or around it."""
+    """Raise NotImplementedError if vLLM uses another backend for some layers, or wraps this one."""
     for builder in builders:
         if type(builder) is not TreeAttentionMetadataBuilder:
             name = type(builder).__name__
@@ -150,7 +150,7 @@ def check_builders(builders: list[AttentionMetadataBuilder]) -> None:
 
 
 class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
-    """Attention of one layer. The cache arrives as `[P, num_kv_heads, page_size, 2 * head_size]`, keys first."""
+    """Attention of one layer, over a cache `[P, num_kv_heads, page_size, 2 * head_size]`, keys first."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write keys and values `[T, num_kv_heads, head_size]` into their slots; negative slots are left out."""
+        """Write keys and values `[T, num_kv_heads, head_size]` to their slots; negative slots are skipped."""
         key_cache, value_cache = split_cache(kv_cache)
         if kv_cache.is_cuda and use_triton(kv_cache):
             from vllm._custom_ops import reshape_and_cache_flash
@@ -217,7 +217,7 @@ class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Fill `output` `[T, num_heads, head_size]`; without metadata (memory profiling) with zeros."""
+        """Fill `output` `[T, num_heads, head_size]`; with zeros if there is no metadata (memory profiling)."""
         if attn_metadata is None:
             return output.fill_(0)
         n = attn_metadata.num_actual_tokens
@@ -240,7 +240,7 @@ class TreeAttentionImpl(AttentionImpl[TreeAttentionMetadata]):
 
 
 class TreeAttentionBackend(AttentionBackend):
-    """Registered over `CPU_ATTN` on a CPU and as `CUSTOM` on a GPU."""
+    """The backend, registered in place of `CPU_ATTN` on a CPU and as `CUSTOM` on a GPU."""
 
     forward_includes_kv_cache_update = False
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]

@@ -1,4 +1,4 @@
-"""Another machine's GPUs for vLLM's configuration, so that one can be checked that is not here."""
+"""Make vLLM build configurations for the GPUs of another machine, for `vllm-ssd doctor --assume-gpus`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import types
 from vllm_ssd.compat import patch
 
 EXTENSION = "_C_stable_libtorch"
-"""vLLM's compiled operations, which a CPU build lacks; a configuration calls none of them."""
+"""vLLM's compiled CUDA operations, which a CPU build lacks and configurations do not call."""
 
 
 def assume_gpus(count: int, memory_bytes: int) -> None:
-    """Let vLLM configure engines of this process for `count` CUDA devices of compute capability 9.0, with Triton.
+    """Make vLLM in this process assume `count` CUDA devices of compute capability 9.0, with Triton.
 
-    For a process that only builds configurations: before vLLM has looked at its platform, and for good.
+    Only for processes that build configurations. Must be called before vLLM detects its platform; cannot be undone.
     """
     try:
         importlib.import_module(f".{EXTENSION}", "vllm")

@@ -1,4 +1,4 @@
-"""How many batches vLLM's engine may have in flight."""
+"""Limit the number of batches that vLLM's engine has in flight."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ MAX_CONCURRENT_BATCHES = "vllm.config.vllm:VllmConfig.max_concurrent_batches"
 
 
 def run_one_batch_at_a_time() -> None:
-    """Keep an engine with ssd on the V1 runner from overlapping batches, which it does under pipeline parallelism.
+    """Prevent an engine with ssd on the V1 runner from overlapping batches under pipeline parallelism.
 
-    There, vLLM (0.29 to 0.33) asks for drafts after each batch it starts and gets those of the batch in flight. Its
-    scheduler takes them for verifiable and schedules their requests again before their bonus tokens are known.
-    Idempotent; every process needs it.
+    There vLLM (0.29 to 0.33) asks for drafts after each batch it starts, but gets those of the batch in flight. Its
+    scheduler then schedules these requests again before their bonus tokens are known. Idempotent; needed in every
+    process.
     """
     patch.wrap(MAX_CONCURRENT_BATCHES, _is_ssd_on_v1, lambda original, config: 1)
 

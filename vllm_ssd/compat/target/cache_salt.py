@@ -1,4 +1,4 @@
-"""The `cache_salt` of a request, which vLLM's scheduler knows and its workers do not."""
+"""Pass a request's `cache_salt` to the workers, to which vLLM does not send it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 MODULE = "vllm.v1.engine.core"
 ADD_REQUEST = f"{MODULE}:EngineCore.preprocess_add_request"
 KEY = "ssd_cache_salt"
-"""In the `extra_args` of a request's sampling parameters, which travel to the workers: a digest of its salt."""
+"""Key of the salt's digest in the `extra_args` of a request's sampling parameters, which vLLM sends to the workers."""
 DIGEST_SIZE = 16
 
 
 def carry_where_loaded() -> None:
-    """As `carry`, in a process that has vLLM's engine; others are spared its import."""
+    """Like `carry`, but only if the process has already imported vLLM's engine."""
     if hasattr(sys.modules.get(MODULE), "EngineCore"):
         carry()
 
 
 def carry() -> None:
-    """Let requests of a target with ssd bring their salt to the workers; idempotent, the engine's process needs it."""
+    """Attach the salt's digest to every request of a target with ssd; idempotent, needed in the engine's process."""
     patch.wrap(ADD_REQUEST, _has_salt, _add_request, parameters=("request",))
 
 
 def cache_salt_of(params: SamplingParams) -> bytes:
-    """What stands for the salt of a request with these parameters; none without a salt.
+    """The digest of a request's salt; empty without one.
 
-    Clients write `extra_args`, too: whatever is not a digest is none.
+    Clients can set `extra_args`, too, so anything that is not a digest is ignored.
     """
     digest = (params.extra_args or {}).get(KEY)
     if not isinstance(digest, str) or len(digest) != 2 * DIGEST_SIZE or not digest.isascii():

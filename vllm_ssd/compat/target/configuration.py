@@ -1,4 +1,4 @@
-"""The seam with vLLM's `EngineArgs`, where a user asks for ssd."""
+"""Hooks into vLLM's `EngineArgs`, where the user selects ssd."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENGINE_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
 
 
 def asks_for_ssd(engine_args: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether the user chose speculative method "ssd", in any of the spellings vLLM takes."""
+    """Whether the user selected speculative method "ssd", in any way that vLLM accepts."""
     config = getattr(engine_args, "speculative_config", None)
     method = config.get("method") if isinstance(config, dict) else None
     return method == "ssd" or getattr(engine_args, "spec_method", None) == "ssd"
@@ -31,20 +31,20 @@ def engine_argument_names() -> frozenset[str]:
 
 
 def positions_of(model: str, revision: str | None) -> tuple[dict[str, Any], int]:
-    """A model's `rope_parameters` and `max_position_embeddings`, of its text; ({}, 0) where they cannot be read."""
+    """A model's `rope_parameters` and `max_position_embeddings` for text; ({}, 0) if they cannot be read."""
     from vllm.transformers_utils.config import get_config
 
     try:
         config = get_config(model, trust_remote_code=False, revision=revision).get_text_config()
         return dict(config.rope_parameters), int(config.max_position_embeddings)
-    except Exception:  # of a model that is none, the drafter's start says what is wrong
+    except Exception:  # the drafter's startup reports what is wrong with an invalid model
         return {}, 0
 
 
 def install(translate: Callable[[Any, Any, Any], None]) -> None:
-    """Let `translate(engine_args, model_config, parallel_config)` rewrite a configuration that asks for ssd.
+    """Call `translate(engine_args, model_config, parallel_config)` to rewrite configurations that select ssd.
 
-    Once vLLM has built its configuration, the runner it chose is checked.
+    Also checks which runner vLLM chose once it has built its configuration.
     """
 
     def create_speculative_config(
@@ -65,7 +65,7 @@ def install(translate: Callable[[Any, Any, Any], None]) -> None:
 
 
 def refuse(reason: Exception) -> None:
-    """Answer every request for ssd with `reason`, as far as this vLLM lets us; others notice nothing."""
+    """Raise an error with `reason` for every configuration that selects ssd, as far as this vLLM can be patched."""
 
     def refuse(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedVLLM(f"speculative method 'ssd' is not available: {reason}") from reason
@@ -76,7 +76,7 @@ def refuse(reason: Exception) -> None:
 
 
 def _has_or_asks_for_ssd(engine_args: Any, *args: Any, **kwargs: Any) -> bool:
-    """`translate` leaves its mark on the arguments, which may be used for a second configuration."""
+    """Whether ssd is selected or was: `translate` rewrites the arguments, which may be used a second time."""
     return asks_for_ssd(engine_args) or has_ssd(engine_args)
 
 

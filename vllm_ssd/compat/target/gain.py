@@ -1,4 +1,4 @@
-"""Requests that drafts can do nothing for. The drafter never hears of them."""
+"""Find requests that cannot gain from drafts, which are never opened on the drafter."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from typing import Any
 logger = logging.getLogger("vllm.vllm_ssd")
 
 SHORT_CHOICE_CHARS = 12
-"""An answer that is one of a few such texts takes a token or two: reading the prompt costs more than a round saves."""
+"""If the answer is one of several texts up to this long, it takes a token or two, and the drafter's prefill costs more
+than a round saves."""
 LITERAL = r'"((?:[^"\\]|\\.)*)"'
 CHOICES = re.compile(rf"root ::= {LITERAL}(?: \| {LITERAL})*")
-"""What vLLM makes of choices for xgrammar."""
+"""The grammar that vLLM generates from `choice` for xgrammar."""
 
 _told = False
 
 
 def can_gain(new: Any, vllm_config: Any) -> bool:
-    """Whether drafts can serve a request of vLLM's `NewRequestData` `new`: the drafter sees its whole prompt, and a
-    round will begin with two tokens left to emit."""
+    """Whether drafts can help a request; new: vLLM's `NewRequestData`.
+
+    The drafter must be able to read the whole prompt, and some round must begin with at least two tokens left to emit.
+    """
     params = new.sampling_params
     if params is None:
         return False
@@ -36,13 +39,13 @@ def can_gain(new: Any, vllm_config: Any) -> bool:
 
 
 def last_length(new: Any) -> int | None:
-    """Committed tokens that the request can have at most, by its own wish; None for no bound."""
+    """Most committed tokens that the request can have, by its max_tokens; None without a limit."""
     max_tokens = new.sampling_params.max_tokens
     return None if max_tokens is None else len(new.prompt_token_ids) + max_tokens
 
 
 def ending_requests(runner: Any, request_ids: list[str]) -> list[str]:
-    """Those of the V1 runner's rows whose next round emits their last token."""
+    """The requests in the V1 runner's rows whose next round emits their last token."""
     batch = runner.input_batch
     num_emitted = batch.num_tokens_no_spec[: len(request_ids)] - batch.num_prompt_tokens[: len(request_ids)]
     ending = []
@@ -54,7 +57,7 @@ def ending_requests(runner: Any, request_ids: list[str]) -> list[str]:
 
 
 def _choices(structured: Any) -> list[str]:
-    """The texts of which the answer is one; none where it is anything else."""
+    """The texts that a structured output chooses from; empty for other kinds of structured output."""
     if structured.choice:
         return list(structured.choice)
     grammar = structured.grammar

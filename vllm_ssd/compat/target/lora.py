@@ -1,8 +1,8 @@
-"""LoRA adapters on the V2 runner: whose rows of logits are whose.
+"""Fix the mapping of LoRA adapters to logits rows on the V2 runner.
 
-vLLM 0.32 and 0.33 name an adapter for each request there, as if it had one row of logits, but with drafts it has one
-more for each (`LoraState.make_lora_inputs`). The CPU's operations raise over that; on a GPU an adapter of the output
-layer would be applied to rows of other requests. V1 names one for each row.
+vLLM 0.32 and 0.33 assign adapters per request there, as if each had a single row of logits, but a request has one more
+row per draft (`LoraState.make_lora_inputs`). The CPU's operations raise in that case; on a GPU an adapter of the output
+layer would be applied to rows of other requests. The V1 runner assigns adapters per row.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ MAKE_INPUTS = "vllm.v1.worker.gpu.lora_utils:LoraState.make_lora_inputs"
 
 
 def repair_lora_rows() -> None:
-    """Let states that `note_drafts` knows name an adapter for every row. Idempotent."""
+    """Assign an adapter to every row of LoRA states that `note_drafts` has been called for; idempotent."""
     patch.wrap(MAKE_INPUTS, _knows_drafts, _make_lora_inputs, parameters=("req_ids",))
 
 
 def note_drafts(runner: Any, scheduler_output: Any) -> None:
-    """The step of vLLM's `SchedulerOutput` is next on the V2 runner `runner`."""
-    runner.lora_state._ssd_drafts = scheduler_output.scheduled_spec_decode_tokens  # counted where there are adapters
+    """Remember the drafts of the V2 runner's next step, before it runs."""
+    runner.lora_state._ssd_drafts = scheduler_output.scheduled_spec_decode_tokens  # counted only if there are adapters
 
 
 def _knows_drafts(state: Any, *args: Any, **kwargs: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What measurements and tests may touch of a vLLM engine that runs in their own process."""
+"""Access to the internals of an in-process vLLM engine, for measurements and tests."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def scheduler(engine: LLMEngine) -> Any:
 
 
 def proposer(engine: LLMEngine) -> Any:
-    """What drafts for the engine's model: V1's drafter or V2's speculator; None without one or with several workers."""
+    """V1's drafter or V2's speculator; None without speculation or with several workers."""
     worker = getattr(_core(engine).model_executor, "driver_worker", None)
     runner = getattr(getattr(worker, "worker", None), "model_runner", None)
     return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
 
 
 class ConstantDrafts:
-    """A `custom_class` proposer of drafts that cost nothing: as many as the number of a prompt's first token."""
+    """A `custom_class` proposer of free drafts; the number per round is the prompt's first token id."""
 
     def __init__(self, vllm_config: Any) -> None:
         runner_v1.install(ConstantDrafts)
@@ -42,10 +42,10 @@ class ConstantDrafts:
         """Nothing to load."""
 
     def on_schedule(self, started: Sequence[Any], finished: Sequence[str]) -> None:
-        """Requests join and leave unnoticed."""
+        """Not needed: requests are not tracked."""
 
     def on_rows(self, request_ids: Sequence[str], num_verified: Sequence[int]) -> None:
-        """Rows need no names here."""
+        """Not needed: rows are not identified."""
 
     def proposals(self, *args: Any) -> None:
         """Every draft is one-hot."""

@@ -1,13 +1,14 @@
-"""Speculation under pipeline parallelism, with which vLLM's V1 runner has three faults, whatever the method.
+"""Fixes for speculation under pipeline parallelism on vLLM's V1 runner.
 
-Seen in 0.32 and read in 0.30. vLLM imports a worker extension in every worker; this one repairs two of them on import:
+vLLM has three bugs there, with any speculative method (observed in 0.32, found by reading in 0.30). vLLM imports a
+worker extension in every worker; this one fixes two of them on import:
 
-- `GPUModelRunner` reads `self.drafter` on every rank once it lays out or uses KV, but only the last one has it. It must
-  not be there before, for then `load_model` is called on it.
-- Early ranks are told a round's bonus token but not its accepted drafts, so a request that was preempted, or left out
-  for a step, would be computed from wrong tokens when it returns. The scheduler sends all tokens of such a request.
+- `GPUModelRunner` reads `self.drafter` on every rank once it lays out or uses KV, but only the last rank sets it. The
+  attribute must not exist earlier, because `load_model` is then called on it.
+- Early ranks get a round's bonus token, but not its accepted drafts. So a request that was preempted or skipped for a
+  step would continue from wrong tokens. The scheduler sends all tokens of such a request.
 
-The third is the scheduler's: see `run_one_batch_at_a_time`.
+The third is in the scheduler: see `run_one_batch_at_a_time`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from vllm_ssd.compat.target.runner import has_ssd
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker class; importing it is what counts."""
+    """An empty mixin for vLLM's worker class; importing this module applies the fixes."""
 
 
 def install() -> None:
-    """Repair the V1 runner for targets with ssd; idempotent."""
+    """Fix the V1 runner for targets with ssd; idempotent."""
     runner = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
     patch.wrap(f"{runner}.initialize_kv_cache", _has_ssd, _name_missing_proposer)
     patch.wrap(f"{runner}._update_states", _has_ssd, _learn_accepted_drafts, parameters=("scheduler_output",))

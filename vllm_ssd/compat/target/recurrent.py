@@ -1,4 +1,4 @@
-"""Targets with recurrent or linear-attention layers, whose state must go back to where drafts were rejected."""
+"""Refuse targets whose recurrent state vLLM does not roll back when drafts are rejected."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from vllm_ssd.compat.target import runner
 from vllm_ssd.compat.version import minor_of
 
 MAMBA_1 = ("MambaForCausalLM", "FalconMambaForCausalLM", "JambaForCausalLM")
-"""Architectures whose layers (`MambaMixer`) and metadata (`Mamba1AttentionMetadataBuilder`) know of no drafts."""
+"""Architectures whose layers (`MambaMixer`) and metadata (`Mamba1AttentionMetadataBuilder`) do not support drafts."""
 
 
 def check_target(model_config: Any) -> None:
-    """Raise ValueError for a target whose text any speculation would change, as far as vLLM 0.29 to 0.33 serves it.
+    """Raise ValueError for a target whose text any speculative method would change in vLLM 0.29 to 0.33.
 
-    vLLM keeps a state for each draft, and starts the next round from that of the last accepted token. It does not in
-    Mamba-1 layers, nor up to 0.31 in rounds without drafts. Its V1 runner does not count what was accepted where there
-    is no attention at all (`_update_states_after_model_execute`). On the CPU, operations for Mamba-2 and short
-    convolutions read no such count, and with gated delta networks the text changes, too.
+    vLLM keeps a state per draft, and starts the next round from that of the last accepted token. The exceptions are
+    Mamba-1 layers and, up to 0.31, rounds without drafts. The V1 runner does not count accepted drafts for models
+    without any attention (`_update_states_after_model_execute`). On the CPU, the operations for Mamba-2 and short
+    convolutions ignore that count, and with gated delta networks the text changes, too.
     """
     import vllm
     from vllm.platforms import current_platform

@@ -1,7 +1,7 @@
-"""Sampling parameters that vLLM refuses with any speculation: `min_p` and `logit_bias`.
+"""Sampling parameters that vLLM refuses with any speculative method: `min_p` and `logit_bias`.
 
-Its V1 rejection sampler does not apply them to drafts. The V2 runner's applies them to every row it verifies
-(`Sampler.apply_sampling_params`, 0.32 and 0.33), so that there a request of ours may have them.
+The V1 rejection sampler does not apply them to drafts. The V2 runner applies them to every row that it verifies
+(`Sampler.apply_sampling_params`, 0.32 and 0.33), so there they are allowed with ssd.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ logger = logging.getLogger("vllm.vllm_ssd")
 
 VALIDATE = "vllm.sampling_params:SamplingParams._validate_spec_decode"
 ALLOWED = "_ssd_applies_all"
-"""Attribute of a `SpeculativeConfig` with which nothing is refused."""
+"""Attribute of a `SpeculativeConfig` that allows these parameters."""
 CONSEQUENCE = "which vLLM's V1 runner refuses with any speculation: requests that do not set min_p to 0 will fail"
 REMEDY = "Start with --override-generation-config '{\"min_p\": 0}'"
 
 
 def allow(config: SpeculativeConfig) -> None:
-    """Let requests to a target of this configuration, which has ssd on the V2 runner, have all parameters."""
+    """Allow these parameters for a target with this configuration, which has ssd on the V2 runner."""
     setattr(config, ALLOWED, True)
     patch.wrap(VALIDATE, _is_allowed, _accept, parameters=("speculative_config",))
 
 
 def default_min_p(model_config: ModelConfig) -> float:
-    """`min_p` among the target's defaults, 0 where there is none; vLLM's V1 runner refuses requests that keep it."""
+    """`min_p` in the target's default sampling parameters, 0 if unset; vLLM's V1 runner refuses requests with it."""
     return model_config.get_diff_sampling_param().get("min_p") or 0.0
 
 
 def warn(model_config: ModelConfig) -> None:
-    """Say at start what would otherwise be said to every request: the target's defaults contain `min_p`."""
+    """Warn at startup if the target's defaults contain `min_p`, with which every request would fail."""
     min_p = default_min_p(model_config)
     if min_p:
         logger.warning("SSD: the target's generation config sets min_p %g, %s. %s", min_p, CONSEQUENCE, REMEDY)
@@ -47,4 +47,4 @@ def _is_allowed(params: Any, speculative_config: SpeculativeConfig | None) -> bo
 
 
 def _accept(original: Callable[..., None], params: Any, speculative_config: SpeculativeConfig | None) -> None:
-    """Nothing to refuse."""
+    """Accept the parameters."""

@@ -1,4 +1,4 @@
-"""Which of vLLM's two model runners a configuration gets, and how the newer one gets our speculator and scheduler."""
+"""Predict which of vLLM's two model runners is used, and install our speculator and scheduler on V2."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 METHOD_ON_V2 = "ngram_gpu"
-"""What vLLM takes us for: a method that the V2 runner has, under asynchronous scheduling, and that loads no model."""
+"""vLLM's method under which ssd runs on V2: it supports asynchronous scheduling and loads no model."""
 
 SCHEDULER = "vllm_ssd.compat.target.scheduler.scheduler"
-"""What vLLM's engine schedules with on the V2 runner where the number of drafts adapts."""
+"""Scheduler class on the V2 runner if the number of drafts adapts."""
 
 
 class DrafterState(enum.IntEnum):
-    """How the drafter stood when a round of the V2 runner began, which tells what the round is worth as a sample."""
+    """State of the drafter at the start of a round on the V2 runner, which decides whether to learn from the round."""
 
     IN_TIME = 0
-    BEHIND = 1  # it reads prompts, compiles or starts
-    AWAY = 2  # there is none, and nothing else drafts
+    BEHIND = 1  # reading prompts, compiling or starting
+    AWAY = 2  # not connected, and there are no n-gram drafts either
 
 
 DRAFTER_STATE = "ssd_drafter_state"
-"""Attribute of vLLM's result of a round that carries a `DrafterState` from the worker to the scheduler."""
+"""Attribute of vLLM's model runner output that carries the `DrafterState` from the worker to the scheduler."""
 
 
 def is_v2() -> bool:
-    """Whether vLLM will use the V2 runner, as far as can be told before it has built its configuration."""
+    """Whether vLLM will use the V2 runner, predicted before it has built its configuration."""
     return choose_runner()[0]
 
 
 def choose_runner() -> tuple[bool, str]:
-    """Whether vLLM will use the V2 runner, and what decides it."""
+    """Whether vLLM will use the V2 runner, and the reason."""
     import vllm
 
     if importlib.util.find_spec("vllm.v1.worker.gpu.spec_decode.ngram") is None:  # up to 0.31
@@ -59,9 +59,9 @@ def choose_runner() -> tuple[bool, str]:
 
 
 def drafts_by_batch_size(num_speculative_tokens: int, max_num_seqs: int | None) -> list[list[int]]:
-    """vLLM's `num_speculative_tokens_per_batch_size` with 0, 1, 2, 4, ... and all drafts, one batch size each.
+    """A `num_speculative_tokens_per_batch_size` with 0, 1, 2, 4, ... and all drafts, one batch size each.
 
-    vLLM captures CUDA graphs for the numbers that occur; fewer do when there are fewer batch sizes.
+    vLLM captures CUDA graphs for the numbers in this table; with few batch sizes it has fewer numbers.
     """
     from vllm_ssd.policy import draft_grid
 
@@ -71,7 +71,7 @@ def drafts_by_batch_size(num_speculative_tokens: int, max_num_seqs: int | None) 
 
 
 def why_not_adaptive(engine_args: Any, parallel_config: Any) -> str | None:
-    """What keeps the number of drafts from following the load on the V2 runner; None when nothing does."""
+    """Why the number of drafts cannot adapt on the V2 runner; None if it can."""
     from vllm.config import SpeculativeConfig
 
     if not hasattr(SpeculativeConfig, "uses_dynamic_speculative_decoding"):
@@ -81,18 +81,18 @@ def why_not_adaptive(engine_args: Any, parallel_config: Any) -> str | None:
     if engine_args.scheduler_cls is not None:
         return "scheduler_cls is set already"
     if engine_args.max_num_seqs == 1:
-        return "vLLM tells numbers of drafts by batch size, and max_num_seqs is 1"
+        return "vLLM chooses the number of drafts by batch size, and max_num_seqs is 1"
     return None
 
 
 def has_ssd(config: Any) -> bool:
-    """Whether this `VllmConfig` is that of a target whose user asked for ssd."""
+    """Whether this `VllmConfig` belongs to a target with ssd."""
     ours = getattr(config, "additional_config", None)
     return isinstance(ours, dict) and "ssd" in ours
 
 
 def check_runner(config: VllmConfig) -> None:
-    """Raise `UnsupportedVLLM` when vLLM chose another runner for ssd than `is_v2` foresaw, or a lossy verification."""
+    """Raise `UnsupportedVLLM` if vLLM chose another runner than `is_v2` predicted, or a lossy verification."""
     speculative = config.speculative_config
     expected = has_ssd(config) and speculative is not None and speculative.method == METHOD_ON_V2
     if has_ssd(config) and config.use_v2_model_runner != expected:
@@ -109,10 +109,10 @@ def check_runner(config: VllmConfig) -> None:
 
 
 def install_speculator(build: Callable[..., Any]) -> None:
-    """Let the V2 runner `build` our speculator where ssd was asked for; idempotent, and imports next to nothing.
+    """Make the V2 runner `build` our speculator for targets with ssd; idempotent, and cheap to import.
 
-    vLLM calls the function that is replaced with `(vllm_config, device, req_states)`, and up to 0.31 without the last.
-    It copies it when it imports its runner, usually after it has loaded plugins.
+    vLLM calls `init_speculator` with `(vllm_config, device, req_states)`, up to 0.31 without the last. Its runner
+    module imports the function by name, usually after plugins have been loaded.
     """
 
     def init_speculator(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,8 @@
-"""The seam with vLLM's V1 model runner.
+"""Hooks into vLLM's V1 model runner.
 
-vLLM gives a `custom_class` proposer lists of sampled tokens, but no request ids, and never its proposal's
-distribution. Five methods of the runner are wrapped so that a proposer of ours sees requests come and go,
-knows whose rows it is asked about, supplies the q of exactly the drafts that are verified, and costs nothing
-in steps that verify no drafts.
+vLLM passes sampled tokens to a `custom_class` proposer, but no request ids, and never asks for proposal distributions.
+Five methods of the runner are wrapped so that our proposer sees requests come and go, knows which requests its rows
+belong to, supplies the q of exactly the drafts that are verified, and costs nothing in steps without drafts.
 """
 
 from __future__ import annotations
@@ -34,26 +33,26 @@ EXPAND = "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens"
 
 
 class V1Proposer(Protocol):
-    """What the wrapped runner calls on a proposer of ours, beside vLLM's own `propose`."""
+    """The methods that the wrapped runner calls on our proposer, in addition to vLLM's own `propose`."""
 
     def on_schedule(
         self,
         started: Sequence[tuple[str, Sequence[int] | None, float, int, Truncation, bytes]],
         finished: Sequence[str],
     ) -> None:
-        """Requests `(id, prompt token ids, temperature, min_tokens, truncation, cache_salt)` that join, ids that leave,
-        before the forward.
+        """Note requests that join or leave, before the forward.
 
-        Those that cannot gain never join, and those with one token left leave early.
+        started: `(id, prompt token ids, temperature, min_tokens, truncation, cache_salt)`. Requests that cannot gain
+        from drafts never join, and those with one token left leave early.
         """
 
     def on_rows(self, request_ids: Sequence[str], num_verified: Sequence[int]) -> None:
-        """The rows that the next `propose` is about, and how many drafts of each were verified."""
+        """Note the requests in the rows of the next `propose`, and how many drafts of each were verified."""
 
     def proposals(
         self, request_ids: Sequence[str], num_tokens: Sequence[int], draft_token_ids: list[list[int]]
     ) -> list[list[Proposal | None]] | None:
-        """The distribution each draft under verification was drawn from; None: all are one-hot."""
+        """The distribution that each draft under verification was drawn from; None if all are one-hot."""
 
 
 _proposers: tuple[type, ...] = ()
@@ -75,9 +74,9 @@ def install(proposer_class: type) -> None:
 
 
 def repair_cpu_sampling() -> None:
-    """Repair vLLM's rejection sampler on the CPU, where it reads uninitialised memory for temperature, top-k and top-p.
+    """Fix vLLM's rejection sampler on the CPU, which reads uninitialised memory for temperature, top-k and top-p.
 
-    It is repaired for every engine of this process. Idempotent.
+    The fix applies to every engine in this process. Idempotent.
     """
     if current_platform.is_cpu() and not expand_is_correct(patch.original(EXPAND)):
         parameters = ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to")
@@ -126,12 +125,11 @@ def _propose_draft_token_ids(original, runner, proposer: V1Proposer, scheduler_o
 
 
 def _sample(original, runner, proposer: V1Proposer, logits, spec_decode_metadata):
-    """Sample a round in which no row has drafts as bonus tokens alone.
+    """Sample rounds without any drafts with the plain sampler.
 
-    That is all that vLLM's rejection sampler does in such a round, but it is slower, and on the CPU it crashes in 0.29
-    to 0.33 when a request sets top_k but not top_p. The sampler must know that these are bonus tokens: with
-    speculation on, the thinking budget otherwise counts only the rows of drafts, and forces the end marker in a wrong
-    row. vLLM 0.30 and 0.31 forget to say so themselves.
+    vLLM's rejection sampler does the same, but is slower, and on the CPU it crashes in 0.29 to 0.33 if a request sets
+    top_k but not top_p. `predict_bonus_token` must be set: with speculation on, the thinking budget otherwise counts
+    only draft rows, and forces the end marker in a wrong row. vLLM 0.30 and 0.31 do not set it themselves.
     """
     batch = runner.input_batch
     metadata = batch.sampling_metadata
@@ -147,9 +145,9 @@ def _sample(original, runner, proposer: V1Proposer, logits, spec_decode_metadata
 def without_drafts(
     logits: torch.Tensor, metadata: SamplingMetadata, spec_decode_metadata: SpecDecodeMetadata
 ) -> tuple[torch.Tensor, SamplingMetadata]:
-    """The round as if it had verified nothing: of each request the first row of `logits`, [B, vocab].
+    """Reduce a round to its first token: the first row of `logits` of each request, [B, vocab], and no drafts.
 
-    For batches with `logprob_token_ids`, with which vLLM's rejection sampler loses logprobs or raises.
+    Used for batches with `logprob_token_ids`, with which vLLM's rejection sampler loses logprobs or raises.
     """
     num_drafts = torch.tensor(spec_decode_metadata.num_draft_tokens, device=logits.device)
     first = spec_decode_metadata.bonus_logits_indices - num_drafts
@@ -158,10 +156,10 @@ def without_drafts(
 
 
 def _input_fits_in_drafter(original, runner, proposer: V1Proposer, common_attn_metadata):
-    """Ask for drafts even when a row is within K tokens of `max_model_len`.
+    """Ask for drafts even if a row is within K tokens of `max_model_len`.
 
-    vLLM then has zeros verified for every row of the batch, since a drafter of its own would write KV beyond the
-    limit. Ours does not; the scheduler cuts the drafts of the one row to what fits.
+    vLLM would verify zeros for every row of the batch, because a drafter of its own would write KV beyond the limit.
+    Ours does not, and the scheduler truncates the drafts of that row.
     """
     return common_attn_metadata is not None
 
@@ -169,13 +167,13 @@ def _input_fits_in_drafter(original, runner, proposer: V1Proposer, common_attn_m
 def _get_spec_decode_draft_probs(original, runner, proposer: V1Proposer, spec_decode_metadata):
     """Dense q `[num draft tokens, vocab]` float32 for exactly the drafts under verification.
 
-    Drafts without a known distribution get a one-hot row, which is lossless whatever drew them; rows of greedy
-    requests are not read. With tensor parallelism rank 0 knows the distributions and tells the others.
+    Drafts without a known distribution get a one-hot row, which is lossless however they were drawn; rows of greedy
+    requests are not read. With tensor parallelism, rank 0 broadcasts the distributions.
     """
     batch = runner.input_batch
     if batch.sampling_metadata.all_greedy:
         return None
-    # The host's lists, of which the device's copy was made: reading that one would wait for the forward.
+    # Use the host's lists: reading their copy on the device would wait for the forward.
     drafts = [list(row) for row in batch.spec_token_ids[: len(spec_decode_metadata.num_draft_tokens)]]
     group = get_tp_group()
     rows = None
@@ -198,14 +196,14 @@ def dense_proposals(
 ) -> torch.Tensor:
     """q `[n, vocab_size]` float32; one-hot at the draft where its proposal is None.
 
-    Only ids and probabilities travel to the device, from pinned memory where that is a GPU's.
+    Only ids and probabilities are copied to the device, from pinned memory for a GPU.
     """
     one = np.ones(1, np.float32)
     ids = [np.array([draft], np.int32) if p is None else p[0] for draft, p in zip(drafts, proposals)]
     probs = np.concatenate([one if p is None else p[1] for p in proposals])
     rows = np.repeat(np.arange(len(drafts)), [len(i) for i in ids])
     places = rows * vocab_size + np.concatenate(ids)
-    known = probs > 0  # the others may name a token twice
+    known = probs > 0  # entries without probability may repeat a token
     q = torch.zeros(len(drafts), vocab_size, device=device)
     q.view(-1).index_copy_(0, _to_device(places[known], device), _to_device(probs[known], device))
     return q
@@ -221,8 +219,8 @@ def expand_batch_to_tokens(
 ) -> torch.Tensor:
     """Repeat `x` [batch] for each token of its row -> [num_tokens]; `replace_from` becomes `replace_to`.
 
-    Stands in for vLLM's function of this name on the CPU, where 0.29 to 0.33 return uninitialised memory
-    unless `x` is int64: a copy is filled and dropped.
+    Replaces vLLM's function of this name on the CPU, which in 0.29 to 0.33 returns uninitialised memory unless `x` is
+    int64, because it fills a copy.
     """
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     values = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
@@ -230,16 +228,16 @@ def expand_batch_to_tokens(
 
 
 def expand_is_correct(expand: Callable[..., torch.Tensor]) -> bool:
-    """Whether vLLM's own `expand_batch_to_tokens` works here; asked once, at start-up.
+    """Whether vLLM's own `expand_batch_to_tokens` works here; called once at startup.
 
-    Each try expects values that no memory left over from an earlier one can hold.
+    Each try expects different values, so that memory left over from an earlier one cannot pass.
     """
     cumulative = torch.tensor([2, 3, 6], dtype=torch.int32)
     for shift, dtype in enumerate((torch.float32, torch.int32)):
         x = torch.tensor([30 + shift, 0, 50 + shift], dtype=dtype)
         try:
             found = expand(x, cumulative, 6, 0, 70 + shift)
-        except Exception:  # 0.30 cannot even launch it; whatever goes wrong, ours works
+        except Exception:  # 0.30 cannot even launch it; use ours after any error
             return False
         if found.tolist() != [30 + shift] * 2 + [70 + shift] + [50 + shift] * 3:
             return False
@@ -247,12 +245,12 @@ def expand_is_correct(expand: Callable[..., torch.Tensor]) -> bool:
 
 
 def _connect_cpu_kernels() -> None:
-    """Give the sampler's dispatchers the CPU kernels that vLLM 0.30 puts under names nobody reads any more."""
+    """Connect the sampler's dispatchers to the CPU kernels, which vLLM 0.30 stores under names that are not read."""
     from vllm.utils import cpu_triton_utils
 
     for name in ("rejection_greedy_sample", "rejection_random_sample", "expand", "sample_recovered_tokens"):
         dispatcher = getattr(rejection_sampler, f"_{name}", None)
         kernel = getattr(cpu_triton_utils, f"{name}_kernel", None)
-        # Triton's placeholder is the bare function, not to be launched.
+        # Without Triton, the kernel is a placeholder: the bare function, which cannot be launched.
         if kernel is not None and isinstance(getattr(dispatcher, "kernel", None), types.FunctionType):
             patch.replace(f"{rejection_sampler.__name__}:_{name}.kernel", kernel)

@@ -1,9 +1,8 @@
-"""The seam with vLLM's V2 model runner.
+"""Hooks into vLLM's V2 model runner.
 
-The runner gives its speculator rows of device tensors, but never a request. Six methods are wrapped, so that a
-speculator of ours sees requests come and go, knows when the target is loaded, has drafts that are only filler
-rejected by vLLM's rejection sampler, and knows which drafts vLLM counts. A seventh chooses CUDA graphs where the number
-of drafts adapts.
+The runner passes device tensors to its speculator, but no requests. Six methods are wrapped so that our speculator sees
+requests come and go, knows when the target is loaded, gets filler drafts rejected by vLLM's rejection sampler, and
+knows which drafts vLLM counts. A seventh wrapper chooses CUDA graphs if the number of drafts adapts.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ CUDA_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager"
 
 
 class V2Speculator(BaseSpeculator):
-    """What the V2 runner needs of a speculator that runs no model on the target's device.
+    """Base class of a V2 speculator that runs no model on the target's device.
 
-    draft_logits [C, K, vocab] float32: log q times temperature of the drafts under verification, by slot, of the C
-    lowest. While a request that samples is in a higher one, all drafts of the batch are declared one-hot.
-    num_drafts [max_num_reqs] int32: how many of a slot's K drafts are any; the others are rejected.
-    step: number of the scheduler step that is carried out.
-    drafter_state: how the drafter stood at the last `speculate`.
+    draft_logits [C, K, vocab] float32: log q times temperature of the drafts under verification, for the C lowest
+    slots; while a sampled request is in a higher slot, all drafts of the batch are declared one-hot
+    num_drafts [max_num_reqs] int32: number of valid drafts per slot; the rest are filler and rejected
+    step: number of the scheduler step in progress
+    drafter_state: state of the drafter at the last `speculate`
     """
 
     supports_mm_inputs = False
@@ -45,8 +44,8 @@ class V2Speculator(BaseSpeculator):
     step = 0
     drafter_state = DrafterState.IN_TIME
     _wanted: int | None = None
-    _counts_valid = False  # vLLM counts only the drafts of this step's rows that fit their grammars
-    _num_valid: Mapping[str, int] = MappingProxyType({})  # drafts that fit, of each row with a grammar
+    _counts_valid = False  # whether vLLM counts only drafts that fit their grammars in this step
+    _num_valid: Mapping[str, int] = MappingProxyType({})  # drafts that fit, by request with a grammar
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing to capture: drafting is a lookup."""
@@ -97,11 +96,11 @@ class V2Speculator(BaseSpeculator):
 
     @abstractmethod
     def want(self, num_drafts: int) -> None:
-        """Rounds carry `num_drafts` drafts from the next one on; called when that changes."""
+        """Set the number of drafts per round, from the next round on; called when it changes."""
 
     @abstractmethod
     def on_target_loaded(self) -> None:
-        """The target is loaded; nothing has been profiled yet."""
+        """Called once the target is loaded, before profiling."""
 
     @abstractmethod
     def add_request(
@@ -113,19 +112,19 @@ class V2Speculator(BaseSpeculator):
         truncation: Truncation,
         cache_salt: bytes,
     ) -> None:
-        """A request joins with all its tokens so far: a new one, or one that was preempted; no drafts without."""
+        """A new or resumed request joins; token_ids: all its tokens so far, empty if it gets no drafts."""
 
     @abstractmethod
     def end_at(self, request_id: str, length: int) -> None:
-        """The request ends at so many committed tokens, if not before."""
+        """The request ends at `length` committed tokens at the latest."""
 
     @abstractmethod
     def finish_requests(self, request_ids: Collection[str]) -> None:
-        """Requests have ended: vLLM throws away their results under way. Unknown ones are ignored."""
+        """Requests have ended; vLLM discards their results in flight. Unknown ones are ignored."""
 
     @abstractmethod
     def remove_request(self, request_id: str) -> None:
-        """A request leaves its slot, preempted or about to be replaced; unknown ones are ignored."""
+        """A request leaves its slot because it is preempted or replaced; unknown ones are ignored."""
 
     def begin_step(self, scheduler_output: Any) -> None:
         """The scheduler's next step is carried out; requests whose end it tells leave first."""
@@ -190,7 +189,7 @@ def ngram_speculator(vllm_config: VllmConfig, device: torch.device, req_states: 
 
 
 def ngram_drafts(speculator: BaseSpeculator, batch: Any, num_sampled: torch.Tensor, req_states: Any) -> torch.Tensor:
-    """Its drafts [B, K] int64, the last token repeated where nothing matches."""
+    """n-gram drafts [B, K] int64 of `speculator`, the last token repeated where nothing matches."""
     nothing: dict[str, Any] = dict.fromkeys(("attn_metadata", "slot_mappings"))
     nothing |= dict.fromkeys(("last_hidden_states", "aux_hidden_states"))
     nothing |= dict.fromkeys(("num_rejected", "next_prefill_tokens", "temperature", "seeds"))
@@ -218,10 +217,10 @@ def _is_for_ssd(manager: Any) -> bool:
 
 
 def _init_candidates(original, manager):
-    """Let every number of drafts find the next larger graph that was captured for it.
+    """Let every number of drafts use the next larger graph that was captured for it.
 
-    vLLM gives a number of tokens the graphs of the next captured size alone. Where those are for another number of
-    drafts, which happens as soon as there are several, the batch would run without a graph.
+    For a number of tokens vLLM only considers graphs of the next captured size. If those are for another number of
+    drafts, which happens as soon as there are several numbers, the batch would run without a graph.
     """
     original(manager)
     smaller: dict[tuple[Any, ...], int] = {}
@@ -251,7 +250,7 @@ def _load_model(original, runner, *args, **kwargs):
 def _add_requests(original, runner, scheduler_output):
     original(runner, scheduler_output)
     for new in scheduler_output.scheduled_new_reqs:
-        if new.req_id.startswith("_") and "warmup" in new.req_id:  # vLLM's own, between which it captures CUDA graphs
+        if new.req_id.startswith("_") and "warmup" in new.req_id:  # vLLM's own, for warm-up and graph capture
             continue
         slot = runner.req_states.req_id_to_index[new.req_id]
         gains, params = can_gain(new, runner.vllm_config), new.sampling_params
@@ -269,7 +268,7 @@ def _finish_requests(original, runner, scheduler_output):
 
 
 def _sample_tokens(original, runner, grammar_output):
-    """Beside the round's result the scheduler gets what it was worth as a sample; see `scheduler.Adaptive`."""
+    """Attach the `DrafterState` to the round's result for the scheduler; see `scheduler.Adaptive`."""
     runner.speculator.note_grammars(grammar_output)
     state = runner.speculator.drafter_state  # as its drafts were looked up
     output = original(runner, grammar_output)
@@ -288,7 +287,7 @@ def _judge(original, sampler, logits, input_batch, draft_logits=None, invalid_dr
     slots = input_batch.idx_mapping_np
     beyond = slots >= sampler._ssd_speculator.draft_logits.shape[0]
     if beyond.any() and (sampler.sampler.sampling_states.temperature.np[slots[beyond]] > 0).any():
-        draft_logits = None  # vLLM would read beyond its end; one-hot is exact, whatever the drafts were drawn from
+        draft_logits = None  # vLLM would read out of bounds; one-hot is lossless however the drafts were drawn
     invalid = sampler._ssd_speculator.invalid_drafts(input_batch)
     if invalid_drafts is not None:
         invalid = invalid | invalid_drafts

@@ -1,7 +1,7 @@
-"""The seam with vLLM's scheduler, which decides how many drafts the rounds of the V2 model runner carry.
+"""A scheduler that adapts the number of drafts per round on the V2 model runner.
 
-It looks that number up by batch size in a table, for whose numbers vLLM has captured CUDA graphs. Asynchronous, it is a
-step ahead of the results: a choice takes effect two rounds later.
+vLLM's scheduler looks that number up by batch size in a table, for whose entries it has captured CUDA graphs. With
+asynchronous scheduling it is a step ahead of the results, so a choice takes effect two rounds later.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_ssd.policy import Adaptation
 
 
 class Choices:
-    """The table, as an `Adaptation` would have it now; no drafts while nothing drafts, which teaches it nothing."""
+    """Stands in for vLLM's table: asks an `Adaptation`, and returns 0 while no drafter is available."""
 
     def __init__(self, adaptation: Adaptation) -> None:
         self._adaptation = adaptation
@@ -29,12 +29,12 @@ class Choices:
         return 0 if self._away else self._adaptation.choose(batch_size)
 
     def note(self, state: DrafterState) -> None:
-        """How the drafter stood in the latest round."""
+        """Note the state of the drafter in the latest round."""
         self._away = state == DrafterState.AWAY
 
 
 class Adaptive(Scheduler):
-    """A scheduler whose rounds carry as many drafts as pay."""
+    """A scheduler that chooses the number of drafts with the highest throughput."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -42,16 +42,16 @@ class Adaptive(Scheduler):
         self._adaptation = Adaptation(self.num_spec_tokens, self.dynamic_sd_lookup[1:])
         self._choices = Choices(self._adaptation)
         self.dynamic_sd_lookup = cast(list[int], self._choices)  # vLLM only ever indexes it
-        # When each of the batches that are in flight at once was decided last.
+        # Time of the latest result, and its requests, of each batch in flight.
         self._decided: deque[tuple[float, set[str]]] = deque(maxlen=self.parallel_config.pipeline_parallel_size)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Learn from the round, then what vLLM does."""
+        """Learn from the round, then call vLLM's method."""
         self._observe(time.perf_counter(), scheduler_output, model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _observe(self, now: float, scheduler_output: Any, model_runner_output: Any) -> None:
-        """Learn from a round of pure decoding that followed directly on another of the same requests."""
+        """Learn from a pure decode round that directly follows one of the same requests."""
         scheduled, drafts = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_spec_decode_tokens
         request_ids = set(scheduled)
         state = getattr(model_runner_output, DRAFTER_STATE, DrafterState.IN_TIME)
@@ -70,10 +70,10 @@ class Adaptive(Scheduler):
 
 
 class AsyncAdaptive(Adaptive, AsyncScheduler):
-    """The same, a step ahead of the results."""
+    """`Adaptive` with asynchronous scheduling."""
 
 
 def scheduler(vllm_config: VllmConfig, **arguments: Any) -> Adaptive:
-    """What `scheduler_cls` names: asynchronous where vLLM decided so."""
+    """Build the scheduler, asynchronous if vLLM decided so; `scheduler_cls` names this function."""
     chosen = AsyncAdaptive if vllm_config.scheduler_config.async_scheduling else Adaptive
     return chosen(vllm_config=vllm_config, **arguments)

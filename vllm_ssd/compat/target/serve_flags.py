@@ -1,4 +1,4 @@
-"""The engine's part of the flags of `vllm serve`, and what vLLM makes of them without starting anything."""
+"""Parse the engine's flags of `vllm serve`, and ask vLLM about the configuration without starting it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
 class _Parser(FlexibleArgumentParser):
-    """Keeps flags that are not the engine's in `others`, and raises ValueError where `vllm serve` would exit."""
+    """Keeps flags that are not the engine's in `others`, and raises ValueError instead of exiting."""
 
     others: list[str] = []
 
@@ -25,9 +25,9 @@ class _Parser(FlexibleArgumentParser):
 
 
 def parse(flags: list[str]) -> tuple[AsyncEngineArgs, list[str]]:
-    """The engine arguments that flags of `vllm serve` name, and the flags that are not about the engine.
+    """Parse flags of `vllm serve` into engine arguments, and return the other flags, too.
 
-    Raises ValueError for a value that the engine does not take.
+    Raises ValueError for invalid values of engine flags.
     """
     parser = _Parser()
     AsyncEngineArgs.add_cli_args(parser)
@@ -36,7 +36,7 @@ def parse(flags: list[str]) -> tuple[AsyncEngineArgs, list[str]]:
 
 
 def attention_backend(vllm_config: VllmConfig) -> str:
-    """The name of the backend that vLLM takes for a decoder's layers; raises what vLLM raises where none fits."""
+    """Name of the attention backend that vLLM selects for a decoder; raises what vLLM raises if none fits."""
     from vllm.config import set_current_vllm_config
     from vllm.v1.attention.selector import get_attn_backend
 
@@ -49,7 +49,7 @@ def attention_backend(vllm_config: VllmConfig) -> str:
 
 
 def devices() -> tuple[int, int]:
-    """Number of accelerators that vLLM sees, and bytes of each; no accelerator on a CPU."""
+    """Number of accelerators that vLLM sees, and the memory of each in bytes; (0, 0) on a CPU."""
     if current_platform.is_cpu():
         return 0, 0
     platform: Any = current_platform

@@ -1,10 +1,9 @@
-"""Thinking budgets that speculation does not change, on vLLM's V1 runner.
+"""Exact thinking budgets with speculation on vLLM's V1 runner.
 
-vLLM (0.29 to 0.33) forces the end of reasoning with a state machine per request. It is right without speculation, one
-token at a time. With speculation it guesses from the number of drafts what the round will emit, and forces a wrong
-token, or none, after a prompt that is prefilled in pieces (docs/limits.md). Here the same machine goes through the
-committed tokens one at a time, then, on a copy, through the drafts: each position is forced exactly as it would be
-without speculation.
+vLLM (0.29 to 0.33) forces the end of reasoning with a state machine per request, which is correct for one token at a
+time. With speculation it guesses from the number of drafts what a round will emit, and forces a wrong token, or none,
+after a prompt that was prefilled in chunks (docs/limits.md). Here the same state machine steps through the committed
+tokens one at a time, and a copy of it through the drafts, so that each position is forced as without speculation.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 FORCED_LOGIT = 1e9
-"""What vLLM raises the logit of a forced token to."""
+"""Logit that vLLM gives a forced token."""
 
 
 class ThinkingBudget(ThinkingBudgetStateHolder):
@@ -26,14 +25,14 @@ class ThinkingBudget(ThinkingBudgetStateHolder):
 
     @classmethod
     def take_over(cls, holder: ThinkingBudgetStateHolder | None) -> None:
-        """Turn vLLM's own holder, if there is one, into one of this class, with the requests that it tracks."""
+        """Convert vLLM's own holder, if there is one, to this class, keeping its state."""
         if type(holder) is ThinkingBudgetStateHolder:
             holder.__class__ = cls
 
     def sync_batch(self, batch_update: Any) -> None:
-        """Follow requests that join, leave or move; a row that is moved onto leaves its budget behind.
+        """Follow requests that join, leave or move, and drop the budget of a row that another request moves to.
 
-        vLLM keeps the budget of a finished request for the one without a budget that takes its row.
+        vLLM would keep the budget of the finished request for a request without one that takes its row.
         """
         if batch_update:
             replaced = {to for _, to, direction in batch_update.moved if direction == MoveDirectionality.UNIDIRECTIONAL}
@@ -48,14 +47,14 @@ class ThinkingBudget(ThinkingBudgetStateHolder):
         spec_token_ids: list[list[int]] | None,
         repeat_indices: torch.Tensor | None = None,
     ) -> None:
-        """Advance each request by the tokens it emitted, and decide what is forced after each of its drafts.
+        """Advance each request by its emitted tokens, and determine the forced token after each of its drafts.
 
-        output_token_ids: committed tokens of each row; spec_token_ids: the drafts under verification of each row.
+        output_token_ids: committed tokens per row; spec_token_ids: drafts under verification per row
         """
         self._forced = {}
         for row, state in self._state.items():
             output, drafts = output_token_ids[row], (spec_token_ids or [])[row : row + 1]
-            seen = state.get("num_seen", len(output) - 1)  # a request that was preempted returns with all its tokens
+            seen = state.get("num_seen", len(output) - 1)  # a resumed request returns with all its tokens
             for length in range(seen + 1, len(output)):
                 self._step(state, output[:length])
             forced = [self._step(state, output)]
@@ -69,7 +68,7 @@ class ThinkingBudget(ThinkingBudgetStateHolder):
     def apply_to_logits(
         self, logits: torch.Tensor, predict_bonus_token: bool, spec_token_ids: list[list[int]] | None
     ) -> torch.Tensor:
-        """Force tokens in `logits`: one row a request for bonus tokens, else one row a draft."""
+        """Force tokens in `logits`, which has one row per request for bonus tokens, else one row per draft."""
         rows, tokens = [], []
         if predict_bonus_token:
             for row, forced in self._forced.items():
@@ -90,7 +89,7 @@ class ThinkingBudget(ThinkingBudgetStateHolder):
         return logits
 
     def _step(self, state: dict[str, Any], output: list[int]) -> int | None:
-        """One round without speculation after `output`: the token it forces, or None."""
+        """Step the state machine after `output`, as without speculation; returns the forced token or None."""
         state |= {"output_tok_ids": output, "spec_token_ids": [], "force_index": [], "in_spec_mode": False}
         self._update_think_state(state)
         if state["in_end"] and state["force_index"] and state["end_count"] < len(self.think_end_token_ids):

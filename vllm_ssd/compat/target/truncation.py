@@ -1,4 +1,4 @@
-"""Which tokens a request's sampling parameters leave it."""
+"""Translate a request's sampling parameters for the drafter."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from vllm_ssd.link.protocol import ALL_TOKENS, NO_BIAS, Truncation, pack_bias
 
 
 def truncation_of(params: SamplingParams) -> Truncation:
-    """top_k, top_p, min_p, `allowed_token_ids` and `logit_bias` as the drafter is told of them.
+    """The `Truncation` for top_k, top_p, min_p, `allowed_token_ids` and `logit_bias`.
 
-    vLLM's top_k is 0 or -1 where there is none.
+    vLLM's top_k is 0 or -1 if it is not set.
     """
     bias = NO_BIAS
     if params.allowed_token_ids or params.logit_bias:

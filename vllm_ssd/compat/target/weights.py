@@ -1,4 +1,4 @@
-"""Say that the drafter is stale once the target's weights have changed, as in reinforcement learning."""
+"""Warn that the drafter is stale when the target's weights change, as in reinforcement learning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger("vllm.vllm_ssd")
 
 
 def warn_of_new_weights() -> None:
-    """Log a warning whenever this worker's target gets other weights; on either runner, idempotent."""
+    """Log a warning whenever this worker's target gets new weights; works on both runners, idempotent."""
     for name in ("reload_weights", "finish_weight_update"):
         patch.wrap(f"vllm.v1.worker.gpu_worker:Worker.{name}", _is_ours, _then_warn)
 
@@ -25,7 +25,7 @@ def _is_ours(worker: Any, *args: Any, **kwargs: Any) -> bool:
 def _then_warn(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     result = original(*args, **kwargs)
     logger.warning(
-        "SSD: the target has new weights, the drafter keeps the weights it started with: the text is the target's, but "
-        "fewer drafts are accepted"
+        "SSD: the target has new weights, but the drafter keeps the weights it started with: fewer drafts are "
+        "accepted, the output is unaffected"
     )
     return result

@@ -1,7 +1,7 @@
-"""The seam with vLLM's worker: the GPUs it sees, what a drafter beside the target takes of its own, and `/sleep`.
+"""Hooks into vLLM's worker: its visible GPUs, the memory of a drafter on the same GPU, and `/sleep`.
 
-vLLM sizes the target's KV pages by what its GPU has lost since a snapshot that is older than our drafter, and so would
-count the drafter as the target's own.
+vLLM sizes the target's KV pages by the GPU memory used since a snapshot. That snapshot is older than our drafter, so
+vLLM would count the drafter's memory as the target's.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from vllm_ssd.link.gpus import Gpus, visible_names
 
 WORKER = "vllm.v1.worker.gpu_worker:Worker"
 _hooks: dict[int, WorkerHooks] = {}
-"""By the id of a `VllmConfig`, which can neither be hashed nor, with hooks of ours on it, be pickled."""
+"""By the id of the `VllmConfig`, which is not hashable, and could not be pickled with our hooks as an attribute."""
 
 
 @dataclass(slots=True)
 class WorkerHooks:
-    """What the worker of one `VllmConfig` is to know of its drafter.
+    """Hooks of one `VllmConfig`'s worker for its drafter.
 
-    drafter_bytes: of this worker's GPU, taken by the drafter since vLLM's snapshot
-    on_sleep, on_wake: called before the target gives its memory back, and once it has it again
+    drafter_bytes: memory on this worker's GPU that the drafter has taken since vLLM's snapshot
+    on_sleep, on_wake: called before the target releases its memory, and after it has reclaimed it
     """
 
     drafter_bytes: int
@@ -37,7 +37,7 @@ class WorkerHooks:
 
 
 def visible_gpus() -> Gpus | None:
-    """The GPUs that this worker sees, None where vLLM is built for the CPU; no CUDA context is made to count them."""
+    """The GPUs that this worker sees, None if vLLM is built for the CPU; does not create a CUDA context."""
     if current_platform.is_cpu():
         return None
     return Gpus(
@@ -48,14 +48,14 @@ def visible_gpus() -> Gpus | None:
 
 
 def attach(vllm_config: Any, hooks: WorkerHooks) -> None:
-    """Let the worker that was started with `vllm_config` follow `hooks`; others behave as before."""
+    """Attach `hooks` to the worker that was started with `vllm_config`; others behave as before."""
     _hooks[id(vllm_config)] = hooks
     weakref.finalize(vllm_config, _hooks.pop, id(vllm_config), None)
     install()
 
 
 def install() -> None:
-    """Wrap vLLM's worker for those with hooks; idempotent."""
+    """Wrap vLLM's worker for workers with hooks; idempotent."""
     with patch.all_or_nothing():
         patch.wrap(f"{WORKER}.determine_available_memory", _has_hooks, _determine_available_memory)
         patch.wrap(f"{WORKER}.sleep", _has_hooks, _sleep, parameters=("level",))
@@ -71,7 +71,7 @@ def _hooks_of(worker: Any) -> WorkerHooks:
 
 
 def _determine_available_memory(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
-    """As if the drafter had been there before vLLM's snapshot."""
+    """Correct vLLM's snapshot as if the drafter had been loaded before it."""
     hooks = _hooks_of(worker)
     taken, hooks.drafter_bytes = hooks.drafter_bytes, 0  # the snapshot is corrected once
     if taken:
@@ -89,5 +89,5 @@ def _sleep(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any)
 
 def _wake_up(original: Callable[..., Any], worker: Any, tags: list[str] | None = None) -> None:
     original(worker, tags)
-    if tags is None or "kv_cache" in tags:  # before that, somebody else may still use the memory
+    if tags is None or "kv_cache" in tags:  # until then, somebody else may still be using the memory
         _hooks_of(worker).on_wake()

@@ -1,4 +1,4 @@
-"""Where the KV of spines and branches lies, kept on the device by the kernels; the host only counts."""
+"""KV pages of spines and branches whose page tables live on the device; the host only counts pages."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from vllm_ssd.kernels import CLOSE, MISS, SKIP, DevicePool, Trees, adopt, commit
 class DevicePages(SpinePages):
     """`Pages` over `kernels.Trees`: page ids never come to the host.
 
-    What is asked for is collected and carried out before the next forward, one launch of `commit`, `drop`, `adopt`,
-    `reserve`, `expand` and `copy_pages` for all requests. How many pages are free is known here all the same, because
-    every operation's need is, and `tables` hold stand-ins that are shared as the pages are; so nothing waits for the
-    device.
+    Operations are collected and carried out before the next forward, with one launch each of `commit`, `drop`, `adopt`,
+    `reserve`, `expand` and `copy_pages` for all requests. The host never waits for the device: it knows how many pages
+    each operation takes, and `tables` contain stand-ins that are shared and released like the real pages.
 
-    A stand-in is also the name under which the device keeps a cached page. It does so from when it must, that is when
-    the spine that published the page ends or another one adopts it: most rounds launch nothing for the cache.
+    A page's stand-in is also its name in the device's prefix cache. A page enters that cache only when the spine that
+    published it ends or another spine adopts it, so most rounds launch nothing for the cache.
     """
 
     def __init__(self, model: PagedModel, branches: Branches) -> None:
@@ -35,13 +34,13 @@ class DevicePages(SpinePages):
         num_slots, per_slot = branches.max_num_seqs, branches.per_request
         self.device_pool = DevicePool.full(model.num_pages, model.device)
         self.trees = Trees.empty(num_slots, per_slot, k, model.page_size, self.tables.shape[1], model.device)
-        self._index = np.zeros(num_slots * per_slot, np.int64)  # of each row among its request's
+        self._index = np.zeros(num_slots * per_slot, np.int64)  # index of each row among its request's branches
         self._num_branch_pages = np.zeros(num_slots * per_slot, np.int64)
         self._held_by_branches = 0
         self._places = np.zeros((2, model.num_pages), np.int64)  # slot and column of each published page, by its name
-        self._is_kept = np.zeros(model.num_pages, bool)  # under its name, by the device
+        self._is_kept = np.zeros(model.num_pages, bool)  # in the device's cache, by name
         self._kept_pages = torch.zeros(model.num_pages, dtype=torch.int32, device=model.device)  # by name
-        # What is due, by slot; `_fan_out` also holds what was carried out.
+        # Pending operations, by slot; `_fan_out` also contains completed ones.
         self._winners = np.full(num_slots, SKIP, np.int32)
         self._adopted: list[np.ndarray] = []  # slots, columns and names [3, n]
         self._dropped: list[np.ndarray] = []  # names [n]
@@ -55,7 +54,7 @@ class DevicePages(SpinePages):
 
     @property
     def num_free(self) -> int:
-        """Pages that no spine or branch holds, once all is carried out."""
+        """Pages that no spine or branch will hold once all pending operations are carried out."""
         return self.pool.num_free - self._held_by_branches
 
     def reserve(self, slot: int, num_tokens: int) -> None:
@@ -65,7 +64,7 @@ class DevicePages(SpinePages):
             self._num_tokens[slot] = num_tokens
 
     def adopt(self, slot: int, digests: Iterable[bytes]) -> int:
-        """Add the cached pages of `digests` to a spine, up to one that is not found; how many they are."""
+        """See `Pages.adopt`."""
         have, num_pages = int(self.num_pages[slot]), super().adopt(slot, digests)
         if num_pages:
             columns = np.arange(have, have + num_pages)
@@ -75,7 +74,7 @@ class DevicePages(SpinePages):
         return num_pages
 
     def publish(self, slot: int, first: int, digests: SequenceOf[bytes]) -> np.ndarray:
-        """Let pages of a spine from its page `first` on, final ones, be found by `digests`; those that now are, [n]."""
+        """See `Pages.publish`; returns the pages that were added to the cache, [n] int32."""
         names = super().publish(slot, first, digests)
         self._places[0, self.tables[slot, first : first + len(digests)]] = slot
         self._places[1, self.tables[slot, first : first + len(digests)]] = np.arange(first, first + len(digests))
@@ -86,16 +85,16 @@ class DevicePages(SpinePages):
         self._make_room(self.pool.num_free - self._held_by_branches)
 
     def _keep(self, names: np.ndarray) -> None:
-        """Have the device keep those of the pages `names` [n] that are cached."""
+        """Add those of the pages `names` [n] that are cached to the device's cache."""
         names = names[self.pool.is_cached(names) & ~self._is_kept[names]]
         if len(names):
-            self.carry_out()  # the pages must be there first, and what had these names before be dropped
+            self.carry_out()  # the pages must exist first, and earlier pages of the same names be dropped
             self._is_kept[names] = True
             entries = self._to_device(np.stack([*self._places[:, names], names]))
             keep(self.device_pool, self.trees, self._kept_pages, *entries)
 
     def _make_room(self, num_pages: int) -> None:
-        """Drop idle pages until the device has `num_pages` unused ones, once all is carried out."""
+        """Drop idle pages so that, once pending operations are carried out, the device has `num_pages` unused ones."""
         names = self.pool.make_room(num_pages + self._held_by_branches)
         if len(names):
             self._is_kept[names] = False
@@ -106,7 +105,7 @@ class DevicePages(SpinePages):
         return super()._allocate(num_pages)
 
     def needed(self, rows: np.ndarray) -> int:
-        """Pages that `fork` takes for new branches in `rows`: room for all K drafts, however many are wanted."""
+        """Pages that `fork` takes for new branches in `rows`, always with room for K drafts."""
         base = int(self._branches.base[rows[0]])
         return len(rows) * ((base % self.page_size + self._num_drafts) // self.page_size + 1)
 
@@ -132,7 +131,7 @@ class DevicePages(SpinePages):
             self._copied.append(slot * branches.per_request + self._index[rows])
 
     def index(self, rows: np.ndarray) -> np.ndarray:
-        """Where the branches in `rows` [n] lie among their requests' rows of `trees`, [n] int64."""
+        """Indices of the branches `rows` [n] among their requests' branches in `trees`, [n] int64."""
         return self._index[rows]
 
     def commit(self, slot: int, rows: np.ndarray, winner: int = -1) -> None:
@@ -157,13 +156,13 @@ class DevicePages(SpinePages):
         self._fan_out[slot] = 0
 
     def _before_commit(self, slot: int) -> None:
-        """Carry out what was asked of this slot since its last commit, which must not come after the next one."""
+        """Carry out this slot's operations since its last commit, as they must precede the next one."""
         is_due = self._num_tokens[slot] or self._forks[slot, 0] < self._forks[slot, 1]
         if is_due or any(slot in slots for slots, _, _ in self._adopted):
             self.carry_out()
 
     def carry_out(self) -> None:
-        """Launch what is due, for the slots that it is due for; `batch` does so before every forward."""
+        """Launch all pending operations; `batch` does so before every forward."""
         pool, trees = self.device_pool, self.trees
         committed, reserved = np.flatnonzero(self._winners != SKIP), np.flatnonzero(self._num_tokens)
         forked = np.flatnonzero(self._forks[:, 0] < self._forks[:, 1])
@@ -189,7 +188,7 @@ class DevicePages(SpinePages):
             self.device_pool,
             trees,
             to_device(self._lengths[forked]),
-            no_drafts,  # the host has left them out of the candidates
+            no_drafts,  # the host has already removed them from the candidates
             to_device(self._candidates[forked]),
             to_device(self._fan_out[forked]),
             to_device(self._forks[forked]),
@@ -212,7 +211,7 @@ class DevicePages(SpinePages):
         return self._to_device(slots.astype(np.int32))
 
     def batch(self, tokens: StepTokens) -> TreeBatch:
-        """The forward of `tokens`, before which everything asked for is carried out."""
+        """Carry out all pending operations and build the forward of `tokens`."""
         self.carry_out()
         branches, spines, rows = self._branches, tokens.spines, tokens.token_rows
         to_device, size = self._to_device, self.page_size
@@ -220,7 +219,7 @@ class DevicePages(SpinePages):
         slots = np.concatenate(
             [np.repeat([s.slot for s, _ in spines], [n for _, n in spines]), branches.owner[rows]]
         ).astype(np.int64)
-        order = np.argsort(slots, kind="stable")  # the tokens of a request side by side
+        order = np.argsort(slots, kind="stable")  # group tokens by request
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         is_row = np.arange(len(slots)) >= num_spine_tokens

@@ -1,4 +1,4 @@
-"""Where the KV of spines and branches lies, kept on the host: page tables, reference counts, copies to be made."""
+"""KV pages of spines and branches whose page tables live on the host."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HostPages(SpinePages):
         capacity, size = len(branches.alive), self.page_size
         self.branch_pages = np.zeros((capacity, (branches.num_speculative_tokens + size - 1) // size + 1), np.int32)
         self.num_branch_pages = np.zeros(capacity, np.int64)
-        self._copies: dict[int, int] = {}  # destination page -> source page, before the next forward
+        self._copies: dict[int, int] = {}  # pending copies: destination page -> source page
 
     @property
     def num_free(self) -> int:
@@ -69,7 +69,7 @@ class HostPages(SpinePages):
         return self.branch_pages[rows][held]
 
     def batch(self, tokens: StepTokens) -> ForwardBatch:
-        """The forward of `tokens`. Makes the copies that are due: all sources are read before any page is written."""
+        """Make the pending page copies, reading all sources before any write, and build the forward of `tokens`."""
         if self._copies:
             self._model.copy_pages(list(self._copies.values()), list(self._copies))
             self._copies.clear()

@@ -1,4 +1,4 @@
-"""Reference-counted KV pages, of which full ones can be found by their content."""
+"""Reference-counted KV pages with a prefix cache."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ NO_PAGES = np.empty(0, np.int32)
 
 
 class OutOfPages(RuntimeError):
-    """More pages were asked for than are free."""
+    """Raised if more pages are requested than are free."""
 
 
 class PagePool:
     """`num_pages` KV pages, each unused or owned by one or more holders.
 
-    A page held once may be written by its holder; a page held more than once is read-only. The prefix cache is a holder
-    like any other: it holds full pages by the digest of what they contain. A page that it alone holds is *idle*, and
-    free for whoever needs it: the least recently used one is dropped first.
-    Invariant: every page is either on the stack of unused pages with no holder, or off it with at least one.
+    A page with one holder may be written by it; a page with more holders is read-only. The prefix cache is a holder
+    too: it holds full pages by a digest of their content. A page held by the cache alone is *idle* and counts as free;
+    the least recently used idle page is dropped first.
+
+    Invariant: every page is either on the stack of unused pages and has no holder, or off it and has at least one.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -54,7 +55,7 @@ class PagePool:
             self._idle.pop(page, None)
 
     def release(self, pages: np.ndarray) -> None:
-        """Remove one holder from each of `pages` `[n]` (distinct), the least useful first."""
+        """Remove one holder from each of `pages` `[n]` (distinct, least useful first)."""
         holders = self._holders[pages] - 1
         if (holders < 0).any():
             raise ValueError("a free page cannot be released")
@@ -70,7 +71,7 @@ class PagePool:
     # ---- the prefix cache ------------------------------------------------------------------------------
 
     def cache(self, page: int, digest: bytes) -> bool:
-        """Let an owned page, which nobody writes any more, be found; False where another of this content is."""
+        """Add an owned, final page to the cache; returns False if it or one with this digest is cached already."""
         if self._holders[page] == 0:
             raise ValueError("a free page cannot be cached")
         if self._is_cached[page] or digest in self._page_of:
@@ -81,7 +82,7 @@ class PagePool:
         return True
 
     def find(self, digests: Iterable[bytes]) -> np.ndarray:
-        """Pages `[n]` int32 of the first digests, up to one that is not found."""
+        """Pages `[n]` int32 of the longest prefix of `digests` that is cached."""
         pages = []
         for digest in digests:
             page = self._page_of.get(digest)
@@ -91,11 +92,11 @@ class PagePool:
         return np.array(pages, np.int32)
 
     def is_cached(self, pages: np.ndarray) -> np.ndarray:
-        """Which of `pages` can be found, `[n]` bool."""
+        """Which of `pages` are cached, `[n]` bool."""
         return self._is_cached[pages]
 
     def make_room(self, num_pages: int) -> np.ndarray:
-        """Drop idle pages until `num_pages` are unused; those dropped, `[n]` int32. Raises `OutOfPages`."""
+        """Drop idle pages until `num_pages` are unused; returns the dropped ones, `[n]` int32. Raises `OutOfPages`."""
         if num_pages > self.num_free:
             raise OutOfPages(f"{num_pages} pages wanted, {self.num_free} free")
         if num_pages <= self.num_unused:

@@ -1,4 +1,4 @@
-"""What the engine asks of the pages that hold its token trees."""
+"""The interface between the engine and the KV pages of its token trees."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from vllm_ssd.drafter.step_tokens import StepTokens
 
 
 class Pages(Protocol):
-    """KV pages of one spine a slot, and of the branches that start from it, by their rows in `Branches`.
+    """KV pages of the spine in each slot, and of the branches that start from it, by their rows in `Branches`.
 
     A spine's full pages may be shared with other requests. A branch reads its spine's full pages before its base and
-    owns the pages from there on, all of them from its start. No request is evicted here: `num_free` tells the caller
-    what it may ask for.
+    owns all pages from there on, allocated when it starts. Callers check `num_free` first; nothing is evicted here.
 
-    Published pages are cached by a digest of what they contain and all that precedes it. They stay when their requests
-    end, and count as free again then: the least recently used ones go when space is needed.
+    Published pages are cached by a digest of their content and everything before it. They survive their requests, and
+    then count as free: the least recently used ones are dropped when space is needed.
 
-    page_size: slots of a page; capacity: pages, free or held
+    page_size: tokens per page; capacity: total number of pages
     """
 
     page_size: int
@@ -34,20 +33,20 @@ class Pages(Protocol):
         ...
 
     def missing(self, slot: int, num_tokens: int) -> int:
-        """Pages that a spine lacks to hold `num_tokens`."""
+        """Number of pages that a spine lacks for `num_tokens` tokens."""
         ...
 
     def reserve(self, slot: int, num_tokens: int) -> None:
-        """Give a spine the pages it lacks; as many must be free."""
+        """Give a spine the pages that it lacks for `num_tokens` tokens; as many must be free."""
 
     def adopt(self, slot: int, digests: Iterable[bytes]) -> int:
-        """Add the cached pages of `digests` to a spine, up to one that is not found; how many they are."""
+        """Append the cached pages of the longest known prefix of `digests` to a spine; returns their number."""
         ...
 
     def publish(self, slot: int, first: int, digests: SequenceOf[bytes]) -> object:
-        """Let pages of a spine from its page `first` on be found by `digests`.
+        """Add pages of a spine, from its page `first` on, to the cache under `digests`.
 
-        They are full, were computed, and are not written again by this spine.
+        They must be full and computed, and the spine must not write them again.
         """
 
     def forget_idle(self) -> None:
@@ -58,18 +57,18 @@ class Pages(Protocol):
         ...
 
     def fork(self, rows: np.ndarray) -> None:
-        """Give pages to new branches in `rows` [n], all of one fork point; as many as they need must be free.
+        """Give pages to new branches in `rows` [n], all of one fork point; as many as `needed` must be free.
 
-        Slots of the spine that lie before the base in its page are copied, and with a just-in-time branch, whose base
-        has its KV already, that of the base. The fork points of a round come in ascending order.
+        The spine's KV slots before the base in the base's page are copied, and also the base's own slot for a
+        just-in-time branch, whose base is computed already. A round's fork points must be forked in ascending order.
         """
 
     def commit(self, slot: int, rows: np.ndarray, winner: int = -1) -> None:
-        """Free the branches in `rows`; a `winner` among them becomes the spine from the page of its base on."""
+        """Free the branches in `rows`; the pages of `winner`, if given, replace the spine's from its base's page on."""
 
     def close(self, slot: int, rows: np.ndarray) -> None:
         """Free a spine and its branches."""
 
     def batch(self, tokens: StepTokens) -> ForwardBatch | TreeBatch:
-        """The forward of `tokens`, before which everything asked for is carried out."""
+        """Carry out all pending operations and build the forward of `tokens`."""
         ...

@@ -1,4 +1,4 @@
-"""The pages of the spines, which host and device count alike."""
+"""Page accounting of spines, common to host and device pages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vllm_ssd.drafter.pages.pool import PagePool
 
 
 class SpinePages:
-    """Which pages the spines in `max_num_seqs` slots hold; `HostPages` and `DevicePages` add those of the branches.
+    """The pages of the spines in `max_num_seqs` slots; `HostPages` and `DevicePages` add those of the branches.
 
-    tables [S, W] int32 and num_pages [S] int64: the pages of each spine, of `pool`. Full pages of
-    committed tokens are cached by their content, and shared by all spines that begin alike.
+    tables [S, W] int32, num_pages [S] int64: the pages of each spine, from `pool`. Full pages of committed tokens are
+    cached by their content, and shared by all spines with that prefix.
     """
 
     def __init__(self, model: PagedModel, max_num_seqs: int) -> None:
@@ -27,17 +27,17 @@ class SpinePages:
         self.num_pages = np.zeros(max_num_seqs, np.int64)
 
     def missing(self, slot: int, num_tokens: int) -> int:
-        """Pages that a spine lacks to hold `num_tokens`."""
+        """See `Pages.missing`."""
         return max(-(-num_tokens // self.page_size) - int(self.num_pages[slot]), 0)
 
     def reserve(self, slot: int, num_tokens: int) -> None:
-        """Give a spine the pages it lacks; as many must be free."""
+        """See `Pages.reserve`."""
         have, missing = int(self.num_pages[slot]), self.missing(slot, num_tokens)
         self.tables[slot, have : have + missing] = self._allocate(missing)
         self.num_pages[slot] += missing
 
     def adopt(self, slot: int, digests: Iterable[bytes]) -> int:
-        """Add the cached pages of `digests` to a spine, up to one that is not found; how many they are."""
+        """See `Pages.adopt`."""
         pages, have = self.pool.find(digests), int(self.num_pages[slot])
         self.pool.share(pages)
         self.tables[slot, have : have + len(pages)] = pages
@@ -45,7 +45,7 @@ class SpinePages:
         return len(pages)
 
     def publish(self, slot: int, first: int, digests: SequenceOf[bytes]) -> np.ndarray:
-        """Let pages of a spine from its page `first` on, final ones, be found by `digests`; those that now are, [n]."""
+        """See `Pages.publish`; returns the pages that were added to the cache, [n] int32."""
         pages = self.tables[slot, first : first + len(digests)]
         return pages[[self.pool.cache(page, digest) for page, digest in zip(pages.tolist(), digests)]]
 
@@ -57,7 +57,7 @@ class SpinePages:
         return self.pool.allocate(num_pages)
 
     def _relink(self, slot: int, first: int, pages: np.ndarray) -> None:
-        """Put `pages` in the place of a spine's from its page `first` on."""
-        self.pool.release(self.tables[slot, first : self.num_pages[slot]][::-1])  # the beginning is read most often
+        """Replace a spine's pages, from its page `first` on, by `pages`."""
+        self.pool.release(self.tables[slot, first : self.num_pages[slot]][::-1])  # drop the least shared pages first
         self.tables[slot, first : first + len(pages)] = pages
         self.num_pages[slot] = first + len(pages)

@@ -1,4 +1,4 @@
-"""What the rows that missed carry: n-gram drafts, just-in-time drafts that are waited for, or nothing."""
+"""Drafts for rows that missed: n-gram drafts, just-in-time drafts after a wait, or none."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vllm_ssd.target.v1.request import Speculation
 from vllm_ssd.target.v1.round import Round, Row
 
 SLOWNESS_KEPT = 0.998
-"""Of the time just-in-time drafts take, at each miss that does not wait for them: a drafter that was slow once is tried
-again, after some hundred misses (a guess)."""
+"""Factor on the expected time of just-in-time drafts at each miss that does not wait, so that a drafter that was slow
+once is tried again after some hundred misses (a guess)."""
 
 Matches = list[tuple[Row, list[int]]]
 """Rows with their n-gram drafts."""
 
 
 class Fallback:
-    """Decides for the rows that missed, and learns what its choices bring."""
+    """Decides what missed rows do, and learns from the results."""
 
     def __init__(self, config: SSDConfig, adaptation: Adaptation) -> None:
         self._config = config
@@ -32,7 +32,7 @@ class Fallback:
         self._jit_first_s = self._jit_step_s = 0.0
 
     def decide(self, round_: Round, num_requests: int, client: DrafterClient) -> None:
-        """Give n-gram drafts to missed rows, or let them wait, whichever gains most; `num_requests` are open."""
+        """Give n-gram drafts to missed rows, or let them wait, whichever gains most; num_requests: open requests."""
         missed = round_.missed
         if not missed:
             return
@@ -57,7 +57,7 @@ class Fallback:
             round_.wait_for(waiting, jit)
 
     def wait(self, round_: Round, client: DrafterClient) -> float:
-        """Wait, boundedly, for the drafts that rows wait for, and tell which are taken; returns the seconds."""
+        """Wait up to `wait_ms` for just-in-time drafts and report those that are used; returns the seconds waited."""
         waiting, jit = round_.waiting, round_.waiting[0].jit
         started = now = time.perf_counter()
         deadline = started + self._config.wait_ms / 1e3
@@ -86,9 +86,10 @@ class Fallback:
     def observe(
         self, by_ngram: Sequence[bool], num_verified: Sequence[int], accepted: Sequence[int], seconds: float | None
     ) -> None:
-        """Learn from a verified round, row by row: whether drafts were by n-gram, how many, how many were accepted.
+        """Learn from a verified round.
 
-        seconds: time since the round before; None where that says nothing about decoding.
+        by_ngram, num_verified, accepted [B]: whether a row's drafts were n-gram drafts, how many were verified, and how
+        many accepted; seconds: time since the previous round, None if it is not representative of decoding
         """
         for guessed, m, k in zip(by_ngram, num_verified, accepted):
             if guessed and m:
@@ -102,7 +103,7 @@ class Fallback:
                 self._survival[j] += 0.02 * ((k > j) - self._survival[j])
 
     def _match_ngrams(self, round_: Round, missed: list[Row], num_requests: int) -> tuple[Matches, float]:
-        """n-gram drafts of the rows that have any, as many as pay, and the tokens they are expected to gain."""
+        """n-gram drafts of the rows that have a match, as many as pay, and the tokens they are expected to gain."""
         config = self._config
         matches: Matches = []
         total = 0.0
@@ -118,13 +119,13 @@ class Fallback:
         return matches, total
 
     def _may_wait(self, missed: list[Row], client: DrafterClient) -> list[Row]:
-        """Rows whose drafter can be told to hurry."""
+        """Missed rows that may wait for just-in-time drafts."""
         if self._config.on_miss not in ("wait", "auto"):
             return []
         return [row for row in missed if row.emitted is not None and client.may_wait(row.request.remote, row.length)]
 
     def _num_jit_drafts(self, num_missed: int, wanted: int) -> tuple[int, float]:
-        """Just-in-time drafts worth waiting for, and tokens gained: all with "wait", what was measured with "auto"."""
+        """Number of just-in-time drafts to wait for and the tokens they gain; always all with on_miss "wait"."""
         if not num_missed:
             return 0, 0.0
         if self._config.on_miss == "wait" or not self._jit_step_s:
@@ -137,9 +138,9 @@ class Fallback:
         return drafts, jit_gain(num_missed, drafts, self._survival, self._tokens_per_s, first_s + drafts * step_s)
 
     def _learn_wait(self, seconds: float, first_s: float | None, ready: int, jit: int) -> None:
-        """Learn from a wait in which `ready` of `jit` drafts came, the first after `first_s` (None: not even that)."""
+        """Learn from a wait in which `ready` of `jit` drafts arrived, the first after `first_s` (None: none did)."""
         first_s = seconds if first_s is None else first_s
-        steps = jit - 1 if ready >= jit else ready  # of an unfinished wait, at least so long was the step it ended in
+        steps = jit - 1 if ready >= jit else ready  # a wait that timed out includes part of one more step
         step_s = (seconds - first_s) / steps if steps else first_s / 2
         weight = 0.1 if self._jit_step_s else 1.0
         self._jit_first_s += weight * (first_s - step_s - self._jit_first_s)
@@ -147,5 +148,5 @@ class Fallback:
 
 
 def _num_ready(row: Row, client: DrafterClient) -> int:
-    """Just-in-time drafts of a row that are there; all where none will come any more."""
+    """Just-in-time drafts of a row that have arrived; counts as complete if its drafter is gone."""
     return len(row.request.lookup(0, JIT_TOKEN).token_ids) if client.reaches(row.request.remote) else row.jit

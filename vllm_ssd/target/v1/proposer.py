@@ -1,4 +1,4 @@
-"""The composition root: what vLLM's worker constructs for speculative method "ssd"."""
+"""The proposer that vLLM's V1 worker constructs for speculative method "ssd"."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_ssd.target.v1.verifier import Verifier
 
 
 class SSDProposer:
-    """A vLLM `custom_class` proposer: the verifier on tensor-parallel rank 0, a bystander on the others."""
+    """A vLLM `custom_class` proposer: runs a `Verifier` on tensor-parallel rank 0 and does nothing on other ranks."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         runner_v1.install(SSDProposer)
@@ -31,7 +31,7 @@ class SSDProposer:
         self._verifier = Verifier(config, self._drafters, self._metrics)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Called once the target is loaded: wait for the drafter, which has been loading beside it."""
+        """Wait for the drafter, which has been loading in parallel; vLLM calls this once the target is loaded."""
         if self._verifier is not None:
             self._drafters.wait_until_ready()
 
@@ -40,7 +40,7 @@ class SSDProposer:
         started: Sequence[tuple[str, Sequence[int] | None, float, int, Truncation, bytes]],
         finished: Sequence[str],
     ) -> None:
-        """Requests that join or leave, before the target's forward."""
+        """Note requests that join or leave, before the target's forward."""
         if self._verifier is not None:
             self._verifier.finish_requests(finished)
             self._verifier.start_requests(
@@ -50,7 +50,7 @@ class SSDProposer:
             )
 
     def on_rows(self, request_ids: Sequence[str], num_verified: Sequence[int]) -> None:
-        """The requests whose rows the next `propose` gets, and how many drafts of each were verified."""
+        """Note the requests in the rows of the next `propose`, and how many drafts of each were verified."""
         self._request_ids, self._num_verified = request_ids, num_verified
 
     def propose(

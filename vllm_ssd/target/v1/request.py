@@ -1,4 +1,4 @@
-"""A request on the V1 runner: its drafts under verification, and the blocks that wait for their outcome."""
+"""A request on the V1 runner: its drafts under verification, and the blocks for their outcome."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm_ssd.target.requests import RemoteRequest
 
 @dataclass(slots=True)
 class Speculation:
-    """Draft tokens and, where they were sampled, the proposal of each (None: declared one-hot)."""
+    """Draft tokens and the proposal of each, None for drafts that are declared one-hot."""
 
     token_ids: list[int] = field(default_factory=list)
     proposals: list[Proposal | None] = field(default_factory=list)
@@ -22,17 +22,17 @@ class Speculation:
 
 @dataclass(slots=True)
 class Request:
-    """One request of the batch, and what is speculated for it."""
+    """A request and its speculation."""
 
     remote: RemoteRequest
-    min_length: int = 0  # committed tokens below which stop tokens are censored (`min_tokens`)
-    drafts: Speculation = field(default_factory=Speculation)  # handed over last
-    drafts_length: int = 0  # committed tokens that `drafts` follow
-    by_ngram: bool = False  # `drafts` are what followed an earlier n-gram
+    min_length: int = 0  # committed tokens below which stop tokens are suppressed (`min_tokens`)
+    drafts: Speculation = field(default_factory=Speculation)  # those handed to vLLM last
+    drafts_length: int = 0  # committed tokens before `drafts`
+    by_ngram: bool = False  # `drafts` are n-gram drafts
     blocks: list[PushedBlock] = field(default_factory=list)  # accepted for the outcome at `remote.length`, in order
 
     def lookup(self, accept_length: int, bonus_token_id: int) -> Speculation:
-        """What was pushed for one outcome so far; empty when it was not predicted."""
+        """The drafts pushed so far for an outcome; empty if it was not predicted."""
         token_ids: list[int] = []
         proposals: list[Proposal | None] = []
         for pushed in self.blocks:
@@ -45,10 +45,10 @@ class Request:
         return Speculation(token_ids, proposals)
 
     def follow(self, emitted: list[int]) -> Speculation:
-        """What was speculated after `emitted`, the tokens since `drafts_length`; empty when nothing was.
+        """The drafts that follow `emitted`, the tokens since `drafts_length`; empty if there are none.
 
-        Usually `emitted` is an accepted prefix of the drafts and a bonus token. It may also end inside the
-        drafts (the scheduler verified fewer: the rest of them stands) or cover several rounds.
+        Usually `emitted` is an accepted prefix of the drafts plus a bonus token. It may also end inside the drafts, if
+        the scheduler verified fewer (the rest stays valid), or cover several rounds.
         """
         drafts = self.drafts.token_ids
         k = common_prefix(emitted, drafts)
@@ -61,15 +61,15 @@ class Request:
         return branch.since(len(rest)) if branch.token_ids[: len(rest)] == rest else Speculation()
 
     def most_drafts(self, wanted: int, length: int) -> int:
-        """Drafts that a round starting at `length` may carry.
+        """Number of drafts that a round starting at `length` may carry, at most `wanted`.
 
-        vLLM censors the bonus token of a round by where the round starts (`MinTokensLogitsProcessor`, 0.30 to 0.32):
-        a round must not reach over `min_length`, or a stop token due there would be lost.
+        vLLM decides by a round's start whether to suppress stop tokens for its bonus token (`MinTokensLogitsProcessor`,
+        0.30 to 0.32). So a round must not cross `min_length`, or a stop token there would be lost.
         """
         return wanted if length >= self.min_length else min(wanted, self.min_length - length - 1)
 
     def known_proposals(self, length: int, draft_token_ids: list[int]) -> list[Proposal | None]:
-        """The distribution of each draft verified at `length`; None for one-hot drafts and for filler."""
+        """The proposal of each draft verified at `length`; None for one-hot drafts and filler."""
         n = len(draft_token_ids)
         if length == self.drafts_length and self.drafts.token_ids[:n] == draft_token_ids:
             return self.drafts.proposals[:n]

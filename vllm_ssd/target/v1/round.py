@@ -1,7 +1,7 @@
-"""One round of the batch: who hit, who missed, and what the next round of each row carries.
+"""One round of the batch: which rows hit, which missed, and the drafts of each row's next round.
 
-A round is decided first and told afterwards: the rows are looked up, the fallback fills those that missed, and only
-then is the drafter told of each row, once.
+The round is decided completely before it is reported: rows are looked up, the fallback fills those that missed, and
+then the drafter gets one event per row.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from vllm_ssd.target.v1.request import Request, Speculation
 
 @dataclass(slots=True)
 class Batch:
-    """What vLLM tells of a round that was verified.
+    """A verified round, as vLLM reports it.
 
-    request_ids [B]; num_verified [B] drafts that each row's round verified; sampled_token_ids [B] lists of what it
-    emitted, empty for rows still in prefill; num_tokens [B] int32 committed lengths; token_ids [B, max_model_len]
-    int32.
+    request_ids [B]; num_verified [B]: drafts verified per row; sampled_token_ids [B]: lists of emitted tokens, empty
+    for rows still in prefill; num_tokens [B] int32: committed lengths; token_ids [B, max_model_len] int32.
     """
 
     request_ids: list[str]
@@ -33,16 +32,16 @@ class Batch:
 
 @dataclass(slots=True)
 class Row:
-    """One request whose outcome is known."""
+    """A row of the batch whose outcome is known."""
 
     index: int  # in the batch
     request: Request
     length: int  # committed tokens
-    emitted: list[int] | None  # since the drafter was last told; None: it must be opened first
-    max_drafts: int  # that its next round may carry
-    drafts: Speculation  # that its next round carries
+    emitted: list[int] | None  # tokens since the last report to the drafter; None if the request must be opened first
+    max_drafts: int  # limit for its next round
+    drafts: Speculation  # for its next round
     by_ngram: bool = False
-    jit: int = 0  # drafts that it waits for
+    jit: int = 0  # number of just-in-time drafts that it waits for
 
 
 class Round:
@@ -54,11 +53,11 @@ class Round:
         self.num_drafts = num_drafts
         self.rows: list[Row] = []
         self.waiting: list[Row] = []
-        self.drafter_in_time = False  # as the round begins
+        self.drafter_in_time = False  # whether the drafter had caught up when the round began
         self._batch = batch
 
     def look_up(self, requests: Mapping[str, Request], client: DrafterClient) -> None:
-        """Find what was speculated for the outcome of each row; count hits and misses of held requests."""
+        """Look up the drafts for each row's outcome; counts hits and misses of held requests."""
         batch = self._batch
         lengths = batch.num_tokens[: len(batch.request_ids)].tolist()
         for index, (request_id, sampled, length) in enumerate(zip(batch.request_ids, batch.sampled_token_ids, lengths)):
@@ -69,7 +68,7 @@ class Round:
             max_drafts = request.most_drafts(self.num_drafts, length)
             if length >= told and client.holds(remote):
                 emitted = sampled
-                if told + len(sampled) != length:  # the drafter was told of none of the rounds before, or of more
+                if told + len(sampled) != length:  # the drafter missed earlier rounds, or knows some tokens already
                     emitted = batch.token_ids[index, told:length].tolist()
                 drafts = request.follow(emitted)
                 client.looked_up(remote, hit=bool(drafts.token_ids), block=bool(request.blocks))
@@ -96,7 +95,7 @@ class Round:
             row.jit = num_drafts
 
     def tell(self, client: DrafterClient) -> None:
-        """Tell the drafter the outcome of each row and the drafts it carries; open those that are not held."""
+        """Report each row's outcome and next drafts to the drafter; opens requests that are not held."""
         for row in self.rows:
             if row.emitted is None:
                 client.open(row.request.remote, self.tokens(row), row.drafts.token_ids)
@@ -105,7 +104,7 @@ class Round:
         client.send(self.num_drafts)
 
     def hand_over(self) -> list[list[int]]:
-        """The drafts of each row of the batch, [] where there are none; the requests remember theirs."""
+        """Return the drafts of each row of the batch, [] if there are none, and store them in their requests."""
         proposed: list[list[int]] = [[] for _ in self.request_ids]
         for row in self.rows:
             request = row.request

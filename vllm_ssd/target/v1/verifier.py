@@ -1,7 +1,7 @@
-"""The target's side of SSD on the V1 runner: take the speculation that waits for an outcome, tell the drafter of it.
+"""The target's side of SSD on the V1 runner: look up drafts for each outcome, and report outcomes to the drafter.
 
-vLLM's rejection sampler stays the only judge of tokens. Nothing here waits for the drafter but a missed row,
-and that only up to a bound.
+Tokens are only decided by vLLM's rejection sampler. Nothing here waits for the drafter except missed rows, and those
+only for a bounded time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm_ssd.target.v1.round import Batch, Round
 
 
 class Verifier:
-    """Turn outcomes into drafts for one vLLM worker."""
+    """Turns outcomes into drafts for one vLLM worker."""
 
     def __init__(self, config: SSDConfig, fleet: Fleet, metrics: Metrics) -> None:
         self._config = config
@@ -33,8 +33,10 @@ class Verifier:
         self._last_round: Round | None = None
 
     def start_requests(self, requests: Iterable[tuple[str, Sequence[int], float, int, Truncation, bytes]]) -> None:
-        """Open `(request_id, prompt token ids, temperature, min_tokens, truncation, cache_salt)` while the target
-        prefills."""
+        """Open requests on the drafter while the target prefills them.
+
+        requests: (request_id, prompt token ids, temperature, min_tokens, truncation, cache_salt)
+        """
         for request_id, token_ids, temperature, min_tokens, truncation, cache_salt in requests:
             temperature = temperature if temperature >= 1e-5 else 0.0
             remote = self._client.add(request_id, temperature, truncation, cache_salt)
@@ -44,7 +46,7 @@ class Verifier:
         self._client.send(self._config.num_speculative_tokens)
 
     def finish_requests(self, request_ids: Iterable[str]) -> None:
-        """Forget requests; the drafter is told with the next step, or now if that may be long in coming."""
+        """Close requests; the drafter is told with the next step, or at once if no requests are left."""
         for request_id in request_ids:
             if self._requests.pop(request_id, None) is not None:
                 self._client.close(request_id)
@@ -52,7 +54,7 @@ class Verifier:
             self._client.send(self._config.num_speculative_tokens)
 
     def propose(self, batch: Batch) -> list[list[int]]:
-        """Drafts for the next round of every row, `[]` where there are none."""
+        """Drafts for the next round of every row, `[]` if there are none."""
         started_s = time.perf_counter()
         self._client.begin_round()
         self._client.poll()
@@ -75,10 +77,10 @@ class Verifier:
     def proposals(
         self, request_ids: Sequence[str], num_tokens: Sequence[int], draft_token_ids: list[list[int]]
     ) -> list[list[Proposal | None]] | None:
-        """The distribution of each draft now under verification, or None when no row has any.
+        """The proposal of each draft under verification, or None if no draft has one.
 
-        num_tokens [B] committed lengths before this round; draft_token_ids [B] lists as vLLM verifies them: a prefix
-        of what was handed over at that length, or filler, which no distribution must be claimed for.
+        num_tokens [B]: committed lengths before this round; draft_token_ids [B]: lists as vLLM verifies them, either a
+        prefix of what was handed over at that length or filler, for which no proposal may be claimed.
         """
         found: list[list[Proposal | None]] = []
         for request_id, length, drafts in zip(request_ids, num_tokens, draft_token_ids):
@@ -94,7 +96,7 @@ class Verifier:
             self._requests[block.request_id].blocks.append(PushedBlock(block, push, first))
 
     def _observe(self, batch: Batch, now_s: float) -> None:
-        """Count what was accepted, and learn from rounds of pure decoding that followed directly on another."""
+        """Count accepted drafts, and learn from pure decode rounds that directly follow one of the same requests."""
         last, self._last_round = self._last_round, None
         accepted: list[int] = []
         by_ngram: list[bool] = []

@@ -1,7 +1,7 @@
-"""Between the target's device and the drafter, on a thread of its own: outcomes one way, blocks the other.
+"""Carries outcomes from the target's device to the drafter, and blocks back, on its own threads.
 
-Under asynchronous scheduling vLLM's thread is a step ahead of the device: outcomes are known to nobody when it asks
-for drafts, so it only says where they will appear. Everything that takes time happens here.
+Under asynchronous scheduling vLLM's thread runs a step ahead of the device. When it asks for drafts, outcomes are not
+known on the host yet, so it only passes on the buffer in which they will appear. All work that takes time happens here.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ from vllm_ssd.target.v2.lookup_cache import SpeculationCache
 from vllm_ssd.target.v2.verified import VerifiedDrafts
 
 NUM_BUFFERS = 4
-"""Buffers for outcomes made at the start: vLLM's thread is a step or two ahead of the device."""
+"""Initial number of outcome buffers; vLLM's thread is a step or two ahead of the device."""
 
 NGRAM_LOSS = 0.1
-"""Tokens that an n-gram draft costs in later hits, the drafter having more places to fork at (a guess)."""
+"""Guessed cost of an n-gram draft in later hits, in tokens: with more fork points each gets fewer branches."""
 
 HIT, LATE = int(Found.HIT), int(Found.LATE)
-"""As plain numbers: every row is compared with them, and members of an enum are slow to look up."""
+"""Plain integers, because looking up enum members for every row is slow."""
 
 HEARTBEAT_S = 0.25
-"""How often a drafter is looked at that says nothing, so that its death or hang is noticed."""
+"""Longest wait between two polls of the drafters, so that a dead or hung one is noticed."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutcomeBuffer:
-    """Where the device leaves the outcomes of one round: rows [S, 5 + K] int32 of `kernels.lookup` on the host.
+    """Host buffer for the outcomes of one round.
 
-    Beside a CUDA device they are pinned memory, which its kernels write to; `written` happens when they have.
+    rows [S, 5 + K] int32: written by `kernels.lookup`, in pinned memory with a CUDA device; written: event that is
+    recorded after that, None without one
     """
 
     rows: torch.Tensor
@@ -65,22 +66,22 @@ class Verification:
 
 @dataclass(slots=True)
 class SlotRequest:
-    """A request as the courier's thread sees it, some steps behind vLLM's."""
+    """The courier thread's view of a request, which is some steps behind vLLM's."""
 
     remote: RemoteRequest
     slot: int
     token_ids: list[int]  # committed
-    verifying: list[int] = field(default_factory=list)  # drafts of the round after them
-    by_ngram: bool = False  # `verifying` are what followed an earlier n-gram
-    last_length: int = sys.maxsize  # most committed tokens that it will have
+    verifying: list[int] = field(default_factory=list)  # drafts under verification
+    by_ngram: bool = False  # `verifying` are n-gram drafts
+    last_length: int = sys.maxsize  # committed tokens at which it ends, if not earlier
 
 
 class Courier:
-    """Carries what vLLM's thread and the device leave to the drafter, and its blocks into the cache.
+    """Passes events from vLLM's thread and outcomes from the device to the drafter, and its blocks to the cache.
 
-    All methods down to `stop` may be called from any thread and return at once. A request is known by its serial
-    number, which no other request ever had: one that vLLM preempts and resumes is a new one. A `step` is the number of
-    a step of vLLM's scheduler, which has up to `num_batches` under way.
+    All methods down to `stop` may be called from any thread and return at once. Requests are identified by serial
+    numbers, which are never reused: a request that vLLM preempts and resumes gets a new one. step: number of a
+    scheduler step of vLLM; num_batches: scheduler steps in flight at most
     """
 
     def __init__(
@@ -102,16 +103,16 @@ class Courier:
         self._verified = VerifiedDrafts(metrics, num_batches)
         self._tasks: deque[Callable[[], None]] = deque()
         self._on_device: queue.SimpleQueue[Verification | None] = queue.SimpleQueue()
-        # Pinned memory must outlive the kernels that write to it: no buffer is ever given back to PyTorch.
+        # Pinned memory must outlive the kernels that write to it, so buffers are never freed.
         self._made: list[OutcomeBuffer] = []
         self._buffers = deque(self._new_buffer() for _ in range(NUM_BUFFERS))
-        self._num_drafts = config.num_speculative_tokens  # of a round
+        self._num_drafts = config.num_speculative_tokens  # wanted per round
         self._ngram_gain = NgramGain(config.num_speculative_tokens)
         self.wants_ngram = config.on_miss in ("ngram", "auto")
-        """Whether rows without drafts should have n-gram drafts instead; vLLM's thread reads it."""
+        """Whether rows without drafts should get n-gram drafts; read by vLLM's thread."""
         self.drafter_state = DrafterState.IN_TIME
-        """What the next round will be worth as a sample; vLLM's thread reads it."""
-        self._untold: set[int] = set()  # serial numbers of requests that are to be told of several rounds at once
+        """State of the drafters for the next round; read by vLLM's thread."""
+        self._untold: set[int] = set()  # requests whose next event covers several rounds, by serial number
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopped = False
 
@@ -120,7 +121,7 @@ class Courier:
         for name, body in (("ssd-courier", self._carry), ("ssd-outcomes", self._await_device)):
             threading.Thread(target=self._run, args=(body,), name=name, daemon=True).start()
 
-    # ---- what vLLM's thread tells ----------------------------------------------------------------------
+    # ---- called by vLLM's thread -----------------------------------------------------------------------
 
     def start(
         self,
@@ -131,38 +132,38 @@ class Courier:
         truncation: Truncation = ALL_TOKENS,
         cache_salt: bytes = b"",
     ) -> None:
-        """Request `serial` joins in `slot` with all its tokens so far."""
-        # A copy: vLLM passes the scheduler's own list, which grows before the courier's thread has its turn.
+        """Request `serial` joins in `slot`; token_ids: all its tokens so far."""
+        # Copied, because vLLM passes the scheduler's own list, which grows before the courier's thread reads it.
         told = temperature, truncation, cache_salt
         self._enqueue(functools.partial(self._start, serial, slot, list(token_ids), *told))
 
     def finish(self, step: int, serials: Sequence[int]) -> None:
-        """All requests whose end came with `step`, before anything else of that step."""
+        """The requests `serials` ended with `step`; must be called before anything else of that step."""
         self._enqueue(functools.partial(self._finish, step, serials))
 
     def preempt(self, step: int, serial: int) -> None:
-        """Request `serial` has left its slot with `step`, but has not ended."""
+        """Request `serial` was preempted with `step`."""
         self._enqueue(functools.partial(self._preempt, step, serial))
 
     def end_at(self, serial: int, length: int) -> None:
-        """Request `serial` ends at so many committed tokens, if not before."""
+        """Request `serial` ends at `length` committed tokens at the latest."""
         self._enqueue(functools.partial(self._end_at, serial, length))
 
     def want(self, num_drafts: int) -> None:
-        """Rounds carry `num_drafts` drafts from now on; with 0 the drafter is left in peace."""
+        """Set the number of drafts per round; with 0 the drafter gets no outcomes."""
         self._enqueue(functools.partial(self._want, num_drafts))
 
     def outcome_buffer(self) -> OutcomeBuffer:
-        """A buffer for `await_outcomes`, used again once its rows were read; one more when all are under way."""
+        """A buffer for `await_outcomes`, which is reused once its rows have been read."""
         try:
             return self._buffers.popleft()
         except IndexError:
             return self._new_buffer()
 
     def await_outcomes(self, step: int, serials: list[int], num_scheduled: list[int], buffer: OutcomeBuffer) -> None:
-        """The round of `step`, whose outcomes the current stream writes to the first rows of `buffer`.
+        """Process the round of `step` once the current stream has written its outcomes to `buffer`.
 
-        serials, num_scheduled: each row's request, and the drafts that vLLM counts in it, filler included.
+        serials, num_scheduled: request of each row, and the drafts that vLLM counts in it, including filler
         """
         round_ = Verification(step, serials, num_scheduled, buffer)
         if self._stopped:
@@ -174,13 +175,13 @@ class Courier:
             self._on_device.put(round_)
 
     def stop(self) -> None:
-        """End the threads and the drafter."""
+        """End the threads and close the drafters."""
         self._stopped = True
         self._on_device.put(None)
         os.eventfd_write(self._wakeup, 1)
 
     def _enqueue(self, task: Callable[[], None]) -> None:
-        """Leave work to the courier's thread, if it still runs."""
+        """Queue work for the courier's thread, if it still runs."""
         if not self._stopped:
             self._tasks.append(task)
             os.eventfd_write(self._wakeup, 1)
@@ -196,10 +197,10 @@ class Courier:
     # ---- the threads -----------------------------------------------------------------------------------
 
     def _run(self, body: Callable[[], None]) -> None:
-        """One of the two threads: when it ends or fails, both end, and the target decodes on without drafts."""
+        """Body of both threads: when one ends or fails, both end, and the target continues without drafts."""
         try:
             if self._cache.device.type == "cuda":
-                # A thread starts on device 0, and leaving a stream of another would make a context there.
+                # Threads start on device 0; using a stream of another device would create a context there.
                 torch.cuda.set_device(self._cache.device)
             body()
         except Exception:
@@ -208,7 +209,7 @@ class Courier:
             self.stop()
 
     def _await_device(self) -> None:
-        """Waiting for the device and waiting for the drafter take two threads."""
+        """Wait for outcomes on the device; a separate thread, as `_carry` waits for the drafters."""
         while (round_ := self._on_device.get()) is not None:
             written = round_.buffer.written
             assert written is not None  # see `await_outcomes`
@@ -226,10 +227,10 @@ class Courier:
             self._tasks.clear()
 
     def work(self) -> None:
-        """Bring the blocks that have arrived to the device, then tell the drafter all that was left to tell."""
+        """Write the blocks that have arrived to the device, then run all tasks and send their events."""
         try:
             os.eventfd_read(self._wakeup)
-        except BlockingIOError:  # it was a push that woke the thread
+        except BlockingIOError:  # woken by a push or a timeout
             pass
         self._client.poll()
         self._cache.flush()
@@ -286,7 +287,7 @@ class Courier:
         self._num_drafts = num_drafts
 
     def _take_outcomes(self, round_: Verification) -> None:
-        """Commit what the rows of a round emitted, and queue it for the drafter."""
+        """Commit the tokens that a round emitted, and report them to the drafter."""
         self._client.begin_round()
         any_missed = False
         rows = round_.buffer.rows[: len(round_.serials)].tolist()
@@ -295,7 +296,7 @@ class Courier:
         requests = self._requests
         for serial, (num_emitted, last, found, _, num_drafts, *drafts) in zip(round_.serials, rows):
             request = requests.get(serial)
-            if request is None or not num_emitted:  # it has left since, or its prompt is not through
+            if request is None or not num_emitted:  # it has left since, or is still in prefill
                 continue
             if request.by_ngram:
                 self._ngram_gain.observe(len(request.verifying), num_emitted - 1)
@@ -313,7 +314,7 @@ class Courier:
         client, remote, token_ids = self._client, request.remote, request.token_ids
         if self._untold:
             self._untold.discard(serial)
-        if len(token_ids) + 2 > request.last_length:  # its next round only emits
+        if len(token_ids) + 2 > request.last_length:  # its next round emits its last token: no more drafts needed
             client.close(remote.request_id)
         elif client.holds(remote):
             client.looked_up(remote, hit=found == HIT, block=found != LATE)

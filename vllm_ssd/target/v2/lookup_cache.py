@@ -1,8 +1,8 @@
-"""Speculation blocks in the target's device memory: written as they arrive, read where the outcome is known.
+"""Speculation blocks in the target's device memory, written as they arrive and read by `kernels.lookup`.
 
-The writer is a thread with a stream of its own, the reader a kernel (`kernels.lookup`) that vLLM's thread launched long
-before: neither waits for the other. Of two blocks a request one is whole while the other is written, and a version
-tells which.
+The writer is a thread with its own stream; the reader is a kernel that vLLM's thread may have launched long before.
+Neither waits for the other: each request has two blocks, one of which is complete while the other is written, and a
+version tells which.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_ssd.kernels.blocks import num_rows
 from vllm_ssd.link.protocol import Push, SpeculationBlock
 
 NO_OUTCOME = -1
-"""Accept length and bonus token -1: what no outcome is."""
+"""Accept length and bonus token of unused entries; no outcome has it."""
 NOTHING, NO_IDS, NO_PROBS = np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
@@ -56,15 +56,15 @@ class SpeculationCache:
     def put(
         self, push: Push, slots: list[int], serials: list[int], blocks: list[SpeculationBlock], firsts: list[int]
     ) -> None:
-        """Keep blocks of `push` for requests `serials` in `slots`; readers see them after `flush`.
+        """Queue blocks of `push` for requests `serials` in `slots`; readers see them after `flush`.
 
-        firsts: of each block's proposals in the push. Branches that do not continue what was pushed before, or exceed
-        N, are left out.
+        firsts: index of each block's first proposal in the push. Branches that exceed N, or do not continue what was
+        pushed before, are dropped.
         """
         self._put.append(Group(push, slots, serials, blocks, firsts))
 
     def flush(self) -> None:
-        """Bring what was put to the device, in the order of the cache's own stream; returns before it is there."""
+        """Copy the queued blocks to the device on the cache's own stream; returns before they are there."""
         if not self._put:
             return
         put, self._put = self._put, []
@@ -91,7 +91,7 @@ class SpeculationCache:
                 self._keeps_q[part.slots] = True
 
     def _take(self, group: Group) -> Taken:
-        """Note the blocks of a group."""
+        """Store a group of blocks in the host's copy and return what to write to the device."""
         blocks, top_m = group.blocks, self._shape[2]
         of_outcomes, lengths = [block.outcomes for block in blocks], [block.length for block in blocks]
         outcomes, drafts = b"".join(of_outcomes), b"".join([block.draft_token_ids for block in blocks])
@@ -116,9 +116,9 @@ class SpeculationCache:
     def _arrange(
         self, layout: Layout, serials: list[int], lengths: list[int], offset: int, outcomes: np.ndarray
     ) -> tuple[Places, np.ndarray | None]:
-        """Where blocks have their branches, and which branches have a place, [B] bool or None for all.
+        """Assign places to the blocks' branches; also returns which branches fit, [B] bool, None for all.
 
-        A drafter names the branches of a request in one order, and mostly all of them.
+        The fast path relies on a drafter sending a request's branches always in the same order, and mostly all of them.
         """
         slots, counts, places = layout.slots, layout.counts, layout.places
         max_branches = self._shape[0]
@@ -147,7 +147,7 @@ class SpeculationCache:
         return places, fits
 
     def _rows(self, at: np.ndarray, counts: np.ndarray, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The row of each branch of slots `at` among their branches, new ones after those there, and which are new."""
+        """Row of each branch within its slot in `at`, new branches after existing ones, and which are new."""
         held = self._branches[at, :2].reshape(len(at), -1).view(np.int64) == outcomes[:, None]
         rows, is_new = held.argmax(1), ~held.any(1)
         number = np.concatenate(([0], np.cumsum(is_new)))
@@ -157,7 +157,7 @@ class SpeculationCache:
     def _proposals(
         self, group: Group, layout: Layout, fits: np.ndarray | None, depth: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids and probabilities [E, M] of blocks `depth` drafts deep, of the branches that fit."""
+        """Proposals of the branches that fit, ids and probabilities [E, M]; depth: drafts per branch."""
         push, counts = group.push, layout.counts
         arrays = [
             np.frombuffer(array, dtype).reshape(-1, push.support)
@@ -176,7 +176,7 @@ class SpeculationCache:
 
 
 class Taken(NamedTuple):
-    """What came with a group for `DeviceBlocks.write`: its slots, and the proposals of its drafts."""
+    """Arguments for `DeviceBlocks.write` from one group: its slots, and its drafts' proposals."""
 
     slots: np.ndarray
     entries: np.ndarray
@@ -186,17 +186,17 @@ class Taken(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where branches are kept, each [B] int64; indices into the host's words but for slots and entries."""
+    """Locations of branches, each [B] int64; indices into the host's words except for slots and entries."""
 
     slots: np.ndarray
     outcomes: np.ndarray  # in units of 8 bytes
     depths: np.ndarray
-    drafts: np.ndarray  # of each branch the first
-    entries: np.ndarray  # of its first draft, as `DeviceBlocks.write` counts them
+    drafts: np.ndarray  # first draft of each branch
+    entries: np.ndarray  # entry of the first draft, as in `DeviceBlocks.write`
 
 
 def _places(slots: np.ndarray, rows: np.ndarray, shape: tuple[int, int, int]) -> Places:
-    """Of the branches in these rows of these slots, [B] int64 both."""
+    """The locations of branches, given their slots and rows, both [B] int64."""
     num_branches, num_drafts, _ = shape
     start = slots * (num_rows(num_drafts) * num_branches)
     first = rows * num_drafts
@@ -211,16 +211,16 @@ def _places(slots: np.ndarray, rows: np.ndarray, shape: tuple[int, int, int]) ->
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """How the branches of some blocks lie that are kept in their order, all of each block."""
+    """Locations of the branches of some blocks if each block keeps all its branches in order."""
 
-    slots: np.ndarray  # [n] int64, of the blocks
-    counts: np.ndarray  # [n] int64, branches of each
-    most: int  # of these
+    slots: np.ndarray  # [n] int64, slot of each block
+    counts: np.ndarray  # [n] int64, branches of each block
+    most: int  # largest of `counts`
     places: Places
-    together: slice | None  # of the push's proposals; None where others lie between them
+    together: slice | None  # the blocks' proposals in the push; None if they are not contiguous
 
 
-@functools.lru_cache(maxsize=4)  # from push to push and from round to round, most are the same
+@functools.lru_cache(maxsize=4)  # layouts mostly repeat from push to push and from round to round
 def _layout(
     slots: tuple[int, ...],
     sizes: tuple[int, ...],
@@ -228,7 +228,7 @@ def _layout(
     depth: int,
     shape: tuple[int, int, int],
 ) -> Layout:
-    """Of blocks `depth` drafts deep whose outcomes have `sizes` bytes, and whose proposals begin at `firsts`."""
+    """The layout of blocks; sizes: bytes of their outcomes; firsts: first proposals; depth: drafts per branch."""
     at, counts, first = np.array(slots), np.array(sizes) // 8, np.array(firsts)
     ends = first + counts * depth
     together = slice(firsts[0], int(ends[-1])) if (first[1:] == ends[:-1]).all() else None
@@ -237,22 +237,22 @@ def _layout(
 
 
 def _each(firsts: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Every step from every first, flat."""
+    """All sums of `firsts` and `steps`, flat."""
     return (firsts[:, None] + steps).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Blocks of one push, in its order; `SpeculationCache._take` takes those that are alike in one pass."""
+    """Blocks of one push, in its order; `SpeculationCache._take` requires a group that `is_alike`."""
 
     push: Push
     slots: list[int]
     serials: list[int]
     blocks: list[SpeculationBlock]
-    firsts: list[int]  # of each block's proposals in the push
+    firsts: list[int]  # index of each block's first proposal in the push
 
     def is_alike(self) -> bool:
-        """Whether the blocks are of one offset and depth, all sampled or none, each of another slot."""
+        """Whether all blocks have the same offset and depth, all or none are sampled, and their slots are distinct."""
         blocks, number = self.blocks, len(self.blocks)
         offsets, sampled = [block.offset for block in blocks], [block.sampled for block in blocks]
         if not len(set(self.slots)) == offsets.count(offsets[0]) == sampled.count(sampled[0]) == number:
@@ -265,7 +265,7 @@ class Group:
 
 
 def _alike(put: list[Group]) -> list[Group]:
-    """What was put in as few groups as can be, each alike; blocks of one slot stay in their order."""
+    """Regroup the blocks into as few alike groups as possible; blocks of one slot stay in order."""
     if len(put) == 1 and put[0].is_alike():
         return put
     groups: list[Group] = []

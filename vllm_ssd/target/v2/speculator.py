@@ -1,4 +1,4 @@
-"""The composition root on vLLM's V2 runner: drafts are looked up on the device, the host never waits for it."""
+"""The speculator for vLLM's V2 runner: looks drafts up on the device, without the host waiting for it."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from vllm_ssd.target.v2.courier import Courier
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
 
 MEMORY_BYTES = 950_000_000
-"""Device memory that blocks, tokens and proposals may take together, as far as `MIN_SAMPLED` allows."""
+"""Limit on the device memory for blocks, tokens and proposals together, unless `MIN_SAMPLED` requires more."""
 MIN_SAMPLED = 64
-"""Requests at a time whose proposals have room whatever it takes: K times the vocabulary, 4 bytes each."""
+"""Minimum number of concurrent requests with room for dense proposals of K * vocab_size * 4 bytes each."""
 
 
 class SSDSpeculator(V2Speculator):
-    """A speculator whose drafts were made elsewhere before it is asked for them.
+    """A speculator that looks up drafts which the drafter has already made.
 
-    Tensor-parallel rank 0 has a drafter and looks up; the other ranks get drafts and their proposals by broadcast.
+    Tensor-parallel rank 0 has the drafter and does the lookup; the other ranks get drafts and proposals by broadcast.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
@@ -53,7 +53,7 @@ class SSDSpeculator(V2Speculator):
         self.draft_logits = torch.full((num_sampled, num_drafts, vocab_size), -torch.inf, device=device)
         self._columns = torch.zeros(
             num_sampled, num_drafts, top_m, dtype=torch.int32, device=device
-        )  # written in those
+        )  # token ids that are set in `draft_logits`
         take_lowest_slots_first(req_states)
         self._verifying = DeviceSpeculation.empty(num_slots, num_drafts, top_m, device)
         self.num_drafts = self._verifying.num_drafts
@@ -86,7 +86,7 @@ class SSDSpeculator(V2Speculator):
             weakref.finalize(self, self._courier.stop)
 
     def on_target_loaded(self) -> None:
-        """Compile, and wait for the drafter, which has been loading beside the target."""
+        """Compile the kernels, and wait for the drafter, which has been loading in parallel."""
         self._warm_up()
         if self._courier is not None:
             self._drafters.wait_until_ready()
@@ -101,48 +101,48 @@ class SSDSpeculator(V2Speculator):
         truncation: Truncation,
         cache_salt: bytes,
     ) -> None:
-        """Give the request a serial number, and open it on the drafter while the target runs its prompt."""
+        """Give the request a serial number, and open it on the drafter while the target prefills it."""
         serial, self._num_started = self._num_started, self._num_started + 1
         self._requests[request_id] = serial, slot
         self._serials[slot] = serial
-        self._serials_on_device[slot].fill_(serial)  # in the order of the stream: earlier steps see the one before
+        self._serials_on_device[slot].fill_(serial)  # in stream order: earlier steps still see the previous request
         self._sampled[slot] = temperature > 0
         if self._courier is not None and token_ids:
             self._courier.start(serial, slot, token_ids, temperature, truncation, cache_salt)
 
     def end_at(self, request_id: str, length: int) -> None:
-        """The drafter rests once the request has one token left to emit."""
+        """Note the request's final length, so that the drafter stops when its last round begins."""
         if self._courier is not None:
             self._courier.end_at(self._requests[request_id][0], length)
 
     def finish_requests(self, request_ids: Collection[str]) -> None:
-        """Forget the requests; the blocks of their slots match no later one."""
+        """Forget the requests; the blocks in their slots match no later request."""
         serials = [serial for request_id in request_ids if (serial := self._forget(request_id)) is not None]
         if self._courier is not None and serials:
             self._courier.finish(self.step, serials)
 
     def remove_request(self, request_id: str) -> None:
-        """Forget the request, whose results under way count; unknown ones are ignored."""
+        """Forget a preempted request, whose results in flight still count; unknown ones are ignored."""
         serial = self._forget(request_id)
         if self._courier is not None and serial is not None:
             self._courier.preempt(self.step, serial)
 
     def _forget(self, request_id: str) -> int | None:
-        """The serial number that the request had, if it was known."""
+        """Forget a request and return its serial number; None if it is unknown."""
         serial, slot = self._requests.pop(request_id, (None, -1))
         if serial is not None:
             self._sampled[slot] = False
         return serial
 
     def want(self, num_drafts: int) -> None:
-        """Let the drafter grow what rounds carry, and rest while they carry nothing."""
+        """Have the drafter grow `num_drafts` drafts per round; it idles while that is 0."""
         if self._courier is not None:
             self._courier.want(num_drafts)
 
     def speculate(
         self, batch: Any, num_sampled: torch.Tensor, last_sampled: torch.Tensor, temperatures: torch.Tensor, wanted: int
     ) -> torch.Tensor:
-        """Drafts [B, K] int64: those of the outcome's branch, and the last token again where there is none."""
+        """Drafts [B, K] int64: those of the outcome's branch, or filler (the last token repeated)."""
         slots, slots_on_host = batch.idx_mapping, batch.idx_mapping_np
         courier = self._courier
         if courier is not None:
@@ -175,7 +175,7 @@ class SSDSpeculator(V2Speculator):
         return self._drafts[: batch.num_reqs, 1:]
 
     def _broadcast(self, slots: torch.Tensor, sampled: bool) -> None:
-        """Rank 0's choice on every rank; proposals travel only when a row of the batch needs them."""
+        """Broadcast rank 0's drafts to every rank, and the proposals if any row of the batch samples."""
         drafts = self._group.broadcast(self._drafts[: len(slots)], src=0)
         self.num_drafts[slots] = drafts[:, 0].int()
         if sampled:
@@ -184,13 +184,13 @@ class SSDSpeculator(V2Speculator):
             q_token_ids[slots], q_probs[slots] = q[0], q[1].view(torch.float32)
 
     def _warm_up(self) -> None:
-        """Launch everything once for a row that emitted nothing: else the first request would wait for compilers."""
+        """Launch everything once for a row that emitted nothing, so that no request waits for compilers."""
         slots = np.zeros(1, np.int64)
         on_device = torch.from_numpy(slots).to(self._device)
         batch = SimpleNamespace(num_reqs=1, idx_mapping=on_device, idx_mapping_np=slots, num_draft_tokens_per_req=None)
         num_sampled = torch.zeros(1, dtype=torch.int32, device=self._device)
         temperatures = torch.zeros(len(self.num_drafts), device=self._device)
         self._sampled[0] = True
-        for wanted in (self._drafts.shape[1] - 1, 0):  # with n-grams, if any are made, and without: two variants
+        for wanted in (self._drafts.shape[1] - 1, 0):  # compiles the variants with and without n-gram drafts
             self.speculate(batch, num_sampled, self._req_states.last_sampled_tokens, temperatures, wanted)
         self._sampled[0] = False
