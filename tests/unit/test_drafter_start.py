@@ -199,6 +199,19 @@ def test_vllms_attention_that_cannot_be_captured_is_launched(start, caplog):
     assert "does without CUDA graphs" in caplog.text
 
 
+class NotImplementedHere(FakeDraftModel):
+    """As a quantised model whose kernel lacks the dtype: it loads."""
+
+    def forward(self, batch):
+        raise NotImplementedError("not implemented for 'Float'")
+
+
+def test_a_model_whose_forward_fails_is_refused_before_it_serves(start):
+    """Otherwise it would die at each request, and start again for ever."""
+    executed = start(NotImplementedHere, msgspec.structs.replace(OPTIONS, tree_attention=False, graphs=False))
+    assert start.target.poll(20.0) == [Refused("NotImplementedError: not implemented for 'Float'")] and not executed
+
+
 @pytest.mark.parametrize("model", [FakeDraftModel, Parallel])
 def test_a_sound_drafter_keeps_its_attention(start, model):
     executed = start(model, OPTIONS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from engine_target import K, check_conservation
 
-from vllm_ssd.drafter.self_check import check_trees
+from vllm_ssd.drafter.self_check import check_forward, check_trees
 
 
 def test_the_check_at_start_leaves_nothing_behind(make_target):
@@ -15,6 +15,15 @@ def test_the_check_at_start_leaves_nothing_behind(make_target):
     check_conservation(target.engine)
     assert not target.engine.sequences and target.engine.pages.num_free == target.model.num_pages
     assert target.engine.num_steps > K + 1
+
+
+@pytest.mark.parametrize("options", [{}, {"fan_out": [0, 0, 2, 1]}, {"max_num_seqs": 1}, {"num_pages": 1}])
+def test_the_first_forward_leaves_nothing_behind(make_target, options):
+    target = make_target(**options)
+    check_forward(target.engine, target.model, K)
+    check_conservation(target.engine)
+    assert not target.engine.sequences and target.engine.pages.num_free == target.model.num_pages
+    assert target.engine.num_steps
 
 
 @pytest.mark.parametrize("options", [{"fan_out": [0, 0, 2, 1]}, {"max_num_seqs": 1}, {"num_pages": 3}])

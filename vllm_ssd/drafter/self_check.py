@@ -78,10 +78,7 @@ def check_trees(engine: DraftEngine, model: PagedModel, num_drafts: int) -> None
     some = random_numbers.integers(model.vocab_size, size=num_tokens + 1 + num_drafts).tolist()
     prompt, emitted, drafts = some[:num_tokens], some[num_tokens : num_tokens + 1], some[num_tokens + 1 :]
     first, second = _Request("first", prompt), _Request("second", prompt)
-    first.open(engine, num_drafts)
-    trees = _grow(engine, first)
-    first.advance(engine, emitted, drafts, num_drafts)  # a miss: all fork points start at once
-    trees += _grow(engine, first)
+    trees = _miss_once(engine, first, emitted, drafts)
     second.open(engine, num_drafts)  # adopts cached pages of the first
     if trees[-1]:
         accept_length, bonus = max(trees[-1])
@@ -104,6 +101,21 @@ def check_trees(engine: DraftEngine, model: PagedModel, num_drafts: int) -> None
             raise WrongTrees(f"proposals differ from the model's own by {error:.2g} standard deviations")
 
 
+def check_forward(engine: DraftEngine, model: PagedModel, num_drafts: int) -> None:
+    """Draft for one request on an idle engine, through a miss, so that the model's first forward fails here, if it does.
+
+    Raises what the forward raises, for example of a kernel that is not implemented for the dtype. This also compiles a
+    model that is compiled.
+    """
+    num_tokens = min(model.page_size, model.max_model_len - 3 * (num_drafts + 2))
+    if num_tokens < 1:
+        return  # no request is short enough to be drafted for
+    request = _Request("first", [0] * num_tokens)
+    _miss_once(engine, request, [0], [0] * num_drafts)
+    engine.close(request.name)
+    engine.pages.forget_idle()
+
+
 @contextmanager
 def time_limit(seconds: float, then: Callable[[Exception], object]) -> Iterator[None]:
     """Call `then` on another thread if the body does not finish within `seconds`, for example in a hung kernel."""
@@ -115,6 +127,16 @@ def time_limit(seconds: float, then: Callable[[Exception], object]) -> Iterator[
         yield
     finally:
         timer.cancel()
+
+
+def _miss_once(
+    engine: DraftEngine, request: _Request, emitted: list[int], drafts: list[int]
+) -> list[dict[tuple[int, int], _Branch]]:
+    """Open a request and miss, so that all fork points start at once; its branches by outcome, before and after."""
+    request.open(engine, len(drafts))
+    trees = _grow(engine, request)
+    request.advance(engine, emitted, drafts, len(drafts))
+    return trees + _grow(engine, request)
 
 
 def _grow(engine: DraftEngine, *requests: _Request) -> list[dict[tuple[int, int], _Branch]]:

@@ -28,7 +28,7 @@ from vllm_ssd.drafter.pages.device import DevicePages
 from vllm_ssd.drafter.pages.host import HostPages
 from vllm_ssd.drafter.pages.protocol import Pages
 from vllm_ssd.drafter.sampler import Sampler
-from vllm_ssd.drafter.self_check import TIME_LIMIT_S, check_trees, time_limit
+from vllm_ssd.drafter.self_check import TIME_LIMIT_S, check_forward, check_trees, time_limit
 from vllm_ssd.drafter.stepper import EagerRunner, Runner, Stepper
 from vllm_ssd.drafter.trace import TracedEngine, TracedFanOut, TracedTransport
 from vllm_ssd.drafter.vocabulary import UnlikeVocabularies, Vocabulary, VocabularyMap, match, translated
@@ -169,6 +169,8 @@ def boot(place: int | str, options: DrafterOptions, refuse: Callable[[Exception]
     try:
         with time_limit(TIME_LIMIT_S, functools.partial(_start_over, place, options, environment)):
             captured = _check(model, options)
+        if not model.tree_attention:  # compiling may take longer; the target's `startup_timeout_s` bounds it
+            check_forward(_engine_of(model, options, FanOut, captured), model, num_drafts)
     except Exception as error:
         if options.tree_attention or options.graphs:
             _start_over(place, options, environment, error)

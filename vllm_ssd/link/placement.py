@@ -95,7 +95,7 @@ def place_drafter(config: SSDConfig, vllm_config: VllmConfig, gpus: Gpus | None,
                 replicas.index * config.num_drafters + drafter,
                 replicas.known * config.num_drafters,
             )
-    options = _options(config, engine_args, max_num_seqs, cpus, config.tree_attention and not is_cpu)
+    options = _options(config, engine_args, max_num_seqs, cpus, is_cpu)
     return Placement(options, environment, beside_target)
 
 
@@ -114,14 +114,12 @@ def place_standalone(config: SSDConfig, max_num_seqs: int, on_cpu: bool) -> Plac
         environment |= _on_cores(cpus) if cpus else ON_CPU
     else:
         engine_args |= _gpu_memory(config)
-    return Placement(
-        _options(config, engine_args, max_num_seqs, cpus, config.tree_attention and not on_cpu), environment
-    )
+    return Placement(_options(config, engine_args, max_num_seqs, cpus, on_cpu), environment)
 
 
 def target_limits(config: SSDConfig, max_num_seqs: int) -> DrafterOptions:
     """The sizes that a target accepts from a drafter that it does not start."""
-    return _options(config, {}, max_num_seqs, [], False)
+    return _options(config, {}, max_num_seqs, [], on_cpu=True)
 
 
 def _engine_args(config: SSDConfig, max_num_seqs: int) -> dict[str, Any]:
@@ -135,7 +133,7 @@ def _engine_args(config: SSDConfig, max_num_seqs: int) -> dict[str, Any]:
 
 
 def _options(
-    config: SSDConfig, engine_args: dict[str, Any], max_num_seqs: int, cpus: list[int], tree_attention: bool
+    config: SSDConfig, engine_args: dict[str, Any], max_num_seqs: int, cpus: list[int], on_cpu: bool
 ) -> DrafterOptions:
     return DrafterOptions(
         engine_args={key: value for key, value in engine_args.items() if value is not None},
@@ -148,7 +146,8 @@ def _options(
         saguaro_c=config.saguaro_c,
         cpus=cpus,
         parent_pid=os.getpid(),
-        tree_attention=tree_attention,
+        tree_attention=config.tree_attention and not on_cpu,
+        graphs=not on_cpu,
     )
 
 
