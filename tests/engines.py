@@ -103,14 +103,15 @@ def start_program(
 ) -> fork_server.ForkedProcess | subprocess.Popen:
     """Start a Python program in a fork of a process that has imported vLLM; its drafters are forked, too.
 
-    output: the descriptor of what it prints, errors included; environment: variables to set.
+    output: the descriptor of what it prints, errors included; environment: variables to set, `ON_V2` for that runner.
     """
     variables = {**os.environ, **BASE, **(environment or {})}
     command = [str(program), *arguments]
     if ON_GPU:
         return subprocess.Popen([sys.executable, *command], env=variables, stdout=output, stderr=output)
-    variables[fork_server.ADDRESS] = address = server().address
-    return fork_server.fork(address, "script", command, output, variables, output)
+    variables[fork_server.ADDRESS] = server().address
+    forks = server(v2=variables.get("VLLM_USE_V2_MODEL_RUNNER") == "1")
+    return fork_server.fork(forks.address, "script", command, output, variables, output)
 
 
 def run_program(program: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:

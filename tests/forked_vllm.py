@@ -1,4 +1,4 @@
-"""The command line `vllm` for `engines.start_program`: its engine is forked, too, which vLLM on a CPU spawns."""
+"""The command line `vllm` for `engines.start_program`, which forks its engine and workers; vLLM on a CPU spawns them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import sys
 from functools import partial
 
 from vllm.v1.engine import utils
+from vllm.v1.executor import multiproc_executor
 
 if __name__ == "__main__":
-    utils.get_mp_context = partial(multiprocessing.get_context, "fork")
+    utils.get_mp_context = multiproc_executor.get_mp_context = partial(multiprocessing.get_context, "fork")
     from vllm.entrypoints.cli.main import main
 
     sys.argv[0] = "vllm"

@@ -18,8 +18,10 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import psutil
+import pytest
 from drafter_processes import is_drafter
-from engines import ENVIRONMENT, PAIR, Engine, free_port, request, start_program
+from engines import ENVIRONMENT, ON_V2, PAIR, Engine, free_port, request, start_program
+from marks import needs_v2
 
 VLLM = Path(sys.executable).with_name("vllm")
 FORKED = Path(__file__).parents[1] / "forked_vllm.py"
@@ -35,16 +37,19 @@ PROMPTS = (
 
 
 class Server:
-    """One `vllm serve` of the bundled target on a free loopback port, which is a fork or starts as a user starts it."""
+    """One `vllm serve` of the bundled target on a free loopback port, which is a fork or starts as a user starts it.
 
-    def __init__(self, log: Path, arguments: Sequence[str], *, forked: bool = False) -> None:
+    A fork runs on the V2 model runner with `v2`.
+    """
+
+    def __init__(self, log: Path, arguments: Sequence[str], *, forked: bool = False, v2: bool = False) -> None:
         self.log = log
         self.port, self.metrics_port = free_port(), free_port()
         command = ["serve", str(PAIR / "target"), "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--served-model-name", "target", "--dtype", "float32", "--enforce-eager"]
         command += ["--max-model-len", "512", "--max-num-seqs", "4", "--kv-cache-memory-bytes", "64M"]
         command += [argument.replace("METRICS_PORT", str(self.metrics_port)) for argument in arguments]
-        environment = ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "INFO"}
+        environment = ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "INFO"} | (ON_V2 if v2 else {})
         with log.open("w") as output:
             if forked:
                 self.process = start_program(FORKED, *command, output=output.fileno(), environment=environment)
@@ -107,9 +112,11 @@ class Server:
 
 
 @contextmanager
-def serve(log: Path, *arguments: str, forked: bool = False) -> Iterator[tuple[Server, list[psutil.Process]]]:
+def serve(
+    log: Path, *arguments: str, forked: bool = False, v2: bool = False
+) -> Iterator[tuple[Server, list[psutil.Process]]]:
     """A server that is ready, and all its processes; whatever is left of them at the end is killed."""
-    server = Server(log, arguments, forked=forked)
+    server = Server(log, arguments, forked=forked, v2=v2)
     processes = [psutil.Process(server.process.pid)]
     try:
         server.wait_until_ready()
@@ -167,36 +174,64 @@ def check_log(server: Server) -> None:
         assert not [part for part in parts if part in log]
 
 
-def test_configured_in_json_and_killed(tmp_path: Path, target_alone: Engine) -> None:
-    config = {
-        "method": "ssd",
-        "model": str(PAIR / "drafter"),
-        "num_speculative_tokens": 5,
-        "on_miss": "wait",
-        "adaptive": False,
-        "branch_budget": 12,
-        "kv_cache_memory": "64MiB",
-    }
-    keys = json.dumps(config)[:-1] + ', "metrics_port": METRICS_PORT}'
-    template = tmp_path / "template.jinja"
+def check_tool_calls(server: Server, tool_calls: str) -> None:
+    """Streamed, they are those of the target alone; asked for until there are hits."""
+    hits, deadline = server.counter("hits"), time.monotonic() + RESTART_S
+    while server.counter("hits") == hits:
+        assert time.monotonic() < deadline, "inconclusive: no hits"
+        streamed = server.tool_calls()
+        assert "".join(streamed) == tool_calls and tool_calls.startswith("read_file")
+        assert len(streamed) > 2, "inconclusive: nothing was streamed"
+    assert server.counter("accepted_tokens") > 0, "inconclusive: no drafts accepted"
+
+
+CONFIG = {
+    "method": "ssd",
+    "model": str(PAIR / "drafter"),
+    "num_speculative_tokens": 5,
+    "on_miss": "wait",
+    "adaptive": False,
+    "branch_budget": 12,
+    "kv_cache_memory": "64MiB",
+}
+KEYS = json.dumps(CONFIG)[:-1] + ', "metrics_port": METRICS_PORT}'
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Flags of a server that can be made to call tools."""
+    template = tmp_path_factory.mktemp("chat") / "template.jinja"
     template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    chat = ("--chat-template", str(template), "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-    with serve(tmp_path / "plain.log", *chat, forked=True) as (plain, _):
-        tool_calls = "".join(plain.tool_calls())
-    flags = ("--speculative-config", keys, "--per-request-spec-decode-metrics", "summary", *chat)
+    return "--chat-template", str(template), "--enable-auto-tool-choice", "--tool-call-parser", "hermes"
+
+
+@pytest.fixture(scope="module")
+def tool_calls(chat: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the target alone calls."""
+    with serve(tmp_path_factory.mktemp("plain") / "log", *chat, forked=True) as (plain, _):
+        return "".join(plain.tool_calls())
+
+
+@needs_v2
+def test_tool_calls_streamed_on_v2(
+    tmp_path: Path, target_alone: Engine, chat: tuple[str, ...], tool_calls: str
+) -> None:
+    with serve(tmp_path / "log", "--speculative-config", KEYS, *chat, forked=True, v2=True) as (server, _):
+        wait_for_hits(server, target_alone)
+        check_tool_calls(server, tool_calls)
+
+
+def test_configured_in_json_and_killed(
+    tmp_path: Path, target_alone: Engine, chat: tuple[str, ...], tool_calls: str
+) -> None:
+    flags = ("--speculative-config", KEYS, "--per-request-spec-decode-metrics", "summary", *chat)
     with serve(tmp_path / "log", *flags) as (server, processes):
         wait_for_hits(server, target_alone)
-        hits, deadline = server.counter("hits"), time.monotonic() + RESTART_S
-        while server.counter("hits") == hits:
-            assert time.monotonic() < deadline, "inconclusive: no hits"
-            streamed = server.tool_calls()
-            assert "".join(streamed) == tool_calls and tool_calls.startswith("read_file")
-            assert len(streamed) > 2, "inconclusive: nothing was streamed"
-        assert server.counter("accepted_tokens") > 0, "inconclusive: no drafts accepted"
+        check_tool_calls(server, tool_calls)
         page = server.get(server.port, "/metrics") or ""  # vLLM's own: its counters and ours
         (accepted,) = re.findall(r'^vllm_ssd:accepted_tokens_total\{engine="0"\} (\S+)', page, re.MULTILINE)
         assert float(accepted) == server.counter("accepted_tokens") and "vllm:generation_tokens_total{" in page
-        counted = [0, 0]
+        counted, deadline = [0, 0], time.monotonic() + RESTART_S
         while not counted[1]:
             assert time.monotonic() < deadline, "inconclusive: no drafts accepted"
             before = [server.counter(name) for name in ("draft_tokens", "accepted_tokens")]
