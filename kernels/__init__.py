@@ -1,9 +1,9 @@
-"""The operations of a speculation round on the device, each a PyTorch reference and a Triton kernel of one meaning.
+"""The device operations of a speculation round, each with a PyTorch reference and an equivalent Triton kernel.
 
-Imports torch and triton only. Round of the drafter: `reserve` pages for tokens nobody predicted, `expand` outcomes into
-branches, `copy_pages` their shared tail pages, then K + 1 steps of the model with `tree_attention` and `sample`; when
-the outcome is known, `commit` the winner. Between requests: `keep`, `adopt` and `drop` cached pages. On the target:
-`lookup` the outcome, and `write_draft_logits` where requests sample. docs/kernels.md has the picture.
+Imports torch and triton only. A round on the drafter: `reserve` pages for tokens that were not predicted, `expand`
+outcomes into branches, `copy_pages` their shared tail pages, run K + 1 steps of the model with `tree_attention` and
+`sample`, and `commit` the winner once the outcome is known. Between requests: `keep`, `adopt` and `drop` cached pages.
+On the target: `lookup` the outcome, and `write_draft_logits` for sampled requests. See docs/kernels.md.
 """
 
 from vllm_ssd.kernels.blocks import DeviceBlocks

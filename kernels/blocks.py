@@ -1,4 +1,4 @@
-"""Speculation blocks in the target's memory: what `lookup` reads while the next ones are being written."""
+"""Speculation blocks in the target's device memory, which `lookup` reads while the next ones are being written."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class DeviceBlocks:
-    """Two blocks for each of `S` requests: the newest whole one, and the one that is being written or was overtaken.
+    """Two blocks for each of `S` requests: the newest complete one, and an older one or one that is being written.
 
     headers [S, 2, 3] int64: version, epoch, length. The version is a sequence lock: odd while the block is being
-    written, and larger after every write. Epoch and length say which round the block answers.
-    outcomes [S, 2, N, 2] int32: accept length and bonus token of each branch; depths [S, 2, N] int32: how many drafts
-    it has so far, 0 for none. draft_token_ids [S, 2, N, K] int32; q_token_ids [S, 2, N, K, M] int32 and
-    q_probs [S, 2, N, K, M] float32: the proposal of each draft, unused (M may be 0) where decoding is greedy.
+    written, and larger after every write. Epoch and length identify the round that the block is for.
+    outcomes [S, 2, N, 2] int32: accept length and bonus token of each branch; depths [S, 2, N] int32: number of drafts
+    so far. draft_token_ids [S, 2, N, K] int32; q_token_ids [S, 2, N, K, M] int32 and q_probs [S, 2, N, K, M] float32:
+    the proposal of each draft, unused for greedy requests (M may be 0).
 
-    Outcomes, depths and drafts lie in one piece of memory, as rows of N numbers, and the proposals in another, so that
-    either is written by one store.
+    Outcomes, depths and drafts share one allocation, as rows of N numbers, and the proposals another, so that each is
+    written with a single store.
     """
 
     headers: torch.Tensor
@@ -68,7 +68,7 @@ class DeviceBlocks:
         )
 
     def host_branches(self) -> np.ndarray:
-        """Branches of every request as `write` takes them, [S, R, N] int32, which match no outcome."""
+        """Empty branches of every request in the layout of `write`, [S, R, N] int32."""
         branches = np.zeros((len(self._versions), self._branch_rows.shape[1], self.outcomes.shape[2]), np.int32)
         branches[:, :2] = -1
         return branches
@@ -84,15 +84,18 @@ class DeviceBlocks:
         q_token_ids: Sequence[np.ndarray],
         q_probs: Sequence[np.ndarray],
     ) -> None:
-        """Replace the older of the two blocks of each of `slots`; readers see a block whole or not at all.
+        """Replace the older of the two blocks of each of `slots`; readers see a complete block or none.
 
-        slots [n] int64, distinct; rounds [n, 2] int64, epoch and length; branches [n, R, N] int32, R rows of N numbers:
-        two for outcomes [N, 2], one for depths [N], K for drafts [N, K], and one unused where R would be odd; keeps_q
-        [n] bool: the proposals of the newer block stand, new ones come to them. Only the new ones are given, E drafts
-        of all requests together, in pieces: entries [E] int64, (slot * N + branch) * K + draft; owners [E] int64, the
-        slot again; q_token_ids [E, M] int32, q_probs [E, M] float32. Arrays of the host.
-        One copy to the device and the stores run in order on the current stream, which may be another than the
-        readers'; there is one writer.
+        slots [n] int64: distinct slots; rounds [n, 2] int64: epoch and length; branches [n, R, N] int32: R rows of N
+        numbers, two for outcomes [N, 2], one for depths [N], K for drafts [N, K], and an unused one if R would be odd;
+        keeps_q [n] bool: keep the newer block's proposals and add the new ones to them.
+
+        Only new proposals are given, E drafts of all requests, in pieces: entries [E] int64: (slot * N + branch) * K +
+        draft; owners [E] int64: their slots; q_token_ids [E, M] int32; q_probs [E, M] float32. All arrays are on the
+        host.
+
+        One copy to the device and the stores run in order on the current stream, which need not be the readers'. There
+        must be only one writer.
         """
         num_halves, (num_branches, num_drafts, top_m) = 2 * len(self._versions), self.q_probs.shape[2:]
         self._versions[slots] = version = self._versions[slots] + 2
@@ -132,9 +135,9 @@ def num_rows(num_drafts: int) -> int:
 def to_device(
     device: torch.device, longs: Sequence[np.ndarray], words: Sequence[np.ndarray]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arrays of int64 and arrays of 4 bytes an item, each kind one after the other: [n] int64 and [m] int32.
+    """Copy int64 arrays and arrays of 4-byte items to the device, each kind concatenated: [n] int64 and [m] int32.
 
-    They are there once the current stream has come to the one copy, from pinned memory where the device is a GPU.
+    A single copy on the current stream, asynchronous and from pinned memory for a GPU.
     """
     num_long_bytes = 8 * sum([array.size for array in longs])
     staging = _staging(num_long_bytes + 4 * sum([array.size for array in words]), device)
@@ -149,7 +152,7 @@ def to_device(
 
 
 def _staging(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Memory [num_bytes] uint8 that nothing else uses until a copy to the device is through."""
+    """Staging memory [num_bytes] uint8, which is not reused before a copy to the device has finished."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 

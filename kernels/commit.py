@@ -10,15 +10,15 @@ from vllm_ssd.kernels.dispatch import require_contiguous, use_triton
 from vllm_ssd.kernels.trees import DevicePool, Trees
 
 MISS = -1
-"""No branch won: all are freed, the spine keeps its pages."""
+"""No branch won: free all branches, keep the spine."""
 CLOSE = -2
-"""The request has ended: its branches and its spine are freed."""
+"""The request has ended: free its branches and its spine."""
 SKIP = -3
-"""The request had no outcome: nothing of it changes."""
+"""The request has no outcome: change nothing."""
 
 
 def commit(pool: DevicePool, trees: Trees, winners: torch.Tensor, slots: torch.Tensor | None = None) -> None:
-    """Relink the winning branch of each request as its spine and free the others; one launch, no host.
+    """Make the winning branch of each request its spine and free the others; one launch, no host synchronisation.
 
     winners [S] int32: the row that won, or `MISS`, `CLOSE` or `SKIP`; slots [S] int32: the requests, None for all of
     them in order. A winner's pages replace those of the spine from the page of its base on. Pages lose one holder each;

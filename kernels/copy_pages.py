@@ -18,10 +18,10 @@ def copy_pages(
 ) -> None:
     """Copy the first `num_slots[i]` slots of page `sources[i]` to page `destinations[i]`, every cache in one launch.
 
-    caches: views `[P, page_size, num_kv_heads, head_size]` of the keys and of the values of every layer, alike in
-    shape, strides and dtype, with unit stride last. sources, destinations, num_slots [n] int32 (any shape of n
-    elements); entries of no slots are passed over, whatever their pages. No page is a source and a destination in one
-    call. The bits are copied: NaN and every dtype survive.
+    caches: views `[P, page_size, num_kv_heads, head_size]` of the keys and of the values of every layer, with equal
+    shape, strides and dtype, and unit stride in the last axis. sources, destinations, num_slots: int32, any shape of n
+    elements; entries with num_slots 0 are skipped, whatever their pages. No page may be both a source and a destination
+    in one call. Copies bits, so NaN and every dtype are preserved.
     """
     if not use_triton(sources):
         _copy_pages_reference(caches, sources, destinations, num_slots)
@@ -56,7 +56,7 @@ def copy_pages(
 
 
 def _word_bytes(*multiples: int) -> int:
-    """The widest word, of 8 bytes at most, that divides all sizes and addresses."""
+    """The largest word size, at most 8 bytes, that divides all sizes and addresses."""
     return math.gcd(8, *multiples)
 
 

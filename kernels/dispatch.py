@@ -1,4 +1,4 @@
-"""Which implementation of an op runs."""
+"""Choose between the Triton and the reference implementation of an op."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def use_triton(tensor: torch.Tensor) -> bool:
 
 
 def power_of_2(size: int) -> int:
-    """The smallest power of two that is not below `size`; Triton's own takes the host a microsecond."""
+    """The smallest power of two that is at least `size`; Triton's own function takes a microsecond."""
     return 1 << (size - 1).bit_length()
 
 
 def require_contiguous(*tensors: torch.Tensor) -> None:
-    """Refuse a tensor whose elements a kernel would look for in the wrong place."""
+    """Raise ValueError for tensors that are not contiguous, as kernels assume."""
     for tensor in tensors:
         if not tensor.is_contiguous():
             raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous")

@@ -1,4 +1,4 @@
-"""The proposals of the drafts under verification, as vLLM's rejection sampler reads them."""
+"""Write the proposals of the drafts under verification in the form that vLLM's rejection sampler reads."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def write_draft_logits(
 ) -> None:
     """Write temperature times log q of the drafts that `B` requests verify, and -inf where q is 0.
 
-    draft_logits [C, K, V] float32, columns [C, K, M] int32, `verifying` and temperatures [S] go by slot, C <= S;
-    slots [B] int64, negative for padding. Requests at temperature 0 and those in slots from C on are left alone. Only
-    the columns that were written the last time are restored: `columns` keeps them. In place, one launch.
+    draft_logits [C, K, V] float32, columns [C, K, M] int32, `verifying` and temperatures [S] are indexed by slot,
+    C <= S; slots [B] int64, negative for padding. Skips requests at temperature 0 and slots from C on. Only the columns
+    written by the previous call, which are stored in `columns`, are reset to -inf. In place, one launch.
     """
     if not use_triton(draft_logits):
         _write_draft_logits_reference(draft_logits, columns, verifying, slots, temperatures)
@@ -59,7 +59,7 @@ def _write_draft_logits_reference(
     logits.scatter_(2, columns[slots].long(), -torch.inf)
     is_draft = torch.arange(logits.shape[1], device=slots.device) < verifying.num_drafts[slots, None]
     values = torch.where(is_draft[:, :, None], temperatures[slots, None, None] * q_probs.log(), -torch.inf)
-    logits.scatter_reduce_(2, q_token_ids.long(), values, "amax")  # ids without probability may name a token twice
+    logits.scatter_reduce_(2, q_token_ids.long(), values, "amax")  # entries without probability may repeat a token
     draft_logits[slots], columns[slots] = logits, q_token_ids
 
 

@@ -20,19 +20,19 @@ def expand(
     forks: torch.Tensor,
     slots: torch.Tensor | None = None,
 ) -> None:
-    """Fill `trees`' rows for the branches that start now, popping their pages from `pool`; one launch, no host.
+    """Start branches in `trees` with pages from `pool`; one launch, without host synchronisation.
 
-    slots [S] int32: the requests, by their place in `trees`; None for all of them in order.
+    slots [S] int32: the requests' slots in `trees`; None for all of them in order.
     lengths [S] int32: committed tokens L. A branch of accept length k starts at position L + k.
     draft_token_ids [S, K] int32: the drafts under verification, -1 beyond the last.
-    candidates [S, K + 1, C] int32: likeliest bonus tokens of each accept length, best first; the draft there, if it is
-    among them, is skipped: an outcome never repeats the draft that it rejects.
-    fan_out [S, K + 1] int32: branches of each accept length, each below C, at most N together.
+    candidates [S, K + 1, C] int32: likeliest bonus tokens of each accept length, best first. The draft at that position
+    is skipped if it is among them, because an outcome never repeats the draft that it rejects.
+    fan_out [S, K + 1] int32: branches per accept length, each below C, at most N in total.
     forks [S, 2] int32: the half-open range of accept lengths whose branches start now; empty leaves a request alone.
 
     Rows are ordered by accept length, then by candidate, over the whole `fan_out`, so a round may be expanded in
-    several waves as candidates become known. When pages run out, a request's last rows stay empty. Requests compete
-    for the last pages in no particular order (the reference: in theirs).
+    several waves as candidates become known. If pages run out, a request's last rows stay empty. Which request gets the
+    last pages is undefined (in the reference: the first).
     """
     if not use_triton(pool.free):
         _expand_reference(pool, trees, lengths, draft_token_ids, candidates, fan_out, forks, slots)

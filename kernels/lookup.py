@@ -1,4 +1,4 @@
-"""What was speculated for an outcome, read out of the blocks in the target's memory."""
+"""Look up an outcome's drafts in the blocks in the target's device memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vllm_ssd.kernels.blocks import DeviceBlocks
 from vllm_ssd.kernels.dispatch import power_of_2, require_contiguous, use_triton
 
 OUTCOME_COLUMNS = 5
-"""Numbers that `lookup` tells of each outcome before the drafts."""
+"""Columns of `lookup`'s outcomes before the drafts."""
 
 
 class Found(IntEnum):
-    """What there was for an outcome."""
+    """The result of looking up an outcome."""
 
-    LATE = 0  # no block for its round
-    MISS = 1  # none in the block
-    HIT = 2  # drafts
+    LATE = 0  # no block for its round has arrived
+    MISS = 1  # not in the block
+    HIT = 2  # drafts were found
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class DeviceSpeculation:
     """Up to `K` drafts for each of `S` requests, and the proposals they were drawn from.
 
     draft_token_ids [S, K] int32, -1 beyond the last; num_drafts [S] int32; q_token_ids [S, K, M] int32 and
-    q_probs [S, K, M] float32, which mean nothing beyond the last draft and where decoding is greedy.
+    q_probs [S, K, M] float32, undefined beyond the last draft and for greedy requests.
     """
 
     draft_token_ids: torch.Tensor
@@ -63,22 +63,25 @@ def lookup(
     outcomes: torch.Tensor,
     ngram: torch.Tensor | None = None,
 ) -> None:
-    """Replace what was verified for the outcomes of `B` requests by what was speculated for them.
+    """Replace the verified drafts of `B` requests by the drafts for their outcomes.
 
-    slots [B] int64: each request's place in all that goes by slot, negative for padding; num_sampled [B] int32: tokens
-    that its round emitted, 0 where the prompt goes on. By slot: epochs [S] int64, total_lens [S] int32 with the emitted
-    tokens, last_sampled [S] int64 the last of them, temperatures [S] float32, `blocks`, and `verifying`, whose rows of
-    these requests are replaced (fewer of the old drafts may have been verified than are there).
+    slots [B] int64: slot of each request, negative for padding; num_sampled [B] int32: tokens emitted by its round, 0
+    during prefill. Indexed by slot: epochs [S] int64; total_lens [S] int32, including the emitted tokens; last_sampled
+    [S] int64, the last emitted token; temperatures [S] float32; `blocks`; and `verifying`, whose rows of these requests
+    are replaced (vLLM may have verified fewer of the old drafts than it contains).
 
-    When the last token is the next old draft (the scheduler had cut it off), the rest of the old drafts stands.
-    Otherwise the newest whole block of the request's epoch and of the length at which the round began answers; one that
-    is overwritten during the read is a miss. Drafts without q are none at a temperature above 0. At most `wanted`
-    drafts are taken. ngram [B, K] int64: drafts for requests that emitted something and have none, their q one-hot.
+    If the last token is the next old draft, which the scheduler had cut off, the rest of the old drafts stays valid.
+    Otherwise the drafts come from the newest complete block with the request's epoch and the length at which the round
+    began; a block that is overwritten during the read counts as a miss. At a temperature above 0, drafts without q are
+    ignored. At most `wanted` drafts are taken. ngram [B, K] int64: drafts for requests that emitted something but have
+    none, with one-hot q.
 
-    drafts [>= B, 1 + K] int64 gets the number of drafts and the drafts, the last token repeated where there is none.
-    outcomes [>= B, 5 + K] int32, which may be pinned memory of the host, gets num_sampled, the last token, `Found`, the
-    branch (row in the block, N for the rest of the old drafts, -1 for neither), the number of drafts, and the drafts,
-    -1 beyond the last. In place, one launch, no host.
+    drafts [>= B, 1 + K] int64: receives the number of drafts and the drafts, then the last token as filler
+    outcomes [>= B, 5 + K] int32: receives num_sampled, the last token, `Found`, the branch (row in the block, N for the
+    rest of the old drafts, -1 for neither), the number of drafts, and the drafts, -1 beyond the last; may be in pinned
+    host memory
+
+    In place, one launch, without host synchronisation.
     """
     num_branches, num_drafts, top_m = blocks.q_probs.shape[2:]
     wanted = min(wanted, num_drafts)
@@ -202,8 +205,8 @@ def _lookup_reference(
     verifying.q_probs[slots[is_sampled]] = q_probs[is_sampled]
 
 
-# What is read one number at a time needs no variant for wanted == 1 or for unaligned tensors, which the first request
-# to bring one would have to wait for.
+# Avoid specialised variants for wanted == 1 and for unaligned tensors, which would be compiled while a request waits;
+# these arguments are read one number at a time anyway.
 @triton.jit(
     do_not_specialize=["wanted"],
     do_not_specialize_on_alignment=[

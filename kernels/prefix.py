@@ -1,7 +1,7 @@
-"""The drafter's prefix cache: pages that outlive their spines, under names that the host gives them.
+"""The drafter's prefix cache: pages that outlive their spines, under names chosen by the host.
 
-Each op is a few tensor operations on whatever device, without a kernel: they run when a request opens on pages of
-others or ends, not in a round.
+The ops are plain tensor operations without a kernel, because they only run when a request ends or adopts cached pages,
+not in every round.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def keep(
     columns: torch.Tensor,
     names: torch.Tensor,
 ) -> None:
-    """Hold the pages in `columns` [n] of the spines in `slots` [n], and remember them in `kept` [P] int32 by `names`.
+    """Add the pages in `columns` [n] of the spines in `slots` [n] to `kept` [P] int32 under `names` [n]; in place.
 
-    int64, names distinct and not in use. Each page gains a holder: from then on nobody may write it. In place.
+    All three are int64; names must be distinct and unused. Each page gains a holder, so nobody may write it any more.
     """
     pages = trees.page_tables[slots, columns]
     kept[names] = pages
@@ -36,9 +36,9 @@ def adopt(
     columns: torch.Tensor,
     names: torch.Tensor,
 ) -> None:
-    """Add the pages kept as `names` [n] to the spines in `slots` [n], as their `columns` [n], the next ones. In place.
+    """Append the pages kept as `names` [n] to the spines in `slots` [n], at their next `columns` [n]; in place.
 
-    int64. Each page gains a holder.
+    All three are int64. Each page gains a holder.
     """
     pages = kept[names]
     trees.page_tables[slots, columns] = pages

@@ -1,4 +1,4 @@
-"""Give spines the pages that their next tokens need."""
+"""Give spines the pages for their next tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def reserve(pool: DevicePool, trees: Trees, num_tokens: torch.Tensor, slots: tor
 
     slots [S] int32: the requests; None for all of them in order.
 
-    A spine gets all the pages it lacks or, when fewer are free, none: `trees.num_pages` tells. Prompts, and tokens that
-    no branch predicted, are the only ones that need this: a branch brings its own pages. In place, one launch.
+    A spine gets all the pages that it lacks or, if fewer are free, none; check `trees.num_pages`. Only prompts and
+    tokens that no branch predicted need this, since branches have their own pages. In place, one launch.
     """
     if not use_triton(pool.free):
         _reserve_reference(pool, trees, num_tokens, slots)

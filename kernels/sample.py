@@ -1,4 +1,4 @@
-"""From logits to drawn tokens and the distribution they were drawn from."""
+"""Draw tokens from logits, together with the distribution that they were drawn from."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import triton.language as tl
 from vllm_ssd.kernels.dispatch import require_contiguous, use_triton
 
 _GROUP = 64
-"""Logits a group. The M likeliest tokens lie in the M groups of the largest maxima, so only those are looked into."""
+"""Logits per group. The M likeliest tokens are in the M groups with the largest maxima, so only these are searched."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What was drawn after each of `B` rows of logits.
+    """The tokens drawn after each of `B` rows of logits.
 
-    token_ids [B] int32; q_token_ids [B, M] int32, the M likeliest tokens, likeliest first (equals: the lower id first);
-    q_probs [B, M] float32, the proposal that `token_ids` was drawn from; candidate_probs [B, C] float32, softmax of the
-    C likeliest tokens, at the row's temperature or, where it is 0, at 1.
+    token_ids [B] int32: the drawn tokens; q_token_ids [B, M] int32: the M likeliest tokens, likeliest first, ties by
+    lower id; q_probs [B, M] float32: the proposal that `token_ids` was drawn from; candidate_probs [B, C] float32:
+    softmax of the C likeliest tokens at the row's temperature, or at 1 for greedy rows.
     """
 
     token_ids: torch.Tensor
@@ -43,17 +43,19 @@ def sample(
     biases: torch.Tensor | None = None,
     bias_rows: torch.Tensor | None = None,
 ) -> Sample:
-    """Draw each row's token from its softmax cut to the `top_m` likeliest tokens, down-weighted and renormalised.
+    """Draw each row's token from the softmax over its `top_m` likeliest tokens, truncated and down-weighted.
 
-    logits [B, V] float of any width, V >= top_m, unit stride last. temperatures [B] float32, 0 for greedy rows, which
-    take the likeliest token with probability 1. fan_out [B] int32: the weights of so many likeliest tokens, those
-    that are predicted as bonus tokens, are multiplied by `factor` in [0, 1] where any token has weight beside them
-    (Saguaro sampling; 1 is none). truncations [B, 3] float32: before that, tokens less likely than min_p times the
-    likeliest are cut off, then all but the top_k likeliest, then those after the first that hold top_p of what is left;
-    columns top_k, top_p, min_p. None cuts off none. biases [S, W] float32, W >= V: its row `bias_rows[i]`, int32, is
-    first added to the logits of row i, in place; row 0 is not. num_candidates: C, at most top_m.
-    seeds [B] int64 and positions [B] int64 determine the draw: Gumbel noise from Philox, keyed by the seed and counted
-    by position and rank. Rows of one seed and position get the same noise: give every request a seed of its own.
+    logits [B, V]: any float dtype, V >= top_m, unit stride in the last axis
+    temperatures [B] float32: 0 for greedy rows, which take the likeliest token with probability 1
+    biases [S, W] float32, W >= V, bias_rows [B] int32: row `bias_rows[i]` of `biases` is first added to row i of
+    `logits`, in place; row 0 means none
+    truncations [B, 3] float32: columns top_k, top_p, min_p; None for none. Removes tokens below min_p times the
+    likeliest, then all but the top_k likeliest, then those after the first that together reach top_p of the rest
+    fan_out [B] int32: number of likeliest tokens that will be predicted as bonus tokens, whose weights are multiplied
+    by `factor` in [0, 1], unless no other token has any weight (Saguaro sampling; 1 disables it)
+    num_candidates: C, at most top_m
+    seeds [B] int64, positions [B] int64: determine the draw, by Gumbel noise from Philox with the seed as key, position
+    and rank as counter. Rows with the same seed and position get the same noise, so give every request its own seed.
     """
     if not use_triton(logits):
         if biases is not None and bias_rows is not None:

@@ -1,4 +1,4 @@
-"""One decode step of all branches: the shared trunk read once a request, each branch's own pages beside it."""
+"""Attention of all branches in one step, reading each request's shared trunk once, and each branch's own pages."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vllm_ssd.kernels.dispatch import power_of_2, require_contiguous, use_triton
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = 64
 MIN_BLOCKS = 4
-"""Blocks of context that a program reads at least; where a trunk is too short for all programs, the others exit."""
+"""Fewest blocks of context per program; if a trunk is too short for all programs, the others exit."""
 MAX_TILE = 128
-"""Largest M dimension of a tile: queries of a request times the query heads of a KV head."""
+"""Largest M dimension of a tile: a request's queries times the query heads per KV head."""
 PROGRAMS_PER_PROCESSOR = 2
-"""Programs of the trunk that a multiprocessor runs at a time."""
+"""Trunk programs that a multiprocessor runs concurrently."""
 
 
 def tree_attention(
@@ -38,17 +38,17 @@ def tree_attention(
 ) -> torch.Tensor:
     """Attention of `B` query tokens over paged KV -> `[B, num_heads, head_size]`, written to `out` if given.
 
-    query [B, num_heads, head_size]; key_cache, value_cache [P, page_size, num_kv_heads, head_size] views of any
-    strides with unit stride last, already holding the KV of the queries themselves.
+    query [B, num_heads, head_size]; key_cache, value_cache [P, page_size, num_kv_heads, head_size]: views with any
+    strides but unit stride in the last axis, which already contain the KV of the queries themselves.
     page_tables [R, W] int32: trunk pages of each request; query_start_loc [R + 1] int32: its query tokens.
     shared_lens [B] int32: leading trunk slots that each query reads; own_pages [B, Q] int32 and own_lens [B] int32:
     the pages after those, and how many of their slots it reads. A query's position is shared_lens + own_lens - 1.
 
-    A branch reads the trunk up to the page of its base and owns the rest; a token of the spine owns nothing and reads
-    the trunk up to itself, so prompts ride along. A query of length 0 gets zeros. sliding_window: the last so many
-    positions count, 0 for all; soft_cap: logits become soft_cap * tanh(logits / soft_cap), 0 for none.
-    Tokens after those of the last request are padding, of length 0. max_shared_len and max_rows, bounds on shared_lens
-    and on the queries of a request, and num_splits (at most 64) size the launch, which may be far too large: programs
+    A branch reads the trunk up to the page of its base and owns the rest. A spine token owns nothing and reads the
+    trunk up to itself, so prompts can be part of the batch. A query of length 0 gets zeros. sliding_window: number of
+    last positions to read, 0 for all; soft_cap: logits become soft_cap * tanh(logits / soft_cap), 0 for none.
+    Tokens after those of the last request are padding of length 0. The launch is sized by max_shared_len and max_rows,
+    bounds on shared_lens and on a request's queries, and by num_splits (at most 64). Loose bounds are fine: programs
     without work exit at once.
     """
     if out is None:

@@ -1,4 +1,4 @@
-"""Device-resident state that the ops share: the pool of KV pages and the token trees of all requests."""
+"""Device-resident state shared by the ops: the pool of KV pages and the token trees of all requests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Trees:
     accept_lengths, first_tokens, bases [S, N] int32: the outcome each branch predicts, and where it starts.
     branch_pages [S, N, Q] int32; slots [S, N, K + 1] int64: KV slot (page * page_size + offset) of each step.
     copy_sources, copy_lens [S, N] int32: spine page whose first `copy_lens` slots go into `branch_pages[..., 0]`
-    before the branch's first step; 0 where there is nothing (left) to copy.
+    before the branch's first step; 0 if nothing is left to copy.
     """
 
     page_size: int
@@ -58,7 +58,7 @@ class Trees:
 
     @property
     def max_len(self) -> int:
-        """Tokens that a spine can hold."""
+        """Most tokens of a spine."""
         return self.page_tables.shape[1] * self.page_size
 
     @classmethod

@@ -140,7 +140,7 @@ def test_a_named_pool_grows_shrinks_and_ends(cluster: RayCluster, place: Callabl
     fleet.links[0].send(Step([Close("a")], 3))
     wait_until(lambda: len(cluster.of("ray::FakeDrafterActor")) == 1, READY_S)
     wait_until(lambda: connected(fleet) == 1, GONE_S)
-    assert command("down", "chat") == (0, "1 drafters of chat are ended\n")
+    assert command("down", "chat") == (0, "ended 1 drafters of chat\n")
     wait_until(lambda: not connected(fleet), GONE_S)
     assert "there is no pool chat" in command("status", "chat")[1]
 

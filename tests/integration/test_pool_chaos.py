@@ -134,7 +134,7 @@ def test_a_pool_drafts_for_the_v2_runner(
     assert texts(done) == expected
     assert_conclusive(done, hits=30, accepted=30)
     engine.close()
-    assert pool_command("down", "v2") == "1 drafters of v2 are ended\n"
+    assert pool_command("down", "v2") == "ended 1 drafters of v2\n"
 
 
 def await_drafters(engine: Engine) -> None:

@@ -283,7 +283,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_others_are_not(tmp_path):
     assert (event.pid, event.at_ns, event.length_ns) == (7, 5, 2)
     check_chrome(chrome_trace([event]))
     path.write_text('{"track": "waits"}\n')
-    with pytest.raises(ValueError, match="line 1: no line of a timeline"):
+    with pytest.raises(ValueError, match="line 1: not a timeline event"):
         read(Path(trace))
     done = CliRunner().invoke(app, ["trace", str(tmp_path / "absent"), "--out", str(tmp_path / "x")])
     assert done.exit_code == 1 and "nothing was recorded" in done.output

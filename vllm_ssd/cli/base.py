@@ -1,4 +1,4 @@
-"""What all commands share: the application and the console."""
+"""The application and the console, shared by all commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def json_object(option: str, text: str) -> dict[str, Any]:
-    """What the user gave for `option`; ValueError where it is no JSON object."""
+    """Parse the JSON object given for `option`; raises ValueError for anything else."""
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError(f"ssd: {option} must be a JSON object")

@@ -22,15 +22,13 @@ def doctor_command(
     context: typer.Context,
     target: Annotated[str, typer.Argument(help="name or path of the model to serve")],
     drafter: Annotated[str, typer.Argument(help="name or path of the draft model")],
-    assume_gpus: Annotated[
-        int, typer.Option(min=0, help="answer for a machine with so many CUDA devices instead of this one")
-    ] = 0,
+    assume_gpus: Annotated[int, typer.Option(min=0, help="assume a machine with this many CUDA devices")] = 0,
     gpu_memory: Annotated[str, typer.Option(help="memory of each assumed device")] = "80GiB",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
-    """Say what `vllm serve TARGET` with DRAFTER would do here, without loading weights.
+    """Report what `vllm serve TARGET` with DRAFTER would do here, without loading weights.
 
-    All other options are those of `vllm serve`, `--speculative-config` included. The exit status is 1 where the server
+    All other options are those of `vllm serve`, including `--speculative-config`. The exit status is 1 if the server
     would not start.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

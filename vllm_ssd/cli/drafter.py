@@ -17,9 +17,9 @@ from vllm_ssd.link.credential import BadCredential, make_credential, tls_context
 
 @app.command("key")
 def key_command(
-    file: Annotated[Path, typer.Argument(help="where to write it; copy it to each host")],
+    file: Annotated[Path, typer.Argument(help="file to write; copy it to each host")],
 ) -> None:
-    """Make the credential that a drafter and its targets share: whoever has the file may connect."""
+    """Create the credential that a drafter and its targets share; whoever has the file may connect."""
     try:
         make_credential(file)
     except OSError as error:
@@ -31,14 +31,14 @@ def key_command(
 @app.command("drafter")
 def drafter_command(
     model: Annotated[str, typer.Option(help="the name or path of the draft model")],
-    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="where targets connect; no default")],
-    key: Annotated[Path, typer.Option(help="the credential, of `vllm-ssd key`")],
-    max_num_seqs: Annotated[int, typer.Option(min=1, max=4096, help="requests of all targets at a time")] = 64,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="address that targets connect to")],
+    key: Annotated[Path, typer.Option(help="credential file from `vllm-ssd key`")],
+    max_num_seqs: Annotated[int, typer.Option(min=1, max=4096, help="most concurrent requests of all targets")] = 64,
     config: Annotated[
-        str, typer.Option(metavar="JSON", help="other keys of speculative_config: sizes as the targets have them")
+        str, typer.Option(metavar="JSON", help="other keys of speculative_config; sizes must match the targets'")
     ] = "{}",
 ) -> None:
-    """Run a drafter for targets on this or other hosts, until SIGTERM; they name it in `drafters` and `drafter_key`."""
+    """Run a drafter for targets on this or other hosts until SIGTERM; they set `drafters` and `drafter_key`."""
     try:
         parse_address(listen)
         wanted = SSDConfig.from_user({**json_object("--config", config), "model": model})

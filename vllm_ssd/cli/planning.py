@@ -151,7 +151,7 @@ def _inputs(
     verify_ms: float | None,
     draft_step_ms: float | None,
 ) -> Profile:
-    """The profile to plan from; ValueError when the options do not determine one."""
+    """The profile to plan from; raises ValueError if the options do not determine one."""
     if profile:
         found, *others = (Profile.from_json(path.read_bytes()) for path in profile)
         found = replace(found, acceptance=found.acceptance + tuple(a for other in others for a in other.acceptance))
@@ -179,7 +179,7 @@ def _inputs(
 
 
 def _flat(costs: Costs) -> Costs:
-    """The same costs at every batch size and number of tokens: a single measured round shows no growth."""
+    """Extend a single measured round to constant costs at every batch size and number of tokens."""
     ((_, _, verify_s),) = costs.verify
     return replace(costs, verify=tuple((b, m, verify_s) for b in (1, 2) for m in (1, 2)))
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from vllm_ssd.pool.pool import Pool, PoolReport
 
 pool_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(pool_app, name="pool", help="Drafters that Ray places, for any number of targets.")
+app.add_typer(pool_app, name="pool", help="Manage drafters on Ray for any number of targets.")
 
-Name = Annotated[str, typer.Argument(metavar="POOL", help='targets name it in "drafters": "ray:POOL"')]
+Name = Annotated[str, typer.Argument(metavar="POOL", help='targets use it with "drafters": "ray:POOL"')]
 Unauthenticated = Annotated[
-    bool, typer.Option("--ray-unauthenticated", help="use a cluster where whoever reaches its ports may run code")
+    bool, typer.Option("--ray-unauthenticated", help="allow a cluster where anyone who reaches its ports may run code")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 Wait = Annotated[float, typer.Option(min=0, help="seconds to wait until all drafters are ready")]
@@ -32,16 +32,16 @@ Wait = Annotated[float, typer.Option(min=0, help="seconds to wait until all draf
 def up_command(
     name: Name,
     model: Annotated[str, typer.Option(help="name or path of the draft model, the same on each node")],
-    num: Annotated[int, typer.Option(min=1, max=64, help="drafters")] = 1,
-    resources: Annotated[str, typer.Option(metavar="JSON", help="what Ray reserves for each")] = '{"GPU": 1}',
-    max_num_seqs: Annotated[int, typer.Option(min=1, max=4096, help="requests of all targets at a drafter")] = 64,
+    num: Annotated[int, typer.Option(min=1, max=64, help="number of drafters")] = 1,
+    resources: Annotated[str, typer.Option(metavar="JSON", help="Ray resources of each drafter")] = '{"GPU": 1}',
+    max_num_seqs: Annotated[int, typer.Option(min=1, max=4096, help="most concurrent requests per drafter")] = 64,
     config: Annotated[
-        str, typer.Option(metavar="JSON", help="other keys of speculative_config: sizes as the targets have them")
+        str, typer.Option(metavar="JSON", help="other keys of speculative_config; sizes must match the targets'")
     ] = "{}",
     wait: Wait = 300.0,
     unauthenticated: Unauthenticated = False,
 ) -> None:
-    """Start a pool of drafters, which lives until `down`."""
+    """Start a pool of drafters, which runs until `down`."""
     with _pool(name, unauthenticated) as pool:
         from vllm_ssd.pool.spec import DrafterSpec
 
@@ -58,7 +58,7 @@ def up_command(
 
 @pool_app.command("status")
 def status_command(name: Name, as_json: Json = False, unauthenticated: Unauthenticated = False) -> None:
-    """Show the drafters of a pool; exit status 1 where one is not ready."""
+    """Show the drafters of a pool; the exit status is 1 if one is not ready."""
     with _pool(name, unauthenticated) as pool:
         _show(pool.report(), as_json)
 
@@ -66,11 +66,11 @@ def status_command(name: Name, as_json: Json = False, unauthenticated: Unauthent
 @pool_app.command("add")
 def add_command(
     name: Name,
-    num: Annotated[int, typer.Argument(min=1, max=64, help="drafters")] = 1,
+    num: Annotated[int, typer.Argument(min=1, max=64, help="number of drafters")] = 1,
     wait: Wait = 300.0,
     unauthenticated: Unauthenticated = False,
 ) -> None:
-    """Start more drafters like those of the pool; targets use them within seconds."""
+    """Add drafters with the pool's settings; targets use them within seconds."""
     with _pool(name, unauthenticated) as pool:
         pool.add(num)
         _show(pool.wait(wait), as_json=False)
@@ -80,10 +80,10 @@ def add_command(
 def remove_command(
     name: Name,
     drafters: Annotated[list[str] | None, typer.Argument(help="names of drafters, as in `status`")] = None,
-    num: Annotated[int, typer.Option(min=0, max=64, help="so many of the least busy instead")] = 0,
+    num: Annotated[int, typer.Option(min=0, max=64, help="remove this many of the least busy instead")] = 0,
     unauthenticated: Unauthenticated = False,
 ) -> None:
-    """Have drafters leave: they take no new requests, and end when theirs are done, after 30 s at the latest."""
+    """Remove drafters: they take no new requests, and end once theirs are done, after 30 s at the latest."""
     with _pool(name, unauthenticated) as pool:
         if bool(drafters) == bool(num):
             raise ValueError("name the drafters, or say how many with --num")
@@ -92,17 +92,17 @@ def remove_command(
 
 @pool_app.command("down")
 def down_command(name: Name, unauthenticated: Unauthenticated = False) -> None:
-    """End all drafters of a pool at once; its targets decode on without drafts."""
+    """End all drafters of a pool at once; its targets continue without drafts."""
     with _pool(name, unauthenticated) as pool:
-        console.print(f"{pool.down()} drafters of {name} are ended", markup=False)
+        console.print(f"ended {pool.down()} drafters of {name}", markup=False)
 
 
 @contextlib.contextmanager
 def _pool(name: str, unauthenticated: bool) -> Iterator[Pool]:
-    """The pool, within a cluster that is joined; what goes wrong is said in a sentence."""
+    """Join the cluster and yield the pool; errors are printed in one sentence, with exit status 1."""
     try:
         if not is_pool_name(name):
-            raise ValueError(f"{name!r} is no name for a pool: letters, digits, dots, dashes and underscores")
+            raise ValueError(f"{name!r} is not a valid pool name: use letters, digits, dots, dashes and underscores")
         try:
             from vllm_ssd.pool import cluster
             from vllm_ssd.pool.pool import Pool
@@ -113,7 +113,7 @@ def _pool(name: str, unauthenticated: bool) -> Iterator[Pool]:
             yield Pool(name)
         finally:
             cluster.quit()
-    except typer.Exit:  # a RuntimeError, too
+    except typer.Exit:  # is a RuntimeError
         raise
     except (ValueError, RuntimeError) as error:
         console.print(str(error), markup=False)

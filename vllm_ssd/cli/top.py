@@ -18,10 +18,10 @@ def top_command(
         list[str] | None,
         typer.Argument(help="ports on this machine, or addresses, of servers or of their metrics_port (default: 8000)"),
     ] = None,
-    interval: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="print what was counted since the start, and end")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="seconds between updates")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="print totals since the server's start and exit")] = False,
 ) -> None:
-    """Show hits, accepted drafts, tokens per second and the drafters of running servers, live."""
+    """Show hit rates, accepted drafts, tokens per second and drafters of running servers, live."""
     urls = [url_of(source) for source in sources or ["8000"]]
     before: list[Snapshot | None] = [None] * len(urls)
     now = [scrape(url) for url in urls]

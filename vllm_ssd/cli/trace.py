@@ -15,11 +15,11 @@ from vllm_ssd.monitor.timeline import chrome_trace, read, rounds
 
 @app.command("trace")
 def trace_command(
-    trace: Annotated[Path, typer.Argument(help="what VLLM_SSD_TRACE named when the server ran")],
-    out: Annotated[Path | None, typer.Option(help="write Chrome's trace events, for ui.perfetto.dev")] = None,
-    html: Annotated[Path | None, typer.Option(help="write one self-contained page")] = None,
+    trace: Annotated[Path, typer.Argument(help="value of VLLM_SSD_TRACE when the server ran")],
+    out: Annotated[Path | None, typer.Option(help="write Chrome trace events, for ui.perfetto.dev")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a self-contained HTML page")] = None,
 ) -> None:
-    """Turn a recorded timeline of target and drafter into something to look at."""
+    """Convert a recorded timeline of target and drafter for viewing."""
     if out is None and html is None:
         raise typer.BadParameter("give --out, --html or both")
     try:

@@ -1,6 +1,7 @@
-"""`vllm-ssd doctor`: what a server with SSD would do on a machine, asked of the code that decides it, without weights.
+"""`vllm-ssd doctor`: report what a server with SSD would do on a machine, without loading weights.
 
-Builds vLLM's configuration of target and drafter as a server would, places the drafter, and lets both shake hands.
+Builds vLLM's configurations of target and drafter like a server, places the drafter, and simulates their handshake,
+with the same code that a server runs.
 """
 
 from vllm_ssd.doctor.findings import Finding, Findings, Status

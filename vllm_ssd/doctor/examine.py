@@ -1,4 +1,4 @@
-"""Ask the code that starts a server with SSD what it would do."""
+"""Run the checks of `vllm-ssd doctor`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vllm_ssd.link.placement import Placement
 
 
 def examine(target: str, drafter: str, flags: list[str], machine: Machine) -> Findings:
-    """What `vllm serve TARGET flags` with this drafter would do on this machine, before weights are loaded."""
+    """Report what `vllm serve TARGET flags` with this drafter would do on this machine, up to loading weights."""
     found = Findings()
     _vllm(found)
     found.ok("machine", str(machine))
@@ -38,7 +38,7 @@ def examine(target: str, drafter: str, flags: list[str], machine: Machine) -> Fi
         engine_args, others = serve_flags.parse(["--model", target, *flags])
         keys = engine_args.speculative_config or {}
         engine_args.speculative_config = {**keys, "method": "ssd", "model": drafter}
-        asked = copy.copy(engine_args)  # the plugin rewrites them
+        asked = copy.copy(engine_args)  # the plugin rewrites `engine_args`
         vllm_config = engine_args.create_engine_config()
         if not runner.has_ssd(vllm_config):
             raise ValueError("vLLM has not loaded the plugin: VLLM_PLUGINS must be unset or name `ssd`")
@@ -47,7 +47,7 @@ def examine(target: str, drafter: str, flags: list[str], machine: Machine) -> Fi
         found.fails("configuration", *_advised(error))
         return found
     if others:
-        found.note("flags", f"not the engine's, and not looked at: {' '.join(others)}")
+        found.note("flags", f"not engine flags, so not checked: {' '.join(others)}")
     found.ok("configuration", f"K = {config.num_speculative_tokens}, {_branches(config)}, on_miss {config.on_miss}")
     _runner(found, vllm_config)
     _defaults(found, vllm_config)
@@ -79,7 +79,7 @@ def _runner(found: Findings, config: VllmConfig) -> None:
 
 
 def _defaults(found: Findings, config: VllmConfig) -> None:
-    """The target's defaults of sampling parameters, where they make requests fail."""
+    """Check the target's default sampling parameters for values with which requests fail."""
     min_p = 0.0 if runner.is_v2() else refused.default_min_p(config.model_config)
     if min_p:
         found.note("generation config", f"min_p is {min_p:g}, {refused.CONSEQUENCE}", refused.REMEDY)
@@ -99,7 +99,7 @@ def _adaptive(found: Findings, config: SSDConfig, engine_args: Any, vllm_config:
 def _attention_of_target(found: Findings, config: VllmConfig, machine: Machine) -> None:
     try:
         name = serve_flags.attention_backend(config)
-    except Exception as error:  # whatever vLLM's selection raises for what it does not support
+    except Exception as error:  # vLLM's selection raises various types
         found.fails("target's attention", *_advised(error))
         return
     build = " as far as this build of vLLM knows" if machine.assumed else ""
@@ -107,7 +107,7 @@ def _attention_of_target(found: Findings, config: VllmConfig, machine: Machine) 
 
 
 def _places(found: Findings, config: SSDConfig, target: VllmConfig, machine: Machine) -> Placement | None:
-    """Say where target and drafters run; the first replica's drafter, None where one has no place."""
+    """Report where target and drafters run; returns the first drafter's placement, None if one cannot be placed."""
     parallel = target.parallel_config
     replicas = parallel.data_parallel_size_local
     ray = parallel.distributed_executor_backend == "ray"
@@ -139,7 +139,7 @@ def _places(found: Findings, config: SSDConfig, target: VllmConfig, machine: Mac
 
 
 def _elsewhere(found: Findings, config: SSDConfig) -> None:
-    """Drafters that the server only connects to; what they need is asked on their own hosts."""
+    """Report drafters that the server only connects to, which have to be checked on their own hosts."""
     if config.pool is not None:
         if config.pool:
             found.note("drafters", f"the pool {config.pool} on Ray", f"see `vllm-ssd pool status {config.pool}`")
@@ -177,7 +177,7 @@ def _place(found: Findings, subject: str, placed: Placement, config: SSDConfig, 
 
 
 def _drafter(found: Findings, config: SSDConfig, target: VllmConfig, placed: Placement, machine: Machine) -> None:
-    """What the draft model needs, and whether it fits the target."""
+    """Check the draft model, and whether it matches the target."""
     options = placed.options
     try:
         with _environment(placed.environment):
@@ -193,7 +193,7 @@ def _drafter(found: Findings, config: SSDConfig, target: VllmConfig, placed: Pla
             "context",
             f"the drafter takes {model.max_model_len} tokens, the target {target_len}: requests over {most} tokens run "
             "without its drafts",
-            "choose a draft model with a longer context if requests are so long",
+            "choose a draft model with a longer context if requests are that long",
         )
     else:
         found.ok("context", f"{target_len} tokens; the drafter takes requests up to {most}")
@@ -229,7 +229,7 @@ def _draft_config(tree_attention: bool, engine_args: dict[str, Any]) -> VllmConf
 def _memory(
     found: Findings, config: SSDConfig, target: VllmConfig, drafter: VllmConfig, placed: Placement, machine: Machine
 ) -> None:
-    """Weights and KV of both sides against what there is."""
+    """Compare the memory for weights and KV of both sides with the available memory."""
     target_weights, how = weight_bytes(target.model_config)
     draft_weights, draft_how = weight_bytes(drafter.model_config)
     if not machine.num_gpus:
@@ -245,7 +245,7 @@ def _memory(
             found.ok("memory", text)
         return
     if not machine.gpu_bytes:
-        found.note("memory", "unknown: vLLM does not say how much a GPU has", "see --gpu-memory")
+        found.note("memory", "unknown: vLLM does not report a GPU's memory", "see --gpu-memory")
         return
     parallel = target.parallel_config
     share = target_weights / parallel.world_size
@@ -275,7 +275,7 @@ def _on_gpu(
     token_bytes: int,
     machine: Machine,
 ) -> None:
-    """A side's weights and KV on one GPU; kv_bytes: 0 for what `utilization` leaves."""
+    """Check one side's weights and KV on one GPU; kv_bytes: 0 for whatever `utilization` leaves."""
     left = kv_bytes or utilization * machine.gpu_bytes - weights
     of = gib(machine.gpu_bytes)
     if left <= 0 or weights + left > machine.gpu_bytes:
@@ -293,7 +293,7 @@ def _on_gpu(
 
 
 def _features(found: Findings, config: SSDConfig) -> None:
-    """What this runner does not do as the other one, as the compatibility table says."""
+    """Report the features that work differently on this runner, from the compatibility table."""
     column = "v2" if runner.is_v2() else "v1"
     for feature in FEATURES:
         asked = feature.asked is None or getattr(config, feature.asked[0]) == feature.asked[1]
@@ -307,7 +307,7 @@ def _branches(config: SSDConfig) -> str:
 
 
 def _advised(error: BaseException) -> tuple[str, str]:
-    """What an error says, in one line; it holds its own advice."""
+    """An error's message in one line, without a separate fix, since our messages contain their own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(line for line in lines if not line.startswith(("For further information", "1 validation error")))
     text = text.removeprefix("Value error, ").partition(" [type=value_error")[0]
@@ -316,7 +316,7 @@ def _advised(error: BaseException) -> tuple[str, str]:
 
 @contextmanager
 def _environment(changes: dict[str, str | None]) -> Iterator[None]:
-    """The drafter's environment, but for the GPUs: this process must go on seeing all."""
+    """Apply the drafter's environment, except for the visible GPUs, all of which this process must still see."""
     before = dict(os.environ)
     for name, value in changes.items():
         if name == "CUDA_VISIBLE_DEVICES":

@@ -1,4 +1,4 @@
-"""What the doctor found: one line each, with what to do about it."""
+"""The doctor's findings, each with a suggested fix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Status(StrEnum):
-    """ok: as wanted; note: it works, but not as one may expect; fails: the server would not start."""
+    """ok: works as requested; note: works, but maybe not as expected; fails: the server would not start."""
 
     OK = "ok"
     NOTE = "note"
@@ -17,7 +17,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the table. fix: one sentence, "" where there is nothing to do."""
+    """One line of the table. fix: one sentence, "" if nothing needs to be done."""
 
     subject: str
     status: Status
@@ -26,25 +26,25 @@ class Finding:
 
 
 class Findings(list[Finding]):
-    """All lines, in the order in which they were found."""
+    """All findings, in the order of the checks."""
 
     def ok(self, subject: str, text: str) -> None:
-        """As wanted."""
+        """Add something that works as requested."""
         self.append(Finding(subject, Status.OK, text))
 
     def note(self, subject: str, text: str, fix: str = "") -> None:
-        """Works, but not as one may expect."""
+        """Add something that works, but maybe not as expected."""
         self.append(Finding(subject, Status.NOTE, text, fix))
 
     def fails(self, subject: str, text: str, fix: str = "") -> None:
-        """Keeps the server from starting."""
+        """Add something that prevents the server from starting."""
         self.append(Finding(subject, Status.FAILS, text, fix))
 
     @property
     def starts(self) -> bool:
-        """Whether nothing keeps the server from starting."""
+        """Whether the server would start."""
         return all(finding.status is not Status.FAILS for finding in self)
 
     def as_json(self) -> dict[str, Any]:
-        """JSON types."""
+        """The findings as JSON types."""
         return {"starts": self.starts, "findings": [asdict(f) | {"status": f.status.value} for f in self]}

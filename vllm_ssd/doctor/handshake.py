@@ -1,4 +1,4 @@
-"""The handshake of a target and its drafter, held between two configurations."""
+"""Simulate the handshake of a target and its drafter from their configurations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_ssd.target.start import _hello
 
 
 def shake_hands(config: SSDConfig, target: VllmConfig, drafter: VllmConfig) -> tuple[bool, str]:
-    """Whether the drafter would take the target, and what it says about their vocabularies, "" where they are equal."""
+    """Whether the drafter would accept the target, and why not, or the notice about their vocabularies."""
     model = drafter.model_config
     tokens, stand_in = read_vocabulary(model)
     welcome = Welcome(PROTOCOL_VERSION, model.get_vocab_size(), fingerprint(tokens), model.max_model_len, 0, 0)

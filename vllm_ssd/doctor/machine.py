@@ -1,4 +1,4 @@
-"""The machine that the doctor is asked about: this one, or one with other GPUs."""
+"""The machine to examine: this one, or this one with assumed GPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Accelerators, CPU cores and memory. num_gpus: 0 on a CPU; assumed: the GPUs are not looked for but given."""
+    """Accelerators, CPU cores and memory. num_gpus: 0 on a CPU; assumed: the GPUs are given by the user."""
 
     num_gpus: int
     gpu_bytes: int
@@ -22,7 +22,7 @@ class Machine:
 
     @classmethod
     def here(cls, num_gpus: int, gpu_bytes: int, assumed: bool = False) -> Machine:
-        """This machine's cores and memory beside these GPUs."""
+        """A machine with these GPUs and this machine's cores and memory."""
         cores = len(os.sched_getaffinity(0))
         return cls(num_gpus, gpu_bytes, cores, psutil.virtual_memory().available, assumed)
 
@@ -34,7 +34,7 @@ class Machine:
 
 
 def gib(num_bytes: float) -> str:
-    """A number of bytes in words."""
+    """Format a number of bytes in GiB, or in MiB if it is small."""
     if num_bytes < GIB / 10:
         return f"{num_bytes / (1 << 20):.0f} MiB"
     return f"{num_bytes / GIB:.1f} GiB"

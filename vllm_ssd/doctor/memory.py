@@ -1,4 +1,4 @@
-"""Memory of target and drafter: weights from the files where they are, else from the shape of the model."""
+"""Memory of a model's weights, from its files if they are on this machine, else from its shape."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from vllm_ssd.planning import Shape
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-"""File names of weights, the first kind that a folder has counts."""
+"""Patterns of weight files; the first that matches any file in a folder is used."""
 
 
 def weight_bytes(model_config: Any) -> tuple[int, str]:
-    """Bytes of a model's weights and how they are known; 0 where they are not.
+    """Bytes of a model's weights, and how they were determined; 0 if unknown.
 
-    model_config: vLLM's
+    model_config: vLLM's `ModelConfig`
     """
     folder = _folder(model_config.model, model_config.revision)
     for pattern in WEIGHTS if folder else ():
@@ -33,12 +33,12 @@ def weight_bytes(model_config: Any) -> tuple[int, str]:
 
 
 def _folder(model: str, revision: str | None) -> Path | None:
-    """Where the model's files are on this machine; nothing is downloaded."""
+    """The folder with the model's files on this machine; downloads nothing."""
     if Path(model).is_dir():
         return Path(model)
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except Exception:  # not in the cache, or a name that is none of the Hub's
+    except Exception:  # not in the cache, or not a valid name
         return None

@@ -1,4 +1,4 @@
-"""Where the drafters of a configuration run: the one place that asks `link.placement`."""
+"""Place the drafters of a configuration with `link.placement`, as its workers would."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def gpus_of(machine: Machine, current: int = 0) -> Gpus | None:
 
 
 def place(config: SSDConfig, target: VllmConfig, replica: int, machine: Machine, drafter: int = 0) -> Placement:
-    """A drafter of a data-parallel replica; raises ValueError where there is no place for it."""
+    """Place a drafter of a data-parallel replica; raises ValueError if that is not possible."""
     of_replica = copy.copy(target)
     of_replica.parallel_config = parallel = copy.copy(target.parallel_config)
     if parallel.data_parallel_size > 1:

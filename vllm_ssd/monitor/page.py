@@ -1,4 +1,4 @@
-"""A timeline as one HTML page that needs nothing else: no script, no font, no request to anywhere."""
+"""A timeline as a self-contained HTML page, without scripts, fonts or network requests."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ summary { cursor: pointer; font-weight: 600; } .key span { margin-right: 1.2rem;
 BOX = 14
 LANE_PX, LABEL_PX = 26, 110
 PX_PER_MS = 10.0
-"""A step of a millisecond is to be seen; the lanes scroll."""
+"""Wide enough for steps of a millisecond to be visible; the lanes scroll."""
 TICK_MS, LABELLED_TICKS = 10, 5
 MAX_SPANS, MAX_PX = 4000, 100_000
-"""Spans and width that the lanes draw; of a longer trace they draw the beginning."""
+"""Limits on the spans and the width of the lanes; longer traces are cut off."""
 COLOURS = {
     ("target", "verify"): "#3b6fb6",
     ("target", "hand over"): "#9fbce0",
@@ -40,7 +40,7 @@ COLOURS = {
 
 
 def page(events: list[Event], title: str) -> str:
-    """HTML of what a trace holds: both sides over time, then each request round by round."""
+    """Render a trace as HTML: both sides over time, then each request round by round."""
     found = rounds(events)
     parts = [
         "<!DOCTYPE html>",
@@ -73,7 +73,7 @@ def _summary(found: dict[str, list[Round]]) -> str:
 
 
 def _lanes(events: list[Event]) -> str:
-    """An SVG that scrolls, with a lane for each process and track that has spans, from the first work on."""
+    """A scrolling SVG with a lane for each process and track that has spans, starting at the first work."""
     spans = [event for event in events if event.length_ns is not None]
     first = next((event.at_ns for event in events if event.name != "wait"), None)
     if not spans or first is None:
@@ -114,7 +114,7 @@ def _lanes(events: list[Event]) -> str:
 
 
 def _request(request: str, list_: list[Round], is_open: bool) -> str:
-    """A request's rounds: a box for each draft verified, the token after them, and what its outcome found."""
+    """A request's rounds: a box per verified draft, the token after them, and the outcome."""
     rows = []
     for number, r in enumerate(list_, start=1):
         colour, text = FATES[r.fate]

@@ -1,4 +1,4 @@
-"""What a server's metrics page says of each of its engines."""
+"""Read the metrics of a server's engines from its metrics page."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ MAX_BYTES = 32 << 20
 
 @dataclass(slots=True)
 class Engine:
-    """One data-parallel replica's numbers, by metric without prefix.
+    """Metrics of one data-parallel replica, by name without prefix.
 
-    values: counters and gauges; by_batch: rows and drafts of rounds, by batch size up to a power of two
+    values: counters and gauges; by_batch: rows and drafts, by batch size rounded up to a power of two
     """
 
     values: dict[str, float] = field(default_factory=dict)
     by_batch: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def since(self, before: Engine | None) -> Engine:
-        """What has been counted since `before`; gauges as they are now. Everything where a counter has fallen."""
+        """Counters since `before` and current gauges; all counts if a counter has fallen, as after a restart."""
         if before is None or any(
             value < before.values.get(name, 0.0) for name, value in self.values.items() if name.endswith("_total")
         ):
@@ -40,13 +40,13 @@ class Engine:
         return Engine(values, by_batch)
 
     def get(self, name: str) -> float:
-        """A value, 0 where the page has none."""
+        """A value, 0 if the page does not have it."""
         return self.values.get(name, 0.0)
 
 
 @dataclass(slots=True)
 class Snapshot:
-    """A page at one moment. engines: by the label `engine`, "" on a port of ours; error: why there is no page."""
+    """A page at one time. engines: by label `engine`, "" on a metrics_port; error: why the page could not be read."""
 
     url: str
     at_s: float
@@ -55,7 +55,7 @@ class Snapshot:
 
 
 def url_of(source: str) -> str:
-    """The page that a port on this machine, a host with port, or an address names."""
+    """URL of the metrics page for a port on this machine, a host with port, or an address."""
     if source.isdigit():
         source = f"127.0.0.1:{source}"
     if "://" not in source:
@@ -64,23 +64,23 @@ def url_of(source: str) -> str:
 
 
 def scrape(url: str, timeout_s: float = 5.0) -> Snapshot:
-    """The page as it is now; never raises."""
+    """Read the page; never raises."""
     try:
         if not url.startswith(("http://", "https://")):
             raise ValueError("only http and https are read")
         with urlopen(url, timeout=timeout_s) as answer:
             text = answer.read(MAX_BYTES).decode()
         return Snapshot(url, time.monotonic(), parse(text))
-    except (OSError, ValueError) as error:  # no answer, or what is no metrics page
+    except (OSError, ValueError) as error:  # no answer, or not a metrics page
         return Snapshot(url, time.monotonic(), error=str(error) or type(error).__name__)
 
 
 def parse(text: str) -> dict[str, Engine]:
-    """Engines by name of a page in Prometheus' text format; raises ValueError for anything else."""
+    """Parse a page in Prometheus' text format into engines by name; raises ValueError for anything else."""
     engines: dict[str, Engine] = {}
 
     def add_drafter(values: dict[str, float], name: str, value: float) -> None:
-        """A fleet has the pages of all its drafters, and is as slow and as silent as the worst of them."""
+        """Aggregate over a fleet's drafters: the maximum of durations, the sum of everything else."""
         before = values.get(name, 0.0)
         values[name] = max(before, value) if name.endswith("_seconds") else before + value
 

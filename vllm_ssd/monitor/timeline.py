@@ -1,4 +1,4 @@
-"""Timelines that target and drafters recorded, together, and as Chrome's trace events."""
+"""Read the timelines of target and drafters, and convert them to Chrome trace events."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from vllm_ssd.link.timeline import timeline_path
 
 TRACKS = ("target", "waits", "rounds", "pushes", "drafter")
-"""Tracks from top to bottom; one is a row of the viewer."""
+"""Tracks in display order; each is a row of the viewer."""
 
 
 @dataclass(slots=True)
 class Event:
-    """A span, or an instant where `length_ns` is None."""
+    """A span, or an instant if `length_ns` is None."""
 
     pid: int
     side: str
@@ -28,9 +28,10 @@ class Event:
 
 
 def read(trace: Path) -> list[Event]:
-    """Events of all processes of a trace, oldest first; raises ValueError where there are none, or for other files.
+    """Read the events of all processes of a trace, oldest first.
 
-    A last line that was cut off with its process is left out.
+    Raises ValueError if there are none, or for an invalid file. An incomplete last line, of a killed process, is
+    ignored.
     """
     events: list[Event] = []
     pattern = glob.escape(str(trace)) + timeline_path("", "*", 0).replace(".0.", ".*.")
@@ -47,14 +48,14 @@ def read(trace: Path) -> list[Event]:
                 length = found.pop("for", None)
                 events.append(Event(pid, side, track, name, at, None if length is None else int(length), found))
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: no line of a timeline ({error})") from None
+                raise ValueError(f"{path}, line {number}: not a timeline event ({error})") from None
     if not events:
-        raise ValueError(f"no timeline beside {trace}: nothing was recorded with VLLM_SSD_TRACE={trace}")
+        raise ValueError(f"no timeline next to {trace}: nothing was recorded with VLLM_SSD_TRACE={trace}")
     return sorted(events, key=lambda event: event.at_ns)
 
 
 def chrome_trace(events: list[Event]) -> dict[str, Any]:
-    """Chrome's trace-event format, as Perfetto and chrome://tracing open it: times in microseconds from the first."""
+    """Convert to Chrome's trace event format, for Perfetto and chrome://tracing; times in µs from the first event."""
     first = events[0].at_ns
     found: list[dict[str, Any]] = []
     for pid, side in sorted({(event.pid, event.side) for event in events}):
@@ -81,16 +82,16 @@ def chrome_trace(events: list[Event]) -> dict[str, Any]:
 
 
 def _tid(track: str) -> int:
-    """A number for each track, in the order of TRACKS; "waits 2" is that of the third drafter."""
+    """A number for each track, in the order of TRACKS; "waits 2" is the track of the third drafter."""
     name, _, index = track.partition(" ")
     return (TRACKS.index(name) if name in TRACKS else len(TRACKS)) + 1 + (len(TRACKS) + 1) * int(index or 0)
 
 
 @dataclass(slots=True)
 class Round:
-    """One round of a request: what it verified, and what its outcome found.
+    """One round of a request: what it verified, and the lookup of its outcome.
 
-    grown: branches that were there when the outcome was known; fate: of the next round's drafts, as `target.trace` says
+    grown: branches that existed when the outcome was known; fate: origin of the next drafts, as in `target.trace`
     """
 
     at_ns: int
@@ -104,7 +105,7 @@ class Round:
 
 
 def rounds(events: list[Event]) -> dict[str, list[Round]]:
-    """Rounds by request, in the order in which requests opened; a request id that is used again is numbered."""
+    """Rounds by request, in the order in which requests opened; reused request ids are numbered."""
     found: dict[str, list[Round]] = {}
     current: dict[str, str] = {}
     for event in events:

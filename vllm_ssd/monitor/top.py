@@ -14,9 +14,9 @@ NOTHING = "–"
 
 
 def frame(now: Sequence[Snapshot], before: Sequence[Snapshot | None]) -> Table:
-    """Shares and rates since the snapshots before; since the server's start where there are none.
+    """Shares and rates since the snapshots `before`, or since the server's start without one.
 
-    `evictions` and `restarts` are totals, `pages` and `block` what the drafter last said.
+    `evictions` and `restarts` are totals; `pages` and `block` are the drafters' latest reports.
     """
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     table.add_column("engine")
@@ -63,7 +63,7 @@ def _row(engine: Engine, new: Engine, seconds: float | None) -> list[str]:
 
 
 def _drafts_by_batch(new: Engine) -> str:
-    """The mean number of drafts a row by batch size, such as "1: 5.0, ≤4: 2.3"."""
+    """Mean number of drafts per row by batch size, such as "1: 5.0, ≤4: 2.3"."""
     rows, drafts = new.by_batch.get("batch_rows_total", {}), new.by_batch.get("batch_draft_tokens_total", {})
     found = [
         f"{'≤' * (batch > 2)}{batch}: {drafts.get(batch, 0.0) / count:.1f}"

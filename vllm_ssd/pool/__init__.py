@@ -1,1 +1,1 @@
-"""Drafters that Ray places: actors that keep one running each, the agent of a target, and named pools."""
+"""Drafters on Ray: actors that each keep one drafter running, the agent of a target, and named pools."""

@@ -16,13 +16,13 @@ from vllm_ssd.pool.child import DrafterChild, start_process
 from vllm_ssd.pool.spec import DrafterSpec, Status
 
 LEAVE_S = 30.0
-"""A drafter that leaves ends after so long, or when it has had no request for NO_REQUEST_S."""
+"""A leaving drafter ends after this time, or once it has had no request for NO_REQUEST_S."""
 NO_REQUEST_S = 4.0
 WATCH_S = 0.25
 
 
 class DrafterActor:
-    """`status` and `leave` return at once; a thread starts the drafter, again and again if need be."""
+    """Keeps a drafter running with a thread that restarts it; `status` and `leave` return at once."""
 
     start_process: Callable[..., Any] = staticmethod(start_process)
 
@@ -30,13 +30,13 @@ class DrafterActor:
         self._spec = msgspec.json.decode(spec, type=DrafterSpec)
         host, registry = cluster.here()
         self._status = Status(name, node=host)
-        self._lock = threading.Lock()  # each thread replaces the status by what it read of it
+        self._lock = threading.Lock()  # guards the read-modify-write of the status
         self._child = DrafterChild(self._spec, host, registry, self._take_report, self.start_process)
         self._leaving = threading.Event()
         threading.Thread(target=self._keep, name="ssd-keeper", daemon=True).start()
 
     def status(self) -> bytes:
-        """A `Status`, as JSON."""
+        """The drafter's `Status`, as JSON."""
         return msgspec.json.encode(self._status)
 
     def spec(self) -> bytes:
@@ -44,7 +44,7 @@ class DrafterActor:
         return msgspec.json.encode(self._spec)
 
     def leave(self) -> None:
-        """Take no new requests, and end once those that it has are done or LEAVE_S are over."""
+        """Take no new requests, and end once the current ones are done, or after LEAVE_S."""
         if not self._leaving.is_set():
             self._leaving.set()
             self._say(leaving=True)
@@ -57,7 +57,7 @@ class DrafterActor:
             self._say(starts=self._status.starts + 1)
             try:
                 reason = self._child.run()
-            except Exception as error:  # a thread that dies would leave the actor without a drafter, unexplained
+            except Exception as error:  # if this thread died, the actor would be without a drafter and not know why
                 reason = f"{type(error).__name__}: {error}"
             self._say(address="", pid=0, targets=0, requests=0, problem=reason)
             pause_s = BACKOFF_S[0] if time.monotonic() - started > BACKOFF_S[1] else min(2 * pause_s, BACKOFF_S[1])

@@ -1,7 +1,7 @@
-"""The agent of one target: it asks Ray for drafters, and tells the target where they are.
+"""The agent of one target, which asks Ray for drafters and tells the target where they are.
 
-A process of its own, because a driver of Ray ends when the GCS does; the target starts another, and goes on with the
-drafters that it has.
+It is a separate process because a Ray driver ends when the GCS does; the target then starts another agent, and keeps
+using the drafters that it has.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vllm_ssd.link.roster import Listed, Roster, Wanted
 
 POLL_S = 1.0
 AGAIN_S = 5.0
-"""An actor that is dead for good is replaced after this time."""
+"""Time after which a permanently dead actor is replaced."""
 
 
 def main(fd: int, wanted_json: str, actor: type | None = None) -> int:
-    """Tell the target at the other end of the socket `fd` of drafters, for as long as it is there."""
+    """Send rosters to the target at the other end of the socket `fd`, for as long as it exists."""
     wanted = msgspec.json.decode(wanted_json, type=Wanted)
     die_with(wanted.parent_pid)
     target = socket.socket(fileno=fd)
@@ -32,7 +32,7 @@ def main(fd: int, wanted_json: str, actor: type | None = None) -> int:
     try:
         from vllm_ssd.pool import cluster
     except ImportError:
-        _tell(target, Roster(problem="drafters on Ray need it: pip install 'vllm-ssd[ray]'", fatal=True))
+        _tell(target, Roster(problem="drafters on Ray need Ray: pip install 'vllm-ssd[ray]'", fatal=True))
         return 1
     server, told = Ancestor(wanted.server_pid), None
     try:
@@ -41,11 +41,11 @@ def main(fd: int, wanted_json: str, actor: type | None = None) -> int:
         while not server.has_ended():
             looked_at = time.monotonic()
             roster = agent.look()
-            if roster != told or roster.problem:  # the target says now and then what is missing
+            if roster != told or roster.problem:  # repeat problems, which the target logs now and then
                 _tell(target, roster)
                 told = roster
             if not cluster.is_on_a_node():
-                return 1  # the next agent joins by another
+                return 1  # the next agent joins through another node
             time.sleep(max(looked_at + POLL_S - time.monotonic(), 0.0))
     except (cluster.NoCluster, cluster.BadResources) as error:
         _tell(target, Roster(problem=str(error), fatal=True))
@@ -65,9 +65,9 @@ def _end_with(target: socket.socket) -> None:
 
 
 class Agent:
-    """Looks after the drafters of one target; `wanted` says which.
+    """Places or finds the drafters of one target.
 
-    actor: the class of those that it places, `DrafterActor` by default
+    wanted: which drafters; actor: class of the actors that it places, `DrafterActor` by default
     """
 
     def __init__(self, wanted: Wanted, actor: type | None = None) -> None:
@@ -85,7 +85,7 @@ class Agent:
         self._place_at = 0.0
 
     def look(self) -> Roster:
-        """The roster as of now."""
+        """The current roster."""
         return self._look_at_pool() if self._wanted.pool else self._look_at_own()
 
     def _look_at_own(self) -> Roster:

@@ -1,4 +1,4 @@
-"""One drafter process, as the actor that keeps it running sees it."""
+"""The drafter process of an actor."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ MAX_REPORT_BYTES = 1 << 16
 
 
 def start_process(command: Sequence[str], keeper: int, environment: Mapping[str, str]) -> Any:
-    """The process of a drafter, which leaves this one at once (`vllm_ssd.drafter.__main__.detach`)."""
+    """Start a drafter, which detaches itself from this process at once (`vllm_ssd.drafter.__main__.detach`)."""
     return subprocess.Popen(command, pass_fds=[keeper], env=environment, stdin=subprocess.DEVNULL)
 
 
 class DrafterChild:
-    """A drafter that listens on `host`; `run` starts it and returns when it has ended, and why.
+    """A drafter that listens on `host`; `run` starts it and returns why it has ended.
 
-    registry: address of Ray's GCS; on_report: hears what the drafter reports
+    registry: address of Ray's GCS; on_report: called with the drafter's reports
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class DrafterChild:
         self._pid = 0
 
     def run(self) -> str:
-        """Start the drafter and follow its reports to their end; raises ValueError for keys that it cannot have."""
+        """Start the drafter and follow its reports until it ends; raises ValueError for invalid keys."""
         spec = self._spec
         config = SSDConfig.from_user(spec.keys)
         options, environment, _ = place_standalone(config, spec.max_num_seqs, on_cpu=spec.on_cpu)
@@ -73,7 +73,7 @@ class DrafterChild:
             return self._follow(ours, key)
 
     def stop(self, hard: bool = False) -> None:
-        """SIGTERM, or SIGKILL, for the drafter that reported last."""
+        """Send SIGTERM, or SIGKILL if `hard`, to the drafter that reported last."""
         if self._pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL if hard else signal.SIGTERM)
@@ -85,7 +85,7 @@ class DrafterChild:
                 report = msgspec.json.decode(line, type=Report)
                 self._pid, problem = report.pid, report.problem or problem
                 if report.address:
-                    key.unlink(missing_ok=True)  # it is read once, before the model is loaded
+                    key.unlink(missing_ok=True)  # the drafter has read it
                 self._on_report(report)
         self._pid = 0
         return problem or "it ended"

@@ -1,4 +1,4 @@
-"""The one place that talks to Ray."""
+"""All uses of Ray."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from ray.exceptions import ActorDiedError, RayError
 from vllm_ssd.pool.spec import DrafterSpec, Status
 
 NAMESPACE = "vllm-ssd"
-"""Of the named actors of all pools; theirs are "POOL/DRAFTER"."""
+"""Ray namespace of all pools; their actors are named "POOL/DRAFTER"."""
 Handle = Any
-"""Of an actor."""
+"""A Ray actor handle."""
 
 
 class NoCluster(RuntimeError):
-    """There is no cluster that may be used; the message is the one sentence the user needs."""
+    """Raised if no usable cluster is found; the message is one sentence for the user."""
 
 
 class BadResources(ValueError):
-    """What Ray cannot reserve, wherever it may be; the message is the one sentence the user needs."""
+    """Raised for resources that Ray can never reserve; the message is one sentence for the user."""
 
 
 def join(unauthenticated: bool) -> None:
-    """Become a driver of the cluster that runs on this host, or that RAY_ADDRESS names; raises `NoCluster`.
+    """Become a driver of the cluster on this host, or of the one in RAY_ADDRESS; raises `NoCluster`.
 
-    unauthenticated: whether one will do in which everybody who reaches its ports may run code
+    unauthenticated: allow a cluster in which anyone who reaches its ports may run code
     """
     if not unauthenticated and not is_authenticated(os.environ):
         raise NoCluster(
-            "Ray runs what anybody who reaches its ports tells it: start the cluster and this server with "
+            "anyone who reaches the ports of this Ray cluster may run code: start the cluster and this server with "
             "RAY_AUTH_MODE=token (or RAY_USE_TLS=1), or accept that with ray_unauthenticated"
         )
     try:
@@ -45,36 +45,36 @@ def join(unauthenticated: bool) -> None:
 
 
 def is_on_a_node() -> bool:
-    """Whether the raylet that this driver joined by is alive; without it, nothing that it asks for has a place."""
+    """Whether the raylet through which this driver joined is alive; without it nothing can be placed."""
     own = ray.get_runtime_context().get_node_id()
     return any(node["NodeID"] == own and node["Alive"] for node in ray.nodes())
 
 
 def quit() -> None:
-    """Leave the cluster; drafters of pools stay."""
+    """Leave the cluster; drafters of pools keep running."""
     ray.shutdown()
 
 
 def is_authenticated(environment: Mapping[str, str]) -> bool:
-    """Whether a process with this environment and its cluster prove to each other who they are."""
+    """Whether a process with this environment and its cluster authenticate each other."""
     has_tls = environment.get("RAY_USE_TLS", "").lower() in ("1", "true")
     return has_tls or environment.get("RAY_AUTH_MODE", "").lower() in ("token", "k8s")
 
 
 def here() -> tuple[str, str]:
-    """The address of this actor's node, and "HOST:PORT" of the GCS."""
+    """Address of this actor's node, and "HOST:PORT" of the GCS."""
     return ray.util.get_node_ip_address(), ray.get_runtime_context().gcs_address
 
 
 def end_this_actor() -> None:
-    """End the actor that this process is, for good; from any thread."""
+    """End this process's actor without a restart; may be called from any thread."""
     ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
 def place(actor: type, name: str, spec: DrafterSpec, pool: str = "") -> Handle:
-    """Have Ray place a drafter; one of a pool lives on without this driver.
+    """Have Ray place a drafter; in a pool it outlives this driver.
 
-    Raises `BadResources` for amounts that Ray does not take.
+    Raises `BadResources` for amounts that Ray does not accept.
     """
     resources = dict(spec.resources)
     options: dict[str, Any] = {
@@ -95,19 +95,19 @@ def place(actor: type, name: str, spec: DrafterSpec, pool: str = "") -> Handle:
 
 
 def of_pool(pool: str) -> dict[str, Handle]:
-    """The drafters of a pool by their names."""
+    """The drafters of a pool, by name."""
     prefix, found = f"{pool}/", {}
     for name in ray.util.list_named_actors():
         if isinstance(name, str) and name.startswith(prefix):
             try:
                 found[name.removeprefix(prefix)] = ray.get_actor(name, namespace=NAMESPACE)
-            except ValueError:  # it has just ended
+            except ValueError:  # it has ended in the meantime
                 continue
     return found
 
 
 def spec_of(handle: Handle, timeout_s: float) -> DrafterSpec | None:
-    """What a drafter was made with, or None while it has no place."""
+    """The settings of a drafter; None while Ray has not placed it."""
     try:
         return msgspec.json.decode(ray.get(handle.spec.remote(), timeout=timeout_s), type=DrafterSpec)
     except (RayError, TimeoutError):
@@ -120,22 +120,22 @@ def leave(handle: Handle) -> None:
 
 
 def end(handle: Handle) -> None:
-    """End an actor, and its drafter with it, for good."""
+    """End an actor and its drafter, without a restart."""
     ray.kill(handle, no_restart=True)
 
 
 class Watch:
-    """Asks actors for their status, without waiting long for any."""
+    """Asks actors for their status with a bounded wait."""
 
     def __init__(self) -> None:
         self._asked: dict[str, Any] = {}
         self._known: dict[str, Status] = {}
 
     def look(self, handles: Mapping[str, Handle], timeout_s: float) -> tuple[dict[str, Status], set[str]]:
-        """What each actor said last, for those that ever said anything, and the names of those that are dead for good.
+        """The latest status of each actor that has answered so far, and the names of permanently dead actors.
 
-        Waits `timeout_s` at most. An actor that cannot be reached keeps its status: whether its drafter is there, its
-        targets know better.
+        Waits up to `timeout_s`. An unreachable actor keeps its status, because its targets notice by themselves whether
+        its drafter is gone.
         """
         dead: set[str] = set()
         for name in (self._asked.keys() | self._known.keys()) - handles.keys():
@@ -161,7 +161,7 @@ class Watch:
 
 
 def shortage(known: Mapping[str, Status], num_wanted: int, resources: Mapping[str, float]) -> str:
-    """Why there are fewer drafters that are ready than are wanted, with numbers; "" for enough."""
+    """Why fewer than `num_wanted` drafters are ready; "" if enough are."""
     num_placed, num_ready = len(known), sum(bool(status.address) for status in known.values())
     if num_ready >= num_wanted:
         return ""
@@ -177,10 +177,10 @@ def shortage(known: Mapping[str, Status], num_wanted: int, resources: Mapping[st
         )
         problems.append(f"no node has {json_of(resources)} free ({counts})")
     elif not problems:
-        problems.append(f"{num_wanted - num_ready} of them load")
+        problems.append(f"{num_wanted - num_ready} still loading")
     return f"{num_ready} of {num_wanted} drafters: {'; '.join(problems)}"
 
 
 def json_of(resources: Mapping[str, float]) -> str:
-    """As a user writes them."""
+    """Resources as a user writes them."""
     return "{" + ", ".join(f'"{name}": {amount:g}' for name, amount in resources.items()) + "}"

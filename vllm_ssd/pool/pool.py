@@ -1,4 +1,4 @@
-"""Named pools: drafters on Ray that outlive whoever started them, for any number of targets."""
+"""Named pools: drafters on Ray that outlive the process that started them, for any number of targets."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from vllm_ssd.pool.actor import DrafterActor
 from vllm_ssd.pool.spec import DrafterSpec, Status
 
 ANSWER_S = 3.0
-"""An actor that has a place answers within this time."""
+"""Time within which a placed actor answers."""
 WATCH_S = 0.5
 
 
 class PoolError(RuntimeError):
-    """What was asked for cannot be done; the message is the one sentence the user needs."""
+    """Raised if a command cannot be carried out; the message is one sentence for the user."""
 
 
 class PoolReport(msgspec.Struct, frozen=True):
-    """A pool as of now. model, resources: None while no drafter has a place."""
+    """The current state of a pool. model, resources: None while Ray has placed no drafter."""
 
     pool: str
     model: str | None
@@ -42,24 +42,24 @@ class Pool:
         self._watch = cluster.Watch()
 
     def up(self, num_drafters: int, spec: DrafterSpec) -> None:
-        """Start the pool with a credential of its own; raises `PoolError` where it exists."""
+        """Start the pool with a new credential; raises `PoolError` if it exists."""
         if cluster.of_pool(self._name):
             raise PoolError(f"the pool {self._name} exists; `vllm-ssd pool add {self._name}` adds drafters to it")
         self._place(num_drafters, msgspec.structs.replace(spec, credential=new_credential().decode()))
 
     def add(self, num_drafters: int) -> None:
-        """Start more drafters like those that there are; raises `PoolError` while none of them has a place."""
+        """Add drafters with the pool's settings; raises `PoolError` while Ray has placed none of it."""
         handles = self._handles()
         specs = (cluster.spec_of(handles[name], ANSWER_S) for name in self._placed(handles))
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is None:
-            raise PoolError(f"no drafter of the pool {self._name} has a place yet, and what they are is not known")
+            raise PoolError(f"Ray has placed no drafter of the pool {self._name} yet, so its settings are unknown")
         self._place(num_drafters, spec)
 
     def remove(self, names: Sequence[str], num_drafters: int = 0) -> list[str]:
-        """Have drafters leave, those of `names` or so many of the least busy; returns their names.
+        """Remove the drafters in `names`, or else `num_drafters` of the least busy; returns their names.
 
-        Raises `PoolError` for names that there are not, and for more drafters than there are.
+        Raises `PoolError` for unknown names, and for more drafters than there are.
         """
         handles = self._handles()
         if unknown := [name for name in names if name not in handles]:
@@ -73,19 +73,19 @@ class Pool:
         for name in leaving:
             if name in known:
                 cluster.leave(handles[name])
-            else:  # it has no place, and nothing to finish
+            else:  # not placed yet, so there is nothing to finish
                 cluster.end(handles[name])
         return leaving
 
     def down(self) -> int:
-        """End all drafters at once; returns how many there were. Their targets go on without."""
+        """End all drafters at once; returns their number. Their targets continue without drafts."""
         handles = self._handles()
         for handle in handles.values():
             cluster.end(handle)
         return len(handles)
 
     def report(self) -> PoolReport:
-        """What each drafter is doing."""
+        """The state of the pool and its drafters."""
         handles = self._handles()
         known = self._placed(handles)
         spec = next(filter(None, (cluster.spec_of(handles[name], ANSWER_S) for name in known)), None)
@@ -96,7 +96,7 @@ class Pool:
         return PoolReport(self._name, spec.keys["model"], spec.resources, problem, statuses)
 
     def wait(self, timeout_s: float) -> PoolReport:
-        """The report once all drafters are ready, or one has failed, or the time is over."""
+        """The report once all drafters are ready, one has failed, or the timeout has expired."""
         deadline = time.monotonic() + timeout_s
         while True:
             report = self.report()

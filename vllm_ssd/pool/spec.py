@@ -1,4 +1,4 @@
-"""What an actor is told of its drafter, and what it says of it."""
+"""The settings that an actor gets for its drafter, and the status that it reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 
 
 class DrafterSpec(msgspec.Struct, frozen=True):
-    """keys: of `SSDConfig`; resources: what Ray reserves, by its names; credential: PEM."""
+    """Settings of a drafter. keys: of `SSDConfig`; resources: Ray resources by name; credential: PEM."""
 
     keys: dict[str, Any]
     max_num_seqs: int
@@ -22,7 +22,10 @@ class DrafterSpec(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """A drafter as its actor knows it; address: "" while it loads, or after it failed, for the reason in `problem`."""
+    """An actor's view of its drafter.
+
+    node: "" until Ray has placed it; address: "" while it loads, or after it failed; problem: why it failed
+    """
 
     name: str
     node: str = ""
@@ -36,7 +39,7 @@ class Status(msgspec.Struct, frozen=True):
 
     @property
     def state(self) -> str:
-        """In a word."""
+        """The state as a word: ready, leaving, failed, loading, or waiting for a place."""
         if self.address:
             return "leaving" if self.leaving else "ready"
         return "failed" if self.problem else "loading" if self.node else "waiting"

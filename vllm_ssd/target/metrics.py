@@ -149,11 +149,11 @@ class Metrics:
                 self.accepted_at[position] += 1
 
     def stale_block(self) -> None:
-        """A block came too late for the round it answered."""
+        """Count a block that arrived too late for its round."""
         self.counts["stale_blocks"] += 1
 
     def too_long(self, request_id: str) -> None:
-        """A request has outgrown the drafter; the caller says it once a request, the log once."""
+        """Count a request that is too long for the drafter, once per request; logs a warning only the first time."""
         self.counts["too_long"] += 1
         if self.counts["too_long"] > 1:
             return

@@ -169,15 +169,16 @@ def _all_of(hooks: Sequence[worker.WorkerHooks]) -> worker.WorkerHooks:
 
 
 def load_before_target(drafter: DrafterProcess, vllm_config: VllmConfig, free_before: int) -> int:
-    """Wait for a drafter on this worker's GPU, and return the bytes that it took of the `free_before` there were.
+    """Wait for a drafter on this worker's GPU and return the bytes that it took; free_before: free bytes before it.
 
-    Raises ValueError where the rest is less than the target's share: what vLLM says of any other process, in our words.
+    Raises ValueError if less than the target's share is left, in place of vLLM's own error, which would not name the
+    drafter.
     """
     drafter.wait_until_ready()
     free, total = torch.accelerator.get_memory_info()
     taken = max(free_before - free, 0)
     cache = vllm_config.cache_config
-    left = free + torch.accelerator.memory_reserved()  # what the target holds so far is part of its share
+    left = free + torch.accelerator.memory_reserved()  # memory that the target already holds is part of its share
     wanted = total * cache.gpu_memory_utilization
     if cache.kv_cache_memory_bytes is None and wanted > left:
         drafter.close()
@@ -197,7 +198,7 @@ def load_before_target(drafter: DrafterProcess, vllm_config: VllmConfig, free_be
 
 
 def warn_of_crowded_cores(drafter_cpus: set[int]) -> None:
-    """Say which cores of drafters vLLM's own threads are bound to."""
+    """Warn if vLLM's own threads are bound to cores of drafters."""
     if crowded := sorted(bound_cpus() & drafter_cpus):
         logger.warning(
             "SSD: vLLM's threads are bound to the drafter's core %s, too, and each slows the other: name the other "
@@ -207,9 +208,10 @@ def warn_of_crowded_cores(drafter_cpus: set[int]) -> None:
 
 
 def sleep_hooks(drafter: DrafterProcess, beside_target: bool, taken: int) -> worker.WorkerHooks:
-    """What `/sleep` and `/wake_up` do: a drafter on the target's GPU ends and starts again, any other stays.
+    """Hooks for `/sleep` and `/wake_up`: a drafter on the target's GPU stops and restarts, any other keeps running.
 
-    It grows nothing meanwhile, as no outcome arrives. Draft logits stay: they hold the proposals of drafts in flight.
+    Other drafters are idle meanwhile, as no outcomes arrive. The draft logits stay allocated, because they contain the
+    proposals of drafts in flight.
     """
     told = False
 
@@ -219,7 +221,7 @@ def sleep_hooks(drafter: DrafterProcess, beside_target: bool, taken: int) -> wor
             drafter.rest()
         elif not told:
             told = True
-            logger.info("SSD: the drafter keeps its memory while the target sleeps; it has a device of its own")
+            logger.info("SSD: the drafter keeps its memory while the target sleeps, as it has its own device")
 
     return worker.WorkerHooks(taken, on_sleep, drafter.wake)
 

@@ -1,4 +1,4 @@
-"""A link to the drafter that writes down what passes, when `VLLM_SSD_TRACE` is set; without it nothing of this runs."""
+"""A drafter link that records its traffic on the timeline, used only if `VLLM_SSD_TRACE` is set."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class _Request:
 
 
 class TracedDrafterProcess(DrafterProcess):
-    """As its base, and on the timeline: verifications, rounds with the fate of their drafts, pushes and waits.
+    """Records verifications, rounds with the origin of their drafts, pushes and waits on the timeline.
 
-    The target verifies from when it has told the drafter of a round until it asks for news again, on V1, and from one
-    round's news to the next on V2, where asynchronous scheduling keeps the device busy, and wherever the target sleeps
-    on several drafters. Each drafter after the first has a track of its own for what the target does with it.
+    On V1 a verification lasts from the report of a round until the next poll. On V2, where asynchronous scheduling
+    keeps the device busy, and wherever the target waits on several drafters' descriptors, it lasts from one round's
+    report to the next. Each drafter after the first has its own tracks.
     """
 
     def __init__(self, *args, timeline: Timeline, index: int = 0, **kwargs) -> None:
@@ -30,12 +30,12 @@ class TracedDrafterProcess(DrafterProcess):
         self._target, self._waits = (f"{track} {index}" if index else track for track in ("target", "waits"))
         self._requests: dict[str, _Request] = {}
         self._told_ns = self._known_ns = 0
-        self._rows: set[str] = set()  # of the round under verification
-        self._sleeps = False  # on the link's descriptor, and polls whenever it wakes
+        self._rows: set[str] = set()  # requests of the round under verification
+        self._sleeps = False  # whether the target waits on the link's descriptor, and polls whenever it wakes
         super().__init__(*args, **kwargs)
 
     def poll(self, timeout_s: float = 0.0) -> list[Push]:
-        """As its base; a wait and what it brought are on the timeline."""
+        """See `DrafterProcess.poll`; records waits and received blocks."""
         started = time.monotonic_ns()
         if not self._known_ns and self._told_ns:
             self._known_ns = started
@@ -59,12 +59,12 @@ class TracedDrafterProcess(DrafterProcess):
         return pushes
 
     def descriptor(self) -> int | None:
-        """As its base."""
+        """See `DrafterProcess.descriptor`."""
         self._sleeps = True
         return super().descriptor()
 
     def send(self, step: Step) -> None:
-        """As its base; the round that it tells of is on the timeline."""
+        """See `DrafterProcess.send`; records the round that it reports."""
         outcomes = {event.request_id for event in step.events if isinstance(event, Outcome) and event.emitted}
         started = time.monotonic_ns()
         if outcomes & self._rows:
@@ -112,7 +112,7 @@ class TracedDrafterProcess(DrafterProcess):
 
 
 def _fate(request: _Request, event: Outcome) -> str:
-    """Where the next drafts come from: "hit" (a branch), "other" (n-gram or just in time), or none: "miss", "late"."""
+    """Origin of the next drafts: "hit" (a branch) or "other" (n-gram or just in time); without any "miss" or "late"."""
     drafts, emitted = event.draft_token_ids, event.emitted
     if drafts and emitted:
         for block in request.blocks:

@@ -127,20 +127,20 @@ class V2Speculator(BaseSpeculator):
         """A request leaves its slot because it is preempted or replaced; unknown ones are ignored."""
 
     def begin_step(self, scheduler_output: Any) -> None:
-        """The scheduler's next step is carried out; requests whose end it tells leave first."""
+        """Start the scheduler's next step; its finished requests leave first."""
         self.step += 1
         self._counts_valid = scheduler_output.pending_structured_output_tokens
         self.finish_requests(scheduler_output.finished_req_ids)
 
     def note_grammars(self, grammar_output: Any) -> None:
-        """The step's `GrammarOutput`, if any; vLLM does not count drafts that it saw to fit no grammar."""
+        """Note the step's `GrammarOutput`, if any; vLLM does not count drafts that do not fit their grammar."""
         self._num_valid = {}
         if self._counts_valid and grammar_output is not None:
             row_ids, num_valid = grammar_output.structured_output_request_ids, grammar_output.num_acceptable_drafts
             self._num_valid = dict(zip(row_ids, num_valid or ()))
 
     def num_scheduled_drafts(self, batch: Any) -> list[int]:
-        """How many drafts vLLM counts in each row of `batch`, filler included."""
+        """Number of drafts that vLLM counts in each row of `batch`, including filler."""
         if batch.num_draft_tokens_per_req is None:
             return [0] * batch.num_reqs
         num_drafts = batch.num_draft_tokens_per_req.tolist()
@@ -152,37 +152,37 @@ class V2Speculator(BaseSpeculator):
         ]
 
     def invalid_drafts(self, batch: Any) -> torch.Tensor:
-        """Which of the logit rows of `batch` [num_logits] belong to drafts that are only filler."""
+        """Which logits rows of `batch` belong to filler, [num_logits] bool."""
         return batch.expanded_local_pos > self.num_drafts[batch.expanded_idx_mapping]
 
 
 class LowestFirst(list[int]):
-    """vLLM's free slots, of which it takes the lowest."""
+    """A list of free slots from which `pop` takes the lowest."""
 
     def __init__(self, slots: Iterable[int]) -> None:
         super().__init__(sorted(slots))  # a heap
 
     def pop(self, index: Any = -1) -> int:
-        """Take the lowest."""
+        """Remove and return the lowest slot."""
         return heapq.heappop(self)
 
     def append(self, slot: int) -> None:
-        """Give one back."""
+        """Return a slot."""
         heapq.heappush(self, slot)
 
 
 def take_lowest_slots_first(req_states: Any) -> None:
-    """Keep requests in the lowest slots of vLLM's `RequestState`; it takes the highest otherwise."""
+    """Make vLLM's `RequestState` assign the lowest free slot instead of the highest."""
     req_states.free_indices = LowestFirst(req_states.free_indices)
 
 
 def dense_token_bytes(vllm_config: VllmConfig) -> int:
-    """Device memory in which vLLM keeps all tokens of all requests for its n-gram drafter."""
+    """Device memory in bytes in which vLLM keeps all requests' tokens for its n-gram drafter."""
     return 4 * vllm_config.scheduler_config.max_num_seqs * vllm_config.model_config.max_model_len
 
 
 def ngram_speculator(vllm_config: VllmConfig, device: torch.device, req_states: Any) -> BaseSpeculator:
-    """vLLM's own drafter by n-gram match, on the device."""
+    """vLLM's own n-gram speculator on the device."""
     from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 
     return NgramGPUSpeculator(vllm_config, device, req_states)

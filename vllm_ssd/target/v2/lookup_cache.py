@@ -37,19 +37,19 @@ class SpeculationCache:
         self._stream: torch.cuda.Stream | None = None
         self._answers = np.full((num_slots, 2), -1, np.int64)  # serial number and length
         self._num_branches = np.zeros(num_slots, np.int64)
-        self._keeps_q = np.zeros(num_slots, np.bool_)  # the device has proposals of the newest block
+        self._keeps_q = np.zeros(num_slots, np.bool_)  # whether the newest block has proposals on the device
         self._shape = max_branches, num_drafts, top_m
         self._put: list[Group] = []
-        # What the last group left, where all its branches have a place: layout, serial numbers, lengths, depth and
-        # outcomes. The blocks that lengthen just those are not searched for.
+        # Layout, serial numbers, lengths, depth and outcomes of the last group, if all its branches fit. Blocks that
+        # extend exactly these branches skip the search for their places.
         self._expected: tuple[Layout, list[int], list[int], int, bytes] | None = None
 
         self.blocks = DeviceBlocks.empty(num_slots, max_branches, num_drafts, top_m, self.device)
         self._branches = self.blocks.host_branches()
         self._words = self._branches.reshape(-1)
-        self._outcomes = self._words.view(np.int64)  # an outcome each, at the start of a slot's rows
+        self._outcomes = self._words.view(np.int64)  # each outcome as one item, at the start of a slot's rows
         if self.device.type == "cuda":
-            # Before the target's graphs, whose kernels would else hold up the next round's blocks.
+            # High priority, so that the target's graphs do not delay the next round's blocks.
             self._stream = torch.cuda.Stream(self.device, priority=-1)
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
