@@ -4,6 +4,8 @@
     python scripts/check_models.py --out models.json --seconds 220
     python scripts/check_models.py --out models.json --table docs/models.md
 
+The last writes the rows of the models that `--out` has; other rows of the page stay as they are.
+
 Every model of `tests/model_zoo.py` is its own drafter; one that cannot draft gets a Llama as drafter. Greedy float32
 text is compared with that of the target alone, by `tests/model_check.py`, in a process for each. Results are kept in
 `--out`, and what is there is not run again, so that the whole can be done in pieces. Exits with 1 when a model that was
@@ -37,7 +39,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-NOT_ROLLED_BACK = "does not take the recurrent state"
+REFUSED = "ssd fails: ValueError: ssd: "
 """Of a target that `ssd` refuses, as vLLM's own speculation changes its text, too."""
 LIMIT_S = 600
 """No check takes so long."""
@@ -103,36 +105,58 @@ def check_all(
             yield child.name, child.result() | {"seconds": round(time.monotonic() - child.began)}
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """The results as a table in Markdown."""
-    lines = [
+def row(name: str, result: dict[str, Any]) -> str:
+    """The line of a model in the table, in Markdown."""
+    target = "same text" if result["target"] == "ok" else result["target"]
+    if target.startswith(REFUSED):
+        target = f"refused: vLLM's speculation changes its text{' on the CPU' if 'on the CPU' in target else ''}"
+    elif "vLLM alone fails" in target:
+        target = f"not on this CPU ({target.partition(': ')[2]})"
+    if result.get("stock"):
+        target += f"; {result['stock']}"
+    drafter, trees = result["drafter"], result["trees"]
+    if drafter == "ok":
+        drafter = f"yes ({result['accepted']} of its own {result['drafted']} drafts accepted)"
+    if "cannot draft" in drafter:
+        drafter = trees = "no, a prefix LM" if "prefix LM" in drafter else "no, has a state"
+    refusal = re.search(r"tree attention does not support ([\w ]+)", trees)
+    trees = "yes" if trees == "ok" else f"no: {refusal[1]}" if refusal else trees
+    cells = (name, result.get("architecture", "–"), result["attention"], target, drafter, trees)
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+
+
+def rows(page: str) -> dict[str, list[str]]:
+    """The cells of each line of the page's table, by the model's name."""
+    lines = [line for line in page.partition(BEGIN)[2].partition(END)[0].splitlines() if line.startswith("| ")]
+    cells = [line.strip("| ").split(" | ") for line in lines[1:]]
+    return {name: [name, *others] for name, *others in cells}
+
+
+def with_results(page: str, results: dict[str, dict[str, Any]]) -> str:
+    """The page with new lines for the models of `results`, in the zoo's order, and what the zoo leaves out."""
+    from model_zoo import LEFT_OUT, ZOO
+
+    lines = {name: f"| {' | '.join(cells)} |" for name, cells in rows(page).items()}
+    lines |= {name: row(name, result) for name, result in results.items()}
+    content = [
         "| model | architecture | attention | as the target | as the drafter | with tree attention |",
         "|---|---|---|---|---|---|",
+        *(lines[name] for name in ZOO if name in lines),
     ]
-    for name, result in results.items():
-        target = "same text" if result["target"] == "ok" else result["target"]
-        if NOT_ROLLED_BACK in target:
-            target = "refused: vLLM's speculation changes its text on the CPU"
-        elif "vLLM alone fails" in target:
-            target = f"not on this CPU ({target.partition(': ')[2]})"
-        if result.get("stock"):
-            target += f"; {result['stock']}"
-        drafter, trees = result["drafter"], result["trees"]
-        if drafter == "ok":
-            drafter = f"yes ({result['accepted']} of its own {result['drafted']} drafts accepted)"
-        if "cannot draft" in drafter:
-            drafter = trees = "no, has a state"
-        refusal = re.search(r"tree attention does not support ([\w ]+)", trees)
-        trees = "yes" if trees == "ok" else f"no: {refusal[1]}" if refusal else trees
-        cells = (name, result.get("architecture", "–"), result["attention"], target, drafter, trees)
-        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-    return "\n".join(lines)
+    known = rows("\n".join([BEGIN, *content])).values()
+    targets, drafters = (sum(cells[i].startswith(good) for cells in known) for i, good in ((3, "same"), (4, "yes")))
+    content += ["", f"Of {len(ZOO)} models {targets} have their own text with drafts, and {drafters} draft."]
+    if missing := [name for name in ZOO if name not in lines]:
+        content += ["", f"Not run: {', '.join(missing)}."]
+    content += ["", "Other text decoders of vLLM's registry are left out:", ""]
+    content += [f"- {reason}: {', '.join(architectures)}" for reason, architectures in LEFT_OUT.items()]
+    return fill(page, BEGIN, END, "\n".join(content))
 
 
 def is_sound(result: dict[str, Any]) -> bool:
     """Whether nothing is wrong: what cannot draft is refused, and what our attention does not know has vLLM's."""
     if "cannot draft" in result["drafter"]:
-        lossy = NOT_ROLLED_BACK in result["target"] and "another text" in result["stock"]
+        lossy = result["target"].startswith(REFUSED) and "another text" in result["stock"]
         return result["target"] == "ok" or lossy
     return result["target"] == result["drafter"] == "ok"
 
@@ -154,13 +178,7 @@ def main() -> int:
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     names = arguments.only or list(ZOO)
     if arguments.table:
-        page = arguments.table.read_text()
-        rows = table({name: results[name] for name in ZOO if name in results})
-        good = [sum(results[name][role] == "ok" for name in ZOO if name in results) for role in ("target", "drafter")]
-        rows += f"\n\nOf {len(ZOO)} models {good[0]} have their own text with drafts, and {good[1]} draft."
-        if missing := [name for name in ZOO if name not in results]:
-            rows += f"\n\nNot run: {', '.join(missing)}."
-        arguments.table.write_text(fill(page, BEGIN, END, rows))
+        arguments.table.write_text(with_results(arguments.table.read_text(), results))
         return 0
     faults = []
     wanted = [name for name in names if arguments.redo or name not in results]

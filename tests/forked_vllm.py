@@ -1,4 +1,4 @@
-"""The command line `vllm` for `engines.start_program`, which forks its engine and workers; vLLM on a CPU spawns them."""
+"""The command line `vllm` for `engines.start_program`; it forks its engine and workers, which vLLM on a CPU spawns."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import functools
 import gc
 import random
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,5 +165,9 @@ def _stock(generate: Callable[..., Run], expected: list[list[int]]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
+    """The error's type and the first line that says something; without a text, the line of code that raised it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and "validation error" in lines[0]:  # a heading
+        del lines[0]
+    lines = lines or [frame.line or "" for frame in traceback.extract_tb(error.__traceback__)[-1:]] or [""]
+    return f"{type(error).__name__}: {lines[0].partition(' [type=')[0][:160]}"

@@ -13,8 +13,8 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "check_models.py"
 NO_TREES = {"gpt_oss": "attention sinks"}
 """What the drafter's own attention does not know, so that vLLM's is taken."""
 RECURRENT = ["mamba2"]
-WITH_TREES = ["gemma3n", "cohere2", *NO_TREES]
-DRAFTERS = [*WITH_TREES, "llama_yarn", "gpt2", "phi3", "falcon", "bloom", "gemma2", "mixtral", "qwen3_moe"]
+WITH_TREES = ["gemma2", "gemma3", *NO_TREES]
+DRAFTERS = [*WITH_TREES, "cohere2", "llama4", "deepseek_v3", "bloom", "llama_yarn", "gpt2", "falcon", "qwen3_moe"]
 
 
 @pytest.fixture(scope="module")

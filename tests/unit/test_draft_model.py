@@ -17,11 +17,17 @@ from vllm_ssd.compat.drafter.tree_backend import (
     unsupported_by_config,
 )
 
-DECODER = {"is_hybrid": False, "is_attention_free": False, "is_encoder_decoder": False, "runner_type": "generate"}
+DECODER = {
+    "architecture": "SomeForCausalLM",
+    "is_hybrid": False,
+    "is_attention_free": False,
+    "is_encoder_decoder": False,
+    "runner_type": "generate",
+}
 
 
 def model(**differences: object) -> SimpleNamespace:
-    return SimpleNamespace(model="org/draft", architecture="SomeForCausalLM", **{**DECODER, **differences})
+    return SimpleNamespace(**{"model": "org/draft", **DECODER, **differences})
 
 
 @pytest.mark.parametrize(
@@ -30,11 +36,12 @@ def model(**differences: object) -> SimpleNamespace:
         ({"is_hybrid": True}, "recurrent or linear-attention layers, whose state branches cannot share"),
         ({"is_attention_free": True}, "recurrent or linear-attention layers"),
         ({"is_encoder_decoder": True}, "is an encoder-decoder"),
+        ({"architecture": "HrmTextForCausalLM"}, "is a prefix LM, whose tokens attend to later ones"),
         ({"runner_type": "pooling"}, "is a pooling model"),
     ],
 )
 def test_the_refusal_says_what_can_draft(differences: dict[str, object], reason: str) -> None:
-    expected = rf"org/draft \(SomeForCausalLM\) .*{reason}.*cannot draft; a draft model is a decoder with attention"
+    expected = rf"org/draft \(\w+ForCausalLM\) .*{reason}.*cannot draft; a draft model is a decoder with attention"
     with pytest.raises(UnsupportedDraftModel, match=expected):
         refuse_state(model(**differences))
     refuse_state(model())

@@ -167,6 +167,11 @@ def test_states_that_are_not_rolled_back_are_refused(
             translated(monkeypatch, v2=v2, architecture=architecture)
 
 
+def test_a_prefix_lm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="HrmTextForCausalLM is a prefix LM, .* with any speculative method"):
+        translated(monkeypatch, architecture="HrmTextForCausalLM")
+
+
 @pytest.mark.parametrize("is_v2", [False, True])
 @pytest.mark.parametrize("method", ["custom_class", "ngram_gpu"])
 def test_a_runner_that_was_not_foreseen_is_refused(method: str, is_v2: bool) -> None:

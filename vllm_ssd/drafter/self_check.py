@@ -102,7 +102,7 @@ def check_trees(engine: DraftEngine, model: PagedModel, num_drafts: int) -> None
 
 
 def check_forward(engine: DraftEngine, model: PagedModel, num_drafts: int) -> None:
-    """Draft for one request on an idle engine, through a miss, so that the model's first forward fails here, if it does.
+    """Draft for one request on an idle engine, through a miss, so that a model that cannot run fails at start.
 
     Raises what the forward raises, for example of a kernel that is not implemented for the dtype. This also compiles a
     model that is compiled.

@@ -27,6 +27,7 @@ from vllm_ssd.compat.drafter.decode_graphs import DecodeGraphs, capturing_builde
 from vllm_ssd.compat.drafter.graphs import Graphs, graphs_on
 from vllm_ssd.compat.drafter.memory import bytes_a_row, executor_with_reserve, explained, max_rows
 from vllm_ssd.compat.drafter.paged import ForwardBatch, TreeBatch, UnsupportedDraftModel
+from vllm_ssd.compat.prefix_lm import PREFIX_LMS
 from vllm_ssd.compat.vocabulary import read_vocabulary
 from vllm_ssd.kernels import copy_pages
 
@@ -241,13 +242,16 @@ class DraftModel:
 
 
 def refuse_state(model_config: ModelConfig) -> None:
-    """Raise UnsupportedDraftModel for models with recurrent state, encoder-decoders and pooling models.
+    """Raise UnsupportedDraftModel for models with recurrent state, prefix LMs, encoder-decoders and pooling models.
 
-    Branches of a tree cannot share a recurrent state, nor roll it back to their fork point.
+    Branches of a tree cannot share a recurrent state, nor roll it back to their fork point. Tokens of a prefix LM attend
+    to later ones.
     """
     what = None
     if model_config.is_hybrid or model_config.is_attention_free:
         what = "has recurrent or linear-attention layers, whose state branches cannot share"
+    elif model_config.architecture in PREFIX_LMS:
+        what = "is a prefix LM, whose tokens attend to later ones"
     elif model_config.is_encoder_decoder:
         what = "is an encoder-decoder"
     elif model_config.runner_type != "generate":

@@ -1,9 +1,10 @@
-"""Refuse targets whose recurrent state vLLM does not roll back when drafts are rejected."""
+"""Refuse targets whose text any speculation would change: recurrent state that is not rolled back, and prefix LMs."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm_ssd.compat.prefix_lm import PREFIX_LMS
 from vllm_ssd.compat.target import runner
 from vllm_ssd.compat.version import minor_of
 
@@ -23,6 +24,11 @@ def check_target(model_config: Any) -> None:
     from vllm.platforms import current_platform
 
     architecture = model_config.architecture
+    if architecture in PREFIX_LMS:
+        raise ValueError(
+            f"ssd: the target {architecture} is a prefix LM, and vLLM lets its drafts attend to later ones, so that "
+            "its text would change with any speculative method; run it without"
+        )
     if architecture in MAMBA_1:
         where, instead = "vLLM", ""
     elif not (model_config.is_hybrid or model_config.is_attention_free):
