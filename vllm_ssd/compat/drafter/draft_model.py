@@ -244,8 +244,8 @@ class DraftModel:
 def refuse_state(model_config: ModelConfig) -> None:
     """Raise UnsupportedDraftModel for models with recurrent state, prefix LMs, encoder-decoders and pooling models.
 
-    Branches of a tree cannot share a recurrent state, nor roll it back to their fork point. Tokens of a prefix LM attend
-    to later ones.
+    Branches of a tree cannot share a recurrent state, nor roll it back to their fork point. In a prefix LM,
+    tokens attend to later ones.
     """
     what = None
     if model_config.is_hybrid or model_config.is_attention_free:
