@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -279,6 +280,25 @@ def test_a_shared_gpu_must_hold_both(ask):
     assert not starts and "ask for 120% of it" in found["drafter's device"]["text"]
     starts, found = ask(1, *shared, "--gpu-memory-utilization", "0.6", *utilization[2:])
     assert starts and found["drafter's device"]["status"] == "note"
+    kv = ("--speculative-config.kv_cache_memory", "20GiB")
+    starts, found = ask(1, *shared, *kv, "--gpu-memory-utilization", "0.9")
+    assert not starts and "set --gpu-memory-utilization below 0.7" in found["shared GPU"]["fix"]
+    starts, found = ask(1, *shared, *kv, "--gpu-memory-utilization", "0.7")
+    assert starts and "shared GPU" not in found
+    starts, found = ask(1, *shared, *kv, "--kv-cache-memory-bytes", "10G")
+    assert starts and "at most 10.0 GiB of 80.0 GiB for KV" in found["target's memory"]["text"]
+
+
+def test_weights_that_vllm_does_not_load_are_not_counted(tmp_path):
+    from vllm_ssd.doctor.memory import weight_bytes
+
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    for name in (*shards.values(), "consolidated.safetensors"):
+        (tmp_path / name).write_bytes(bytes(100))
+    model = SimpleNamespace(model=str(tmp_path), revision=None)
+    assert weight_bytes(model) == (300, "by file size")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert weight_bytes(model) == (200, "by file size")
 
 
 def test_device_ids_are_the_target_s_and_leave_the_rest(ask):

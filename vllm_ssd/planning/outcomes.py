@@ -39,7 +39,8 @@ class Recorded:
     """Outcomes of a recorded trace, replayed in a loop from a random round on.
 
     If the recorded accept length is at least the number of drafts of the simulated round, that round accepts them all,
-    with the rank of the next recorded round that accepted all of its drafts.
+    with the rank of the next recorded round that accepted all of its drafts. If a recorded round accepted all of its
+    drafts, but had fewer, the next one decides about the others.
     """
 
     def __init__(self, rounds: Sequence[Round], seed: int = 0) -> None:
@@ -53,6 +54,9 @@ class Recorded:
         m, k, rank, _ = self._advance(lambda r: (r[0] > 0) == (num_drafts > 0))
         if k < min(m, num_drafts) or m == num_drafts == k:
             return k, rank
+        if 0 < m < num_drafts:
+            further, rank = self.draw(num_drafts - m, after_hit)
+            return m + further, rank
         full = self._advance(lambda r: r[0] > 0 and r[0] == r[1])
         return min(num_drafts, k), full[2]
 
