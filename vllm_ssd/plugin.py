@@ -63,7 +63,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     """
     import vllm
 
-    from vllm_ssd.compat.target import recurrent, runner
+    from vllm_ssd.compat.target import runner, unsupported
     from vllm_ssd.compat.version import check_vllm_version
     from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV, SSDConfig
     from vllm_ssd.link.metrics_socket import METRICS_ENV, show_workers
@@ -71,7 +71,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     check_vllm_version(vllm.__version__)
     if model_config.runner_type == "pooling":
         raise ValueError("ssd: the target is a pooling model, which generates no tokens")
-    recurrent.check_target(model_config)
+    unsupported.check_target(model_config)
     user = dict(engine_args.speculative_config or {})
     for field, key in (("spec_method", "method"), ("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
         value = getattr(engine_args, field, None)

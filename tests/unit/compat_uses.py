@@ -80,7 +80,6 @@ OBJECTS = {
         "manager": "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager",
         "graph": "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor",
     },
-    "compat.target.recurrent": {"model_config": "vllm.config.model:ModelConfig"},
     "compat.target.refused": {"model_config": "vllm.config.model:ModelConfig"},
     "compat.target.scheduler": {
         "vllm_config": CONFIG,
@@ -102,6 +101,7 @@ OBJECTS = {
         "self": "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder",
         "batch_update": "vllm.v1.sample.logits_processor.interface:BatchUpdate",
     },
+    "compat.target.unsupported": {"model_config": "vllm.config.model:ModelConfig"},
     "compat.target.weights": {"worker": "vllm.v1.worker.gpu_worker:Worker"},
     "compat.target.worker": {
         "worker": "vllm.v1.worker.gpu_worker:Worker",
