@@ -18,6 +18,10 @@ SERVER_PID_ENV = "VLLM_SSD_SERVER_PID"
 REPLICAS_ENV = "VLLM_SSD_REPLICAS"
 """Environment variable with the number of data-parallel replicas on this node, which vLLM does not tell its workers;
 0 if other servers may run replicas here that this one does not know of."""
+METRICS_ENV = "VLLM_SSD_METRICS"
+"""Environment variable with the name under which a server's workers listen."""
+WORKER_ENVS = (RUNTIME_ENV, SERVER_PID_ENV, REPLICAS_ENV, METRICS_ENV)
+"""All environment variables that a server sets for its workers."""
 
 TARGET_FIELDS = ("num_speculative_tokens",)
 """Fields that change the target's forward.

@@ -65,8 +65,8 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
 
     from vllm_ssd.compat.target import runner, unsupported
     from vllm_ssd.compat.version import check_vllm_version
-    from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV, SSDConfig
-    from vllm_ssd.link.metrics_socket import METRICS_ENV, show_workers
+    from vllm_ssd.config import METRICS_ENV, REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV, SSDConfig
+    from vllm_ssd.link.metrics_socket import show_workers
 
     check_vllm_version(vllm.__version__)
     if model_config.runner_type == "pooling":

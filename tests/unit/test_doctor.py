@@ -20,10 +20,9 @@ from marks import needs_v2
 from typer.testing import CliRunner
 
 from vllm_ssd.cli import app
-from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV
+from vllm_ssd.config import WORKER_ENVS
 from vllm_ssd.doctor import Findings, Machine
 from vllm_ssd.link.credential import make_credential
-from vllm_ssd.link.metrics_socket import METRICS_ENV
 
 TARGET, DRAFTER = str(PAIR / "target"), str(PAIR / "drafter")
 if HAS_V2:  # before the plugin registers, which patches the copy that this module holds
@@ -33,7 +32,7 @@ HOST = Path(__file__).with_name("doctor_host.py")
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (METRICS_ENV, REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV, "VLLM_LOGGING_LEVEL", "VLLM_LOGGING_STREAM"):
+    for name in (*WORKER_ENVS, "VLLM_LOGGING_LEVEL", "VLLM_LOGGING_STREAM"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
     for name in ("CUDA_VISIBLE_DEVICES", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_LOGGING_LEVEL", "VLLM_LOGGING_STREAM"):
         monkeypatch.delenv(name, raising=False)

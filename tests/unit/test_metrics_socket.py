@@ -10,8 +10,9 @@ import threading
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from vllm_ssd.config import METRICS_ENV
 from vllm_ssd.link import metrics_socket
-from vllm_ssd.link.metrics_socket import METRICS_ENV, MetricsListener, WorkersCollector, address, ask, show_workers
+from vllm_ssd.link.metrics_socket import MetricsListener, WorkersCollector, address, ask, show_workers
 from vllm_ssd.target.metrics import Metrics
 
 LOGGER = logging.getLogger("test_metrics_socket")

@@ -12,8 +12,7 @@ from vllm.config import SpeculativeConfig
 
 from vllm_ssd.compat.target import runner
 from vllm_ssd.compat.version import UnsupportedVLLM
-from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV, SSDConfig
-from vllm_ssd.link.metrics_socket import METRICS_ENV
+from vllm_ssd.config import WORKER_ENVS, SSDConfig
 from vllm_ssd.plugin import translate
 
 ON_V2 = {
@@ -42,7 +41,7 @@ def translated(
     **fields: Any,
 ) -> Any:
     monkeypatch.setattr(runner, "is_v2", lambda: v2)
-    for name in (METRICS_ENV, REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV):
+    for name in WORKER_ENVS:
         monkeypatch.setenv(name, "")  # put back afterwards, whatever `translate` makes of it
     user = {"method": "ssd", "model": model, "ngram-min": 3, "adaptive": adaptive, **(keys or {})}
     defaults = {"additional_config": {"mine": 1}, "scheduler_cls": None, "max_num_seqs": None}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, MutableMapping
 
-from vllm_ssd.config import REPLICAS_ENV, RUNTIME_ENV, SERVER_PID_ENV
-from vllm_ssd.link.metrics_socket import METRICS_ENV
+from vllm_ssd.config import WORKER_ENVS
 
 NAMES = frozenset(
     """
@@ -27,8 +26,6 @@ PREFIXES = tuple(
 )
 TOPOLOGY = re.compile(r"VLLM_(DP|RAY|ELASTIC_EP)_|VLLM_(PP_LAYER_PARTITION|PORT)$|TORCH_?ELASTIC_")
 """The target's ranks, ports and layer partition. `RANK`, `WORLD_SIZE`, `MASTER_ADDR` etc. match no list above."""
-FOR_WORKERS = frozenset((RUNTIME_ENV, SERVER_PID_ENV, REPLICAS_ENV, METRICS_ENV))
-"""Variables that a server sets for its workers."""
 LOADING = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
 """Tokens that a drafter needs only until its model and tokenizer are loaded."""
 SECRET = re.compile(r"API_?KEY|ACCESS_KEY|SECRET|PASSWORD|CREDENTIAL|_TOKEN$|_AUTH$")
@@ -44,7 +41,7 @@ def is_passed_on(name: str) -> bool:
     that describe the process's rank in the target (`VLLM_DP_RANK`), as a drafter is a single process. Nor does it
     inherit what the server sets for its workers: the drafter's vLLM would warn of each variable.
     """
-    if name in FOR_WORKERS:
+    if name in WORKER_ENVS:
         return False
     if name in NAMES or name.upper() in NAMES and name.lower().endswith("_proxy"):
         return True

@@ -20,8 +20,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-METRICS_ENV = "VLLM_SSD_METRICS"
-"""Environment variable with the name under which a server's workers listen."""
+from vllm_ssd.config import METRICS_ENV
+
 ANSWER_S = 0.1
 """Longest time that the page waits for one worker."""
 MAX_BYTES = 1 << 20

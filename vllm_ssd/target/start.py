@@ -16,10 +16,9 @@ from vllm.logger import init_logger
 
 from vllm_ssd.compat.target import worker
 from vllm_ssd.compat.vocabulary import read_vocabulary
-from vllm_ssd.config import SERVER_PID_ENV, SSDConfig
+from vllm_ssd.config import METRICS_ENV, SERVER_PID_ENV, SSDConfig
 from vllm_ssd.link.credential import tls_context
 from vllm_ssd.link.fleet import Fleet
-from vllm_ssd.link.metrics_socket import METRICS_ENV
 from vllm_ssd.link.placed import PlacedFleet
 from vllm_ssd.link.placement import bound_cpus, place_drafter, target_limits
 from vllm_ssd.link.process import DrafterProcess
