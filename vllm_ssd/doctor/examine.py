@@ -248,13 +248,12 @@ def _memory(
         found.note("memory", "unknown: vLLM does not report a GPU's memory", "see --gpu-memory")
         return
     share = target_weights / target.parallel_config.world_size
-    cache, draft_cache = target.cache_config, drafter.cache_config
-    kv_bytes = cache.kv_cache_memory_bytes or 0
-    utilization, token_bytes = cache.gpu_memory_utilization, bytes_a_token(target)
-    _on_gpu(found, "target's memory", share, how, utilization, kv_bytes, token_bytes, machine)
-    kv_bytes = config.kv_cache_memory or 0
-    utilization, token_bytes = draft_cache.gpu_memory_utilization, bytes_a_token(drafter)
-    _on_gpu(found, "drafter's memory", draft_weights, draft_how, utilization, kv_bytes, token_bytes, machine)
+    sides = ("target's memory", share, how, target), ("drafter's memory", draft_weights, draft_how, drafter)
+    for subject, weights, source, side in sides:
+        cache, token_bytes = side.cache_config, bytes_a_token(side)
+        kv_bytes = cache.kv_cache_memory_bytes or 0
+        _on_gpu(found, subject, weights, source, cache.gpu_memory_utilization, kv_bytes, token_bytes, machine)
+    cache, kv_bytes = target.cache_config, drafter.cache_config.kv_cache_memory_bytes
     if placed.beside_target and kv_bytes and not cache.kv_cache_memory_bytes:
         _on_shared_gpu(found, draft_weights + kv_bytes, cache.gpu_memory_utilization, machine.gpu_bytes)
 

@@ -68,7 +68,7 @@ def check_trees(engine: DraftEngine, model: PagedModel, num_drafts: int) -> None
     unless their proposals agree with the model's logits after the same tokens, computed without branches, graphs or
     Triton. This also compiles everything that requests will need.
     """
-    most_tokens = model.max_model_len - 3 * (num_drafts + 2)
+    most_tokens = _most_tokens(model, num_drafts)
     num_tokens = min(2 * model.page_size - 2, most_tokens)
     if num_tokens < 1:
         return  # no request is short enough to be drafted for
@@ -107,7 +107,7 @@ def check_forward(engine: DraftEngine, model: PagedModel, num_drafts: int) -> No
     Raises what the forward raises, for example of a kernel that is not implemented for the dtype. This also compiles a
     model that is compiled.
     """
-    num_tokens = min(model.page_size, model.max_model_len - 3 * (num_drafts + 2))
+    num_tokens = min(model.page_size, _most_tokens(model, num_drafts))
     if num_tokens < 1:
         return  # no request is short enough to be drafted for
     request = _Request("first", [0] * num_tokens)
@@ -127,6 +127,11 @@ def time_limit(seconds: float, then: Callable[[Exception], object]) -> Iterator[
         yield
     finally:
         timer.cancel()
+
+
+def _most_tokens(model: PagedModel, num_drafts: int) -> int:
+    """The longest prompt that leaves room for the rounds of a check."""
+    return model.max_model_len - 3 * (num_drafts + 2)
 
 
 def _miss_once(
