@@ -105,8 +105,8 @@ def check_all(
             yield child.name, child.result() | {"seconds": round(time.monotonic() - child.began)}
 
 
-def row(name: str, result: dict[str, Any]) -> str:
-    """The line of a model in the table, in Markdown."""
+def row(name: str, result: dict[str, Any]) -> list[str]:
+    """The cells of a model's line in the table."""
     target = "same text" if result["target"] == "ok" else result["target"]
     if target.startswith(REFUSED):
         target = f"refused: vLLM's speculation changes its text{' on the CPU' if 'on the CPU' in target else ''}"
@@ -122,7 +122,7 @@ def row(name: str, result: dict[str, Any]) -> str:
     refusal = re.search(r"tree attention does not support ([\w ]+)", trees)
     trees = "yes" if trees == "ok" else f"no: {refusal[1]}" if refusal else trees
     cells = (name, result.get("architecture", "–"), result["attention"], target, drafter, trees)
-    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+    return [cell.replace("|", "/") for cell in cells]
 
 
 def rows(page: str) -> dict[str, list[str]]:
@@ -136,17 +136,16 @@ def with_results(page: str, results: dict[str, dict[str, Any]]) -> str:
     """The page with new lines for the models of `results`, in the zoo's order, and what the zoo leaves out."""
     from model_zoo import LEFT_OUT, ZOO
 
-    lines = {name: f"| {' | '.join(cells)} |" for name, cells in rows(page).items()}
-    lines |= {name: row(name, result) for name, result in results.items()}
+    found = rows(page) | {name: row(name, result) for name, result in results.items()}
+    known = [found[name] for name in ZOO if name in found]
     content = [
         "| model | architecture | attention | as the target | as the drafter | with tree attention |",
         "|---|---|---|---|---|---|",
-        *(lines[name] for name in ZOO if name in lines),
+        *(f"| {' | '.join(cells)} |" for cells in known),
     ]
-    known = rows("\n".join([BEGIN, *content])).values()
     targets, drafters = (sum(cells[i].startswith(good) for cells in known) for i, good in ((3, "same"), (4, "yes")))
     content += ["", f"Of {len(ZOO)} models {targets} have their own text with drafts, and {drafters} draft."]
-    if missing := [name for name in ZOO if name not in lines]:
+    if missing := [name for name in ZOO if name not in found]:
         content += ["", f"Not run: {', '.join(missing)}."]
     content += ["", "Other text decoders of vLLM's registry are left out:", ""]
     content += [f"- {reason}: {', '.join(architectures)}" for reason, architectures in LEFT_OUT.items()]

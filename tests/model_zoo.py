@@ -132,6 +132,12 @@ def _mixed(model_type: str, attention: str = "sliding and full", **settings: Any
     return Entry(model_type, attention, {"num_hidden_layers": 4, "layer_types": MIXED, **settings})
 
 
+def _gated_delta(model_type: str, attention: str, **settings: Any) -> Entry:
+    """With gated delta networks in every other layer, of which vLLM's CPU build has bfloat16 alone."""
+    layers = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+    return Entry(model_type, f"recurrent (gated delta) and {attention}", layers | settings, "bfloat16")
+
+
 ZOO: dict[str, Entry] = {
     # full attention
     "llama": Entry("llama"),
@@ -334,54 +340,20 @@ ZOO: dict[str, Entry] = {
         "recurrent (short convolutions) and full, experts",
         {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     ),
-    "qwen3_next": Entry(
-        "qwen3_next",
-        "recurrent (gated delta) and full, experts",
-        {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
-        "bfloat16",  # vLLM's CPU build has no other
-    ),
-    "qwen3_5": Entry(
-        "qwen3_5_text",
-        "recurrent (gated delta) and full",
-        {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
-        "bfloat16",  # vLLM's CPU build has no other
-    ),
-    "qwen3_5_moe": Entry(
-        "qwen3_5_moe_text",
-        "recurrent (gated delta) and full, experts",
-        {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
-        "bfloat16",  # vLLM's CPU build has no other
-    ),
-    "olmo_hybrid": Entry(
-        "olmo_hybrid",
-        "recurrent (gated delta) and full",
-        {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
-        "bfloat16",  # vLLM's CPU build has no other
-    ),
-    "kimi_linear": Entry(
-        "kimi_linear",
-        "recurrent (gated delta) and latent, experts",
-        {
-            "num_hidden_layers": 4,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "linear_num_heads": 2,
-            **LATENT,
-        },
-        "bfloat16",
-    ),
-    "qwen4_exp": Entry(
+    "qwen3_next": _gated_delta("qwen3_next", "full, experts"),
+    "qwen3_5": _gated_delta("qwen3_5_text", "full"),
+    "qwen3_5_moe": _gated_delta("qwen3_5_moe_text", "full, experts"),
+    "olmo_hybrid": _gated_delta("olmo_hybrid", "full"),
+    "kimi_linear": _gated_delta("kimi_linear", "latent, experts", linear_num_heads=2, **LATENT),
+    "qwen4_exp": _gated_delta(
         "qwen4_exp_text",
-        "recurrent (gated delta) and sparse, experts",
-        {
-            "num_hidden_layers": 4,
-            "layer_types": ["linear_attention", "indexed_attention"] * 2,
-            "indexer_n_heads": 4,
-            "indexer_kv_heads": 1,
-            "indexer_head_dim": 32,
-            "indexer_budget": 64,
-            "indexer_compress_ratio": 4,
-        },
-        "bfloat16",
+        "sparse, experts",
+        layer_types=["linear_attention", "indexed_attention"] * 2,
+        indexer_n_heads=4,
+        indexer_kv_heads=1,
+        indexer_head_dim=32,
+        indexer_budget=64,
+        indexer_compress_ratio=4,
     ),
     "nemotron_h": Entry("nemotron_h", "recurrent and full", {"layers_block_type": ["mamba", "attention", "mlp"] * 2}),
 }

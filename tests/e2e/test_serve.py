@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,25 +138,30 @@ def drafter_of(processes: list[psutil.Process]) -> psutil.Process:
     return drafter
 
 
-def check_answers(server: Server, target_alone: Engine) -> float:
-    """Four completions at once are those of the target alone; returns how many hits they had."""
+def until_hits(server: Server, check: Callable[[], None]) -> None:
+    """Check, until there are hits and accepted drafts: on a busy machine all blocks of a few answers may come late."""
+    hits, deadline = server.counter("hits"), time.monotonic() + RESTART_S
+    check()
+    while server.counter("hits") == hits or not server.counter("accepted_tokens"):
+        assert time.monotonic() < deadline, "inconclusive: no hits, or no drafts accepted"
+        check()
+
+
+def check_answers(server: Server, target_alone: Engine) -> None:
+    """Four completions at once are those of the target alone."""
     from tokenizers import Tokenizer
 
     encode = Tokenizer.from_file(str(PAIR / "target" / "tokenizer.json")).encode
     requests = [request(encode(prompt).ids, max_tokens=60, ignore_eos=False) for prompt in PROMPTS]
     expected = [output.samples[0].text for output in target_alone.generate(requests).outputs]
-    hits = server.counter("hits")
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         answers = pool.map(lambda prompt: server.complete(prompt=prompt)["text"], PROMPTS)
         assert list(answers) == expected
-    return server.counter("hits") - hits
 
 
 def wait_for_hits(server: Server, target_alone: Engine) -> None:
-    """Answer, rightly, until there are hits: on a busy machine all blocks of a few answers may come late."""
-    deadline = time.monotonic() + RESTART_S
-    while not check_answers(server, target_alone):
-        assert time.monotonic() < deadline, "no hits"
+    """Answer, rightly, until there are hits and accepted drafts."""
+    until_hits(server, lambda: check_answers(server, target_alone))
 
 
 def check_log(server: Server) -> None:
@@ -176,12 +181,13 @@ def check_log(server: Server) -> None:
 
 def check_tool_calls(server: Server, tool_calls: str) -> None:
     """Streamed, they are those of the target alone; asked for until there are hits."""
-    hits, deadline = server.counter("hits"), time.monotonic() + RESTART_S
-    while server.counter("hits") == hits:
-        assert time.monotonic() < deadline, "inconclusive: no hits"
+
+    def check() -> None:
         streamed = server.tool_calls()
         assert "".join(streamed) == tool_calls and tool_calls.startswith("read_file")
         assert len(streamed) > 2, "inconclusive: nothing was streamed"
+
+    until_hits(server, check)
     assert server.counter("accepted_tokens") > 0, "inconclusive: no drafts accepted"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
+from filled_metrics import filled_metrics
 from promql import OF_PROMETHEUS, Parser, PromQLError
 
 from vllm_ssd.link.metrics_socket import WorkersCollector
-from vllm_ssd.link.protocol import DrafterStats
-from vllm_ssd.target.metrics import Metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OF_VLLM = {"vllm:generation_tokens": "_total", "vllm:num_requests_running": ""}
@@ -38,9 +36,7 @@ def rules() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def metrics() -> dict[str, Collection[str]]:
     """Labels by name of the samples on a server's page: ours as it collects them, vLLM's as its source has them."""
-    worker = Metrics(3, logging.getLogger("test_dashboard"))
-    worker.accepted([1], [1])
-    worker.drafter(DrafterStats(10, 30, 4.0, 100, 2), generation=1)
+    worker = filled_metrics()
     name = "test-dashboard"
     worker.listen(name, 0)
     try:

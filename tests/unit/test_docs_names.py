@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filled_metrics import filled_metrics
 from typer.main import get_command
 
 from vllm_ssd.cli import app
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.link.protocol import DrafterStats
-from vllm_ssd.target.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "docs" / "llms.txt"]
@@ -95,12 +93,13 @@ def unknown_keys(path: Path) -> list[str]:
     return [key for text in texts for key in re.findall(r'"(\w+)":', text) if key not in known]
 
 
+@cache
+def metric_names() -> frozenset[str]:
+    return frozenset(sample.name for family in filled_metrics().collect() for sample in family.samples)
+
+
 def unknown_metrics(path: Path) -> list[str]:
-    metrics = Metrics(3, logging.getLogger("test_docs_names"))
-    metrics.accepted([1], [1])
-    metrics.drafter(DrafterStats(10, 30, 4.0, 100, 2), generation=1)
-    names = {sample.name for family in metrics.collect() for sample in family.samples}
-    return [name for name in re.findall(r"\bvllm_ssd:[a-z]\w+", path.read_text()) if name not in names]
+    return [name for name in re.findall(r"\bvllm_ssd:[a-z]\w+", path.read_text()) if name not in metric_names()]
 
 
 def unknown_files(path: Path) -> list[str]:
