@@ -38,21 +38,25 @@ python=$PWD/$venv/bin/python
 
 reports=$(mktemp -d)
 trap 'rm -rf "$reports"' EXIT
-status=0 ran=
-run() { # NAME [pytest arguments]: the first failing run decides the exit status
+status=0 selecting=$# ran=()
+run() { # NAME [pytest arguments]: the first failing run decides the exit status; a run without a test is none
   local name=$1 code=0
   shift
   "$venv/bin/pytest" --durations=25 --junitxml="$reports/$name.xml" "$@" || code=$?
-  if ((code != 5)); then ran=1; elif ((selecting)); then code=0; fi # a selection need not hold a test of every run
+  if ((code == 5)); then return; fi
+  ran+=("$name")
   status=$((status ? status : code))
 }
 
-selecting=$#
 split() { # NAME EXPRESSION: the tests marked so; two at a time, long ones first, but for those marked `timed`
-  local name=$1 marked=$2 timed
+  local name=$1 marked=$2 timed before=${#ran[@]}
   run "$name" -n 2 --dist loadfile --no-loadscope-reorder -m "$marked not timed" tests
   mapfile -t timed < <(grep -rl --include='test_*.py' 'mark\.timed' tests | sort) # to import all takes long
   run "$name-timed" -m "$marked timed" "${timed[@]}"
+  if ((${#ran[@]} == before)); then
+    echo "No test of $name ran." >&2
+    status=$((status ? status : 5))
+  fi
 }
 if ((selecting)); then
   [[ " $*" == *" tests"* ]] || set -- tests "$@"
@@ -72,7 +76,10 @@ if [[ ! $only ]]; then
   done
 fi
 
-if [[ ! $ran ]]; then exit 5; fi
+if ((${#ran[@]} == 0)); then
+  echo "No test is selected." >&2
+  exit 5
+fi
 # All runs in one line, in pytest's words.
 "$python" - "$reports" <<'PY'
 import sys
