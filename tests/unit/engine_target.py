@@ -13,7 +13,7 @@ from vllm_ssd.compat.drafter.paged import PagedModel
 from vllm_ssd.drafter.biases import dense_bias
 from vllm_ssd.drafter.engine import DraftEngine
 from vllm_ssd.drafter.server import build_engine
-from vllm_ssd.link.protocol import ALL_TOKENS, JIT_TOKEN, NO_BIAS, Bias, Push, PushedBlock, Truncation
+from vllm_ssd.link.protocol import ALL_TOKENS, JIT_TOKEN, NO_BIAS, NO_NOISE, Bias, Noise, Push, PushedBlock, Truncation
 from vllm_ssd.policy import FanOut
 
 K = 3
@@ -131,11 +131,12 @@ class Target:
         temperature: float = 0.0,
         truncation: Truncation = ALL_TOKENS,
         cache_salt: bytes = b"",
+        noise: Noise = NO_NOISE,
     ) -> None:
         self.epoch[request_id] = self.epoch.get(request_id, 0) + 1
         self.temperature[request_id], self.truncation[request_id] = temperature, truncation
         self.tokens[request_id], self.drafts[request_id], self.blocks[request_id] = list(tokens), [], {}
-        told = temperature, self.num_drafts, truncation, cache_salt
+        told = temperature, self.num_drafts, truncation, cache_salt, noise
         self.engine.open(request_id, self.epoch[request_id], np.array(tokens, np.int32), *told)
         check_conservation(self.engine)
 

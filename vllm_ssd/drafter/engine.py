@@ -51,7 +51,7 @@ from vllm_ssd.drafter.step_tokens import StepTokens
 from vllm_ssd.drafter.stepper import Stepper
 from vllm_ssd.drafter.truncation import leaves_tokens, truncation_row
 from vllm_ssd.drafter.windows import Windows
-from vllm_ssd.link.protocol import ALL_TOKENS, DrafterStats, Evicted, Push, Truncation, common_prefix
+from vllm_ssd.link.protocol import ALL_TOKENS, NO_NOISE, DrafterStats, Evicted, Noise, Push, Truncation, common_prefix
 from vllm_ssd.policy import BranchBudget, FanOut
 
 PREFILL_TOKENS_PER_STEP = {"cpu": 256, "cuda": 2048}
@@ -117,6 +117,7 @@ class DraftEngine:
         num_drafts: int,
         truncation: Truncation = ALL_TOKENS,
         cache_salt: bytes = b"",
+        noise: Noise = NO_NOISE,
     ) -> None:
         """Start a request from all its committed tokens, `token_ids` `[L]` int32; replaces an earlier epoch."""
         self._stepper.settle()
@@ -133,6 +134,7 @@ class DraftEngine:
         sequence = Sequence(request_id, epoch, self._free_slots.pop(), temperature, token_ids.tolist(), len(token_ids))
         sequence.truncation = truncation_row(truncation)
         sequence.bias, sequence.cache_salt = self.branches.biases.hold(truncation.bias), cache_salt
+        sequence.noise = noise
         self._by_slot[sequence.slot] = sequence
         self._adopt_pages(sequence)
         self.num_prompt_tokens += len(token_ids)

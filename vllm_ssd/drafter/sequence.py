@@ -12,6 +12,7 @@ import numpy as np
 
 from vllm_ssd.drafter.biases import UNBIASED
 from vllm_ssd.drafter.truncation import NOTHING
+from vllm_ssd.link.protocol import NO_NOISE, Noise
 
 NO_ROWS = np.empty(0, np.int64)
 
@@ -52,6 +53,7 @@ class Sequence:
     truncation: tuple[float, float, float] = NOTHING  # see `truncation_row`
     bias: int = UNBIASED  # row of `Biases`
     cache_salt: bytes = b""
+    noise: Noise = NO_NOISE
     num_published: int = 0  # leading pages in the prefix cache
     _digests: list[bytes] = field(default_factory=list)  # of leading pages
 

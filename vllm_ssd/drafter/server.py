@@ -106,6 +106,7 @@ def apply(engine: DraftEngine, event: Open | Outcome | Close, num_drafts: int) -
                     num_drafts,
                     event.truncation,
                     event.cache_salt,
+                    event.noise,
                 )
         case Close():
             engine.close(event.request_id)

@@ -125,6 +125,22 @@ ALL_TOKENS = Truncation()
 """No truncation."""
 
 
+class Noise(_Message, frozen=True):
+    """The random numbers with which the target draws a request's bonus tokens, so that the drafter can foresee them.
+
+    kind: `UNKNOWN_NOISE`, `HASHED_NOISE` or `SEEDED_NOISE`, see `drafter.noise`
+    seed: of the request
+    """
+
+    kind: Annotated[int, msgspec.Meta(ge=0, le=2)] = 0
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] = 0
+
+
+UNKNOWN_NOISE, HASHED_NOISE, SEEDED_NOISE = range(3)
+"""Kinds of `Noise`: that of an unknown generator, of vLLM's V2 runner, and of a generator seeded before each round."""
+NO_NOISE = Noise()
+
+
 class Refused(_Message, frozen=True, tag=1):
     """Drafter → target, instead of `Welcome`: why the drafter will not serve, in one sentence for the user."""
 
@@ -138,6 +154,7 @@ class Open(_Message, frozen=True, tag=0):
     temperature: 0 for greedy requests, whose branches carry no q
     truncation: how to truncate the proposal, which matches the request's own truncation
     cache_salt: the prefix cache's salt; cached KV is shared only between requests with the same salt
+    noise: what the target will draw bonus tokens with, if that is known
     """
 
     request_id: str
@@ -146,6 +163,7 @@ class Open(_Message, frozen=True, tag=0):
     temperature: NonNegative
     truncation: Truncation = ALL_TOKENS
     cache_salt: bytes = b""
+    noise: Noise = NO_NOISE
 
 
 class Outcome(_Message, frozen=True, tag=1):

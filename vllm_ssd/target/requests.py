@@ -54,8 +54,10 @@ from vllm_ssd.config import SSDConfig
 from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.link.protocol import (
     ALL_TOKENS,
+    NO_NOISE,
     Close,
     Evicted,
+    Noise,
     Open,
     Outcome,
     Push,
@@ -84,6 +86,7 @@ class RemoteRequest:
     temperature: float
     truncation: Truncation = ALL_TOKENS
     cache_salt: bytes = b""
+    noise: Noise = NO_NOISE
     epoch: int = 0
     length: int = 0  # committed tokens that were reported to the drafter
     member: int = 0  # index of the drafter that holds it, or held it last
@@ -168,11 +171,16 @@ class DrafterClient:
     # ---- towards the drafters --------------------------------------------------------------------------
 
     def add(
-        self, request_id: str, temperature: float, truncation: Truncation = ALL_TOKENS, cache_salt: bytes = b""
+        self,
+        request_id: str,
+        temperature: float,
+        truncation: Truncation = ALL_TOKENS,
+        cache_salt: bytes = b"",
+        noise: Noise = NO_NOISE,
     ) -> RemoteRequest:
         """Register a new request, which is not held yet; closes an earlier one with the same id."""
         self.close(request_id)
-        request = RemoteRequest(request_id, temperature, truncation, cache_salt)
+        request = RemoteRequest(request_id, temperature, truncation, cache_salt, noise)
         self._requests[request_id] = request
         return request
 
@@ -207,7 +215,7 @@ class DrafterClient:
         member.reading[request.request_id] = len(token_ids)
         tokens = pack_ids(token_ids)
         sampling = request.temperature, request.truncation
-        member.enqueue(Open(request.request_id, request.epoch, tokens, *sampling, request.cache_salt))
+        member.enqueue(Open(request.request_id, request.epoch, tokens, *sampling, request.cache_salt, request.noise))
         if draft_token_ids:
             self.outcome(request, [], list(draft_token_ids))
         return True

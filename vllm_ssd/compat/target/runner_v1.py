@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,9 +27,21 @@ from vllm_ssd.compat.target.gain import can_gain, ending_requests
 from vllm_ssd.compat.target.thinking_budget import ThinkingBudget
 from vllm_ssd.compat.target.truncation import truncation_of
 from vllm_ssd.compat.target.weights import warn_of_new_weights
-from vllm_ssd.link.protocol import Proposal, Truncation
+from vllm_ssd.link.protocol import NO_NOISE, Noise, Proposal, Truncation
 
 EXPAND = "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens"
+
+
+class StartedRequest(NamedTuple):
+    """A request that joins; token_ids: of its prompt, None if it has embeddings instead."""
+
+    request_id: str
+    token_ids: Sequence[int] | None
+    temperature: float
+    min_tokens: int
+    truncation: Truncation
+    cache_salt: bytes
+    noise: Noise
 
 
 class V1Proposer(Protocol):
@@ -37,13 +49,12 @@ class V1Proposer(Protocol):
 
     def on_schedule(
         self,
-        started: Sequence[tuple[str, Sequence[int] | None, float, int, Truncation, bytes]],
+        started: Sequence[StartedRequest],
         finished: Sequence[str],
     ) -> None:
         """Note requests that join or leave, before the forward.
 
-        started: `(id, prompt token ids, temperature, min_tokens, truncation, cache_salt)`. Requests that cannot gain
-        from drafts never join, and those with one token left leave early.
+        Requests that cannot gain from drafts never join, and those with one token left leave early.
         """
 
     def on_rows(self, request_ids: Sequence[str], num_verified: Sequence[int]) -> None:
@@ -99,13 +110,14 @@ def _wrap(name: str, body: Callable[..., Any], *parameters: str) -> None:
 
 def _execute_model(original, runner, proposer: V1Proposer, scheduler_output, *args, **kwargs):
     started = [
-        (
+        StartedRequest(
             new.req_id,
             new.prompt_token_ids,
             new.sampling_params.temperature,
             new.sampling_params.min_tokens,
             truncation_of(new.sampling_params),
             cache_salt_of(new.sampling_params),
+            NO_NOISE,
         )
         for new in scheduler_output.scheduled_new_reqs
         if can_gain(new, runner.vllm_config)

@@ -23,7 +23,7 @@ from vllm_ssd.compat.target.gain import can_gain, last_length
 from vllm_ssd.compat.target.lora import note_drafts, repair_lora_rows
 from vllm_ssd.compat.target.runner import DRAFTER_STATE, DrafterState, has_ssd
 from vllm_ssd.compat.target.truncation import truncation_of
-from vllm_ssd.link.protocol import Truncation
+from vllm_ssd.link.protocol import NO_NOISE, Noise, Truncation
 
 CUDA_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager"
 
@@ -111,6 +111,7 @@ class V2Speculator(BaseSpeculator):
         temperature: float,
         truncation: Truncation,
         cache_salt: bytes,
+        noise: Noise,
     ) -> None:
         """A new or resumed request joins; token_ids: all its tokens so far, empty if it gets no drafts."""
 
@@ -255,7 +256,7 @@ def _add_requests(original, runner, scheduler_output):
         slot = runner.req_states.req_id_to_index[new.req_id]
         gains, params = can_gain(new, runner.vllm_config), new.sampling_params
         tokens = new.prefill_token_ids if gains else ()
-        told = params.temperature, truncation_of(params), cache_salt_of(params)
+        told = params.temperature, truncation_of(params), cache_salt_of(params), NO_NOISE
         runner.speculator.add_request(new.req_id, slot, tokens, *told)
         if gains and (last := last_length(new)) is not None:
             runner.speculator.end_at(new.req_id, last)

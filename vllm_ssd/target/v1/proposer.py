@@ -10,7 +10,8 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_ssd.compat.target import runner_v1
-from vllm_ssd.link.protocol import Proposal, Truncation
+from vllm_ssd.compat.target.runner_v1 import StartedRequest
+from vllm_ssd.link.protocol import Proposal
 from vllm_ssd.target.start import start_drafters, user_config
 from vllm_ssd.target.v1.round import Batch
 from vllm_ssd.target.v1.verifier import Verifier
@@ -37,17 +38,13 @@ class SSDProposer:
 
     def on_schedule(
         self,
-        started: Sequence[tuple[str, Sequence[int] | None, float, int, Truncation, bytes]],
+        started: Sequence[StartedRequest],
         finished: Sequence[str],
     ) -> None:
         """Note requests that join or leave, before the target's forward."""
         if self._verifier is not None:
             self._verifier.finish_requests(finished)
-            self._verifier.start_requests(
-                (request_id, token_ids, temperature, min_tokens, truncation, cache_salt)
-                for request_id, token_ids, temperature, min_tokens, truncation, cache_salt in started
-                if token_ids
-            )
+            self._verifier.start_requests(started)
 
     def on_rows(self, request_ids: Sequence[str], num_verified: Sequence[int]) -> None:
         """Note the requests in the rows of the next `propose`, and how many drafts of each were verified."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
+from vllm_ssd.compat.target.runner_v1 import StartedRequest
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.link.fleet import Fleet
-from vllm_ssd.link.protocol import Proposal, Push, PushedBlock, SpeculationBlock, Truncation
+from vllm_ssd.link.protocol import Proposal, Push, PushedBlock, SpeculationBlock
 from vllm_ssd.policy import Adaptation
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.requests import DrafterClient
@@ -32,17 +33,16 @@ class Verifier:
         self._fallback = Fallback(config, self._adaptation)
         self._last_round: Round | None = None
 
-    def start_requests(self, requests: Iterable[tuple[str, Sequence[int], float, int, Truncation, bytes]]) -> None:
-        """Open requests on the drafter while the target prefills them.
-
-        requests: (request_id, prompt token ids, temperature, min_tokens, truncation, cache_salt)
-        """
-        for request_id, token_ids, temperature, min_tokens, truncation, cache_salt in requests:
-            temperature = temperature if temperature >= 1e-5 else 0.0
-            remote = self._client.add(request_id, temperature, truncation, cache_salt)
-            self._requests[request_id] = Request(remote, len(token_ids) + min_tokens)
+    def start_requests(self, requests: Iterable[StartedRequest]) -> None:
+        """Open requests on the drafter while the target prefills them, except those without token ids."""
+        for new in requests:
+            if not new.token_ids:
+                continue
+            temperature = new.temperature if new.temperature >= 1e-5 else 0.0
+            remote = self._client.add(new.request_id, temperature, new.truncation, new.cache_salt, new.noise)
+            self._requests[new.request_id] = Request(remote, len(new.token_ids) + new.min_tokens)
             if self._num_drafts(len(self._requests)):
-                self._client.open(remote, token_ids)
+                self._client.open(remote, new.token_ids)
         self._client.send(self._config.num_speculative_tokens)
 
     def finish_requests(self, request_ids: Iterable[str]) -> None:

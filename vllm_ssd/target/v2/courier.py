@@ -22,7 +22,7 @@ from vllm_ssd.compat.target.runner import DrafterState
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.kernels import OUTCOME_COLUMNS, Found
 from vllm_ssd.link.fleet import Fleet
-from vllm_ssd.link.protocol import ALL_TOKENS, Push, SpeculationBlock, Truncation
+from vllm_ssd.link.protocol import ALL_TOKENS, NO_NOISE, Noise, Push, SpeculationBlock, Truncation
 from vllm_ssd.policy import NgramGain
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.requests import DrafterClient, RemoteRequest
@@ -131,10 +131,11 @@ class Courier:
         temperature: float,
         truncation: Truncation = ALL_TOKENS,
         cache_salt: bytes = b"",
+        noise: Noise = NO_NOISE,
     ) -> None:
         """Request `serial` joins in `slot`; token_ids: all its tokens so far."""
         # Copied, because vLLM passes the scheduler's own list, which grows before the courier's thread reads it.
-        told = temperature, truncation, cache_salt
+        told = temperature, truncation, cache_salt, noise
         self._enqueue(functools.partial(self._start, serial, slot, list(token_ids), *told))
 
     def finish(self, step: int, serials: Sequence[int]) -> None:
@@ -257,8 +258,9 @@ class Courier:
         temperature: float,
         truncation: Truncation,
         cache_salt: bytes,
+        noise: Noise,
     ) -> None:
-        remote = self._client.add(str(serial), temperature, truncation, cache_salt)
+        remote = self._client.add(str(serial), temperature, truncation, cache_salt, noise)
         self._requests[serial] = SlotRequest(remote, slot, token_ids)
         if self._num_drafts:
             self._client.open(remote, token_ids)

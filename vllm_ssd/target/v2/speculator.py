@@ -22,7 +22,7 @@ from vllm_ssd.compat.target.runner_v2 import (
 )
 from vllm_ssd.kernels import DeviceSpeculation, lookup, write_draft_logits
 from vllm_ssd.link.options import max_support
-from vllm_ssd.link.protocol import Truncation
+from vllm_ssd.link.protocol import Noise, Truncation
 from vllm_ssd.target.start import logger, start_drafters, user_config
 from vllm_ssd.target.v2.courier import Courier
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
@@ -100,6 +100,7 @@ class SSDSpeculator(V2Speculator):
         temperature: float,
         truncation: Truncation,
         cache_salt: bytes,
+        noise: Noise,
     ) -> None:
         """Give the request a serial number, and open it on the drafter while the target prefills it."""
         serial, self._num_started = self._num_started, self._num_started + 1
@@ -108,7 +109,7 @@ class SSDSpeculator(V2Speculator):
         self._serials_on_device[slot].fill_(serial)  # in stream order: earlier steps still see the previous request
         self._sampled[slot] = temperature > 0
         if self._courier is not None and token_ids:
-            self._courier.start(serial, slot, token_ids, temperature, truncation, cache_salt)
+            self._courier.start(serial, slot, token_ids, temperature, truncation, cache_salt, noise)
 
     def end_at(self, request_id: str, length: int) -> None:
         """Note the request's final length, so that the drafter stops when its last round begins."""
