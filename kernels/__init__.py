@@ -13,6 +13,7 @@ from vllm_ssd.kernels.dispatch import reference_ops
 from vllm_ssd.kernels.draft_logits import write_draft_logits
 from vllm_ssd.kernels.expand import expand
 from vllm_ssd.kernels.lookup import OUTCOME_COLUMNS, DeviceSpeculation, Found, lookup
+from vllm_ssd.kernels.noise import hashed_gumbel
 from vllm_ssd.kernels.prefix import adopt, drop, keep
 from vllm_ssd.kernels.reserve import reserve
 from vllm_ssd.kernels.sample import Sample, sample
@@ -35,6 +36,7 @@ __all__ = [
     "copy_pages",
     "drop",
     "expand",
+    "hashed_gumbel",
     "keep",
     "lookup",
     "reference_ops",

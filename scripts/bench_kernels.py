@@ -12,6 +12,7 @@ fits the L2 cache, as the layers of a model do. One JSON object a line.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import subprocess
@@ -34,6 +35,7 @@ from vllm_ssd.kernels import (
     commit,
     copy_pages,
     expand,
+    hashed_gumbel,
     lookup,
     reserve,
     sample,
@@ -316,16 +318,23 @@ def bench_lookup(num_requests: int) -> dict[str, object]:
 
 
 def bench_sample(rows: int) -> dict[str, object]:
-    """Llama-3's vocabulary, M = 64; torch.topk alone for comparison."""
+    """Llama-3's vocabulary, M = 64, without and with the target's noise; torch.topk alone for comparison."""
     logits = torch.randn(rows, VOCAB_SIZE, dtype=torch.bfloat16, device="cuda")
     positions = torch.arange(rows, device="cuda")
     arguments = (logits, torch.ones(rows, device="cuda"), positions, positions, torch.zeros_like(positions).int())
-    drawn = sample(*arguments, top_m=64, num_candidates=17)
+    draw = functools.partial(sample, *arguments, top_m=64, num_candidates=17)
+    foresee = functools.partial(draw, target_seeds=positions, foreseen=torch.ones_like(positions).int())
+    drawn = foresee()
     if not torch.equal(logits.gather(1, drawn.q_token_ids.long()), logits.topk(64, dim=-1).values):
         raise SystemExit("bench_kernels: sample did not find the likeliest tokens; nothing is timed")
+    noise = hashed_gumbel(positions[:, None], positions[:, None], torch.arange(VOCAB_SIZE, device="cuda"))
+    scores = logits.float() + noise
+    if not torch.allclose(scores.gather(1, drawn.candidate_ids.long()), scores.topk(17, dim=-1).values):
+        raise SystemExit("bench_kernels: sample did not find the best tokens with noise; nothing is timed")
     return {
         "rows": rows,
-        "us": median_us(lambda: sample(*arguments, top_m=64, num_candidates=17)),
+        "us": median_us(draw),
+        "foreseen_us": median_us(foresee),
         "topk_us": median_us(lambda: logits.topk(64, dim=-1)),
     }
 

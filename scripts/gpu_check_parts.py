@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 TRACE = Path(__file__).with_name("gpu_check_trace.jsonl")
 """Outcomes of the bundled pair, recorded at K = 5: drafts, accept length, rank of t* or null, after a hit."""
-KERNEL_TESTS = ("draft_logits", "sample", "tree_attention", "pages", "lookup", "engine_on_device")
+KERNEL_TESTS = ("draft_logits", "sample", "noise", "tree_attention", "pages", "lookup", "engine_on_device")
 UTILIZATION = 0.05
 """The share of the GPU that has to be free for vLLM to start: what it takes for its KV pages is said in bytes."""
 TARGET_TOKENS = 24
@@ -258,7 +258,9 @@ def run_benchmarks(part: Part, bench: Any, sizes: list[tuple[int, int, int]], ba
         logits_us = found["write_draft_logits_us"]
         part.report("write_draft_logits", f"write_draft_logits, {name}", logits_us, "µs", requests=requests)
         drawn = bench.bench_sample((1 if part.dry_run else 24) * requests)
-        part.report("sample", f"sample, {drawn['rows']} rows", drawn["us"], "µs", rows=drawn["rows"])
+        rows = drawn["rows"]
+        part.report("sample", f"sample, {rows} rows", drawn["us"], "µs", rows=rows)
+        part.report("sample_foreseen", f"sample, noise foreseen, {rows} rows", drawn["foreseen_us"], "µs", rows=rows)
 
 
 PARTS = {function.__name__: function for function in (kernels, costs, drafter, end_to_end, benchmarks)}

@@ -99,7 +99,8 @@ def compile_all(capability: int) -> None:
     logits = torch.zeros(requests, 128256, dtype=torch.bfloat16)
     sample(logits, some.float(), some.long(), some.long(), some, top_m=64)
     told = {"truncations": torch.ones(requests, 3), "biases": torch.zeros(17, 128256), "bias_rows": some}
-    sample(logits, some.float(), some.long(), some.long(), some, top_m=64, num_candidates=17, **told)
+    for of_target in ({}, {"target_seeds": some.long(), "foreseen": some}):
+        sample(logits, some.float(), some.long(), some.long(), some, top_m=64, num_candidates=17, **told, **of_target)
     rows = requests * branches
     own_pages, ones = torch.zeros(rows, 2, dtype=torch.int32), torch.ones(rows, dtype=torch.int32)
     starts = torch.arange(0, rows + 1, branches, dtype=torch.int32)
