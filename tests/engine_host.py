@@ -47,6 +47,7 @@ class EngineHost:
         self._llm = self._engine = self._proposer = self._metrics_port = None
         self._seen = {"known_q": 0, "cut_q": 0, "ngram_drafts": 0}
         self._launched_at_start: list[str] = []
+        self._noises: list[Any] = []
         self._adapters: dict[str, int] = {}  # number of each folder: vLLM tells adapters apart by it
         fork_server.fork_drafters()
 
@@ -145,7 +146,7 @@ class EngineHost:
             began = time.perf_counter()
             for output in self._engine.step():
                 index = int(output.request_id)
-                outputs[index] = plain_output(output)
+                outputs[index] = plain_output(output, rounds_before=getattr(outputs[index], "rounds", []))
                 abort_after = requests[index]["abort_after"]
                 if abort_after and len(outputs[index].samples[0].token_ids) >= abort_after:
                     self._engine.abort_request([output.request_id])
@@ -214,6 +215,11 @@ class EngineHost:
     def launched_at_start(self) -> list[str]:
         """Triton kernels that ran before the first request."""
         return self._launched_at_start
+
+    def noises(self) -> list[Any]:
+        """On the V2 runner: the `Noise` of each request that the drafter was told of since the last call."""
+        noises, self._noises = self._noises, []
+        return noises
 
     def is_async(self) -> bool:
         """Whether the scheduler is a step ahead of the results."""
@@ -325,6 +331,15 @@ class EngineHost:
             return watched(runner.invalid_drafts, batch)
 
         speculator.propose, speculator.invalid_drafts = propose, invalid_drafts
+        self._see_noises(speculator._courier._client)
+
+    def _see_noises(self, client: Any) -> None:
+        def add(*args, **kwargs):
+            remote = type(client).add(client, *args, **kwargs)
+            self._noises.append(remote.noise)
+            return remote
+
+        client.add = add
 
     def _see_ngram_drafts(self) -> None:
         from vllm_ssd.target.v1 import fallback
@@ -410,8 +425,11 @@ def note_end(process: int, signals_at: list[float]) -> None:
     os.close(process)
 
 
-def plain_output(output: Any) -> SimpleNamespace:
-    """A request's output without vLLM's classes: samples of token_ids, text, finish_reason and logprobs."""
+def plain_output(output: Any, rounds_before: Sequence[int]) -> SimpleNamespace:
+    """A request's output without vLLM's classes: samples of token_ids, text, finish_reason and logprobs.
+
+    rounds: tokens of the first sample after each round that vLLM has told of: of a request with `abort_after`, all.
+    """
     samples = [
         SimpleNamespace(
             token_ids=list(sample.token_ids),
@@ -423,7 +441,12 @@ def plain_output(output: Any) -> SimpleNamespace:
         for sample in sorted(output.outputs, key=lambda sample: sample.index)
     ]
     prompt_logprobs = [{t: e.logprob for t, e in step.items()} for step in (output.prompt_logprobs or ()) if step]
-    return SimpleNamespace(samples=samples, num_cached_tokens=output.num_cached_tokens, prompt_logprobs=prompt_logprobs)
+    return SimpleNamespace(
+        samples=samples,
+        num_cached_tokens=output.num_cached_tokens,
+        prompt_logprobs=prompt_logprobs,
+        rounds=[*rounds_before, len(samples[0].token_ids)],
+    )
 
 
 def distorted(proposal: Any, exponent: float) -> Any:

@@ -13,10 +13,14 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from engines import FORKED_WORKERS, ON_V2, Engine, assert_conclusive, cached_tokens, request, texts
+from hashed_noise import gumbel_noise
 from host_reads import HostReads
 from marks import needs_v2
+
+from vllm_ssd.link.protocol import HASHED_NOISE
 
 Prompts = Callable[..., list[list[int]]]
 
@@ -122,6 +126,40 @@ def test_sampling_parameters_and_greedy_rows_beside_sampled_ones(
     assert run.counts["sampled_proposals"] > 0
     assert run.counts["known_q"] >= 20, f"inconclusive: {run.counts}"
     assert_conclusive(run, hits=20, accepted=20)
+
+
+@needs_v2
+@pytest.mark.compat
+@pytest.mark.parametrize("num_drafts", [0, 1])
+def test_tokens_are_drawn_with_the_noise_that_the_drafter_is_told(
+    engine: Engine, prompts: Prompts, num_drafts: int
+) -> None:
+    """The token that wins with it is emitted where no draft is verified, and after drafts that were all accepted."""
+    sampling = [{"temperature": 1.0, "seed": -3}, {"temperature": 0.7, "top_k": 50}, {"temperature": 0.4}]
+    sampled = [
+        request(prompt, max_tokens=40, logprobs=20, abort_after=100, **params)
+        for prompt, params in zip(prompts(3, 5, 30, seed=37), sampling)
+    ]
+    engine.call("noises")
+    engine.call("set_drafts", counts=[num_drafts])
+    try:
+        run = engine.generate(sampled, lockstep=1.0)
+    finally:
+        engine.call("set_drafts", counts=[5])
+    noises = engine.call("noises")
+    assert [noise.kind for noise in noises] == 3 * [HASHED_NOISE] and noises[0].seed == -3
+    num_drawn = 0
+    for asked, output, noise in zip(sampled, run.outputs, noises):
+        sample, temperature = output.samples[0], asked["params"]["temperature"]
+        for before, after in zip([0, *output.rounds], output.rounds):
+            if num_drafts and after - before <= num_drafts:
+                continue
+            position, token_id = len(asked["prompt"]) + after - 2, sample.token_ids[after - 1]
+            token_ids, logprobs = (np.array(list(one)) for one in zip(*sample.logprobs[after - 1].items()))
+            drawn = token_ids[(logprobs / temperature + gumbel_noise(noise.seed, position, token_ids)).argmax()]
+            assert drawn == token_id, (noise, position)
+            num_drawn += 1
+    assert num_drawn >= (10 if num_drafts else 120), f"inconclusive: {num_drawn}"
 
 
 def test_a_prompt_of_another_salt_is_read_anew(engine: Engine, prompts: Prompts) -> None:

@@ -13,6 +13,8 @@ V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 V1_BATCH = "vllm.v1.worker.gpu_input_batch:InputBatch"
 V2_BATCH = "vllm.v1.worker.gpu.input_batch:InputBatch"
+V2_SAMPLER = "vllm.v1.worker.gpu.sample.sampler:Sampler"
+SAMPLING_STATES = "vllm.v1.worker.gpu.sample.states:SamplingStates"
 REQUESTS = "vllm.v1.worker.gpu.states:RequestState"
 SCHEDULED = "vllm.v1.core.sched.output:SchedulerOutput"
 GRAMMARS = "vllm.v1.core.sched.output:GrammarOutput"
@@ -54,6 +56,7 @@ OBJECTS = {
         "getattr(worker, 'worker', None)": "vllm.v1.worker.gpu_worker:Worker",
         "vllm_config": CONFIG,
     },
+    "compat.target.noise": {"runner": V2, "states": SAMPLING_STATES},
     "compat.target.pipeline": {"runner": V1, "scheduler_output": SCHEDULED, "state": CACHED},
     "compat.target.runner": {"config": CONFIG, "engine_args": ARGUMENTS, "parallel_config": PARALLEL},
     "compat.target.runner_v1": {
@@ -74,9 +77,8 @@ OBJECTS = {
         "scheduler_output": SCHEDULED,
         "grammar_output": GRAMMARS,
         "speculator": "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator",
-        "sampler.sampler": "vllm.v1.worker.gpu.sample.sampler:Sampler",
-        "sampler.sampler.sampling_states": "vllm.v1.worker.gpu.sample.states:SamplingStates",
-        "sampler.sampler.sampling_states.temperature": "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor",
+        "sampler.sampler": V2_SAMPLER,
+        "sampler.sampler.sampling_states": SAMPLING_STATES,
         "manager": "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager",
         "graph": "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor",
     },
@@ -173,6 +175,10 @@ TYPES = {
     f"{V1}.kv_cache_config": "vllm.v1.kv_cache_interface:KVCacheConfig",
     f"{V1}.attn_groups": "vllm.v1.worker.utils:AttentionGroup",
     f"{V2}.req_states": REQUESTS,
+    f"{V2}.sampler": V2_SAMPLER,
+    f"{V2_SAMPLER}.sampling_states": SAMPLING_STATES,
+    f"{SAMPLING_STATES}.seeds": "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor",
+    f"{SAMPLING_STATES}.temperature": "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor",
     f"{SCHEDULED}.scheduled_cached_reqs": "vllm.v1.core.sched.output:CachedRequestData",
     f"{CONFIG}.structured_outputs_config": "vllm.config.structured_outputs:StructuredOutputsConfig",
     f"{NEW}.sampling_params": SAMPLING,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from hashed_noise import hashed
 from vllm.config import VllmConfig
 from vllm.config.speculative import NgramGPUTypes
 from vllm.sampling_params import SamplingParams
 
 from vllm_ssd.compat.target import runner
+from vllm_ssd.link.protocol import HASHED_NOISE, NO_NOISE, UNKNOWN_NOISE, Noise
 
 pytest.importorskip("vllm.v1.worker.gpu.spec_decode.ngram", reason="0.30: ssd uses the V1 runner")
 
@@ -21,11 +24,14 @@ from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu import model_runner, spec_decode
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.sample.states import SamplingStates
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_ssd.compat.target.runner_v2 import V2Speculator, _add_requests
+from vllm_ssd.compat.target import noise
+from vllm_ssd.compat.target.runner_v2 import V2Speculator, _add_requests, _load_model
 
 
 def parameters(function: Any) -> list[str]:
@@ -79,32 +85,46 @@ def test_a_dummy_run_drafts_nothing() -> None:
     assert drafts.shape == (3, 5) and drafts.dtype == torch.int64 and not drafts.any()
 
 
+def new_request(name: str, **params: Any) -> SimpleNamespace:
+    """vLLM's `NewRequestData`, as far as we read it."""
+    return SimpleNamespace(
+        req_id=name,
+        sampling_params=SamplingParams(**params),
+        prompt_token_ids=[1, 2, 3],
+        prefill_token_ids=[1, 2, 3],
+        prompt_embeds=None,
+        mm_features=[],
+    )
+
+
+def new_target(names: Iterable[str], speculator: Any) -> SimpleNamespace:
+    """A runner that has a slot for each request."""
+    slots = {name: slot for slot, name in enumerate(names)}
+    states = object.__new__(SamplingStates)  # whose tensors would need pinned memory
+    for field in ("temperature", "top_p", "top_k", "min_p", "seeds"):
+        setattr(states, field, SimpleNamespace(np=np.zeros(len(slots), np.int64 if field == "seeds" else np.float32)))
+    states.vocab_size, states.seeds_set, states.num_logprobs = 7, np.zeros(len(slots)), np.zeros(len(slots))
+    return SimpleNamespace(
+        speculator=speculator,
+        sampler=SimpleNamespace(sampling_states=states),
+        req_states=SimpleNamespace(req_id_to_index=slots),
+        vllm_config=SimpleNamespace(structured_outputs_config=SimpleNamespace(reasoning_parser="")),
+    )
+
+
 def test_requests_that_cannot_gain_are_left_alone_and_others_say_when_they_end() -> None:
     """The drafter gets no tokens of the first; a bounded one is told of the length with which it ends."""
     limits = {"one token": 1, "two tokens": 2, "bounded": 10, "unbounded": None, "_warmup_0": 10}
-    requests = [
-        SimpleNamespace(
-            req_id=name,
-            sampling_params=SamplingParams(max_tokens=limit),
-            prompt_token_ids=[1, 2, 3],
-            prefill_token_ids=[1, 2, 3],
-            prompt_embeds=None,
-            mm_features=[],
-        )
-        for name, limit in limits.items()
-    ]
     opened: dict[str, tuple[int, list[int]]] = {}
     ends: dict[str, int] = {}
     speculator = SimpleNamespace(
         add_request=lambda name, slot, tokens, *_: opened.update({name: (slot, list(tokens))}),
         end_at=lambda name, length: ends.update({name: length}),
+        noise_kind=UNKNOWN_NOISE,
     )
-    target = SimpleNamespace(
-        speculator=speculator,
-        req_states=SimpleNamespace(req_id_to_index={name: slot for slot, name in enumerate(limits)}),
-        vllm_config=SimpleNamespace(structured_outputs_config=SimpleNamespace(reasoning_parser="")),
-    )
+    target = new_target(limits, speculator)
     seen: list[Any] = []
+    requests = [new_request(name, max_tokens=limit) for name, limit in limits.items()]
     output = SimpleNamespace(scheduled_new_reqs=requests)
     _add_requests(lambda *args: seen.extend(args), target, output)
     assert seen == [target, output]
@@ -115,6 +135,74 @@ def test_requests_that_cannot_gain_are_left_alone_and_others_say_when_they_end()
         "unbounded": (3, [1, 2, 3]),
     }
     assert ends == {"bounded": 13}
+
+
+@pytest.mark.parametrize("kind", [HASHED_NOISE, UNKNOWN_NOISE])
+def test_the_noise_of_a_request_is_that_of_the_seed_that_vllm_gave_it(kind: int) -> None:
+    """A request that was preempted comes back as a new one, without a seed of its own with another one."""
+    requests = [
+        new_request("seeded", seed=-5),
+        new_request("unseeded", temperature=0.5),
+        new_request("greedy", temperature=0, seed=7),
+    ]
+    told: dict[str, Noise] = {}
+    speculator = SimpleNamespace(add_request=lambda name, *args: told.update({name: args[-1]}), noise_kind=kind)
+    speculator.end_at = lambda name, length: None
+    target = new_target([request.req_id for request in requests], speculator)
+    states = target.sampler.sampling_states
+
+    def add_requests(runner: Any, output: Any) -> None:
+        for slot, request in enumerate(output.scheduled_new_reqs):
+            states.add_request(slot, request.sampling_params)
+
+    seeds = []
+    for _ in range(2):
+        _add_requests(add_requests, target, SimpleNamespace(scheduled_new_reqs=requests))
+        seeds.append(int(states.seeds.np[1]))
+        known = {"seeded": Noise(kind, -5), "unseeded": Noise(kind, seeds[-1]), "greedy": NO_NOISE}
+        assert told == (known if kind == HASHED_NOISE else dict.fromkeys(known, NO_NOISE))
+    assert seeds[0] != seeds[1]
+
+
+class OtherSampler(Sampler):
+    """Such as the one with a watermark."""
+
+
+@pytest.mark.parametrize(
+    ("sampler", "use_fp64", "shift", "kind"),
+    [
+        (Sampler, False, 0, HASHED_NOISE),
+        (Sampler, True, 0, UNKNOWN_NOISE),
+        (Sampler, False, 1, UNKNOWN_NOISE),
+        (OtherSampler, False, 0, UNKNOWN_NOISE),
+        (None, False, 0, UNKNOWN_NOISE),
+    ],
+    ids=["known", "fp64", "another hash", "another sampler", "another judge"],
+)
+def test_noise_is_told_only_if_it_is_the_one_we_know(
+    monkeypatch: pytest.MonkeyPatch, sampler: Any, use_fp64: bool, shift: int, kind: int
+) -> None:
+    """The target draws a few tokens once it is loaded; those of fp64 are hashed in another way."""
+
+    def gumbel_sample(
+        logits, expanded_idx_mapping, temperature, seed, pos, apply_temperature, is_drafting, use_fp64
+    ) -> torch.Tensor:
+        assert not logits.any() and (temperature == 1).all() and not (apply_temperature or is_drafting)
+        token_ids = np.arange(logits.shape[1]) + shift + use_fp64
+        rows = zip(seed[expanded_idx_mapping].tolist(), pos.tolist())
+        return torch.tensor([int(hashed(*row, token_ids).argmin()) for row in rows])
+
+    monkeypatch.setattr(noise, "gumbel_sample", gumbel_sample)
+    judge = object.__new__(RejectionSampler) if sampler else SimpleNamespace()
+    target = SimpleNamespace(
+        sampler=object.__new__(sampler or Sampler),
+        rejection_sampler=judge,
+        speculator=SimpleNamespace(on_target_loaded=lambda: None),
+        device=torch.device("cpu"),
+    )
+    target.sampler.use_fp64_gumbel = use_fp64
+    _load_model(lambda runner: None, target)
+    assert target.speculator.noise_kind == kind
 
 
 @pytest.mark.parametrize(

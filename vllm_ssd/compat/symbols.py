@@ -119,16 +119,19 @@ USED = {
     ),
     "vllm.v1.worker.gpu.model_runner": "GPUModelRunner init_speculator",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": (
-        "_remove_request add_requests finish_requests load_model lora_state rejection_sampler req_states sample_tokens "
-        "speculator vllm_config"
+        "_remove_request add_requests device finish_requests load_model lora_state rejection_sampler req_states "
+        "sample_tokens sampler speculator vllm_config"
     ),
     "vllm.v1.worker.gpu.spec_decode": "init_speculator",
     "vllm.v1.worker.gpu.spec_decode.ngram": "",
     "vllm.v1.worker.gpu.spec_decode.ngram.speculator": "NgramGPUSpeculator",
     "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator": "propose",
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler": "RejectionSampler",
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler": "__call__",
-    "vllm.v1.worker.gpu.sample.sampler:Sampler": "sampling_states",
-    "vllm.v1.worker.gpu.sample.states:SamplingStates": "temperature",
+    "vllm.v1.worker.gpu.sample.gumbel": "gumbel_sample",
+    "vllm.v1.worker.gpu.sample.sampler": "Sampler",
+    "vllm.v1.worker.gpu.sample.sampler:Sampler": "sampling_states use_fp64_gumbel",
+    "vllm.v1.worker.gpu.sample.states:SamplingStates": "seeds temperature",
     "vllm.v1.worker.gpu.spec_decode.speculator": "BaseSpeculator",
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator": "capture init_cudagraph_manager propose",
     "vllm.v1.worker.gpu.states:RequestState": "free_indices last_sampled_tokens req_id_to_index total_len",
@@ -202,6 +205,9 @@ CALLED = {
     "vllm.v1.engine.core:EngineCore": "vllm_config executor_class log_stats",
     "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator": "vllm_config device req_states",
     "vllm.v1.worker.gpu.model_runner:init_speculator": "vllm_config device req_states",
+    "vllm.v1.worker.gpu.sample.gumbel:gumbel_sample": (
+        "logits expanded_idx_mapping temperature seed pos apply_temperature is_drafting use_fp64"
+    ),
     "vllm.v1.worker.gpu.spec_decode:init_speculator": "vllm_config device req_states",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": "scheduler_output intermediate_tensors",
     "vllm.v1.worker.gpu_worker:Worker.sleep": "level",

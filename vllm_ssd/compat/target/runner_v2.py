@@ -21,9 +21,10 @@ from vllm_ssd.compat import patch
 from vllm_ssd.compat.target.cache_salt import cache_salt_of
 from vllm_ssd.compat.target.gain import can_gain, last_length
 from vllm_ssd.compat.target.lora import note_drafts, repair_lora_rows
+from vllm_ssd.compat.target.noise import noise_kind, noise_of
 from vllm_ssd.compat.target.runner import DRAFTER_STATE, DrafterState, has_ssd
 from vllm_ssd.compat.target.truncation import truncation_of
-from vllm_ssd.link.protocol import NO_NOISE, Noise, Truncation
+from vllm_ssd.link.protocol import UNKNOWN_NOISE, Noise, Truncation
 
 CUDA_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager"
 
@@ -36,6 +37,7 @@ class V2Speculator(BaseSpeculator):
     num_drafts [max_num_reqs] int32: number of valid drafts per slot; the rest are filler and rejected
     step: number of the scheduler step in progress
     drafter_state: state of the drafter at the last `speculate`
+    noise_kind: kind of `Noise` of the target, once it is loaded
     """
 
     supports_mm_inputs = False
@@ -43,6 +45,7 @@ class V2Speculator(BaseSpeculator):
     num_drafts: torch.Tensor
     step = 0
     drafter_state = DrafterState.IN_TIME
+    noise_kind = UNKNOWN_NOISE
     _wanted: int | None = None
     _counts_valid = False  # whether vLLM counts only drafts that fit their grammars in this step
     _num_valid: Mapping[str, int] = MappingProxyType({})  # drafts that fit, by request with a grammar
@@ -245,6 +248,7 @@ def _judges_ours(sampler: Any, *args: Any, **kwargs: Any) -> bool:
 def _load_model(original, runner, *args, **kwargs):
     original(runner, *args, **kwargs)
     runner.rejection_sampler._ssd_speculator = runner.speculator
+    runner.speculator.noise_kind = noise_kind(runner)
     runner.speculator.on_target_loaded()
 
 
@@ -256,7 +260,8 @@ def _add_requests(original, runner, scheduler_output):
         slot = runner.req_states.req_id_to_index[new.req_id]
         gains, params = can_gain(new, runner.vllm_config), new.sampling_params
         tokens = new.prefill_token_ids if gains else ()
-        told = params.temperature, truncation_of(params), cache_salt_of(params), NO_NOISE
+        noise = noise_of(runner, slot, runner.speculator.noise_kind)
+        told = params.temperature, truncation_of(params), cache_salt_of(params), noise
         runner.speculator.add_request(new.req_id, slot, tokens, *told)
         if gains and (last := last_length(new)) is not None:
             runner.speculator.end_at(new.req_id, last)
