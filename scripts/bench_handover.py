@@ -26,10 +26,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from vllm_ssd.compat.target.runner_v1 import StartedRequest
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.link.checks import PushChecker
 from vllm_ssd.link.fleet import Fleet
-from vllm_ssd.link.protocol import ALL_TOKENS, Push, SpeculationBlock, pack_ids
+from vllm_ssd.link.protocol import ALL_TOKENS, NO_NOISE, Push, SpeculationBlock, pack_ids
 from vllm_ssd.link.transport import ProcessTransport
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.v1.round import Batch, Round
@@ -67,7 +68,8 @@ class Target:
         self._outcomes = pack_ids(np.stack([np.arange(BRANCHES) % (DRAFTS + 1), 100 + np.arange(BRANCHES)], 1))
         self._branches = pack_ids(rng.integers(0, VOCAB_SIZE, (BRANCHES, DRAFTS)))
         prompt = list(range(PROMPT))
-        self.verifier.start_requests((name, prompt, 0.0, 0, ALL_TOKENS, b"") for name in self._ids)
+        started = (StartedRequest(name, prompt, 0.0, 0, ALL_TOKENS, b"", NO_NOISE) for name in self._ids)
+        self.verifier.start_requests(started)
 
     def round(self) -> float:
         """Push a tree for each row, accept three drafts and a predicted bonus token; seconds of `propose`."""

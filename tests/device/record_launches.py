@@ -109,10 +109,12 @@ class Recorder:
             recorder.programs[kernel.__name__] += math.prod(grid)
             recorder.launches[kernel.__name__] += 1
             if kernel.__name__ == "_draw_kernel":
-                token_ids, q_token_ids, q_probs = args[7:10]
+                token_ids, q_token_ids, q_probs, draft_probs, candidate_ids, candidate_probs = args[7:13]
                 token_ids.zero_()
-                q_token_ids.copy_(torch.arange(q_token_ids.shape[1]))
-                q_probs.fill_(1 / q_probs.shape[1])
+                draft_probs.fill_(0.5)
+                for ids, probs in ((q_token_ids, q_probs), (candidate_ids, candidate_probs)):
+                    ids.copy_(torch.arange(ids.shape[1]))
+                    probs.fill_(1 / probs.shape[1])
 
         triton.JITFunction.run = run
         for name in ("commit", "copy_pages", "expand", "reserve", "sample", "tree_attention"):

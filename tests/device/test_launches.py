@@ -29,7 +29,7 @@ def test_each_kernel_is_compiled_once(recorded):
     """Whatever the numbers of requests, of splits and of branches are; but tiles of the trunk come in four sizes."""
     variants = recorded["variants"]
     assert variants.pop("_trunk_kernel") == 4
-    assert len(variants) == 7 and set(variants.values()) == {1}, variants
+    assert len(variants) == 8 and set(variants.values()) == {1}, variants
 
 
 def test_nothing_is_compiled_after_warming_up(recorded):

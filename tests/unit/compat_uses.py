@@ -57,6 +57,7 @@ OBJECTS = {
         "vllm_config": CONFIG,
     },
     "compat.target.noise": {"runner": V2, "states": SAMPLING_STATES},
+    "compat.target.seeded_rounds": {"runner": V1, "batch": V1_BATCH, "params": SAMPLING},
     "compat.target.pipeline": {"runner": V1, "scheduler_output": SCHEDULED, "state": CACHED},
     "compat.target.runner": {"config": CONFIG, "engine_args": ARGUMENTS, "parallel_config": PARALLEL},
     "compat.target.runner_v1": {

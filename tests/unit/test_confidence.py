@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_ssd.drafter.prediction import MAX_REQUESTS
-from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, Confidence, FanOut, confidence_levels
-from vllm_ssd.policy.confidence import NUM_LEVELS
+from vllm_ssd.policy import MAX_LEARNED_FAN_OUT, Confidence, Draws, FanOut, confidence_levels, uniform_offsets
+from vllm_ssd.policy.confidence import NUM_LEVELS, NUM_UNIFORMS
 
 SURE, UNSURE, HOPELESS = confidence_levels(np.array([0.999, 0.5, 0.001])).tolist()
 levels = st.integers(0, NUM_LEVELS - 1)
@@ -32,25 +32,25 @@ def taught(rng: random.Random, num_drafts: int) -> Confidence:
     confidence = Confidence(FanOut(num_drafts))
     for _ in range(60):
         k = rng.randint(0, num_drafts)
-        drafts = [rng.randrange(NUM_LEVELS) for _ in range(num_drafts)]
+        draws = rng.choice(list(Draws))
+        most = NUM_LEVELS * (NUM_UNIFORMS if draws == Draws.FORESEEN else 1)
+        drafts = [rng.randrange(most) for _ in range(num_drafts)]
         candidates = np.array([rng.randrange(NUM_LEVELS) for _ in range(5)])
-        confidence.observe(rng.random() < 0.5, num_drafts, drafts, k, candidates, rng.choice([None, 0, 1, 4]))
+        confidence.observe(draws, num_drafts, drafts, k, candidates, rng.choice([None, 0, 1, 4]))
     return confidence
 
 
 def hit_chance(
-    confidence: Confidence, sampled: bool, drafts: list[int], candidates: np.ndarray, counts: list[int]
+    confidence: Confidence, draws: Draws, drafts: list[int], candidates: np.ndarray, counts: list[int]
 ) -> float:
     """Chance that the outcome has a branch, from the tables; a candidate is never likelier than one before it."""
     total, reached = 0.0, 1.0
     for k, count in enumerate(counts):
         full = k == len(drafts)
-        rate = (
-            0.0 if full else confidence._accepted[int(sampled), drafts[k]] / confidence._tried[int(sampled), drafts[k]]
-        )
+        rate = 0.0 if full else confidence._accepted[draws, drafts[k]] / confidence._tried[draws, drafts[k]]
         chance = 1.0
         for rank, level in enumerate(candidates[k][:count].tolist()):
-            at = int(sampled), int(full), min(rank, 3), level
+            at = draws, int(full), min(rank, 3), level
             chance = min(chance, confidence._right[at] / confidence._seen[at])
             total += reached * (1 - rate) * chance
         reached *= rate
@@ -58,19 +58,21 @@ def hit_chance(
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 2), st.integers(1, 6), st.booleans(), st.data(), st.randoms(use_true_random=False))
-def test_no_other_split_hits_more_often(num_drafts, budget, sampled, data, rng):
+@given(st.integers(0, 2), st.integers(1, 6), st.sampled_from(Draws), st.data(), st.randoms(use_true_random=False))
+def test_no_other_split_hits_more_often(num_drafts, budget, draws, data, rng):
     confidence = taught(rng, num_drafts)
     drafts = data.draw(st.lists(levels, min_size=num_drafts, max_size=num_drafts))
+    if draws == Draws.FORESEEN:
+        drafts = np.add(drafts, uniform_offsets([rng.random() for _ in drafts])).tolist()
     candidates = np.array([data.draw(st.lists(levels, min_size=3, max_size=3)) for _ in range(num_drafts + 1)])
-    counts = confidence.counts(sampled, drafts, candidates, True, budget)
+    counts = confidence.counts(draws, drafts, candidates, True, budget)
     assert len(counts) == num_drafts + 1 and sum(counts) == min(budget, 3 * (num_drafts + 1)) and max(counts) <= 3
     best = max(
-        hit_chance(confidence, sampled, drafts, candidates, list(split))
+        hit_chance(confidence, draws, drafts, candidates, list(split))
         for split in itertools.product(range(4), repeat=num_drafts + 1)
         if sum(split) <= budget
     )
-    assert hit_chance(confidence, sampled, drafts, candidates, counts) == pytest.approx(best)
+    assert hit_chance(confidence, draws, drafts, candidates, counts) == pytest.approx(best)
     assert confidence.hit_chances(num_drafts)[min(budget, 3 * (num_drafts + 1))] == pytest.approx(best)
 
 
@@ -80,9 +82,9 @@ def test_what_is_not_known_is_as_likely_as_it_mostly_is():
     for _ in range(200):
         fan_out.observe(2, 2, 0, True, 16)
     unknown = np.full((3, 17), -1)
-    counts = confidence.counts(False, [None, None], unknown, True, 8)
+    counts = confidence.counts(Draws.GREEDY, [None, None], unknown, True, 8)
     assert sum(counts) == 8 and counts[2] == max(counts)
-    doubted = confidence.counts(False, [HOPELESS, None], unknown, True, 8)
+    doubted = confidence.counts(Draws.GREEDY, [HOPELESS, None], unknown, True, 8)
     assert sum(doubted) == 8 and doubted[0] == max(doubted)
 
 
@@ -92,8 +94,8 @@ def test_the_place_of_a_draft_has_no_branch_and_is_no_rank():
     without = np.array([[9, 7, 5, 3, 1, -1], [8, 6, 4, 2, 1, 0]])
     marked = np.array([[9, -1, 7, 5, 3, 1], [8, 6, 4, 2, 1, 0]])
     for budget in range(1, 12):
-        expected = confidence.counts(False, [UNSURE], without, True, budget)
-        assert confidence.counts(False, [UNSURE], marked, True, budget) == expected
+        expected = confidence.counts(Draws.GREEDY, [UNSURE], without, True, budget)
+        assert confidence.counts(Draws.GREEDY, [UNSURE], marked, True, budget) == expected
         assert expected[0] <= 5
 
 
@@ -108,9 +110,9 @@ def test_a_round_that_is_doubted_gets_its_branches_where_it_will_end():
         drafts = [HOPELESS if k == 0 else SURE, SURE, SURE]
         if i >= 100:
             hits["mean"] += rank < fan_out.counts(3, True, 6)[k]
-            hits["confidence"] += rank < confidence.counts(False, drafts, candidates, True, 6)[k]
+            hits["confidence"] += rank < confidence.counts(Draws.GREEDY, drafts, candidates, True, 6)[k]
         fan_out.observe(3, k, rank, True, 16)
-        confidence.observe(False, 3, drafts, k, candidates[k], rank)
+        confidence.observe(Draws.GREEDY, 3, drafts, k, candidates[k], rank)
     assert hits["confidence"] == 500 and hits["mean"] < 400
     assert confidence.hit_chances(3)[6] > 0.9 > fan_out.hit_chances(3, True)[6]
 
@@ -120,17 +122,17 @@ def test_sampled_and_greedy_requests_are_learned_apart_and_old_rounds_forgotten(
     candidates = np.full((2, 16), UNSURE)
 
     def splits() -> list[list[int]]:
-        return [confidence.counts(sampled, [UNSURE], candidates, True, 6) for sampled in (False, True)]
+        return [confidence.counts(sampled, [UNSURE], candidates, True, 6) for sampled in (Draws.GREEDY, Draws.SAMPLED)]
 
     for i in range(300):
-        confidence.observe(False, 1, [UNSURE], 0, candidates[0], i % 6)
-        confidence.observe(True, 1, [UNSURE], 1, candidates[1], i % 6)
+        confidence.observe(Draws.GREEDY, 1, [UNSURE], 0, candidates[0], i % 6)
+        confidence.observe(Draws.SAMPLED, 1, [UNSURE], 1, candidates[1], i % 6)
     greedy, sampled = splits()
     assert greedy[0] > 3 > greedy[1] and sampled[0] < 3 < sampled[1]
     for i in range(9000):
-        confidence.observe(False, 1, [UNSURE], 1, candidates[1], i % 6)
+        confidence.observe(Draws.GREEDY, 1, [UNSURE], 1, candidates[1], i % 6)
     assert splits()[0][0] < 3
-    assert confidence._tried.sum() < 6000, "nothing was forgotten"
+    assert confidence._tried.sum() < 9000, "nothing was forgotten"
 
 
 def test_a_configured_fan_out_is_kept(make_target):
@@ -156,7 +158,7 @@ def test_an_engine_splits_by_what_its_model_said(make_target, temperature):
         spine, first = sequence.tokens, sequence.length - 1
         assert set(range(first, first + K)) <= set(sequence.candidates), "the winner's candidates were lost"
         known, of_drafts = np.full((K + 1, 13), -1), []
-        for position, (ids, probs) in sequence.candidates.items():
+        for position, (ids, probs, *_) in sequence.candidates.items():
             logits = model.reference_logits(spine[: position + 1])
             want = torch.softmax(logits[torch.from_numpy(ids).long()] / (temperature or 1.0), -1).numpy()
             np.testing.assert_allclose(probs, want, rtol=1e-4)
@@ -167,7 +169,8 @@ def test_an_engine_splits_by_what_its_model_said(make_target, temperature):
             known[position - first, : others.sum()] = confidence_levels(want[others] / want[others].sum())
         budget = engine._num_branches
         confidence = engine._outcomes._confidence
-        assert sequence.fan_out == confidence.counts(temperature > 0, of_drafts, known, True, budget)
+        draws = Draws.SAMPLED if temperature else Draws.GREEDY
+        assert sequence.fan_out == confidence.counts(draws, of_drafts, known, True, budget)
     assert confidence._num_observed == 4, "an outcome was not learned from"
     assert engine._outcomes.hit_chances(K) != engine._fan_out.hit_chances(K, True)
 

@@ -11,6 +11,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_ssd.compat.target import gain, runner_v1
 from vllm_ssd.compat.target.gain import can_gain, ending_requests, last_length
+from vllm_ssd.compat.target.seeded_rounds import SeededRounds
 
 
 def new(max_tokens: int | None = 100, structured: StructuredOutputsParams | None = None, **fields) -> SimpleNamespace:
@@ -68,6 +69,7 @@ def test_v1_requests_join_if_they_can_gain_and_leave_when_one_token_is_left():
     proposer = SimpleNamespace(
         on_schedule=lambda started, finished: told.append(([r[0] for r in started], list(finished))),
         on_rows=lambda *rows: told.append(rows),
+        seeded_rounds=SeededRounds(),
     )
     rows = {"long": (3, 90, 100), "last but one": (3, 8, 10), "last": (5, 9, 10), "unbounded": (1, 50, None)}
     batch = SimpleNamespace(

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from fake_link import InProcessLink, K
 
+from vllm_ssd.compat.target.runner_v1 import StartedRequest
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.link.fleet import Fleet
-from vllm_ssd.link.protocol import ALL_TOKENS, Evicted, Push, SpeculationBlock, pack_ids
+from vllm_ssd.link.protocol import ALL_TOKENS, NO_NOISE, Evicted, Push, SpeculationBlock, pack_ids
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.requests import SILENT_ROUNDS
 from vllm_ssd.target.v1.round import Batch
@@ -33,7 +34,9 @@ class FakeTarget:
 
     def start(self, request_id: str, prompt: list[int], temperature: float = 0.0, min_tokens: int = 0) -> None:
         self.tokens[request_id], self.drafts[request_id] = list(prompt), []
-        self.verifier.start_requests([(request_id, prompt, temperature, min_tokens, ALL_TOKENS, b"")])
+        self.verifier.start_requests(
+            [StartedRequest(request_id, prompt, temperature, min_tokens, ALL_TOKENS, b"", NO_NOISE)]
+        )
 
     def finish(self, request_id: str) -> None:
         del self.tokens[request_id]

@@ -13,6 +13,9 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ssd.compat.target import runner_v1
+from vllm_ssd.compat.target.seeded_rounds import SeededRounds
+
+PROPOSER = SimpleNamespace(seeded_rounds=SeededRounds())
 
 
 def a_runner(calls: list) -> SimpleNamespace:
@@ -28,7 +31,7 @@ def a_runner(calls: list) -> SimpleNamespace:
 def test_a_round_without_drafts_is_sampled_as_bonus_tokens(metadata: SimpleNamespace | None) -> None:
     calls: list = []
     runner = a_runner(calls)
-    runner_v1._sample(pytest.fail, runner, None, "logits", metadata)
+    runner_v1._sample(pytest.fail, runner, PROPOSER, "logits", metadata)
     sampled = {
         "logits": "logits",
         "sampling_metadata": runner.input_batch.sampling_metadata,
@@ -40,7 +43,7 @@ def test_a_round_without_drafts_is_sampled_as_bonus_tokens(metadata: SimpleNames
 def test_a_round_with_drafts_goes_to_the_rejection_sampler() -> None:
     calls: list = []
     metadata = SimpleNamespace(num_draft_tokens=[0, 2])
-    runner_v1._sample(lambda *arguments: calls.append(arguments), a_runner(calls), None, "logits", metadata)
+    runner_v1._sample(lambda *arguments: calls.append(arguments), a_runner(calls), PROPOSER, "logits", metadata)
     assert calls == [("logits", metadata)]
 
 
@@ -54,7 +57,7 @@ def test_with_logprobs_of_named_tokens_the_drafts_are_left_out() -> None:
     runner.input_batch.sampling_metadata = SamplingMetadata(
         **sampling | {"logprob_token_ids": {1: [3]}, "spec_token_ids": [[7, 8], [], [9]]}
     )
-    runner_v1._sample(pytest.fail, runner, None, logits, drafts)
+    runner_v1._sample(pytest.fail, runner, PROPOSER, logits, drafts)
     assert calls[1]["logits"][:, 0].tolist() == [0, 3, 4] and calls[1]["predict_bonus_token"]
     assert calls[1]["sampling_metadata"].spec_token_ids == [[], [], []]
     assert runner.input_batch.sampling_metadata.spec_token_ids == [[7, 8], [], [9]]

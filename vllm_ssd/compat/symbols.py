@@ -58,8 +58,8 @@ USED = {
     "vllm.config.structured_outputs:StructuredOutputsConfig": "reasoning_parser",
     "vllm.sampling_params": "SamplingParams",
     "vllm.sampling_params:SamplingParams": (
-        "_validate_spec_decode allowed_token_ids extra_args logit_bias max_tokens min_p min_tokens structured_outputs "
-        "temperature top_k top_p"
+        "_validate_spec_decode allowed_token_ids extra_args logit_bias max_tokens min_p min_tokens seed "
+        "structured_outputs temperature top_k top_p"
     ),
     "vllm.sampling_params:StructuredOutputsParams": "choice grammar",
     "vllm.v1.core.sched.output:CachedRequestData": "all_token_ids",
@@ -80,9 +80,9 @@ USED = {
     "vllm.v1.sample.logits_processor.interface:BatchUpdate": "added moved",
     "vllm.v1.sample.logits_processor.interface:MoveDirectionality": "UNIDIRECTIONAL",
     "vllm.v1.sample.metadata": "SamplingMetadata",
-    "vllm.v1.sample.metadata:SamplingMetadata": "all_greedy logprob_token_ids spec_token_ids",
+    "vllm.v1.sample.metadata:SamplingMetadata": "all_greedy generators logprob_token_ids spec_token_ids",
     "vllm.v1.sample.rejection_sampler": "expand_batch_to_tokens",
-    "vllm.v1.sample.sampler:Sampler": "forward",
+    "vllm.v1.sample.sampler:Sampler": "forward topk_topp_sampler",
     "vllm.v1.sample.thinking_budget_state": "ThinkingBudgetStateHolder",
     "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder": (
         "_state _update_think_state apply_to_logits sync_batch think_end_token_ids update_state"

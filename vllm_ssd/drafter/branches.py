@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from vllm_ssd.drafter.biases import UNBIASED, Biases
+from vllm_ssd.drafter.noise import Unranked
 from vllm_ssd.drafter.sampler import Draw
+from vllm_ssd.drafter.sequence import Candidates
 from vllm_ssd.drafter.truncation import NOTHING
+from vllm_ssd.link.protocol import NO_NOISE, SEEDED_NOISE, Noise
 
 JIT_ACCEPT_LENGTH = -1
 """Accept length of the just-in-time branch, whose base is the last committed token, one before the first fork point.
@@ -21,9 +24,10 @@ class Branches:
 
     tokens [capacity, K + 1] int32: first token, then drafts; the first `computed` have been forwarded, and one more has
     been drawn while `computed <= num_drafts`; the first `sent` drafts have been pushed. candidates [capacity, K + 1, C]
-    int32: likeliest tokens after each computed one; candidate_probs, float32: their softmax. q_token_ids, q_probs
-    [capacity, K, M]: the proposal of each draft. temperature [capacity] float32: 0 for greedy branches. truncation
-    [capacity, 3] float32: see `truncate`. bias [capacity] int32: rows of `biases`.
+    int32, candidate_probs, float32: likeliest bonus tokens after each computed one; draft_probs [capacity, K] float32:
+    of each draft (see `Draw`). q_token_ids, q_probs [capacity, K, M]: the proposal of each draft. temperature
+    [capacity] float32: 0 for greedy branches. truncation [capacity, 3] float32: see `truncate`. bias [capacity] int32:
+    rows of `biases`. noise_kind, noise_seed [capacity] int64: see `protocol.Noise`.
 
     With a mask_token_id the draft model drafts in parallel: one step forwards the next token of a branch and a mask for
     each further draft, and draws all missing drafts. A mask's KV cannot serve as that of the draft in its place, so
@@ -59,11 +63,15 @@ class Branches:
         self.temperature = np.zeros(capacity, np.float32)
         self.truncation = np.zeros((capacity, 3), np.float32)
         self.bias = np.zeros(capacity, np.int32)
+        self.noise_kind = np.zeros(capacity, np.int64)
+        self.noise_seed = np.zeros(capacity, np.int64)
         self.tokens = np.zeros((capacity, k + 1), np.int32)
         self.candidates = np.zeros((capacity, k + 1, num_candidates), np.int32)
         self.candidate_probs = np.zeros((capacity, k + 1, num_candidates), np.float32)
+        self.draft_probs = np.zeros((capacity, k), np.float32)
         self.q_token_ids = np.zeros((capacity, k, top_m), np.int32)
         self.q_probs = np.zeros((capacity, k, top_m), np.float32)
+        self._unranked: Unranked | None = None  # [capacity, K + 1, NUM_UNRANKED], once any request needs it
         self._free = list(range(capacity - 1, -1, -1))
 
     @property
@@ -123,6 +131,7 @@ class Branches:
         temperature: float,
         truncation: tuple[float, float, float] = NOTHING,
         bias: int = UNBIASED,
+        noise: Noise = NO_NOISE,
     ) -> np.ndarray:
         """Add a branch for each of `first_tokens` `[n]`; returns their rows `[n]` int64."""
         rows = np.array([self._free.pop() for _ in first_tokens], np.int64)
@@ -137,6 +146,8 @@ class Branches:
         self.temperature[rows] = temperature
         self.truncation[rows] = truncation
         self.bias[rows] = bias
+        self.noise_kind[rows] = noise.kind
+        self.noise_seed[rows] = noise.seed
         self.tokens[rows, 0] = first_tokens
         if self.mask_token_id is not None:
             self.tokens[rows, 1:] = self.mask_token_id
@@ -159,12 +170,35 @@ class Branches:
         drawn = slice(first, first + len(rows))
         self.candidates[rows, places] = draw.candidates[drawn]
         self.candidate_probs[rows, places] = draw.candidate_probs[drawn]
+        if draw.unranked is not None:
+            self._keep_unranked(rows, places, *(values[drawn] for values in draw.unranked))
         if not len(rows) or places[0] == self.num_drafts[rows[0]]:
             return
         self.tokens[rows, places + 1] = draw.drawn[drawn]
+        self.draft_probs[rows, places] = draw.draft_probs[drawn]
         if draw.q_token_ids is not None and draw.q_probs is not None:
             self.q_token_ids[rows, places] = draw.q_token_ids[drawn]
             self.q_probs[rows, places] = draw.q_probs[drawn]
+
+    def _keep_unranked(self, rows: np.ndarray, places: np.ndarray, token_ids: np.ndarray, scores: np.ndarray) -> None:
+        if self._unranked is None:
+            shape = *self.candidates.shape[:2], token_ids.shape[1]
+            self._unranked = Unranked(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+        self._unranked.token_ids[rows, places] = token_ids
+        self._unranked.scores[rows, places] = scores
+
+    def candidates_after(self, row: int, place: int) -> Candidates:
+        """A copy of what is known of the bonus token after the token at `place` of `row`."""
+        has_draft, unranked = place < self.num_drafts[row], None
+        if self.noise_kind[row] == SEEDED_NOISE and self._unranked is not None:
+            unranked = Unranked(*(values[row, place].copy() for values in self._unranked))
+        return Candidates(
+            self.candidates[row, place].copy(),
+            self.candidate_probs[row, place].copy(),
+            int(self.tokens[row, place + 1]) if has_draft else -1,
+            float(self.draft_probs[row, place]) if has_draft else 0.0,
+            unranked,
+        )
 
     def find(self, rows: np.ndarray, accept_length: int, first_token: int) -> int:
         """The row among `rows` that predicts this outcome, or -1."""

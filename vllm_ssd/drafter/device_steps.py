@@ -18,9 +18,12 @@ from vllm_ssd.drafter.sequence import Sequence
 from vllm_ssd.drafter.step_tokens import StepTokens
 from vllm_ssd.kernels import Trees, sample
 from vllm_ssd.kernels.tree_attention import MAX_TILE
+from vllm_ssd.link.protocol import HASHED_NOISE
 
 MAX_TOP_M = 256
 """Widest proposal that `kernels.sample` keeps in registers; wider ones are drawn on the host, step by step."""
+_NUM_GREEDY = 4
+"""Number of arrays of draws that are copied to the host if no row samples."""
 WAIT_S = 2e-4
 """Longest wait for a step before the target's messages are polled again."""
 
@@ -95,6 +98,7 @@ class DeviceSteps:
             draw.candidates[kept],
             draw.candidate_probs[kept],
             draw.drawn[kept],
+            draw.draft_probs[kept],
             None if draw.q_token_ids is None else draw.q_token_ids[kept],
             None if draw.q_probs is None else draw.q_probs[kept],
         )
@@ -114,6 +118,11 @@ class DeviceSteps:
         truncations = np.concatenate([np.repeat(spine_truncations, num_of_spine, axis=0), branches.truncation[rows]])
         spine_biases = np.array([sequence.bias for sequence, _ in spines], np.int32)
         bias_rows = np.concatenate([np.repeat(spine_biases, num_of_spine), branches.bias[rows]])
+        noise = np.array([(sequence.noise.kind, sequence.noise.seed) for sequence, _ in spines], np.int64).reshape(
+            -1, 2
+        )
+        noise_kinds = np.concatenate([np.repeat(noise[:, 0], num_of_spine), branches.noise_kind[rows]])
+        target_seeds = np.concatenate([np.repeat(noise[:, 1], num_of_spine), branches.noise_seed[rows]])
         base, shared = tokens.positions.copy(), tokens.positions + 1
         base[n - m :] = branches.base[rows]
         shared[n - m :] = branches.base[rows] // pages.page_size * pages.page_size
@@ -145,19 +154,13 @@ class DeviceSteps:
             truncations=truncations[order],
             bias_rows=bias_rows[order],
             seeds=self._random.integers(1 << 63, size=n),
+            target_seeds=target_seeds[order],
+            foreseen=(noise_kinds == HASHED_NOISE)[order],
             fan_out=fan_out,
         )
-        sampled, num_candidates = bool(temperatures.any()), branches.num_candidates
+        sampled = bool(temperatures.any())
         return DeviceRun(
-            self._buffers,
-            replay,
-            size,
-            tokens.rows,
-            place,
-            num_steps,
-            num_candidates,
-            sampled,
-            None if is_cold else began,
+            self._buffers, replay, size, tokens.rows, place, num_steps, sampled, None if is_cold else began
         )
 
     def _replay_of(self, size: BucketSize) -> Replay:
@@ -184,7 +187,6 @@ class DeviceRun:
         rows: np.ndarray,
         place: np.ndarray,
         num_steps: int,
-        num_candidates: int,
         sampled: bool,
         began: float | None,
     ) -> None:
@@ -194,7 +196,6 @@ class DeviceRun:
         self._buffers, self._replay, self._size = buffers, replay, size
         self._place = place  # index of each token in the bucket
         self._num_steps, self._num_launched, self._num_taken = num_steps, 0, 0
-        self._num_candidates = num_candidates
         self._sampled = sampled
 
     @property
@@ -214,14 +215,16 @@ class DeviceRun:
         self._buffers.wait(step)
         if step + 1 < self._num_steps:
             self._launch(step + 1)
-        token_ids, q_token_ids, candidate_probs, q_probs = (d[self._place] for d in self._buffers.drawn(step))
+        drawn = (values[self._place] for values in self._buffers.drawn(step))
+        token_ids, draft_probs, candidate_ids, candidate_probs, q_token_ids, q_probs = drawn
         self._num_taken += 1
         now = time.perf_counter()
         self.step_s, self._began = None if self._began is None else now - self._began, now
         return Draw(
-            q_token_ids[:, : self._num_candidates],
+            candidate_ids,
             candidate_probs,
             token_ids,
+            draft_probs,
             q_token_ids if self._sampled else None,
             q_probs if self._sampled else None,
         )
@@ -289,14 +292,19 @@ class _Buffers:
             "truncations": zeros(num_rows, 3, dtype=torch.float32),
             "bias_rows": zeros(num_rows, dtype=torch.int32),
             "seeds": zeros(num_rows),
+            "target_seeds": zeros(num_rows),
+            "foreseen": zeros(num_rows, dtype=torch.int32),
         }
         self._fan_out = zeros(most_steps, num_rows, dtype=torch.int32)
         self._done = zeros(1)  # steps since the last load
         top_m, self._on_gpu = sampling["top_m"], device.type == "cuda"
-        self._drawn = (  # token ids, q's token ids, probabilities of candidates, q's probabilities
+        num_candidates = sampling["num_candidates"]
+        self._drawn = (  # token ids and their probabilities, candidates' and q's ids and probabilities
             zeros(most_steps, num_rows, dtype=torch.int32),
+            zeros(most_steps, num_rows, dtype=torch.float32),
+            zeros(most_steps, num_rows, num_candidates, dtype=torch.int32),
+            zeros(most_steps, num_rows, num_candidates, dtype=torch.float32),
             zeros(most_steps, num_rows, top_m, dtype=torch.int32),
-            zeros(most_steps, num_rows, sampling["num_candidates"], dtype=torch.float32),
             zeros(most_steps, num_rows, top_m, dtype=torch.float32),
         )
         self._on_host = [torch.empty_like(drawn, device="cpu", pin_memory=self._on_gpu) for drawn in self._drawn]
@@ -341,12 +349,12 @@ class _Buffers:
         replay()
         buffers = [(drawn[step, : size.rows], on_host[step, : size.rows]) for drawn, on_host in self._drawn_on_host()]
         if self._copies is None:
-            for drawn, on_host in buffers[: 4 if sampled else 3]:
+            for drawn, on_host in buffers if sampled else buffers[:_NUM_GREEDY]:
                 on_host.copy_(drawn)
             return
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
-            for drawn, on_host in buffers[: 4 if sampled else 3]:
+            for drawn, on_host in buffers if sampled else buffers[:_NUM_GREEDY]:
                 on_host.copy_(drawn, non_blocking=True)
             self._copied[step].record()
 
@@ -369,9 +377,9 @@ class _Buffers:
             self._copied[step].synchronize()
 
     def drawn(self, step: int) -> tuple[np.ndarray, ...]:
-        """A step's draws after `wait`: token ids [B], q's ids [B, M], probabilities of candidates [B, C] and q [B, M].
+        """A step's draws after `wait`: ids and probabilities [B] of tokens, then [B, C] of candidates, [B, M] of q.
 
-        q's probabilities are valid only if any row samples. The arrays are views that a later run overwrites.
+        q is valid only if any row samples. The arrays are views that a later run overwrites.
         """
         return tuple(on_host[step].numpy() for on_host in self._on_host)
 
@@ -410,10 +418,13 @@ class _Buffers:
             fan_out,
             truncations=inputs["truncations"],
             bias_rows=inputs["bias_rows"],
+            target_seeds=inputs["target_seeds"],
+            foreseen=inputs["foreseen"],
             **self._sampling,
         )
-        values_drawn = drawn.token_ids, drawn.q_token_ids, drawn.candidate_probs, drawn.q_probs
-        for buffer, values in zip(self._drawn, values_drawn):
+        of_tokens, of_q = (drawn.token_ids, drawn.draft_probs), (drawn.q_token_ids, drawn.q_probs)
+        of_candidates = drawn.candidate_ids, drawn.candidate_probs
+        for buffer, values in zip(self._drawn, of_tokens + of_candidates + of_q):
             buffer[:, : size.rows].index_copy_(0, self._done, values[None])
         inputs["token_ids"].copy_(drawn.token_ids)
         for counter in (positions, steps, own_lens):

@@ -43,10 +43,10 @@ import numpy as np
 
 from vllm_ssd.drafter.branches import JIT_ACCEPT_LENGTH, Branches
 from vllm_ssd.drafter.pages.protocol import Pages
-from vllm_ssd.drafter.prediction import OutcomePrediction
+from vllm_ssd.drafter.prediction import MAX_REQUESTS, OutcomePrediction
 from vllm_ssd.drafter.pushes import due_rows, take_push
 from vllm_ssd.drafter.sampler import Draw
-from vllm_ssd.drafter.sequence import NO_ROWS, Candidates, Sequence
+from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
 from vllm_ssd.drafter.step_tokens import StepTokens
 from vllm_ssd.drafter.stepper import Stepper
 from vllm_ssd.drafter.truncation import leaves_tokens, truncation_row
@@ -242,9 +242,7 @@ class DraftEngine:
             matched = min(skipped + common_prefix(path[k:], known.tolist()), num_kept)
             sequence.computed = base + matched
             for i in range(skipped, matched):
-                sequence.candidates[base + i] = Candidates(
-                    branches.candidates[row, i].copy(), branches.candidate_probs[row, i].copy()
-                )
+                sequence.candidates[base + i] = branches.candidates_after(row, i)
         sequence.tokens[length:] = path
         kept = sequence.computed
         sequence.candidates = {i: c for i, c in sequence.candidates.items() if i < kept}
@@ -279,6 +277,7 @@ class DraftEngine:
     def _begin_round(self, sequence: Sequence, num_drafts: int) -> None:
         sequence.num_forks = 0
         sequence.num_drafts = num_drafts
+        self._rank_candidates(sequence)
         self._num_branches = self._budget.branches(
             num_drafts,
             len(self.sequences),
@@ -291,6 +290,11 @@ class DraftEngine:
         else:
             self._unfinished.pop(sequence.request_id, None)
         self._fork(sequence)
+
+    def _rank_candidates(self, sequence: Sequence) -> None:
+        """Rank the candidates by the round's noise, if it is seeded and there are few requests to wait for this."""
+        if len(self.sequences) <= MAX_REQUESTS:
+            sequence.rank_candidates(self._vocab_size)
 
     def _fan_out_after_hit(self, num_drafts: int) -> SequenceOf[int]:
         """Branches by accept length in the round after a hit with `num_drafts` drafts."""
@@ -329,6 +333,7 @@ class DraftEngine:
             sequence.temperature,
             sequence.truncation,
             sequence.bias,
+            sequence.noise,
         )
         while self.pages.needed(rows) > self.pages.num_free:
             victim = next(iter(self.sequences.values()))
@@ -406,7 +411,7 @@ class DraftEngine:
     def _extend_spines(self, tokens: StepTokens, draw: Draw) -> None:
         """Store the spines' candidates, advance their computed lengths, and start the branches this allows."""
         for i, (sequence, position) in enumerate(tokens.spine_logits):
-            sequence.candidates[position] = Candidates(draw.candidates[i], draw.candidate_probs[i])
+            sequence.candidates[position] = draw.candidates_of(i)
         for sequence, n in tokens.spines:
             if not self._is_open(sequence):
                 continue  # evicted for the branches of a spine earlier in this loop
@@ -414,6 +419,7 @@ class DraftEngine:
             self._publish_pages(sequence)
             if sequence.is_computed:
                 del self._unfinished[sequence.request_id]
+            self._rank_candidates(sequence)
             self._fork(sequence)
         for i, (sequence, position) in enumerate(tokens.spine_logits):
             if self._is_open(sequence) and sequence.awaited and position == sequence.length - 1:

@@ -6,12 +6,14 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
+from vllm_ssd.drafter.noise import acceptance_uniforms
 from vllm_ssd.drafter.sequence import Sequence
-from vllm_ssd.policy import Confidence, FanOut, confidence_levels
+from vllm_ssd.link.protocol import UNKNOWN_NOISE
+from vllm_ssd.policy import Confidence, Draws, FanOut, confidence_levels, uniform_offsets
 
 MAX_REQUESTS = 16
-"""Most requests for which branches are split by the round's own probabilities. This takes 41 µs per request, for which
-the next step has to wait."""
+"""Most requests for which branches are split by the round's own probabilities, and candidates ranked by seeded noise.
+The former takes 41 µs per request, for which the next step has to wait."""
 
 
 class OutcomePrediction:
@@ -40,8 +42,9 @@ class OutcomePrediction:
             of_drafts, levels = sequence.levels or _levels(sequence, accept_length + 1)
             if levels[accept_length].max() < 0:  # its candidates were computed after the split
                 of_drafts, levels = _levels(sequence, accept_length + 1)
-            sampled = sequence.temperature > 0
-            self._confidence.observe(sampled, len(drafts), of_drafts, accept_length, levels[accept_length], rank)
+            self._confidence.observe(
+                _draws(sequence), len(drafts), of_drafts, accept_length, levels[accept_length], rank
+            )
 
     def hit_chances(self, num_drafts: int) -> SequenceOf[float]:
         """Estimated hit rate after a hit, with 0, 1, … branches up to the configured budget."""
@@ -60,15 +63,22 @@ class OutcomePrediction:
             sequence.levels = None
             return self._fan_out.counts(num_drafts, sequence.after_hit, budget)
         sequence.levels = _levels(sequence, num_drafts + 1)
-        return self._confidence.counts(sequence.temperature > 0, *sequence.levels, sequence.after_hit, budget)
+        return self._confidence.counts(_draws(sequence), *sequence.levels, sequence.after_hit, budget)
+
+
+def _draws(sequence: Sequence) -> Draws:
+    if not sequence.temperature:
+        return Draws.GREEDY
+    return Draws.SAMPLED if sequence.noise.kind == UNKNOWN_NOISE else Draws.FORESEEN
 
 
 def _levels(sequence: Sequence, num_forks: int) -> tuple[list[int | None], np.ndarray]:
     """Confidence levels of the drafts at the first `num_forks` fork points, and of the other candidates there.
 
     -> levels of drafts, None if unknown; levels of candidates [num_forks, C] int64, -1 in the draft's place and where
-    unknown. A draft that is not a candidate gets the last candidate's probability. The other candidates' probabilities
-    are renormalised without the draft's.
+    unknown. A draft that the drafter did not draw itself gets its probability as a candidate, or the last candidate's;
+    none if the target's noise is part of these. The other candidates' probabilities are renormalised without the
+    draft's.
     """
     first, length = sequence.length - 1, sequence.length
     drafts: list[int | None] = [None] * min(num_forks, len(sequence.tokens) - length)
@@ -82,10 +92,16 @@ def _levels(sequence: Sequence, num_forks: int) -> tuple[list[int | None], np.nd
     of_draft = (probs * is_draft).sum(1)
     levels = confidence_levels(probs / np.maximum(1 - of_draft, 1e-6)[:, None])
     levels[is_draft] = -1
-    draft_levels = confidence_levels(np.where(of_draft > 0, of_draft, probs[:, -1])).tolist()
-    for k, level in zip(known, draft_levels):
-        if k < len(drafts):
-            drafts[k] = level
+    drawn = np.array([candidates.drawn for _, candidates in found])
+    was_drawn = drawn == np.array(named)[known]
+    draft_probs = np.where(of_draft > 0, of_draft, probs[:, -1])
+    draft_probs = np.where(was_drawn, [candidates.draft_prob for _, candidates in found], draft_probs)
+    is_known = was_drawn | (_draws(sequence) != Draws.FORESEEN)
+    uniforms = acceptance_uniforms(sequence.noise, length, len(drafts)) or [0.0] * len(drafts)
+    offsets = uniform_offsets(uniforms)
+    for k, level, known_one in zip(known, confidence_levels(draft_probs).tolist(), is_known.tolist()):
+        if k < len(drafts) and known_one:
+            drafts[k] = level + offsets[k]
     if len(known) == num_forks:
         return drafts, levels
     others = np.full((num_forks, levels.shape[1]), -1)

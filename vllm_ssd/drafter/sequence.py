@@ -11,17 +11,25 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_ssd.drafter.biases import UNBIASED
+from vllm_ssd.drafter.noise import Replay, Unranked
 from vllm_ssd.drafter.truncation import NOTHING
-from vllm_ssd.link.protocol import NO_NOISE, Noise
+from vllm_ssd.link.protocol import NO_NOISE, SEEDED_NOISE, Noise
 
 NO_ROWS = np.empty(0, np.int64)
 
 
 class Candidates(NamedTuple):
-    """The likeliest tokens after a token of the spine: token_ids [C] int32, likeliest first; probs [C] float32."""
+    """The likeliest bonus tokens after a token of the spine.
+
+    token_ids [C] int32, likeliest first; probs [C] float32: see `Draw.candidate_probs`; drawn, draft_prob: the token
+    that was drawn there as a draft, and its probability; -1 and 0 if none was; unranked: for `rank_candidates`
+    """
 
     token_ids: np.ndarray
     probs: np.ndarray
+    drawn: int = -1
+    draft_prob: float = 0.0
+    unranked: Unranked | None = None
 
 
 @dataclass(slots=True)
@@ -61,6 +69,17 @@ class Sequence:
     def is_computed(self) -> bool:
         """Whether the whole spine has its KV."""
         return self.computed == len(self.tokens)
+
+    def rank_candidates(self, vocab_size: int) -> None:
+        """Rank the candidates by the noise of the round, if it is seeded."""
+        if self.noise.kind != SEEDED_NOISE:
+            return
+        replay = Replay(self.noise.seed, self.length, len(self.tokens) - self.length, vocab_size)
+        for position, candidates in self.candidates.items():
+            if (unranked := candidates.unranked) is not None:
+                draw = replay.after_last if position == len(self.tokens) - 1 else replay.after_rejection
+                token_ids, probs = unranked.rank(draw(unranked.token_ids), len(candidates.token_ids))
+                self.candidates[position] = candidates._replace(token_ids=token_ids, probs=probs)
 
     def page_digest(self, page: int, page_size: int) -> bytes:
         """Digest of a full page of committed tokens and everything before it, as a chain of hashes.

@@ -22,10 +22,12 @@ import numpy as np
 from vllm_ssd.compat.drafter.paged import PagedModel
 from vllm_ssd.drafter.branches import Branches
 from vllm_ssd.drafter.buckets import MAX_ROWS, row_sizes
+from vllm_ssd.drafter.noise import NUM_UNRANKED, hashed_noise
 from vllm_ssd.drafter.pages.protocol import Pages
 from vllm_ssd.drafter.sampler import Draw, Sampler
 from vllm_ssd.drafter.sequence import Sequence
 from vllm_ssd.drafter.step_tokens import StepTokens
+from vllm_ssd.link.protocol import SEEDED_NOISE
 from vllm_ssd.policy import BranchBudget
 
 FanOutAfterHit = Callable[[int], SequenceOf[int]]
@@ -130,7 +132,13 @@ class EagerRunner:
             fan_out = None if fan_out is None else np.concatenate([np.zeros(len(before), np.int64), fan_out])
         logits = self._model.forward(self._pages.batch(tokens))
         branches.biases.add(logits, biases)
-        return tokens, self._sampler.draw(logits, temperatures, fan_out, truncations)
+        kinds, seeds = branches.noise_kind[token_rows], branches.noise_seed[token_rows]
+        if spines:
+            kinds = np.concatenate([np.array([s.noise.kind for s, _ in before], np.int64), kinds])
+            seeds = np.concatenate([np.array([s.noise.seed for s, _ in before], np.int64), seeds])
+        noise = hashed_noise(kinds, seeds, tokens.positions[tokens.logit_indices], logits.shape[1])
+        num_unranked = NUM_UNRANKED if (kinds == SEEDED_NOISE).any() else 0
+        return tokens, self._sampler.draw(logits, temperatures, fan_out, truncations, noise, num_unranked)
 
 
 class EagerRun:

@@ -2,7 +2,7 @@
 
 from vllm_ssd.policy.adaptation import Adaptation
 from vllm_ssd.policy.budget import BranchBudget
-from vllm_ssd.policy.confidence import Confidence, confidence_levels
+from vllm_ssd.policy.confidence import Confidence, Draws, confidence_levels, uniform_offsets
 from vllm_ssd.policy.fallback import NgramGain, jit_drafts, jit_gain, ngram_drafts
 from vllm_ssd.policy.fan_out import MAX_LEARNED_FAN_OUT, FanOut, allocate, survival
 from vllm_ssd.policy.probing import draft_grid
@@ -14,6 +14,7 @@ __all__ = [
     "Adaptation",
     "BranchBudget",
     "Confidence",
+    "Draws",
     "FanOut",
     "allocate",
     "confidence_levels",
@@ -23,4 +24,5 @@ __all__ = [
     "ngram_drafts",
     "saguaro",
     "survival",
+    "uniform_offsets",
 ]

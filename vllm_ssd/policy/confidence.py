@@ -1,5 +1,6 @@
 """Which branches to grow, given the drafter's own probabilities in this round."""
 
+import enum
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,8 @@ NUM_LEVELS = 16
 """Classes of probabilities that are learned separately, of equal width in log odds."""
 MAX_LOG_ODDS = 7.6
 """The classes span log odds from -MAX_LOG_ODDS to MAX_LOG_ODDS."""
+NUM_UNIFORMS = 8
+"""Classes of the uniform numbers that decide about drafts, which are learned separately where they are foreseen."""
 NUM_RANKS = 4
 """Candidate ranks that are learned separately; the last one covers all further ranks."""
 MEMORY_OBSERVATIONS = 8192
@@ -25,9 +28,22 @@ _CHANCES = 1 / (1 + np.exp(-MAX_LOG_ODDS * (2 * (np.arange(NUM_LEVELS) + 0.5) / 
 _BOUNDS = 1 / (1 + np.exp(-MAX_LOG_ODDS * (2 * np.arange(1, NUM_LEVELS) / NUM_LEVELS - 1)))
 
 
+class Draws(enum.IntEnum):
+    """How a request's tokens are drawn; each kind is learned separately."""
+
+    GREEDY = 0
+    SAMPLED = 1
+    FORESEEN = 2  # sampled with noise that the drafter knows
+
+
 def confidence_levels(probs: np.ndarray) -> np.ndarray:
     """Classes of `probs`, float of any shape in [0, 1]. -> int64 in 0 … NUM_LEVELS - 1."""
     return np.searchsorted(_BOUNDS, probs, side="right")
+
+
+def uniform_offsets(uniforms: Sequence[float]) -> list[int]:
+    """What to add to the level of each foreseen draft, which is accepted if p / q is at least its uniform number."""
+    return [NUM_LEVELS * min(int(NUM_UNIFORMS * u), NUM_UNIFORMS - 1) for u in uniforms]
 
 
 class Confidence:
@@ -35,16 +51,15 @@ class Confidence:
 
     The chance of accept length k is the product of the acceptance rates of the first k drafts and the rejection rate of
     the next. The chance of a candidate is learned by its probability, its rank, and whether all drafts were accepted.
-    `fan_out` supplies the chances where the drafter's probabilities are not known yet. Greedy and sampled requests are
-    learned separately.
+    `fan_out` supplies the chances where the drafter's probabilities are not known yet.
     """
 
     def __init__(self, fan_out: FanOut) -> None:
         self._fan_out = fan_out
-        shape = 2, NUM_LEVELS  # [sampled, level]
+        shape = len(Draws), NUM_UNIFORMS * NUM_LEVELS  # [draws, uniform number and level]
         self._tried = np.full(shape, PRIOR_OBSERVATIONS)
-        self._accepted = np.broadcast_to(PRIOR_OBSERVATIONS * _CHANCES, shape).copy()
-        shape = 2, 2, NUM_RANKS, NUM_LEVELS  # [sampled, all accepted, rank, level]
+        self._accepted = np.broadcast_to(PRIOR_OBSERVATIONS * np.tile(_CHANCES, NUM_UNIFORMS), shape).copy()
+        shape = len(Draws), 2, NUM_RANKS, NUM_LEVELS  # [draws, all accepted, rank, level]
         self._seen = np.full(shape, PRIOR_OBSERVATIONS)
         self._right = np.broadcast_to(PRIOR_OBSERVATIONS * _CHANCES, shape).copy()
         self._num_observed = 0
@@ -53,7 +68,7 @@ class Confidence:
 
     def observe(
         self,
-        sampled: bool,
+        draws: Draws,
         num_drafts: int,
         drafts: Sequence[int | None],
         accept_length: int,
@@ -62,16 +77,17 @@ class Confidence:
     ) -> None:
         """Learn from the outcome of a round of `num_drafts` drafts.
 
-        drafts: levels of the drafts, at least up to the first rejected one, None if unknown; candidates [C] int64:
+        drafts: levels of the drafts, at least up to the first rejected one, None if unknown, and of foreseen draws plus
+        their `uniform_offsets`; candidates [C] int64:
         levels of the candidates at the outcome's fork point, as in `counts`; rank: the bonus token's rank among them,
         None if it is not a candidate.
         """
         for j, level in enumerate(drafts[: accept_length + 1]):
             if level is not None:
-                self._tried[int(sampled), level] += 1
-                self._accepted[int(sampled), level] += j < accept_length
+                self._tried[draws, level] += 1
+                self._accepted[draws, level] += j < accept_length
         candidates = candidates[candidates >= 0][:MAX_LEARNED_FAN_OUT]
-        kind, ranks = (int(sampled), int(accept_length == num_drafts)), _RANKS[: len(candidates)]
+        kind, ranks = (draws, int(accept_length == num_drafts)), _RANKS[: len(candidates)]
         seen = np.bincount(ranks * NUM_LEVELS + candidates, minlength=NUM_RANKS * NUM_LEVELS)
         self._seen[kind] += seen.reshape(NUM_RANKS, NUM_LEVELS)
         if rank is not None and rank < len(candidates):
@@ -83,17 +99,17 @@ class Confidence:
                 table /= 2
 
     def counts(
-        self, sampled: bool, drafts: Sequence[int | None], candidates: np.ndarray, after_hit: bool, budget: int
+        self, draws: Draws, drafts: Sequence[int | None], candidates: np.ndarray, after_hit: bool, budget: int
     ) -> list[int]:
         """Branches per accept length that cover the `budget` likeliest outcomes.
 
-        drafts [m]: level of each draft, None if unknown; candidates [m + 1, C] int64: levels of the candidates at each
+        drafts [m]: level of each draft, as in `observe`; candidates [m + 1, C] int64: levels of the candidates at each
         fork point, likeliest first; negative where there is no candidate (as in the draft's own place) or none is known
         -> m + 1 counts that sum to at most `budget`, each at most 16
         """
-        num_drafts, kind = len(drafts), int(sampled)
+        num_drafts = len(drafts)
         budget = min(budget, self._fan_out.budget)
-        rates = (self._accepted[kind] / self._tried[kind]).tolist()
+        rates = (self._accepted[draws] / self._tried[draws]).tolist()
         mean_rates = self._fan_out.acceptance(num_drafts, after_hit)
         weights, reached = [], 1.0
         for level, mean_rate in zip(drafts, mean_rates):
@@ -107,7 +123,7 @@ class Confidence:
         exists &= ranks < MAX_LEARNED_FAN_OUT
         is_full = np.zeros((num_drafts + 1, 1), np.int64)
         is_full[-1] = 1
-        chances = (self._right[kind] / self._seen[kind])[is_full, np.minimum(ranks, NUM_RANKS - 1), candidates]
+        chances = (self._right[draws] / self._seen[draws])[is_full, np.minimum(ranks, NUM_RANKS - 1), candidates]
         chances[~exists] = np.inf
         chances = np.minimum.accumulate(chances, 1)  # a candidate has a branch only if all likelier ones have
         chances[~exists] = 0.0

@@ -9,6 +9,7 @@ import numpy as np
 from vllm import LLMEngine
 
 from vllm_ssd.compat.target import runner_v1
+from vllm_ssd.compat.target.seeded_rounds import SeededRounds
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
@@ -36,6 +37,7 @@ class ConstantDrafts:
 
     def __init__(self, vllm_config: Any) -> None:
         runner_v1.install(ConstantDrafts)
+        self.seeded_rounds = SeededRounds()
         self._most = vllm_config.speculative_config.num_speculative_tokens
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:

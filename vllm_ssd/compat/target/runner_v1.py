@@ -24,10 +24,11 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm_ssd.compat import patch
 from vllm_ssd.compat.target.cache_salt import cache_salt_of
 from vllm_ssd.compat.target.gain import can_gain, ending_requests
+from vllm_ssd.compat.target.seeded_rounds import SeededRounds
 from vllm_ssd.compat.target.thinking_budget import ThinkingBudget
 from vllm_ssd.compat.target.truncation import truncation_of
 from vllm_ssd.compat.target.weights import warn_of_new_weights
-from vllm_ssd.link.protocol import NO_NOISE, Noise, Proposal, Truncation
+from vllm_ssd.link.protocol import Noise, Proposal, Truncation
 
 EXPAND = "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens"
 
@@ -45,7 +46,9 @@ class StartedRequest(NamedTuple):
 
 
 class V1Proposer(Protocol):
-    """The methods that the wrapped runner calls on our proposer, in addition to vLLM's own `propose`."""
+    """What the wrapped runner calls on our proposer, in addition to vLLM's own `propose`."""
+
+    seeded_rounds: SeededRounds
 
     def on_schedule(
         self,
@@ -109,6 +112,7 @@ def _wrap(name: str, body: Callable[..., Any], *parameters: str) -> None:
 
 
 def _execute_model(original, runner, proposer: V1Proposer, scheduler_output, *args, **kwargs):
+    rounds = proposer.seeded_rounds
     started = [
         StartedRequest(
             new.req_id,
@@ -117,12 +121,13 @@ def _execute_model(original, runner, proposer: V1Proposer, scheduler_output, *ar
             new.sampling_params.min_tokens,
             truncation_of(new.sampling_params),
             cache_salt_of(new.sampling_params),
-            NO_NOISE,
+            rounds.start(runner, new.req_id, new.sampling_params),
         )
         for new in scheduler_output.scheduled_new_reqs
         if can_gain(new, runner.vllm_config)
     ]
     if started or scheduler_output.finished_req_ids:
+        rounds.finish(scheduler_output.finished_req_ids)
         proposer.on_schedule(started, list(scheduler_output.finished_req_ids))
     return original(scheduler_output, *args, **kwargs)
 
@@ -146,12 +151,13 @@ def _sample(original, runner, proposer: V1Proposer, logits, spec_decode_metadata
     batch = runner.input_batch
     metadata = batch.sampling_metadata
     ThinkingBudget.take_over(batch.thinking_budget_state_holder)
-    if spec_decode_metadata is not None and any(spec_decode_metadata.num_draft_tokens):
-        if not metadata.logprob_token_ids:
-            return original(logits, spec_decode_metadata)
-        logits, metadata = without_drafts(logits, metadata, spec_decode_metadata)
-    batch.update_async_output_token_ids()
-    return runner.sampler(logits=logits, sampling_metadata=metadata, predict_bonus_token=True)
+    with proposer.seeded_rounds.seeded(batch):
+        if spec_decode_metadata is not None and any(spec_decode_metadata.num_draft_tokens):
+            if not metadata.logprob_token_ids:
+                return original(logits, spec_decode_metadata)
+            logits, metadata = without_drafts(logits, metadata, spec_decode_metadata)
+        batch.update_async_output_token_ids()
+        return runner.sampler(logits=logits, sampling_metadata=metadata, predict_bonus_token=True)
 
 
 def without_drafts(

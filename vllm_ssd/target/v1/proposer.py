@@ -11,6 +11,7 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_ssd.compat.target import runner_v1
 from vllm_ssd.compat.target.runner_v1 import StartedRequest
+from vllm_ssd.compat.target.seeded_rounds import SeededRounds
 from vllm_ssd.link.protocol import Proposal
 from vllm_ssd.target.start import start_drafters, user_config
 from vllm_ssd.target.v1.round import Batch
@@ -22,6 +23,7 @@ class SSDProposer:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         runner_v1.install(SSDProposer)
+        self.seeded_rounds = SeededRounds()
         self._verifier: Verifier | None = None
         self._request_ids: Sequence[str] = ()
         self._num_verified: Sequence[int] = ()
