@@ -6,7 +6,8 @@ Every round drafts K tokens from the drafter's q, cut to its top-M tokens as SSD
 by the rule of rejection sampling: text and accept lengths are those of any exact implementation. What the drafter's
 distribution says of each draft and each fork point is written down beside the outcome.
 
-`--noise` weakens the drafter: normal noise on each weight matrix, in multiples of its standard deviation.
+`--noise` weakens the drafter: normal noise on each weight matrix, in multiples of its standard deviation. With
+`--foresee` the drafter knows the random numbers with which the target accepts drafts and draws bonus tokens.
 """
 
 import argparse
@@ -35,6 +36,10 @@ class Rounds:
     draft at its fork point; residual_rank [n]: the same when tokens are sorted by max(p - q, 0), by p after full
     acceptance; overlap [n, K, len(CUTS)]: chance that a draft from q cut to CUTS is accepted, nan beyond the first
     rejection. Greedy rounds have the softmax at temperature 1 and overlaps of 0 or 1.
+
+    uniforms [n, K]: the uniform numbers that decided about the drafts if they were foreseen, else nan. Then candidates
+    are ranked by log probability plus the target's Gumbel noise, so are their probabilities and bonus_rank, and
+    draft_probs are shares of the NUM_CANDIDATES likeliest tokens.
     """
 
     request: np.ndarray
@@ -46,6 +51,7 @@ class Rounds:
     bonus_rank: np.ndarray
     residual_rank: np.ndarray
     overlap: np.ndarray
+    uniforms: np.ndarray
 
     @classmethod
     def load(cls, path: Path) -> "Rounds":
@@ -67,7 +73,7 @@ class Recorder:
     def __init__(self, target: Llama, drafter: Llama, prompts: Tensor, args: argparse.Namespace) -> None:
         self.num_drafts, self.top_m, self.temperature = args.drafts, args.top_m, args.temperature
         self.greedy = args.temperature == 0
-        self.advance_one = args.every_position
+        self.advance_one, self.foresees = args.every_position, args.foresee
         batch, length = prompts.shape
         slots = length + args.tokens * (self.num_drafts + 1)
         self.models = target, drafter
@@ -118,18 +124,24 @@ class Recorder:
         rows = torch.arange(batch)
         q_drafts = q[:, :k].gather(2, drafted[..., None])[..., 0]
         p_drafts = p[:, :k].gather(2, drafted[..., None])[..., 0]
-        accepted = torch.rand(batch, k) * q_drafts < p_drafts
+        uniforms = torch.rand(batch, k)
+        accepted = uniforms * q_drafts < p_drafts
         accept_length = accepted.long().cumprod(1).sum(1)
         residual = torch.cat(((p[:, :k] - q[:, :k]).clamp(min=0), p[:, k:]), 1)
         if self.greedy:
             residual = p
         at = residual[rows, accept_length]
-        bonus = torch.multinomial(at, 1)[:, 0]
+        gumbel = -torch.empty_like(p).exponential_().log()
+        bonus = (at.log() + gumbel[rows, accept_length]).argmax(1)
 
         full_drafts = q_full[:, :k].gather(2, drafted[..., None])
         draft_ranks = (q_full[:, :k] > full_drafts).sum(-1)
         without = q_full.clone()
         without[:, :k].scatter_(2, drafted[..., None], -1.0)
+        draft_probs = full_drafts[..., 0]
+        if self.foresees:
+            draft_probs = draft_probs / q_full[:, :k].topk(NUM_CANDIDATES, -1).values.sum(-1)
+            without = (without.clamp(min=0).log() + gumbel - gumbel.amax(-1, keepdim=True)).exp()
         candidates = without.topk(NUM_CANDIDATES, -1).values.clamp(min=0)
         there = without[rows, accept_length]
         overlap = self.overlaps(p[:, :k], q_full[:, :k], p_drafts)
@@ -140,13 +152,14 @@ class Recorder:
         self.commit(drafted, accept_length, bonus)
         return {
             "accept_length": accept_length,
-            "draft_probs": full_drafts[..., 0],
+            "draft_probs": draft_probs,
             "draft_ranks": draft_ranks,
             "candidate_probs": candidates,
             "token_ids": torch.cat((drafted, bonus[:, None]), 1),
             "bonus_rank": (there > there[rows, bonus][:, None]).sum(1),
             "residual_rank": (at > at[rows, bonus][:, None]).sum(1),
             "overlap": overlap,
+            "uniforms": uniforms if self.foresees else torch.full_like(uniforms, torch.nan),
         }
 
     def commit(self, drafted: Tensor, accept_length: Tensor, bonus: Tensor) -> None:
@@ -215,6 +228,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--foresee", action="store_true", help="the drafter knows the target's random numbers")
     parser.add_argument("--every-position", action="store_true", help="greedy: a round from every token of the text")
     args = parser.parse_args()
     rounds = record(args)

@@ -24,7 +24,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vllm_ssd.policy import Confidence, FanOut, confidence_levels
+from vllm_ssd.policy import Confidence, Draws, FanOut, confidence_levels, uniform_offsets
 
 Levels = tuple[list[int], np.ndarray]
 """Of the drafts of a round [K], and of the other candidates at its fork points [K + 1, C], as for `Confidence`."""
@@ -33,8 +33,8 @@ Levels = tuple[list[int], np.ndarray]
 class Marginal:
     """Branches by the mean chances of accept lengths."""
 
-    def __init__(self, num_drafts: int, budget: int) -> None:
-        self.num_drafts, self.budget = num_drafts, budget
+    def __init__(self, num_drafts: int, budget: int, draws: Draws = Draws.GREEDY) -> None:
+        self.num_drafts, self.budget, self.draws = num_drafts, budget, draws
         self.fan_out = FanOut(num_drafts, branch_budget=budget)
         self.confidence = Confidence(self.fan_out)
 
@@ -47,7 +47,7 @@ class Marginal:
         drafts, candidates = levels
         known = candidates[accept_length]
         self.fan_out.observe(self.num_drafts, accept_length, rank, after_hit, int((known >= 0).sum()))
-        self.confidence.observe(False, self.num_drafts, drafts, accept_length, known, rank)
+        self.confidence.observe(self.draws, self.num_drafts, drafts, accept_length, known, rank)
 
 
 class Weights(Marginal):
@@ -56,7 +56,7 @@ class Weights(Marginal):
     def counts(self, levels: Levels, after_hit: bool, accept_length: int) -> Sequence[int]:
         """See `Marginal.counts`."""
         unknown = np.full((self.num_drafts + 1, NUM_CANDIDATES), -1)
-        return self.confidence.counts(False, levels[0], unknown, after_hit, self.budget)
+        return self.confidence.counts(self.draws, levels[0], unknown, after_hit, self.budget)
 
 
 class ByConfidence(Marginal):
@@ -64,7 +64,7 @@ class ByConfidence(Marginal):
 
     def counts(self, levels: Levels, after_hit: bool, accept_length: int) -> Sequence[int]:
         """See `Marginal.counts`."""
-        return self.confidence.counts(False, *levels, after_hit, self.budget)
+        return self.confidence.counts(self.draws, *levels, after_hit, self.budget)
 
 
 class LastUnknown(Marginal):
@@ -74,7 +74,7 @@ class LastUnknown(Marginal):
         """See `Marginal.counts`."""
         drafts, candidates = levels
         candidates = np.concatenate((candidates[:-1], np.full((1, NUM_CANDIDATES), -1)))
-        return self.confidence.counts(False, drafts, candidates, after_hit, self.budget)
+        return self.confidence.counts(self.draws, drafts, candidates, after_hit, self.budget)
 
 
 class Oracle(Marginal):
@@ -106,6 +106,11 @@ def load(pattern: str) -> Rounds:
 
 def levels_of(rounds: Rounds) -> list[Levels]:
     """What the drafter's engine knows of each round: probabilities among the candidates, one of which is the draft."""
+    if not np.isnan(rounds.uniforms).any():
+        others = rounds.candidate_probs.astype(np.float64)
+        offsets = [uniform_offsets(uniforms) for uniforms in rounds.uniforms.tolist()]
+        drafts = confidence_levels(np.minimum(rounds.draft_probs, 1)) + np.array(offsets)
+        return list(zip(drafts.tolist(), confidence_levels(others / others.sum(2, keepdims=True))))
     others = rounds.candidate_probs.astype(np.float64)
     is_candidate = rounds.draft_ranks < NUM_CANDIDATES
     drafts = np.where(is_candidate, rounds.draft_probs, others[:, :-1, -1])
@@ -157,10 +162,11 @@ def main() -> None:
         name, pattern = trace.split("=", 1)
         rounds = load(pattern)
         levels, requests = levels_of(rounds), rounds.request[args.skip :]
+        draws = Draws.SAMPLED if np.isnan(rounds.uniforms).any() else Draws.FORESEEN
         for budget in args.budgets:
             cells, base = [], None
             for policy in POLICIES.values():
-                hits = 100.0 * replay(rounds, levels, policy(rounds.draft_probs.shape[1], budget))[args.skip :]
+                hits = 100.0 * replay(rounds, levels, policy(rounds.draft_probs.shape[1], budget, draws))[args.skip :]
                 if base is None:
                     base = hits
                     cells.append(f"{hits.mean():.1f} ± {standard_error(hits, requests):.1f}")

@@ -17,10 +17,12 @@ from record_rounds import CUTS, PAIR, Recorder, Rounds, record  # noqa: E402
 from replay_rounds import POLICIES, levels_of, replay, standard_error  # noqa: E402
 from round_ceilings import accepted_drafts, truncated  # noqa: E402
 
+from vllm_ssd.policy import Draws  # noqa: E402
+
 
 def told(**options) -> argparse.Namespace:
     defaults = dict(pair=PAIR, temperature=0.0, noise=0.0, drafts=3, top_m=64, prompts=6, tokens=10, seed=0)
-    return argparse.Namespace(**(defaults | dict(every_position=False) | options))
+    return argparse.Namespace(**(defaults | dict(every_position=False, foresee=False) | options))
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,28 @@ def test_a_drafter_that_is_the_target_is_always_accepted(models):
         assert (found["accept_length"] == 3).all()
         torch.testing.assert_close(found["overlap"][..., -1], torch.ones(4, 3), atol=1e-3, rtol=0)
         assert (found["overlap"][..., 0] < 1).all(), "a cut q is not the target's"
+
+
+@torch.no_grad()
+def test_a_drafter_that_is_the_target_foresees_every_bonus_token(models):
+    prompts = torch.randint(2048, (4, 20), generator=torch.Generator().manual_seed(2))
+    recorder = Recorder(models[0], models[0], prompts, told(temperature=1.0, top_m=2048, tokens=20, foresee=True))
+    for _ in range(4):
+        found = recorder.round()
+        assert (found["accept_length"] == 3).all() and (found["bonus_rank"] == 0).all()
+        assert ((found["draft_probs"] > 0) & (found["draft_probs"] <= 1)).float().mean() > 0.9
+        assert ((found["uniforms"] >= 0) & (found["uniforms"] < 1)).all()
+
+
+def test_foreseen_rounds_hit_more_often():
+    known, foreseen = (
+        record(told(temperature=1.0, prompts=12, tokens=40, foresee=foresee)) for foresee in (False, True)
+    )
+    hits = []
+    for rounds, draws in ((known, Draws.SAMPLED), (foreseen, Draws.FORESEEN)):
+        policy = POLICIES["confidence"](rounds.draft_probs.shape[1], 12, draws)
+        hits.append(replay(rounds, levels_of(rounds), policy)[60:].mean())
+    assert hits[1] > hits[0] + 0.15, hits
 
 
 def test_what_is_recorded_agrees_with_itself(sampled):
