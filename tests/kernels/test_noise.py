@@ -17,6 +17,7 @@ import triton.language as tl
 from cases import DEVICE, ints, reference
 
 from vllm_ssd.compat.version import minor_of
+from vllm_ssd.drafter.noise import philox_uniform
 from vllm_ssd.kernels import hashed_gumbel, sample
 from vllm_ssd.kernels.noise import add_hashed_gumbel, hashed_uniform
 
@@ -85,6 +86,20 @@ def test_noise_is_that_of_vllm(vllm_gumbel: ModuleType):
     for device in {"cpu", DEVICE}:
         ours = hashed_gumbel(seeds.to(device), positions.to(device), token_ids.to(device))
         torch.testing.assert_close(ours.cpu(), noise[0].cpu(), atol=4e-6, rtol=0)
+
+
+def _accept(seeds_ptr, positions_ptr, uniform_ptr, RAND: tl.constexpr):
+    i = tl.program_id(0)
+    tl.store(uniform_ptr + i, RAND(tl.load(seeds_ptr + i), tl.load(positions_ptr + i), includes_zero=False))
+
+
+def test_uniform_numbers_of_drafts_are_those_of_vllm(vllm_gumbel: ModuleType):
+    cases = [(seed, position) for seed in SEEDS for position in (0, 1, 5, 2**16, 70000)]
+    seeds, positions = ints(cases, torch.int64).to(DEVICE).T.contiguous()
+    uniform = torch.empty(len(cases), device=DEVICE)
+    triton.jit(_accept)[(len(cases),)](seeds, positions, uniform, vllm_gumbel.tl_rand32)
+    expected = torch.tensor([philox_uniform(seed, position) for seed, position in cases])
+    torch.testing.assert_close(expected, uniform.cpu(), atol=1e-7, rtol=1e-6)
 
 
 def test_noise_is_broadcast():
