@@ -285,7 +285,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_others_are_not(tmp_path):
     path.write_text('{"track": "waits"}\n')
     with pytest.raises(ValueError, match="line 1: not a timeline event"):
         read(Path(trace))
-    done = CliRunner().invoke(app, ["trace", str(tmp_path / "absent"), "--out", str(tmp_path / "x")])
+    done = CliRunner().invoke(app, ["trace", str(tmp_path / ("absent" * 20)), "--out", str(tmp_path / "x")])
     assert done.exit_code == 1 and "nothing was recorded" in done.output
     assert CliRunner().invoke(app, ["trace", trace]).exit_code == 2
 

@@ -13,6 +13,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
+def say(text: str) -> None:
+    """Print a message; outside a terminal without line breaks, so that it can be searched for."""
+    console.print(text, markup=False, soft_wrap=not console.is_terminal)
+
+
 def json_object(option: str, text: str) -> dict[str, Any]:
     """Parse the JSON object given for `option`; raises ValueError for anything else."""
     value = json.loads(text)

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from vllm_ssd.cli.base import app, console, json_object
+from vllm_ssd.cli.base import app, json_object, say
 from vllm_ssd.config import SSDConfig, parse_address
 from vllm_ssd.link.credential import BadCredential, make_credential, tls_context
 
@@ -23,9 +23,9 @@ def key_command(
     try:
         make_credential(file)
     except OSError as error:
-        console.print(f"{file}: {error.strerror}", markup=False)
+        say(f"{file}: {error.strerror}")
         raise typer.Exit(1) from None
-    console.print(f"{file}: a new key, which only you can read", markup=False)
+    say(f"{file}: a new key, which only you can read")
 
 
 @app.command("drafter")
@@ -44,7 +44,7 @@ def drafter_command(
         wanted = SSDConfig.from_user({**json_object("--config", config), "model": model})
         tls_context(key, is_server=True)
     except (ValueError, BadCredential) as error:
-        console.print(str(error), markup=False)
+        say(str(error))
         raise typer.Exit(1) from None
     from vllm_ssd.compat.target.configuration import engine_argument_names  # vLLM is imported only now
     from vllm_ssd.compat.target.worker import visible_gpus
@@ -59,7 +59,7 @@ def drafter_command(
         if missing := run_on(options.cpus):
             raise ValueError(f"drafter_cpus: the drafter may not run on CPU {', '.join(map(str, missing))}")
     except ValueError as error:
-        console.print(str(error), markup=False)
+        say(str(error))
         raise typer.Exit(1) from None
     options = msgspec.structs.replace(options, key=str(key.absolute()), parent_pid=0)
     arguments = ["-m", DRAFTER_MODULE, listen, msgspec.json.encode(options).decode()]

@@ -13,7 +13,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vllm_ssd.cli.base import app, console, json_object
+from vllm_ssd.cli.base import app, console, json_object, say
 from vllm_ssd.config import parse_cpus
 from vllm_ssd.planning import (
     DEVICES,
@@ -128,7 +128,7 @@ def profile_command(
                 profiler.run(turns, status.update)
                 found = profiler.profile()
         except (EngineFailed, ValueError) as error:
-            console.print(str(error), markup=False)
+            say(str(error))
             raise typer.Exit(1) from None
         if trace:
             profiler.write_trace(trace)
@@ -248,16 +248,14 @@ def _print(inputs: Profile, plans: dict[int, Plan], sizes: dict[str, float]) -> 
         for p in (best.plain, best.sd, best.ssd):
             table.add_row(*_row(p, p == best.recommended))
         console.print(table)
-        console.print(_advice(inputs, best), markup=False)
+        say(_advice(inputs, best))
     if sizes:
-        console.print(
+        say(
             f"Drafter size, a prior (scaling law and roofline, docs/theory.md): {_size(sizes['sd'])} for stock "
-            f"speculation, {_size(sizes['ssd'])} for SSD.",
+            f"speculation, {_size(sizes['ssd'])} for SSD."
         )
     if inputs.guessed:
-        console.print(
-            f"Guessed, not measured: {'; '.join(inputs.guessed)}. Measure with `vllm-ssd profile`.", markup=False
-        )
+        say(f"Guessed, not measured: {'; '.join(inputs.guessed)}. Measure with `vllm-ssd profile`.")
 
 
 def _row(p: Prediction, recommended: bool) -> Sequence[str]:

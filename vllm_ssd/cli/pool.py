@@ -10,7 +10,7 @@ import msgspec
 import typer
 from rich.table import Table
 
-from vllm_ssd.cli.base import app, console, json_object
+from vllm_ssd.cli.base import app, console, json_object, say
 from vllm_ssd.config import SSDConfig, check_resources, is_pool_name
 from vllm_ssd.link.drafter_args import check_names
 
@@ -87,14 +87,14 @@ def remove_command(
     with _pool(name, unauthenticated) as pool:
         if bool(drafters) == bool(num):
             raise ValueError("name the drafters, or say how many with --num")
-        console.print(f"leaving: {', '.join(pool.remove(drafters or [], num))}", markup=False)
+        say(f"leaving: {', '.join(pool.remove(drafters or [], num))}")
 
 
 @pool_app.command("down")
 def down_command(name: Name, unauthenticated: Unauthenticated = False) -> None:
     """End all drafters of a pool at once; its targets continue without drafts."""
     with _pool(name, unauthenticated) as pool:
-        console.print(f"ended {pool.down()} drafters of {name}", markup=False)
+        say(f"ended {pool.down()} drafters of {name}")
 
 
 @contextlib.contextmanager
@@ -116,7 +116,7 @@ def _pool(name: str, unauthenticated: bool) -> Iterator[Pool]:
     except typer.Exit:  # is a RuntimeError
         raise
     except (ValueError, RuntimeError) as error:
-        console.print(str(error), markup=False)
+        say(str(error))
         raise typer.Exit(1) from None
 
 
@@ -132,6 +132,6 @@ def _show(report: PoolReport, as_json: bool) -> None:
             table.add_row(one.name, one.node, one.address, one.state, *map(str, counts))
         console.print(table)
         if report.problem:
-            console.print(report.problem, markup=False)
+            say(report.problem)
     if report.problem:
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_ssd.cli.base import app, console
+from vllm_ssd.cli.base import app, say
 from vllm_ssd.monitor.page import page
 from vllm_ssd.monitor.timeline import chrome_trace, read, rounds
 
@@ -25,10 +25,10 @@ def trace_command(
     try:
         events = read(trace)
     except (OSError, ValueError) as error:
-        console.print(str(error), markup=False)
+        say(str(error))
         raise typer.Exit(1) from None
     if out:
         out.write_text(json.dumps(chrome_trace(events)))
     if html:
         html.write_text(page(events, f"SSD, {trace.name}"))
-    console.print(f"{len(events)} events of {len({e.pid for e in events})} processes, {len(rounds(events))} requests")
+    say(f"{len(events)} events of {len({e.pid for e in events})} processes, {len(rounds(events))} requests")
