@@ -13,7 +13,6 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,11 +20,7 @@ from pathlib import Path
 import msgspec
 from bench_prompts import held_out_prompts
 from bench_report import environment
-from resize_model import deepen, widen
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-from engines import PAIR, Engine, assert_conclusive, request  # noqa: E402
+from expensive_pair import Engine, add_sizes, assert_conclusive, request, started
 
 WARM_UP = 4
 """Prompts whose requests are not counted."""
@@ -64,44 +59,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.8, 1.0])
-    parser.add_argument("--num-speculative-tokens", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--intermediate-size", type=int, default=24576, help="of the target")
-    parser.add_argument("--layers", type=int, default=8, help="of the drafter")
+    add_sizes(parser)
     args = parser.parse_args()
-    target_core, *_, drafter_core = sorted(os.sched_getaffinity(0))
-    if target_core == drafter_core:
-        raise SystemExit("target and drafter need a core each")
     source = held_out_prompts(seed=1)
     prompts = [list(next(source)) for _ in range(args.prompts)]
     points = []
-    with tempfile.TemporaryDirectory(prefix="foresee-") as name:
-        folder = Path(name)
-        widen(PAIR / "target", folder / "target", args.intermediate_size, "bfloat16")
-        deepen(PAIR / "drafter", folder / "drafter", args.layers, "bfloat16")
-        engine = Engine(
-            folder / "log",
-            forked=False,
-            model=str(folder / "target"),
-            dtype="bfloat16",
-            speculative={
-                "model": str(folder / "drafter"),
-                "dtype": "bfloat16",
-                "num_speculative_tokens": args.num_speculative_tokens,
-                "on_miss": "skip",
-                "drafter_cpus": str(drafter_core),
-            },
-        )
-        try:
-            engine.receive()
-            engine.pin([target_core])
-            for temperature in args.temperatures:
-                points.append(measure(engine, prompts, temperature, args.tokens))
-                print(msgspec.json.format(msgspec.json.encode(points[-1]), indent=2).decode(), flush=True)
-            assert_conclusive(engine.generate([request(prompts[0], temperature=0.8, max_tokens=args.tokens)]))
-        finally:
-            engine.close()
+    with started(args, {"on_miss": "skip"}, forked=False) as engine:
+        engine.pin([min(os.sched_getaffinity(0))])
+        for temperature in args.temperatures:
+            points.append(measure(engine, prompts, temperature, args.tokens))
+            print(msgspec.json.format(msgspec.json.encode(points[-1]), indent=2).decode(), flush=True)
+        assert_conclusive(engine.generate([request(prompts[0], temperature=0.8, max_tokens=args.tokens)]))
     args.out.write_bytes(msgspec.json.encode({"environment": environment(sys.argv), "points": points}))
 
 

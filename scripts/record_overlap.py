@@ -10,57 +10,26 @@ target on one core and the drafter on another.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import tempfile
 from pathlib import Path
 
 from bench_prompts import held_out_prompts
-from resize_model import deepen, widen
+from expensive_pair import add_sizes, assert_conclusive, request, started
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-from engines import PAIR, Engine, assert_conclusive, request  # noqa: E402
-
-from vllm_ssd.link.timeline import TRACE_ENV  # noqa: E402
+from vllm_ssd.link.timeline import TRACE_ENV
 
 
 def main() -> None:
     """Make the pair, run one request, and leave its timeline beside the trace."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path)
-    parser.add_argument("--intermediate-size", type=int, default=24576, help="of the target")
-    parser.add_argument("--layers", type=int, default=8, help="of the drafter")
-    parser.add_argument("--num-speculative-tokens", type=int, default=3)
+    add_sizes(parser)
     parser.add_argument("--tokens", type=int, default=160)
     args = parser.parse_args()
-    *target_cores, drafter_core = sorted(os.sched_getaffinity(0))
-    if not target_cores:
-        raise SystemExit("target and drafter need a core each")
     prompts = held_out_prompts(seed=0)
-    with tempfile.TemporaryDirectory(prefix="overlap-") as name:
-        folder = Path(name)
-        widen(PAIR / "target", folder / "target", args.intermediate_size, "bfloat16")
-        deepen(PAIR / "drafter", folder / "drafter", args.layers, "bfloat16")
-        engine = Engine(
-            folder / "log",
-            model=str(folder / "target"),
-            dtype="bfloat16",
-            speculative={
-                "model": str(folder / "drafter"),
-                "dtype": "bfloat16",
-                "num_speculative_tokens": args.num_speculative_tokens,
-                "drafter_cpus": str(drafter_core),
-            },
-            environment={TRACE_ENV: str(args.trace.absolute())},
-        )
-        try:
-            engine.receive()
-            for tokens in (args.tokens, args.tokens):  # the first request warms both sides up
-                run = engine.generate([request(list(next(prompts)), max_tokens=tokens)])
-            assert_conclusive(run)
-        finally:
-            engine.close()
+    with started(args, {}, environment={TRACE_ENV: str(args.trace.absolute())}) as engine:
+        for tokens in (args.tokens, args.tokens):  # the first request warms both sides up
+            run = engine.generate([request(list(next(prompts)), max_tokens=tokens)])
+        assert_conclusive(run)
 
 
 if __name__ == "__main__":

@@ -106,12 +106,11 @@ def load(pattern: str) -> Rounds:
 
 def levels_of(rounds: Rounds) -> list[Levels]:
     """What the drafter's engine knows of each round: probabilities among the candidates, one of which is the draft."""
+    others = rounds.candidate_probs.astype(np.float64)
     if not np.isnan(rounds.uniforms).any():
-        others = rounds.candidate_probs.astype(np.float64)
         offsets = [uniform_offsets(uniforms) for uniforms in rounds.uniforms.tolist()]
         drafts = confidence_levels(np.minimum(rounds.draft_probs, 1)) + np.array(offsets)
         return list(zip(drafts.tolist(), confidence_levels(others / others.sum(2, keepdims=True))))
-    others = rounds.candidate_probs.astype(np.float64)
     is_candidate = rounds.draft_ranks < NUM_CANDIDATES
     drafts = np.where(is_candidate, rounds.draft_probs, others[:, :-1, -1])
     others[:, :-1, -1] = 0.0  # the draft is the candidate in excess

@@ -38,22 +38,22 @@ python=$PWD/$venv/bin/python
 
 reports=$(mktemp -d)
 trap 'rm -rf "$reports"' EXIT
-status=0 selecting=$# ran=()
+status=0 selecting=$# ran=0
 run() { # NAME [pytest arguments]: the first failing run decides the exit status; a run without a test is none
   local name=$1 code=0
   shift
   "$venv/bin/pytest" --durations=25 --junitxml="$reports/$name.xml" "$@" || code=$?
   if ((code == 5)); then return; fi
-  ran+=("$name")
+  ran=$((ran + 1))
   status=$((status ? status : code))
 }
 
 split() { # NAME EXPRESSION: the tests marked so; two at a time, long ones first, but for those marked `timed`
-  local name=$1 marked=$2 timed before=${#ran[@]}
+  local name=$1 marked=$2 timed before=$ran
   run "$name" -n 2 --dist loadfile --no-loadscope-reorder -m "$marked not timed" tests
   mapfile -t timed < <(grep -rl --include='test_*.py' 'mark\.timed' tests | sort) # to import all takes long
   run "$name-timed" -m "$marked timed" "${timed[@]}"
-  if ((${#ran[@]} == before)); then
+  if ((ran == before)); then
     echo "No test of $name ran." >&2
     status=$((status ? status : 5))
   fi
@@ -76,7 +76,7 @@ if [[ ! $only ]]; then
   done
 fi
 
-if ((${#ran[@]} == 0)); then
+if ((ran == 0)); then
   echo "No test is selected." >&2
   exit 5
 fi

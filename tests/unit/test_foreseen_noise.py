@@ -15,11 +15,11 @@ from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.sampler import Sampler as VLLMSampler
 
 from vllm_ssd.compat.target.seeded_rounds import SeededRounds
-from vllm_ssd.drafter.noise import Replay, Unranked, acceptance_uniforms, hashed_noise
+from vllm_ssd.drafter.noise import Unranked, acceptance_uniforms, hashed_noise
 from vllm_ssd.drafter.sampler import Sampler
 from vllm_ssd.drafter.sequence import Candidates, Sequence
 from vllm_ssd.kernels import hashed_gumbel
-from vllm_ssd.link.noise import round_seed
+from vllm_ssd.link.noise import Replay, round_seed
 from vllm_ssd.link.protocol import HASHED_NOISE, NO_NOISE, SEEDED_NOISE, UNKNOWN_NOISE, Noise
 
 VOCAB = 97

@@ -13,7 +13,7 @@ The uniform number that decides about a draft is foreseen, too. It tells which a
 
 - `HASHED_NOISE`: vLLM's V2 runner hashes the seed, the position and the token id (`kernels.hashed_gumbel`).
 - `SEEDED_NOISE`: on the V1 runner on a CPU, the plugin seeds the request's generator before each round
-  (`round_seed`), and `Replay` repeats what vLLM draws from it. That depends on the number of drafts that the round
+  (`link.noise`), and `Replay` repeats what vLLM draws from it. That depends on the number of drafts that the round
   verifies, which is known once the round begins. So the likeliest tokens are kept `Unranked` until then.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from vllm_ssd.kernels import hashed_gumbel
-from vllm_ssd.link.noise import round_seed, splitmix_gumbel
+from vllm_ssd.link.noise import Replay
 from vllm_ssd.link.protocol import HASHED_NOISE, SEEDED_NOISE, Noise
 
 NUM_UNRANKED = 256
@@ -59,31 +59,6 @@ class Unranked(NamedTuple):
         best = np.argsort(-scores)[:num]
         weights = np.exp(scores[best] - scores[best[0]])
         return self.token_ids[best], weights / weights.sum()
-
-
-class Replay:
-    """The draws of a round on vLLM's V1 runner.
-
-    vLLM draws from a request's generator, in this order: a seed for the token after the last draft, a uniform number
-    for each draft, and exponential noise for the token after a rejected draft (`RejectionSampler.forward`).
-
-    uniforms [num_drafts] float64
-    vocab_size: 0 if only these are asked for
-    """
-
-    def __init__(self, seed: int, length: int, num_drafts: int, vocab_size: int = 0) -> None:
-        generator = torch.Generator().manual_seed(round_seed(seed, length))
-        self._last_seed = int(torch.randint(0, 2**31, (1,), generator=generator))
-        self.uniforms = torch.empty(num_drafts, dtype=torch.float64).uniform_(generator=generator)
-        self._exponential = torch.empty(vocab_size if num_drafts else 0).exponential_(generator=generator).numpy()
-
-    def after_rejection(self, token_ids: np.ndarray) -> np.ndarray:
-        """The noise of `token_ids` [n] for the token after a rejected draft, float32."""
-        return -np.log(self._exponential[token_ids])
-
-    def after_last(self, token_ids: np.ndarray) -> np.ndarray:
-        """The noise of `token_ids` [n] for the token after the last draft, float32."""
-        return splitmix_gumbel(self._last_seed, token_ids)
 
 
 def acceptance_uniforms(noise: Noise, length: int, num_drafts: int) -> list[float]:

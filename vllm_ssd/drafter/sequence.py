@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_ssd.drafter.biases import UNBIASED
-from vllm_ssd.drafter.noise import Replay, Unranked
+from vllm_ssd.drafter.noise import Unranked
 from vllm_ssd.drafter.truncation import NOTHING
+from vllm_ssd.link.noise import Replay
 from vllm_ssd.link.protocol import NO_NOISE, SEEDED_NOISE, Noise
 
 NO_ROWS = np.empty(0, np.int64)

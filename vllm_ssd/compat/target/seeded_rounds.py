@@ -3,7 +3,7 @@
 vLLM draws the tokens of all requests without a seed from one generator, so a request's noise depends on the whole
 batch. Here such a request gets a generator of its own, as a request with a seed has, which is seeded before each round
 by its random seed and its committed length. The distribution stays that of vLLM, and the drafter can repeat the draws
-(`drafter.noise`). Requests with a seed of their user's keep their generator.
+(`link.noise.Replay`). Requests with a seed of their user's keep their generator.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 
-from vllm_ssd.link.noise import round_seed, splitmix_gumbel
+from vllm_ssd.link.noise import Replay, round_seed
 from vllm_ssd.link.protocol import NO_NOISE, SEEDED_NOISE, Noise
 
 _TRIES = 8
@@ -70,15 +70,11 @@ class SeededRounds:
 
 
 def _draws_as_expected(runner: Any) -> bool:
-    """Whether vLLM's V1 model runner draws from a generator as `drafter.noise.Replay` expects."""
+    """Whether vLLM's V1 model runner draws the token after the last draft as `Replay` does."""
     logits = torch.randn(_TRIES, 97, generator=torch.Generator().manual_seed(0))
-    expected = []
-    for row in range(_TRIES):
-        seed = int(torch.randint(0, 2**31, (1,), generator=torch.Generator().manual_seed(row)))
-        expected.append(
-            int((logits[row] + torch.from_numpy(splitmix_gumbel(seed, np.arange(logits.shape[1])))).argmax())
-        )
-    generators = {row: torch.Generator().manual_seed(row) for row in range(_TRIES)}
+    token_ids = np.arange(logits.shape[1])
+    expected = [int((row.numpy() + Replay(i, 0, 0).after_last(token_ids)).argmax()) for i, row in enumerate(logits)]
+    generators = {i: torch.Generator().manual_seed(round_seed(i, 0)) for i in range(_TRIES)}
     try:
         drawn, _ = runner.sampler.topk_topp_sampler(logits.clone(), generators, None, None)
         return drawn.tolist() == expected
