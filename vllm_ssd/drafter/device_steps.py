@@ -111,18 +111,8 @@ class DeviceSteps:
         n, m = len(tokens.positions), len(rows)
         num_of_spine = np.array([num_tokens for _, num_tokens in spines], np.int64)
         slots = np.array([sequence.slot for sequence, _ in spines], np.int64)
-        spine_temperatures = np.array([sequence.temperature for sequence, _ in spines], np.float32)
         owners = np.concatenate([np.repeat(slots, num_of_spine), branches.owner[rows]])
-        temperatures = np.concatenate([np.repeat(spine_temperatures, num_of_spine), branches.temperature[rows]])
-        spine_truncations = np.array([sequence.truncation for sequence, _ in spines], np.float32).reshape(-1, 3)
-        truncations = np.concatenate([np.repeat(spine_truncations, num_of_spine, axis=0), branches.truncation[rows]])
-        spine_biases = np.array([sequence.bias for sequence, _ in spines], np.int32)
-        bias_rows = np.concatenate([np.repeat(spine_biases, num_of_spine), branches.bias[rows]])
-        noise = np.array([(sequence.noise.kind, sequence.noise.seed) for sequence, _ in spines], np.int64).reshape(
-            -1, 2
-        )
-        noise_kinds = np.concatenate([np.repeat(noise[:, 0], num_of_spine), branches.noise_kind[rows]])
-        target_seeds = np.concatenate([np.repeat(noise[:, 1], num_of_spine), branches.noise_seed[rows]])
+        sampling = tokens.sampling(branches, [sequence for sequence, num in spines for _ in range(num)])
         base, shared = tokens.positions.copy(), tokens.positions + 1
         base[n - m :] = branches.base[rows]
         shared[n - m :] = branches.base[rows] // pages.page_size * pages.page_size
@@ -150,15 +140,15 @@ class DeviceSteps:
             steps=(tokens.positions - base)[order],
             shared_lens=shared[order],
             own_lens=(tokens.positions + 1 - shared)[order],
-            temperatures=temperatures[order],
-            truncations=truncations[order],
-            bias_rows=bias_rows[order],
+            temperatures=sampling.temperatures[order],
+            truncations=sampling.truncations[order],
+            bias_rows=sampling.biases[order],
             seeds=self._random.integers(1 << 63, size=n),
-            target_seeds=target_seeds[order],
-            foreseen=(noise_kinds == HASHED_NOISE)[order],
+            target_seeds=sampling.noise_seeds[order],
+            foreseen=(sampling.noise_kinds == HASHED_NOISE)[order],
             fan_out=fan_out,
         )
-        sampled = bool(temperatures.any())
+        sampled = bool(sampling.temperatures.any())
         return DeviceRun(
             self._buffers, replay, size, tokens.rows, place, num_steps, sampled, None if is_cold else began
         )

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from vllm_ssd.drafter.branches import Branches
 from vllm_ssd.drafter.sequence import NO_ROWS, Sequence
+
+
+class Sampling(NamedTuple):
+    """How the tokens after n tokens are drawn; [n] each, `truncations` [n, 3], as in `Branches`."""
+
+    temperatures: np.ndarray
+    truncations: np.ndarray
+    biases: np.ndarray
+    noise_kinds: np.ndarray
+    noise_seeds: np.ndarray
 
 
 @dataclass(slots=True)
@@ -56,3 +67,18 @@ class StepTokens:
             np.concatenate([np.array(logit_indices, np.int64), row_indices]),
             spine_logits,
         )
+
+    def sampling(self, branches: Branches, sequences: SequenceOf[Sequence]) -> Sampling:
+        """Of tokens of the spines of `sequences`, one each, followed by the branch tokens."""
+        rows = self.token_rows
+        of_branches = Sampling(
+            branches.temperature[rows],
+            branches.truncation[rows],
+            branches.bias[rows],
+            branches.noise_kind[rows],
+            branches.noise_seed[rows],
+        )
+        if not sequences:
+            return of_branches
+        of_spines = zip(*((s.temperature, s.truncation, s.bias, s.noise.kind, s.noise.seed) for s in sequences))
+        return Sampling(*(np.concatenate((np.array(a, b.dtype), b)) for a, b in zip(of_spines, of_branches)))

@@ -121,24 +121,17 @@ class EagerRunner:
     ) -> tuple[StepTokens, Draw]:
         """See `Runner.forward`."""
         tokens = StepTokens.gather(self._branches, spines, rows)
-        branches, token_rows = self._branches, tokens.token_rows
-        temperatures, truncations = branches.temperature[token_rows], branches.truncation[token_rows]
-        biases = branches.bias[token_rows]
-        if spines:
-            before = tokens.spine_logits
-            temperatures = np.array([s.temperature for s, _ in before] + temperatures.tolist(), np.float32)
-            truncations = np.array([s.truncation for s, _ in before] + truncations.tolist(), np.float32)
-            biases = np.array([s.bias for s, _ in before] + biases.tolist(), np.int32)
-            fan_out = None if fan_out is None else np.concatenate([np.zeros(len(before), np.int64), fan_out])
+        sampling = tokens.sampling(self._branches, [sequence for sequence, _ in tokens.spine_logits])
+        if fan_out is not None:
+            fan_out = np.concatenate([np.zeros(len(tokens.spine_logits), np.int64), fan_out])
         logits = self._model.forward(self._pages.batch(tokens))
-        branches.biases.add(logits, biases)
-        kinds, seeds = branches.noise_kind[token_rows], branches.noise_seed[token_rows]
-        if spines:
-            kinds = np.concatenate([np.array([s.noise.kind for s, _ in before], np.int64), kinds])
-            seeds = np.concatenate([np.array([s.noise.seed for s, _ in before], np.int64), seeds])
-        noise = hashed_noise(kinds, seeds, tokens.positions[tokens.logit_indices], logits.shape[1])
+        self._branches.biases.add(logits, sampling.biases)
+        kinds, positions = sampling.noise_kinds, tokens.positions[tokens.logit_indices]
+        noise = hashed_noise(kinds, sampling.noise_seeds, positions, logits.shape[1])
         num_unranked = NUM_UNRANKED if (kinds == SEEDED_NOISE).any() else 0
-        return tokens, self._sampler.draw(logits, temperatures, fan_out, truncations, noise, num_unranked)
+        return tokens, self._sampler.draw(
+            logits, sampling.temperatures, fan_out, sampling.truncations, noise, num_unranked
+        )
 
 
 class EagerRun:
