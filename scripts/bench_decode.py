@@ -22,10 +22,12 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import paced_models
 from bench_prompts import encode_prompts, held_out_prompts, read_prompts, repeated
 from bench_report import Round, environment, plot, print_costs, print_point, summarise
 from bench_systems import (
@@ -59,6 +61,7 @@ BUNDLED_DEFAULTS = {
     "dear_layers": 13,
     "cheap_layers": 2,
     "drafter_noise": 0.0,
+    "pace": None,
 }
 
 
@@ -199,6 +202,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         help="of its standard deviation is added to each weight matrix of the drafter, which weakens it; default 0",
     )
+    bundled.add_argument(
+        "--pace",
+        nargs=2,
+        type=float,
+        metavar=("TARGET_MS", "DRAFTER_MS"),
+        help="forwards take so long whatever they compute, see paced_models.py; default: as long as they do here",
+    )
     bundled.add_argument("--dtype", choices=("bfloat16", "float32"), help="default bfloat16")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8])
@@ -325,7 +335,16 @@ def bundled_pairs(
         num_layers = {"dear": args.dear_layers, "cheap": args.cheap_layers}[name]
         deepen(drafter, folder / name, num_layers, dtype=args.dtype)
         pair = bundled_pair(name, folder / "target", folder / name, args.dtype, cores)
+        if args.pace:
+            pair = paced(pair, args.pace, folder / f"plugin-{name}")
         yield pair, held_out_prompts(args.seed)
+
+
+def paced(pair: Pair, milliseconds: Sequence[float], folder: Path) -> Pair:
+    """`pair` with forwards of its target and of its drafter that take at least `milliseconds`."""
+    for model, of_model in zip((pair.target, pair.drafter), milliseconds):
+        paced_models.pace(Path(model), of_model)
+    return replace(pair, plugin=paced_models.PLUGIN, environment=paced_models.install_plugin(folder))
 
 
 def main() -> None:

@@ -84,13 +84,18 @@ def choose_cores(cores: list[tuple[int, ...]] | None, is_cpu: bool) -> list[tupl
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models and how vLLM loads them. engine_args: of every engine; ssd: keys of every SSD speculative_config."""
+    """Two models and how vLLM loads them. engine_args: of every engine; ssd: keys of every SSD speculative_config.
+
+    plugin: what vLLM needs to load the models, beside SSD's plugin; environment: where it finds that
+    """
 
     name: str
     target: str
     drafter: str
     engine_args: dict[str, Any] = field(default_factory=dict)
     ssd: dict[str, Any] = field(default_factory=dict)
+    plugin: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
 
     def plain(self) -> System:
         """No speculation."""
@@ -115,7 +120,9 @@ class Pair:
 
     def _system(self, name: str, method: str, speculative_config: dict[str, Any] | None) -> System:
         engine_args = {"model": self.target, "enable_prefix_caching": False, "seed": 0, **self.engine_args}
-        return System(name, method, engine_args, speculative_config)
+        plugins = ["ssd"] * (method == "ssd") + [self.plugin] * bool(self.plugin)
+        environment = self.environment | {"VLLM_PLUGINS": ",".join(plugins)}
+        return System(name, method, engine_args, speculative_config, environment)
 
 
 def bundled_pair(name: str, target: Path, drafter: Path, dtype: str, cores: Sequence[Sequence[int]]) -> Pair:
@@ -152,11 +159,7 @@ class Fleet:
             if len(waiting) == STARTS_AT_ONCE:
                 self._wait_until_up(waiting.pop(0))
             log = self._folder / f"{system.name.replace(' ', '-').replace('/', '-')}.log"
-            environment = {
-                "VLLM_LOGGING_LEVEL": "WARNING",
-                "VLLM_NO_USAGE_STATS": "1",
-                "VLLM_PLUGINS": "ssd" if system.method == "ssd" else "",
-            }
+            environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", **system.environment}
             engine = EngineProcess(
                 [str(WORKER)],
                 log,

@@ -24,12 +24,17 @@ Drafts = dict[tuple[bytes, int], list[int]]
 
 @dataclass(frozen=True)
 class System:
-    """One way to decode. method: plain, stock, ssd or ceiling; engine_args, speculative_config: as vLLM takes them."""
+    """One way to decode.
+
+    method: plain, stock, ssd or ceiling; engine_args, speculative_config: as vLLM takes them; environment: of its
+    process
+    """
 
     name: str
     method: str
     engine_args: dict[str, Any]
     speculative_config: dict[str, Any] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_drafts(self) -> int:
