@@ -45,7 +45,7 @@ class EngineHost:
 
     def __init__(self) -> None:
         self._llm = self._engine = self._proposer = self._metrics_port = None
-        self._seen = {"known_q": 0, "cut_q": 0, "ngram_drafts": 0}
+        self._seen = {"known_q": 0, "cut_q": 0, "ngram_drafts": 0, "extensions": 0}
         self._launched_at_start: list[str] = []
         self._noises: list[Any] = []
         self._adapters: dict[str, int] = {}  # number of each folder: vLLM tells adapters apart by it
@@ -342,16 +342,27 @@ class EngineHost:
         client.add = add
 
     def _see_ngram_drafts(self) -> None:
-        from vllm_ssd.target.v1 import fallback
+        from vllm_ssd.target.v1 import fallback, round
 
-        original = fallback.ngram_drafts
+        original, add_ngram = fallback.ngram_drafts, round.Row.add_ngram
 
         def ngram_drafts(*args):
             drafts = original(*args)
             self._seen["ngram_drafts"] += len(drafts)
             return drafts
 
-        fallback.ngram_drafts = ngram_drafts
+        def seen(row, token_ids):
+            self._seen["extensions"] += len(token_ids) * bool(row.drafts.token_ids)
+            add_ngram(row, token_ids)
+
+        fallback.ngram_drafts, round.Row.add_ngram = ngram_drafts, seen
+
+    def keep_drafts(self, most: int) -> None:
+        """On V1, take at most `most` drafts of a branch, as from a drafter that had no time for more."""
+        from vllm_ssd.target.v1.request import Request
+
+        self._lookup = getattr(self, "_lookup", Request.lookup)
+        Request.lookup = lambda *outcome: self._lookup(*outcome).since(0, most)
 
     def _await_drafters(self) -> None:
         """Wait until all drafters sleep, with a bound; on V2 also until their blocks are in the cache."""

@@ -17,6 +17,7 @@ from sampling import p_value, sample
 
 PROMPTS = [[3, 7, 1], [11, 2, 5], [20, 20, 9], [4, 15, 8]]
 RUN = dict(prompts=PROMPTS, num_samples=2600, num_tokens=8, lockstep=1.0)
+LONGER = RUN | {"num_samples": 800, "num_tokens": 48}
 SAMPLING = {
     "alike": [{"temperature": 0.7}, {"temperature": 1.0}],
     "mixed": [
@@ -80,6 +81,19 @@ def test_a_wrong_q_is_noticed(engine: Engine, tiny_pair: tuple[Path, Path]) -> N
         engine.call("distort_q", exponent=None)
     assert_populated(engine, run, samples)
     assert p_value(samples) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ["ngram"], indirect=True)
+def test_drafts_that_ngrams_extend_keep_the_distribution(engine: Engine, tiny_pair: tuple[Path, Path]) -> None:
+    """A row verifies drafts of a known q and, after these, others that have none."""
+    engine.call("keep_drafts", most=1)
+    try:
+        run, samples = sample(engine, tiny_pair[0], SAMPLING["alike"], **LONGER)
+    finally:
+        engine.call("keep_drafts", most=16)
+    assert_populated(engine, run, samples)
+    assert run.counts["extensions"] >= 1000, f"inconclusive: {run.counts}"
+    assert p_value(samples) > 1e-5
 
 
 def assert_populated(engine: Engine, run: SimpleNamespace, samples: SimpleNamespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from types import SimpleNamespace
 
 import fake_model
 import numpy as np
@@ -15,8 +16,10 @@ from vllm_ssd.config import SSDConfig
 from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.link.protocol import ALL_TOKENS, NO_NOISE, Evicted, Push, SpeculationBlock, pack_ids
 from vllm_ssd.target.metrics import Metrics
-from vllm_ssd.target.requests import SILENT_ROUNDS
-from vllm_ssd.target.v1.round import Batch
+from vllm_ssd.target.requests import SILENT_ROUNDS, RemoteRequest
+from vllm_ssd.target.v1.fallback import Fallback
+from vllm_ssd.target.v1.request import Request, Speculation
+from vllm_ssd.target.v1.round import Batch, Round, Row
 from vllm_ssd.target.v1.verifier import Verifier
 
 
@@ -122,6 +125,64 @@ def test_auto_drafts_by_ngram_where_that_gains_most():
         target.tokens["a"] += [7, 8]
         target.round()
     assert 0 < metrics.counts["draft_tokens"] - 9 * K < 15 * K, "drafts that were never accepted are no longer made"
+
+
+@pytest.mark.parametrize(
+    ("on_miss", "drafts", "expected"),
+    [
+        ("ngram", [8], [8, 9, 10, 7]),
+        ("auto", [8, 9], [8, 9, 10, 7]),
+        ("auto", [8, 5], [8, 5]),  # the n-gram goes on otherwise
+        ("ngram", [8, 9, 10, 7], [8, 9, 10, 7]),
+        ("skip", [8], [8]),
+        ("wait", [8], [8]),
+    ],
+)
+def test_ngram_drafts_extend_the_drafts_that_they_begin_with(on_miss, drafts, expected):
+    row, round_ = round_of([7, 8, 9, 10, 7], drafts, max_drafts=4)
+    make_fallback(on_miss).decide(round_, 1, client=None)
+    assert row.drafts.token_ids == expected
+    assert row.drafts.proposals == ["q"] * len(drafts) + [None] * (len(expected) - len(drafts))
+    round_.hand_over()
+    assert row.request.num_drafted == len(drafts)
+
+
+def test_extensions_end_where_they_are_not_accepted():
+    """Only rounds that accepted the drafts before them say what they are worth."""
+    fallback = make_fallback("auto")
+
+    def extended() -> bool:
+        row, round_ = round_of([7, 8, 9, 10, 7], [8], max_drafts=4)
+        fallback.decide(round_, 1, client=None)
+        return len(row.drafts.token_ids) > 1
+
+    for k in [1, 0] * 40:
+        fallback.observe([1], [1 if k else 4], [k], seconds=0.01)
+    assert extended(), "no n-gram draft was reached"
+    for _ in range(40):
+        fallback.observe([1], [4], [1], seconds=0.01)
+    assert not extended()
+    for _ in range(40):
+        fallback.observe([0], [4], [4], seconds=0.01)  # n-gram drafts instead of none are another matter
+    assert not extended()
+    for _ in range(40):
+        fallback.observe([1], [4], [4], seconds=0.01)
+    assert extended()
+
+
+def make_fallback(on_miss: str) -> Fallback:
+    """A fallback whose every further draft costs 1 ms."""
+    config = SSDConfig.from_user({"model": "x", "num_speculative_tokens": 4, "on_miss": on_miss, "ngram_min": 1})
+    return Fallback(config, SimpleNamespace(draft_seconds=lambda batch_size: 1e-3))
+
+
+def round_of(tokens: list[int], drafts: list[int], max_drafts: int) -> tuple[Row, Round]:
+    """A round of one row that hit, with `drafts` of a known q."""
+    batch = Batch(["a"], [0], [[tokens[-1]]], np.array([len(tokens)], np.int32), np.array([tokens], np.int32))
+    speculation = Speculation(drafts, ["q"] * len(drafts))
+    round_ = Round(0.0, batch, max_drafts)
+    round_.rows = [Row(0, Request(RemoteRequest("a", 1.0)), len(tokens), tokens[-1:], max_drafts, speculation)]
+    return round_.rows[0], round_
 
 
 def test_rows_with_ngram_drafts_do_not_hurry_the_drafter():

@@ -1,4 +1,4 @@
-"""Drafts for rows that missed: n-gram drafts, just-in-time drafts after a wait, or none."""
+"""Drafts for rows that missed: n-gram drafts, just-in-time drafts after a wait, or none. Short hits are extended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from vllm_ssd.config import SSDConfig
 from vllm_ssd.link.protocol import JIT_TOKEN
 from vllm_ssd.policy import Adaptation, NgramGain, jit_drafts, jit_gain, ngram_drafts
 from vllm_ssd.target.requests import DrafterClient
-from vllm_ssd.target.v1.request import Speculation
 from vllm_ssd.target.v1.round import Round, Row
 
 SLOWNESS_KEPT = 0.998
@@ -26,13 +25,19 @@ class Fallback:
     def __init__(self, config: SSDConfig, adaptation: Adaptation) -> None:
         self._config = config
         self._adaptation = adaptation
-        self._ngram_gain = NgramGain(config.num_speculative_tokens)
+        self._ngram_gain = NgramGain(config.num_speculative_tokens)  # of n-gram drafts instead of none
+        self._extension_gain = NgramGain(config.num_speculative_tokens)  # of those after accepted drafts
         self._survival = [0.0] * config.num_speculative_tokens
         self._tokens_per_s = 0.0
         self._jit_first_s = self._jit_step_s = 0.0
 
     def decide(self, round_: Round, num_requests: int, client: DrafterClient) -> None:
-        """Give n-gram drafts to missed rows, or let them wait, whichever gains most; num_requests: open requests."""
+        """Give n-gram drafts to missed rows, or let them wait, whichever gains most; num_requests: open requests.
+
+        Rows with fewer drafts than they may carry are extended.
+        """
+        if self._config.on_miss in ("ngram", "auto"):
+            self._extend(round_, num_requests)
         missed = round_.missed
         if not missed:
             return
@@ -51,7 +56,7 @@ class Fallback:
             others_jit, others_gain = self._num_jit_drafts(len(others), round_.num_drafts)
             if gain <= matched_gain + others_gain:
                 for row, drafts in matches:
-                    row.drafts, row.by_ngram = Speculation(drafts, [None] * len(drafts)), True
+                    row.add_ngram(drafts)
                 waiting, jit = others, others_jit
         if jit:
             round_.wait_for(waiting, jit)
@@ -84,23 +89,41 @@ class Fallback:
         return seconds
 
     def observe(
-        self, by_ngram: Sequence[bool], num_verified: Sequence[int], accepted: Sequence[int], seconds: float | None
+        self, num_drafted: Sequence[int], num_verified: Sequence[int], accepted: Sequence[int], seconds: float | None
     ) -> None:
         """Learn from a verified round.
 
-        by_ngram, num_verified, accepted [B]: whether a row's drafts were n-gram drafts, how many were verified, and how
-        many accepted; seconds: time since the previous round, None if it is not representative of decoding
+        num_drafted, num_verified, accepted [B]: how many of a row's drafts came before its n-gram drafts, how many were
+        verified, and how many accepted; seconds: time since the previous round, None if it is not representative of
+        decoding
         """
-        for guessed, m, k in zip(by_ngram, num_verified, accepted):
-            if guessed and m:
-                self._ngram_gain.observe(m, k)
+        for n, m, k in zip(num_drafted, num_verified, accepted):
+            if n < m and n <= k:
+                (self._extension_gain if n else self._ngram_gain).observe(m - n, k - n)
         if seconds is None:
             return
         rate = (sum(accepted) + len(accepted)) / seconds
         self._tokens_per_s += 0.05 * (rate - self._tokens_per_s)
-        for guessed, m, k in zip(by_ngram, num_verified, accepted):
-            for j in range(0 if guessed else m):
+        for n, m, k in zip(num_drafted, num_verified, accepted):
+            for j in range(min(n, m)):
                 self._survival[j] += 0.02 * ((k > j) - self._survival[j])
+
+    def _extend(self, round_: Round, num_requests: int) -> None:
+        """Extend short hits by n-gram drafts whose first tokens are the drafts themselves, if that pays."""
+        config = self._config
+        lost_per_draft = self._tokens_per_s * self._adaptation.draft_seconds(num_requests)
+        for row in round_.rows:
+            num_drafts = len(row.drafts.token_ids)
+            most = row.max_drafts - num_drafts
+            if not num_drafts or most <= 0:
+                continue
+            if config.on_miss == "auto":
+                reached = max(self._survival[num_drafts - 1], 1e-3)
+                most, _ = self._extension_gain.drafts(most, lost_per_draft / reached)
+            if most:
+                drafts = ngram_drafts(round_.tokens(row), num_drafts + most, config.ngram_min, config.ngram_max)
+                if drafts[:num_drafts] == row.drafts.token_ids:
+                    row.add_ngram(drafts[num_drafts:])
 
     def _match_ngrams(self, round_: Round, missed: list[Row], num_requests: int) -> tuple[Matches, float]:
         """n-gram drafts of the rows that have a match, as many as pay, and the tokens they are expected to gain."""

@@ -28,7 +28,7 @@ class Request:
     min_length: int = 0  # committed tokens below which stop tokens are suppressed (`min_tokens`)
     drafts: Speculation = field(default_factory=Speculation)  # those handed to vLLM last
     drafts_length: int = 0  # committed tokens before `drafts`
-    by_ngram: bool = False  # `drafts` are n-gram drafts
+    num_drafted: int = 0  # `drafts` before the first n-gram draft
     blocks: list[PushedBlock] = field(default_factory=list)  # accepted for the outcome at `remote.length`, in order
 
     def lookup(self, accept_length: int, bonus_token_id: int) -> Speculation:

@@ -40,8 +40,14 @@ class Row:
     emitted: list[int] | None  # tokens since the last report to the drafter; None if the request must be opened first
     max_drafts: int  # limit for its next round
     drafts: Speculation  # for its next round
-    by_ngram: bool = False
+    num_ngram: int = 0  # n-gram drafts at the end of `drafts`
     jit: int = 0  # number of just-in-time drafts that it waits for
+
+    def add_ngram(self, token_ids: list[int]) -> None:
+        """Append n-gram drafts."""
+        drafts = self.drafts
+        self.drafts = Speculation(drafts.token_ids + token_ids, drafts.proposals + [None] * len(token_ids))
+        self.num_ngram = len(token_ids)
 
 
 class Round:
@@ -108,6 +114,7 @@ class Round:
         proposed: list[list[int]] = [[] for _ in self.request_ids]
         for row in self.rows:
             request = row.request
-            request.drafts, request.drafts_length, request.by_ngram = row.drafts, row.length, row.by_ngram
+            request.drafts, request.drafts_length = row.drafts, row.length
+            request.num_drafted = len(row.drafts.token_ids) - row.num_ngram
             proposed[row.index] = row.drafts.token_ids
         return proposed

@@ -99,13 +99,13 @@ class Verifier:
         """Count accepted drafts, and learn from pure decode rounds that directly follow one of the same requests."""
         last, self._last_round = self._last_round, None
         accepted: list[int] = []
-        by_ngram: list[bool] = []
+        num_drafted: list[int] = []
         all_decoded = True
         for request_id, sampled in zip(batch.request_ids, batch.sampled_token_ids):
             accepted.append(len(sampled) - 1 if sampled else 0)
             all_decoded = all_decoded and bool(sampled)
             request = self._requests.get(request_id)
-            by_ngram.append(request is not None and request.by_ngram)
+            num_drafted.append(self._config.num_speculative_tokens if request is None else request.num_drafted)
         self._metrics.accepted(batch.num_verified, accepted)
         seconds = None
         if (
@@ -118,4 +118,4 @@ class Verifier:
             self._adaptation.observe(
                 len(accepted), last.num_drafts, batch.num_verified, accepted, seconds, last.drafter_in_time
             )
-        self._fallback.observe(by_ngram, batch.num_verified, accepted, seconds)
+        self._fallback.observe(num_drafted, batch.num_verified, accepted, seconds)
