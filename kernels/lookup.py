@@ -12,7 +12,7 @@ import triton.language as tl
 from vllm_ssd.kernels.blocks import DeviceBlocks
 from vllm_ssd.kernels.dispatch import power_of_2, require_contiguous, use_triton
 
-OUTCOME_COLUMNS = 5
+OUTCOME_COLUMNS = 6
 """Columns of `lookup`'s outcomes before the drafts."""
 
 
@@ -73,13 +73,15 @@ def lookup(
     If the last token is the next old draft, which the scheduler had cut off, the rest of the old drafts stays valid.
     Otherwise the drafts come from the newest complete block with the request's epoch and the length at which the round
     began; a block that is overwritten during the read counts as a miss. At a temperature above 0, drafts without q are
-    ignored. At most `wanted` drafts are taken. ngram [B, K] int64: drafts for requests that emitted something but have
-    none, with one-hot q.
+    ignored. At most `wanted` drafts are taken.
+
+    ngram [B, K] int64: n-gram drafts of the requests that emitted something. Where a request has n < `wanted` drafts,
+    equal to its first n n-gram drafts (n may be 0), the next ones follow with one-hot q, up to `wanted` drafts in all.
 
     drafts [>= B, 1 + K] int64: receives the number of drafts and the drafts, then the last token as filler
-    outcomes [>= B, 5 + K] int32: receives num_sampled, the last token, `Found`, the branch (row in the block, N for the
-    rest of the old drafts, -1 for neither), the number of drafts, and the drafts, -1 beyond the last; may be in pinned
-    host memory
+    outcomes [>= B, 6 + K] int32: receives num_sampled, the last token, `Found`, the branch (row in the block, N for the
+    rest of the old drafts, -1 for neither), the number of drafts, how many of them come before its n-gram drafts, and
+    the drafts, -1 beyond the last; may be in pinned host memory
 
     In place, one launch, without host synchronisation.
     """
@@ -185,19 +187,20 @@ def _lookup_reference(
     num_found = torch.where(is_sampled & ~(q_probs[:, 0, :1] > 0).any(1), 0, num_found)
     branches = torch.where(is_rest, num_branches, branch).where(num_found > 0, -1)
     answered = torch.where(num_found > 0, Found.HIT, Found.MISS)
-    taken = num_found.clamp(max=wanted)
+    taken = num_drafted = num_found.clamp(max=wanted)
     if ngram is not None:
-        none = decided & (taken == 0)
-        taken = torch.where(none, wanted, taken)
-        token_ids = torch.where(none[:, None], ngram[rows], token_ids).int()
-        q_token_ids = torch.where(none[:, None, None], token_ids[:, :, None], q_token_ids)
+        beyond = positions >= num_drafted[:, None]
+        agree = decided & (beyond | (token_ids == ngram[rows])).all(1)
+        taken = torch.where(agree, wanted, num_drafted)
+        token_ids = torch.where(beyond, ngram[rows], token_ids).int()
+        q_token_ids = torch.where(beyond[:, :, None], token_ids[:, :, None], q_token_ids)
         one_hot = torch.arange(q_probs.shape[2], device=slots.device) == 0
-        q_probs = torch.where(none[:, None, None], one_hot.float(), q_probs)
+        q_probs = torch.where(beyond[:, :, None], one_hot.float(), q_probs)
 
     is_draft = positions < taken[:, None]
     drafts[rows] = torch.cat((taken[:, None], torch.where(is_draft, token_ids, last[:, None])), 1)
     token_ids = torch.where(is_draft, token_ids, -1)
-    columns = (num_sampled, last, torch.where(answers.any(1), answered, Found.LATE), branches, taken)
+    columns = (num_sampled, last, torch.where(answers.any(1), answered, Found.LATE), branches, taken, num_drafted)
     outcomes[rows] = torch.cat((torch.stack(columns, 1), token_ids), 1).int()
     verifying.num_drafts[slots] = taken.int()
     verifying.draft_token_ids[slots] = token_ids
@@ -251,13 +254,13 @@ def _lookup_kernel(
     slot = tl.load(slots_ptr + i).to(tl.int64)
     draft = tl.arange(0, BLOCK_K)
     out_drafts_ptr += i * (K + 1)
-    out_outcomes_ptr += i * (K + 5)
+    out_outcomes_ptr += i * (K + 6)
     if slot < 0:
         tl.store(out_drafts_ptr, tl.zeros((), tl.int64))
         tl.store(out_drafts_ptr + 1 + draft, tl.zeros((BLOCK_K,), tl.int64), mask=draft < K)
         column = tl.arange(0, 8)
-        tl.store(out_outcomes_ptr + column, tl.zeros((8,), tl.int32), mask=column < 5)
-        tl.store(out_outcomes_ptr + 5 + draft, tl.zeros((BLOCK_K,), tl.int32), mask=draft < K)
+        tl.store(out_outcomes_ptr + column, tl.zeros((8,), tl.int32), mask=column < 6)
+        tl.store(out_outcomes_ptr + 6 + draft, tl.zeros((BLOCK_K,), tl.int32), mask=draft < K)
         return
     num_sampled = tl.load(num_sampled_ptr + i).to(tl.int32)
     last = tl.load(last_sampled_ptr + slot).to(tl.int32)
@@ -331,20 +334,24 @@ def _lookup_kernel(
     tl.debug_barrier()  # every thread has read what it reads of the block before one looks at the version again
     unmoved = tl.atomic_add(headers_ptr + half * 3, 0, sem="acq_rel", scope="sys") == version
     num_found = tl.where((is_rest | (is_hit & unmoved)) & has_q, num_found, 0)
-    num_drafts = tl.minimum(num_found, wanted)
+    num_drafted = tl.minimum(num_found, wanted)
+    num_drafts = num_drafted
     if ngram_ptr is not None:
-        if decided & (num_drafts == 0):
-            num_drafts = wanted.to(tl.int32)
-            token_ids = tl.load(ngram_ptr + i * K + draft, mask=draft < K, other=-1).to(tl.int32)
-            if M > 0:
-                if is_sampled:
-                    for start in range(0, K * M, BLOCK_KM):
-                        entry = start + tl.arange(0, BLOCK_KM)
-                        in_q = entry < K * M
-                        q_ids = tl.load(ngram_ptr + i * K + entry // M, mask=in_q, other=0).to(tl.int32)
-                        to_entry = slot * K * M + entry
-                        tl.store(verifying_q_token_ids_ptr + to_entry, q_ids, mask=in_q)
-                        tl.store(verifying_q_probs_ptr + to_entry, tl.where(entry % M == 0, 1.0, 0.0), mask=in_q)
+        if decided & (num_drafted < wanted):
+            ngram_ids = tl.load(ngram_ptr + i * K + draft, mask=draft < K, other=-1).to(tl.int32)
+            beyond = draft >= num_drafted
+            if tl.sum(tl.where(beyond | (token_ids == ngram_ids), 0, 1), 0) == 0:
+                num_drafts = wanted.to(tl.int32)
+                token_ids = tl.where(beyond, ngram_ids, token_ids)
+                if M > 0:
+                    if is_sampled:
+                        for start in range(0, K * M, BLOCK_KM):
+                            entry = start + tl.arange(0, BLOCK_KM)
+                            in_q = (entry >= num_drafted * M) & (entry < K * M)
+                            q_ids = tl.load(ngram_ptr + i * K + entry // M, mask=in_q, other=0).to(tl.int32)
+                            to_entry = slot * K * M + entry
+                            tl.store(verifying_q_token_ids_ptr + to_entry, q_ids, mask=in_q)
+                            tl.store(verifying_q_probs_ptr + to_entry, tl.where(entry % M == 0, 1.0, 0.0), mask=in_q)
 
     is_draft = draft < num_drafts
     tl.store(verifying_num_drafts_ptr + slot, num_drafts)
@@ -357,4 +364,5 @@ def _lookup_kernel(
     tl.store(out_outcomes_ptr + 2, tl.where(has_block, tl.where(num_found > 0, 2, 1), 0))
     tl.store(out_outcomes_ptr + 3, tl.where(num_found > 0, tl.where(is_rest, N, branch), -1))
     tl.store(out_outcomes_ptr + 4, num_drafts)
-    tl.store(out_outcomes_ptr + 5 + draft, token_ids, mask=draft < K)
+    tl.store(out_outcomes_ptr + 5, num_drafted)
+    tl.store(out_outcomes_ptr + 6 + draft, token_ids, mask=draft < K)

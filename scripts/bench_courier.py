@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.kernels import blocks
+from vllm_ssd.kernels import OUTCOME_COLUMNS, blocks
 from vllm_ssd.link.checks import PushChecker
 from vllm_ssd.link.fleet import Fleet
 from vllm_ssd.link.protocol import Push, SpeculationBlock, Step, pack_ids
@@ -197,8 +197,9 @@ def measure(num_rows: int, greedy: bool, whole: bool, args: argparse.Namespace) 
                     break
         buffer = courier.outcome_buffer()
         k = args.drafts - 1
-        buffer.rows[:num_rows, :5] = buffer.rows.new_tensor([1 + k if round_ else 1, 7, HIT, 0, args.drafts])
-        buffer.rows[:num_rows, 5:] = 9
+        columns = [1 + k if round_ else 1, 7, HIT, 0, args.drafts, args.drafts]
+        buffer.rows[:num_rows, :OUTCOME_COLUMNS] = buffer.rows.new_tensor(columns)
+        buffer.rows[:num_rows, OUTCOME_COLUMNS:] = 9
         courier.await_outcomes(round_, list(range(num_rows)), [args.drafts] * num_rows, buffer)
         before = time.thread_time()
         courier.work()

@@ -4,161 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from cases import DEVICE, ints, reference, to
+from cases import DEVICE, ints, to
+from lookup_cases import BLOCK_FIELDS, K, N, S, block, look_up, nothing, on_host, speculation, write
 
-from vllm_ssd.kernels import OUTCOME_COLUMNS, DeviceBlocks, DeviceSpeculation, Found, lookup
+from vllm_ssd.kernels import OUTCOME_COLUMNS, DeviceBlocks, Found, lookup
 from vllm_ssd.kernels import blocks as kernel_blocks
 
-S, N, K = 5, 6, 3
 FILLER = 7
-BLOCK_FIELDS = [f.name for f in dataclasses.fields(DeviceBlocks) if not f.name.startswith("_")]
 NUM_STORES = 4
 """Of a sampled request: the header around the branches and their proposals."""
-
-
-def block(rng: random.Random, n: int, top_m: int, depth: int = K) -> tuple[torch.Tensor, ...]:
-    """Outcomes [n, 2], depths, drafts and q of a block of `n` branches."""
-    keys = rng.sample([(k, token) for k in range(K + 1) for token in range(9)], n)
-    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
-    return (
-        ints(keys).reshape(n, 2),
-        torch.full((n,), depth, dtype=torch.int32),
-        torch.randint(0, 50, (n, depth), dtype=torch.int32, generator=generator),
-        torch.randint(0, 50, (n, depth, top_m), dtype=torch.int32, generator=generator),
-        torch.rand(n, depth, top_m, generator=generator) + 0.1,
-    )
-
-
-def speculation(rng: random.Random, rows: int, top_m: int) -> DeviceSpeculation:
-    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
-    return DeviceSpeculation(
-        torch.randint(10, 20, (rows, K), dtype=torch.int32, generator=generator),
-        torch.randint(0, 50, (rows, K, top_m), dtype=torch.int32, generator=generator),
-        torch.rand(rows, K, top_m, generator=generator) + 0.1,
-        ints([rng.randint(0, K) for _ in range(rows)]),
-    )
-
-
-def nothing(rows: int, top_m: int) -> DeviceSpeculation:
-    return dataclasses.replace(speculation(random.Random(0), rows, top_m), num_drafts=ints([0] * rows))
-
-
-def write(
-    blocks: DeviceBlocks,
-    slot: int,
-    epoch: int,
-    length: int,
-    outcomes: torch.Tensor,
-    depths: torch.Tensor,
-    draft_token_ids: torch.Tensor,
-    q_token_ids: torch.Tensor | None = None,
-    q_probs: torch.Tensor | None = None,
-) -> None:
-    """What `DeviceBlocks.write` makes of [n, d] drafts of one request, n <= N and d <= K."""
-    n, depth = draft_token_ids.shape if q_probs is not None else (0, 0)
-    blocks.write(
-        np.array([slot]),
-        np.array([[epoch, length]]),
-        on_host(blocks, [(outcomes, depths, draft_token_ids)]),
-        np.zeros(1, bool),
-        (K * (slot * N + np.arange(n)[:, None]) + np.arange(depth)).flatten(),
-        np.full(n * depth, slot),
-        [q_token_ids.numpy()] if n else [],
-        [q_probs.numpy()] if n else [],
-    )
-
-
-def on_host(blocks: DeviceBlocks, contents: list[tuple[torch.Tensor, ...]]) -> np.ndarray:
-    """Outcomes, depths and drafts of some requests as `DeviceBlocks.write` takes them."""
-    branches = blocks.host_branches()[: len(contents)]
-    for rows, (outcomes, depths, draft_token_ids) in zip(branches, contents):
-        n, depth = draft_token_ids.shape
-        rows[:2].reshape(N, 2)[:n] = outcomes
-        rows[2, :n] = depths
-        rows[3 : 3 + K].reshape(N, K)[:n, :depth] = draft_token_ids
-    return branches
-
-
-def look_up(
-    blocks: DeviceBlocks,
-    queries: list[tuple[int, int, int, int, int]],
-    old: DeviceSpeculation,
-    *,
-    temperature: float = 1.0,
-    wanted: int = K,
-    ngram: torch.Tensor | None = None,
-) -> SimpleNamespace:
-    """`queries` of (slot, epoch, length, accept length, last token); the kernel must agree with the reference.
-
-    Each query gets a slot of its own, with a copy of the slot's blocks, in an order that is not the batch's; after them
-    comes a row of padding. found, branches, num_drafts, drafts (without filler) and q are in the batch's order.
-    """
-    n = len(queries)
-    order = random.Random(n).sample(range(n + 1), n + 1)  # the last one stays empty
-    place = torch.tensor(order[:n], dtype=torch.int64)
-    source = torch.zeros(n + 1, dtype=torch.int64)
-    source[place] = ints([query[0] for query in queries], torch.int64)
-    blocks = dataclasses.replace(blocks, **{name: getattr(blocks, name)[source] for name in BLOCK_FIELDS})
-    epochs, lengths, accept_lengths, last = ints([query[1:] for query in queries], torch.int64).reshape(n, 4).unbind(1)
-    num_sampled = (accept_lengths + 1).int()
-
-    def by_slot(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        field = torch.zeros(n + 1, *values.shape[1:], dtype=dtype)
-        field[place] = values.to(dtype)
-        return field
-
-    verifying = DeviceSpeculation(
-        *(by_slot(getattr(old, f.name), getattr(old, f.name).dtype) for f in dataclasses.fields(old))
-    )
-    rest = dict(
-        slots=torch.cat((place, torch.tensor([-1]))),
-        num_sampled=torch.cat((num_sampled, ints([2]))),
-        epochs=by_slot(epochs, torch.int64),
-        total_lens=by_slot(lengths + num_sampled, torch.int32),
-        last_sampled=by_slot(last, torch.int64)[:, None],
-        temperatures=torch.full((n + 1,), temperature),
-        drafts=torch.full((n + 2, 1 + K), 99, dtype=torch.int64),
-        outcomes=torch.full((n + 2, OUTCOME_COLUMNS + K), 99, dtype=torch.int32),
-        ngram=None if ngram is None else torch.cat((ngram, ngram.new_zeros(1, K))),
-    )
-
-    def call(device: str) -> tuple[torch.Tensor, torch.Tensor, DeviceSpeculation]:
-        tensors = {k: v if v is None else v.to(device, copy=True) for k, v in rest.items()}
-        state = to(verifying, device)
-        lookup(to(blocks, device), state, wanted=wanted, **tensors)
-        return tensors["drafts"].cpu(), tensors["outcomes"].cpu(), to(state, "cpu")
-
-    got = call(DEVICE)
-    with reference():
-        want = call("cpu")
-    (drafts, outcomes, state), means = want, torch.arange(K) < want[2].num_drafts[:, None]
-    for one, other in zip(
-        (*got[:2], got[2].num_drafts, got[2].draft_token_ids), (*want[:2], state.num_drafts, state.draft_token_ids)
-    ):
-        assert torch.equal(one, other)
-    for name in ("q_token_ids", "q_probs"):
-        assert torch.equal(getattr(got[2], name)[means], getattr(state, name)[means])
-
-    assert not drafts[n].any() and not outcomes[n].any() and (drafts[n + 1 :] == 99).all()
-    assert torch.equal(state.num_drafts[place], drafts[:n, 0].int()) and not state.num_drafts[order[n]]
-    assert torch.equal(outcomes[:n, :2], torch.stack((num_sampled, last.int()), 1))
-    assert torch.equal(outcomes[:n, 4], state.num_drafts[place])
-    assert torch.equal(outcomes[:n, OUTCOME_COLUMNS:], state.draft_token_ids[place])
-    filled = torch.where(means[place], state.draft_token_ids[place], last[:, None])
-    assert torch.equal(drafts[:n, 1:], filled)
-    return SimpleNamespace(
-        found=outcomes[:n, 2].tolist(),
-        branches=outcomes[:n, 3].tolist(),
-        num_drafts=drafts[:n, 0].tolist(),
-        drafts=[row[1 : 1 + row[0]] for row in drafts[:n].tolist()],
-        q_token_ids=state.q_token_ids[place],
-        q_probs=state.q_probs[place],
-    )
 
 
 @pytest.mark.parametrize("top_m", (0, 1, 5))
@@ -297,8 +155,9 @@ def test_the_stores_of_a_write_are_as_many_as_are_stopped_at(monkeypatch):
     assert stores[0].data_ptr() == stores[-1].data_ptr() == blocks.headers.data_ptr()
 
 
+@pytest.mark.parametrize("has_ngram", (False, True))
 @pytest.mark.parametrize("temperature", (0.0, 1.0))
-def test_a_block_that_is_overwritten_during_the_read_is_a_miss(monkeypatch, temperature):
+def test_a_block_that_is_overwritten_during_the_read_is_a_miss(monkeypatch, temperature, has_ngram):
     """The version moves between the two looks that the kernel takes at it."""
     if DEVICE == "cuda":
         pytest.skip("a writer is put inside the interpreted kernel; on a GPU nothing can be put there")
@@ -306,29 +165,36 @@ def test_a_block_that_is_overwritten_during_the_read_is_a_miss(monkeypatch, temp
 
     rng = random.Random(3)
     blocks = DeviceBlocks.empty(1, N, K, 2, "cpu")
-    written = block(rng, N, 2)
+    written = block(rng, N, 2, depth=2)
     write(blocks, 0, 0, 8, *written)
     k, token = written[0][1].tolist()
-    num_sampled = k + 1
+    num_sampled, found = k + 1, written[2][1].tolist()
+    ngram = torch.tensor([[*found, 42]]) if has_ngram else None
     drafts, outcomes = torch.zeros(1, 1 + K, dtype=torch.int64), torch.zeros(1, OUTCOME_COLUMNS + K, dtype=torch.int32)
     columns = [ints([0], torch.int64), ints([num_sampled]), ints([0], torch.int64), ints([8 + num_sampled])]
     columns += [ints([token], torch.int64), torch.tensor([temperature])]
 
     def status() -> list[int]:
         verifying = nothing(1, 2)
-        lookup(blocks, verifying, *columns, K, drafts, outcomes)
+        lookup(blocks, verifying, *columns, K, drafts, outcomes, ngram)
         assert verifying.num_drafts.tolist() == drafts[:, 0].tolist()
+        if has_ngram and temperature and outcomes[0, 5] == 0:
+            assert verifying.q_token_ids[0, :, 0].tolist() == ngram[0].tolist()
+            assert verifying.q_probs[0].tolist() == [[1, 0]] * K
         return outcomes[0, 2:].tolist()
 
-    assert status() == [Found.HIT, 1, K, *written[2][1].tolist()]
+    assert status() == [Found.HIT, 1, *((K, 2, *found, 42) if has_ngram else (2, 2, *found, -1))]
 
     def write_meanwhile() -> None:  # in place of a barrier, which means nothing in an interpreter
         write(blocks, 0, 0, 9, *block(rng, N, 2))
         write(blocks, 0, 0, 10, *block(rng, N, 2))
 
     monkeypatch.setattr(tl, "debug_barrier", write_meanwhile)
-    assert status() == [Found.MISS, -1, 0, *[-1] * K]
-    assert drafts.tolist() == [[0, *[token] * K]]
+    if has_ngram:
+        assert status() == [Found.MISS, -1, K, 0, *found, 42]
+    else:
+        assert status() == [Found.MISS, -1, 0, 0, *[-1] * K]
+        assert drafts.tolist() == [[0, *[token] * K]]
 
 
 @pytest.mark.parametrize("top_m", (2, 300))  # the kernel moves q in pieces
@@ -410,9 +276,46 @@ def test_ngram_drafts_where_there_are_no_others(top_m, temperature, wanted):
     )
     assert found.found == [Found.HIT, Found.LATE] and found.branches == [2, -1]
     assert found.drafts == [written[2][2, :wanted].tolist(), ngram[1, :wanted].tolist()]
+    assert found.num_drafted == [wanted, 0]
     if temperature and wanted:
         assert found.q_token_ids[1, :wanted, 0].tolist() == ngram[1, :wanted].tolist()
         assert found.q_probs[1, :wanted].sum(1).tolist() == [1] * wanted == found.q_probs[1, :wanted, 0].tolist()
+
+
+@pytest.mark.parametrize(("top_m", "temperature"), [(0, 0.0), (2, 0.0), (2, 0.7), (300, 0.7)])
+@pytest.mark.parametrize("wanted", range(K + 1))
+def test_ngram_drafts_go_on_after_drafts_that_they_agree_with(top_m, temperature, wanted):
+    """Hits in a block and rests of old drafts, short and not; n-gram drafts agree with all, some or none of them."""
+    rng = random.Random(10)
+    blocks = DeviceBlocks.empty(1, N, K, top_m, "cpu")
+    keys, depths, drafts, q_token_ids, q_probs = block(rng, N, top_m)
+    depths[:5] = ints([1, 2, 2, 2, 1])
+    write(blocks, 0, 0, 8, keys, depths, drafts, q_token_ids, q_probs)
+    old = speculation(rng, 10, top_m)
+    old.num_drafts[:] = ints([0] * N + [K] * 4)
+    queries = [(0, 0, 8, *key) for key in keys.tolist()]
+    queries += [(0, 0, 8, k, int(old.draft_token_ids[N + i, k])) for i, k in enumerate((0, 0, 1, 1))]
+    own = [(drafts[i, :depth], q_token_ids[i], q_probs[i]) for i, depth in enumerate(depths.tolist())]
+    for i, k in enumerate((0, 0, 1, 1), start=N):
+        own.append((old.draft_token_ids[i, k + 1 :], old.q_token_ids[i, k + 1 :], old.q_probs[i, k + 1 :]))
+    ngram = torch.tensor([[100 + i, 110 + i, 120 + i] for i in range(10)])
+    for i, num_alike in enumerate((1, 2, 1, 0, 0, K, 2, 1, 1, 0)):
+        ngram[i, :num_alike] = own[i][0][:num_alike]
+    ngram[3, 1] = own[3][0][1]  # the second alone is alike
+    found = look_up(blocks, queries, old, temperature=temperature, wanted=wanted, ngram=ngram)
+    expected = [of_row[0].tolist()[:wanted] for of_row in own]
+    goes_on = [i for i in (0, 1, 6, 8) if len(expected[i]) < wanted]
+    assert len(goes_on) == (0, 0, 2, 4)[wanted]
+    assert found.found == [Found.HIT] * 10 and found.branches == [*range(N), *[N] * 4]
+    assert found.num_drafted == [len(of_row) for of_row in expected]
+    for i, (n, (_, ids, probs)) in enumerate(zip(found.num_drafted, own)):
+        if i in goes_on:
+            expected[i] += ngram[i, n:wanted].tolist()
+        if temperature:
+            assert torch.equal(found.q_token_ids[i, :n], ids[:n]) and torch.equal(found.q_probs[i, :n], probs[:n])
+            assert found.q_token_ids[i, n : found.num_drafts[i], 0].tolist() == expected[i][n:]
+            assert (found.q_probs[i, n : found.num_drafts[i]] == (torch.arange(top_m) == 0)).all()
+    assert found.drafts == expected
 
 
 def test_empty_batch():

@@ -16,8 +16,8 @@ from fake_link import InProcessLink, K, PolledFleet
 
 from vllm_ssd.compat.target.runner import DrafterState
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.kernels import DeviceSpeculation, lookup
-from vllm_ssd.link.protocol import Close, Evicted, Open, Push
+from vllm_ssd.kernels import DeviceSpeculation, Found, lookup
+from vllm_ssd.link.protocol import Close, Evicted, Open, Outcome, Push
 from vllm_ssd.target.metrics import Metrics
 from vllm_ssd.target.v2.courier import NUM_BUFFERS, Courier
 from vllm_ssd.target.v2.lookup_cache import SpeculationCache
@@ -48,6 +48,7 @@ class Device:
         self.tokens: dict[str, list[int]] = {}
         self.drafts: dict[str, list[int]] = {}
         self.verifying = DeviceSpeculation.empty(SLOTS, K, 5, "cpu")
+        self.rows: list[list[int]] = []  # the last round's outcomes
         self.num_started = self.step = 0
         self.wanted = K
         self.ngram: Callable[[list[int]], list[int]] = lambda token_ids: token_ids[-1:] * K
@@ -99,16 +100,35 @@ class Device:
             outcomes.rows,
             torch.tensor([self.ngram(self.tokens[name]) for name in names]) if self.courier.wants_ngram else None,
         )
+        self.rows = outcomes.rows[: len(names)].tolist()
         self.step += 1
         self.courier.await_outcomes(self.step, list(serials), [len(self.drafts[name]) for name in names], outcomes)
         for name, (num_drafts, *row) in zip(names, drafts.tolist()):
             self.drafts[name] = row[:num_drafts]
+
+    def outcome(self, num_emitted: int, num_drafts: int, num_drafted: int, num_scheduled: int = K) -> None:
+        """A round of the first request by hand: its last token is 9, its next drafts are 4, 5, …"""
+        found, branch = (Found.HIT, 0) if num_drafted else (Found.MISS, -1)
+        drafts = [4 + i if i < num_drafts else -1 for i in range(K)]
+        outcomes = self.courier.outcome_buffer()
+        outcomes.rows[0] = torch.tensor([num_emitted, 9, found, branch, num_drafts, num_drafted, *drafts])
+        self.step += 1
+        self.courier.await_outcomes(self.step, [0], [num_scheduled], outcomes)
+        self.courier.work()
 
 
 def next_token(prefix: list[int]) -> int:
     """The target's choice: usually the drafter's first or second."""
     order = np.argsort(-fake_model.reference_logits(prefix).numpy())
     return int(order[(0, 0, 0, 1, 1, 5)[sum(prefix) % 6]])
+
+
+def right(token_ids: list[int]) -> list[int]:
+    """The target's next K tokens."""
+    tokens = list(token_ids)
+    for _ in range(K):
+        tokens.append(next_token(tokens))
+    return tokens[-K:]
 
 
 def assert_right(tokens: list[int], prompt: list[int]) -> None:
@@ -258,12 +278,6 @@ def test_a_buffer_is_used_again_once_it_was_read() -> None:
 def test_ngram_drafts_are_made_while_they_pay() -> None:
     """No block ever comes; drafts that are never right are given up, tried again now and then, and come back."""
 
-    def right(token_ids: list[int]) -> list[int]:
-        tokens = list(token_ids)
-        for _ in range(K):
-            tokens.append(next_token(tokens))
-        return tokens[-K:]
-
     def rounds(number: int) -> int:
         made = 0
         for _ in range(number):
@@ -282,6 +296,73 @@ def test_ngram_drafts_are_made_while_they_pay() -> None:
     assert rounds(100) >= 20
     assert device.metrics.counts["accepted_tokens"] - before >= 20 * K
     assert_right(device.tokens["a"], PROMPTS["a"])
+
+
+def test_short_hits_go_on_with_ngram_drafts() -> None:
+    """A drafter that grows one draft a branch, and n-grams that are always right: both end up in one round."""
+    device = Device(Link(), on_miss="ngram")
+    device.ngram = right
+    device.courier.want(1)
+    for name, prompt in PROMPTS.items():
+        device.start(name, prompt)
+    before, emitted = [[0] * 6] * len(PROMPTS), []
+    for _ in range(60):
+        device.round()
+        emitted += [row[0] for last, row in zip(before, device.rows) if last[2] == Found.HIT and last[4:6] == [K, 1]]
+        before = device.rows
+        device.courier.work()
+        device.courier.work()
+    for name, prompt in PROMPTS.items():
+        assert_right(device.tokens[name], prompt)
+    assert len(emitted) >= 10 and set(emitted) == {1 + K}
+
+
+def test_ngram_drafts_after_others_are_judged_once_those_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    link = Link()
+    device = Device(link, on_miss="auto")
+    device.start("a", PROMPTS["a"])
+    device.courier.work()
+    judged: list[tuple[int, int]] = []
+    monkeypatch.setattr(device.courier._ngram_gain, "observe", lambda *seen: judged.append(seen))
+    device.outcome(1, K, 1)
+    device.outcome(1, K, 1)
+    assert judged == [], "the n-gram drafts came after a draft that was wrong"
+    device.outcome(2, K, 1)
+    device.outcome(1 + K, K, 1)
+    device.outcome(3, K, 1, num_scheduled=2)
+    assert judged == [(2, 0), (2, 2), (1, 1)], "of those that were verified"
+    device.outcome(1, K, 0)
+    device.outcome(1, K, K)
+    assert judged[3:] == [(K, 0)], "without others they are judged at once"
+    device.outcome(1 + K, 0, 0)
+    device.outcome(1, K, 1, num_scheduled=0)
+    assert len(judged) == 4, "there were none"
+    told = [event.draft_token_ids for step in link.steps for event in step.events if isinstance(event, Outcome)]
+    assert told == [[4, 5, 6]] * 7 + [[], [4, 5, 6]]
+
+
+def test_short_hits_decide_whether_ngram_drafts_are_made() -> None:
+    """They are given up although nothing ever missed, and tried again only where they could be used."""
+
+    def tried(rounds: int, *row: int) -> bool:
+        seen = False
+        for _ in range(rounds):
+            device.outcome(*row)
+            seen = seen or device.courier.wants_ngram
+        return seen
+
+    device = Device(Link(steps_a_poll=0), on_miss="auto")
+    device.start("a", PROMPTS["a"])
+    tried(60, 2, K, 1)
+    assert not device.courier.wants_ngram
+    assert not tried(100, 1, K, K), "hits had all drafts that were wanted"
+    device.want(1)
+    assert not tried(100, 1, 1, 1)
+    device.want(K)
+    assert tried(33, 1, 1, 1)
+    device.outcome(1, 1, 1)
+    device.want(0)
+    assert tried(33, 1, 0, 0), "the drafter may be away"
 
 
 @pytest.mark.parametrize(("on_miss", "expected"), [("ngram", True), ("skip", False), ("wait", False)])

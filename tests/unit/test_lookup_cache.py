@@ -66,7 +66,7 @@ def look_up(
         torch.zeros(1, 1 + K, dtype=torch.int64),
         outcomes,
     )
-    _, _, found, _, num_drafts, *drafts = outcomes[0].tolist()
+    _, _, found, _, num_drafts, _, *drafts = outcomes[0].tolist()
     return found != Found.LATE, drafts[:num_drafts]
 
 

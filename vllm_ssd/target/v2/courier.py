@@ -46,7 +46,7 @@ HEARTBEAT_S = 0.25
 class OutcomeBuffer:
     """Host buffer for the outcomes of one round.
 
-    rows [S, 5 + K] int32: written by `kernels.lookup`, in pinned memory with a CUDA device; written: event that is
+    rows [S, 6 + K] int32: written by `kernels.lookup`, in pinned memory with a CUDA device; written: event that is
     recorded after that, None without one
     """
 
@@ -72,7 +72,7 @@ class SlotRequest:
     slot: int
     token_ids: list[int]  # committed
     verifying: list[int] = field(default_factory=list)  # drafts under verification
-    by_ngram: bool = False  # `verifying` are n-gram drafts
+    num_drafted: int = 0  # drafts of `verifying` before the n-gram drafts
     last_length: int = sys.maxsize  # committed tokens at which it ends, if not earlier
 
 
@@ -109,7 +109,7 @@ class Courier:
         self._num_drafts = config.num_speculative_tokens  # wanted per round
         self._ngram_gain = NgramGain(config.num_speculative_tokens)
         self.wants_ngram = config.on_miss in ("ngram", "auto")
-        """Whether rows without drafts should get n-gram drafts; read by vLLM's thread."""
+        """Whether rows with fewer drafts than wanted should get n-gram drafts; read by vLLM's thread."""
         self.drafter_state = DrafterState.IN_TIME
         """State of the drafters for the next round; read by vLLM's thread."""
         self._untold: set[int] = set()  # requests whose next event covers several rounds, by serial number
@@ -291,25 +291,26 @@ class Courier:
     def _take_outcomes(self, round_: Verification) -> None:
         """Commit the tokens that a round emitted, and report them to the drafter."""
         self._client.begin_round()
-        any_missed = False
+        any_short = False
         rows = round_.buffer.rows[: len(round_.serials)].tolist()
         self._buffers.append(round_.buffer)
         self._verified.take(round_.step, round_.serials, round_.num_scheduled, rows)
         requests = self._requests
-        for serial, (num_emitted, last, found, _, num_drafts, *drafts) in zip(round_.serials, rows):
+        for serial, num_scheduled, row in zip(round_.serials, round_.num_scheduled, rows):
+            num_emitted, last, found, _, num_drafts, num_drafted, *drafts = row
             request = requests.get(serial)
             if request is None or not num_emitted:  # it has left since, or is still in prefill
                 continue
-            if request.by_ngram:
-                self._ngram_gain.observe(len(request.verifying), num_emitted - 1)
-            is_hit = found == HIT
-            any_missed = any_missed or not is_hit
-            request.by_ngram = num_drafts > 0 and not is_hit
-            request.token_ids += [*request.verifying[: num_emitted - 1], last]
-            request.verifying = drafts[:num_drafts]
+            k, n, m = num_emitted - 1, request.num_drafted, min(len(request.verifying), num_scheduled)
+            if n <= k and n < m:  # the target judged n-gram drafts
+                self._ngram_gain.observe(m - n, k - n)
+            # Misses count even while no drafts are wanted: the drafter may be away, and n-gram drafts pay again.
+            any_short = any_short or found != HIT or num_drafted < self._num_drafts
+            request.token_ids += [*request.verifying[:k], last]
+            request.verifying, request.num_drafted = drafts[:num_drafts], num_drafted
             if self._num_drafts:
                 self._tell(serial, request, found)
-        if any_missed and self._config.on_miss == "auto":
+        if any_short and self._config.on_miss == "auto":
             self.wants_ngram = self._ngram_gain.drafts(self._config.num_speculative_tokens, NGRAM_LOSS)[0] > 0
 
     def _tell(self, serial: int, request: SlotRequest, found: int) -> None:
