@@ -36,8 +36,8 @@ class Fallback:
 
         Rows with fewer drafts than they may carry are extended.
         """
-        if self._config.on_miss in ("ngram", "auto"):
-            self._extend(round_, num_requests)
+        if self._config.on_miss in ("ngram", "auto") and (short := round_.short):
+            self._extend(round_, short, num_requests)
         missed = round_.missed
         if not missed:
             return
@@ -108,15 +108,17 @@ class Fallback:
             for j in range(min(n, m)):
                 self._survival[j] += 0.02 * ((k > j) - self._survival[j])
 
-    def _extend(self, round_: Round, num_requests: int) -> None:
+    def _lost_per_draft(self, num_requests: int) -> float:
+        """Tokens that the batch could emit in the time that verifying one more draft takes."""
+        return self._tokens_per_s * self._adaptation.draft_seconds(num_requests)
+
+    def _extend(self, round_: Round, short: list[Row], num_requests: int) -> None:
         """Extend short hits by n-gram drafts whose first tokens are the drafts themselves, if that pays."""
         config = self._config
-        lost_per_draft = self._tokens_per_s * self._adaptation.draft_seconds(num_requests)
-        for row in round_.rows:
+        lost_per_draft = self._lost_per_draft(num_requests)
+        for row in short:
             num_drafts = len(row.drafts.token_ids)
             most = row.max_drafts - num_drafts
-            if not num_drafts or most <= 0:
-                continue
             if config.on_miss == "auto":
                 reached = max(self._survival[num_drafts - 1], 1e-3)
                 most, _ = self._extension_gain.drafts(most, lost_per_draft / reached)
@@ -130,7 +132,7 @@ class Fallback:
         config = self._config
         matches: Matches = []
         total = 0.0
-        lost_per_draft = self._tokens_per_s * self._adaptation.draft_seconds(num_requests)
+        lost_per_draft = self._lost_per_draft(num_requests)
         for row in missed:
             drafts = ngram_drafts(round_.tokens(row), row.max_drafts, config.ngram_min, config.ngram_max)
             if drafts and config.on_miss == "auto":

@@ -90,6 +90,11 @@ class Round:
         """Rows without drafts that may carry some."""
         return [row for row in self.rows if not row.drafts.token_ids and row.max_drafts]
 
+    @property
+    def short(self) -> list[Row]:
+        """Rows with drafts that may carry more."""
+        return [row for row in self.rows if 0 < len(row.drafts.token_ids) < row.max_drafts]
+
     def tokens(self, row: Row) -> np.ndarray:
         """Committed tokens of a row, [L] int32."""
         return self._batch.token_ids[row.index, : row.length]
