@@ -342,9 +342,8 @@ def bundled_pairs(
 
 def paced(pair: Pair, milliseconds: Sequence[float], folder: Path) -> Pair:
     """`pair` with forwards of its target and of its drafter that take at least `milliseconds`."""
-    for model, of_model in zip((pair.target, pair.drafter), milliseconds):
-        paced_models.pace(Path(model), of_model)
-    return replace(pair, plugin=paced_models.PLUGIN, environment=paced_models.install_plugin(folder))
+    environment = paced_models.pace_pair(Path(pair.target), Path(pair.drafter), milliseconds, folder)
+    return replace(pair, plugin=paced_models.PLUGIN, environment=environment)
 
 
 def main() -> None:

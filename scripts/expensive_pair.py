@@ -7,10 +7,11 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from paced_models import PLUGIN, pace_pair
 from resize_model import deepen, widen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -28,8 +29,13 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def started(args: argparse.Namespace, speculative: dict[str, Any], **arguments: Any) -> Iterator[Engine]:
-    """An engine of that pair with `speculative` beside it; arguments: of `Engine`."""
+def started(
+    args: argparse.Namespace, speculative: dict[str, Any], milliseconds: Sequence[float] = (), **arguments: Any
+) -> Iterator[Engine]:
+    """An engine of that pair with `speculative` beside it; arguments: of `Engine`.
+
+    milliseconds: how long forwards of target and drafter take (`paced_models`); default: as long as they do
+    """
     *target_cores, drafter_core = sorted(os.sched_getaffinity(0))
     if not target_cores:
         raise SystemExit("target and drafter need a core each")
@@ -37,6 +43,9 @@ def started(args: argparse.Namespace, speculative: dict[str, Any], **arguments: 
         folder = Path(name)
         widen(PAIR / "target", folder / "target", args.intermediate_size, "bfloat16")
         deepen(PAIR / "drafter", folder / "drafter", args.layers, "bfloat16")
+        if milliseconds:
+            environment = pace_pair(folder / "target", folder / "drafter", milliseconds, folder / "plugin")
+            arguments["environment"] = environment | {"VLLM_PLUGINS": f"ssd,{PLUGIN}"}
         own = {
             "model": str(folder / "drafter"),
             "dtype": "bfloat16",

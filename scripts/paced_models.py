@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ def pace(model: Path, milliseconds: float) -> None:
     path = model / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"architectures": [ARCHITECTURE], "pace_ms": milliseconds}))
+
+
+def pace_pair(target: Path, drafter: Path, milliseconds: Sequence[float], plugin: Path) -> dict[str, str]:
+    """`pace` both models, and describe the plugin in an empty folder. -> environment in which vLLM finds it."""
+    for model, of_model in zip((target, drafter), milliseconds):
+        pace(model, of_model)
+    return install_plugin(plugin)
 
 
 def install_plugin(folder: Path) -> dict[str, str]:
